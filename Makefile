@@ -1,0 +1,58 @@
+# Everything runs inside .venv, which `make setup` builds once and rebuilds when a pin changes.
+#
+#   make demo    set up, then ask the demo model about a real photo, with all image tokens and with few
+#   make test    set up, then run the tests
+#   make check   format, lint, types, import contract and tests: what CI runs
+#   make format  put the code into shape
+
+PYTHON ?= python3
+BUDGET ?= 0.30
+PHOTO ?= examples/photo.jpg
+QUESTION ?= What is this?
+
+BIN := .venv/bin
+READY := .venv/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+CODE := src tests $(wildcard training examples)
+
+.DELETE_ON_ERROR:
+.PHONY: demo setup test check format-check lint types imports format clean
+
+demo: setup
+	$(BIN)/dymu run $(PHOTO) "$(QUESTION)" --budget $(BUDGET) --compare --draw demo.png
+
+setup: $(READY)
+
+# torch goes first and pinned: asked for by range, pip would choose a build with gigabytes of CUDA
+# even where a CPU build is on offer.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "dymu needs Python 3.11 or newer; say which with: make setup PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+test: setup
+	$(BIN)/pytest
+
+check: format-check lint types imports test
+
+format-check: setup
+	$(BIN)/ruff format --check $(CODE)
+
+lint: setup
+	$(BIN)/ruff check $(CODE)
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+clean:
+	rm -rf .venv build dist demo.png
