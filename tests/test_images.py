@@ -1,0 +1,238 @@
+"""Every odd image a person may bring: it works with a note, or it is refused with one sentence."""
+
+import contextlib
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dymu.errors import BadImage
+from dymu.images import MAX_PIXELS, load
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    rows, columns = np.mgrid[0:48, 0:64]
+    return Image.fromarray(np.stack([rows * 5, columns * 3, rows + columns], -1).astype(np.uint8))
+
+
+def refusal(source) -> str:
+    with pytest.raises(BadImage) as caught:
+        load(source)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    return sentence
+
+
+def png_header_only(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 64))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def test_an_ordinary_image_comes_through_unchanged_and_unremarked(photo, tmp_path):
+    photo.save(tmp_path / "a.png")
+    loaded = load(tmp_path / "a.png")
+    assert loaded.notes == ()
+    assert loaded.image.mode == "RGB"
+    assert np.array_equal(np.asarray(loaded.image), np.asarray(photo))
+
+
+def test_a_pillow_image_is_taken_and_left_alone(photo):
+    grey = photo.convert("L")
+    loaded = load(grey)
+    assert grey.mode == "L"
+    assert loaded.image.mode == "RGB"
+    assert load(photo).image is not photo
+
+
+def test_missing_empty_folder_and_address(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "no.png")
+    refusal("no\0such.png")
+    refusal("x" * 5000)
+    assert "is a folder" in refusal(tmp_path)
+    assert "download it" in refusal("https://example.org/cat.jpg")
+    (tmp_path / "empty.png").touch()
+    assert "is empty" in refusal(tmp_path / "empty.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "no ordinary file" in refusal(tmp_path / "pipe.png")
+
+
+def test_text_named_jpg(tmp_path):
+    (tmp_path / "a.jpg").write_text("This is not a photo.\n" * 20)
+    assert "is not an image" in refusal(tmp_path / "a.jpg")
+
+
+def test_formats_that_start_other_programs_are_not_read(tmp_path):
+    (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    assert "is not an image" in refusal(tmp_path / "a.eps")
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "gif", "webp"])
+def test_a_truncated_image(photo, tmp_path, extension):
+    path = tmp_path / f"a.{extension}"
+    photo.resize((256, 256)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "damaged or cut short" in refusal(path)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 400), (400, 3)])
+def test_too_small(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    assert "too small" in refusal(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("size", [(20_000, 10), (10, 20_000)])
+def test_too_long(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    sentence = refusal(tmp_path / "a.png")
+    assert f"{size[0]:,} × {size[1]:,}" in sentence
+    assert "crop it" in sentence
+
+
+@pytest.mark.parametrize("size", [(4, 4), (400, 4), (4, 400)])
+def test_the_smallest_and_the_longest_that_are_taken(size):
+    assert load(Image.new("RGB", size)).image.size == size
+
+
+@pytest.mark.parametrize("side", [11_000, 60_000])
+def test_a_decompression_bomb_is_refused_unopened(tmp_path, side):
+    assert side * side > MAX_PIXELS
+    (tmp_path / "bomb.png").write_bytes(rgb_png(side, side, 8, rows=b"\0"))
+    assert "million pixels" in refusal(tmp_path / "bomb.png")
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    loaded = load(tmp_path / "a.jpg")
+    assert np.abs(np.asarray(loaded.image).astype(int) - RED).max() < 8
+    assert "CMYK" in loaded.notes[0]
+
+
+def test_a_palette_with_transparency_lies_on_white(tmp_path):
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([*RED, *BLUE])
+    palette.paste(1, (0, 0, 4, 8))
+    palette.save(tmp_path / "a.png", transparency=0)
+    loaded = load(tmp_path / "a.png")
+    assert loaded.image.getpixel((0, 0)) == BLUE
+    assert loaded.image.getpixel((7, 7)) == WHITE
+    assert "white" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa"])
+def test_half_transparent_black_on_white_is_grey(mode):
+    straight = Image.new("RGBA" if mode.startswith("RGB") else "LA", (8, 8))
+    straight.putalpha(128)
+    loaded = load(straight.convert(mode))
+    assert abs(loaded.image.getpixel((0, 0))[0] - 127) <= 1
+    assert "white" in loaded.notes[0]
+
+
+def test_an_opaque_alpha_channel_is_not_worth_a_note(photo):
+    assert load(photo.convert("RGBA")).notes == ()
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_16_bits_are_scaled_not_clipped(tmp_path, extension):
+    ramp = np.linspace(0, 65_535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / f"a.{extension}")
+    loaded = load(tmp_path / f"a.{extension}")
+    assert np.array_equal(np.asarray(loaded.image)[..., 0].ravel(), np.arange(256))
+    assert "16 bits" in loaded.notes[0]
+
+
+def test_16_bit_colour_is_scaled_too(tmp_path):
+    row = b"\0" + struct.pack(">3H", 65_535, 32_768, 256) * 8
+    (tmp_path / "a.png").write_bytes(rgb_png(8, 8, 16, rows=row * 8))
+    assert load(tmp_path / "a.png").image.getpixel((0, 0)) == (255, 128, 1)
+
+
+def test_integers_and_floats_are_scaled_by_their_range():
+    wide = np.linspace(-1e6, 1e6, 64, dtype=np.int32).reshape(8, 8)
+    unit = np.linspace(0, 0.5, 64, dtype=np.float32).reshape(8, 8)
+    holed = unit.copy()
+    holed[0, 0] = np.nan
+    assert np.asarray(load(Image.fromarray(wide)).image).max() == 255
+    assert np.asarray(load(Image.fromarray(unit)).image).max() == 128
+    assert np.asarray(load(Image.fromarray(holed)).image).max() == 128
+    assert np.asarray(load(Image.fromarray(np.full((8, 8), 7e9, np.float32))).image).max() == 0
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    loaded = load(tmp_path / "a.gif")
+    assert loaded.image.getpixel((3, 3)) == RED
+    assert loaded.notes == ("animated GIF: using the first of 3 frames",)
+
+
+def test_pages_of_a_tiff(tmp_path):
+    pages = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    assert load(tmp_path / "a.tif").notes == ("TIFF of 2 pages: using the first",)
+
+
+def test_the_second_picture_in_a_phones_jpeg_is_not_used(photo, tmp_path):
+    photo.save(tmp_path / "a.mpo", save_all=True, append_images=[photo.rotate(90)])
+    (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")
+    assert load(tmp_path / "a.jpg").notes == ("JPEG holding 2 pictures: using the first",)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    upright = Image.new("RGB", (32, 16), WHITE)
+    upright.paste(RED, (0, 0, 8, 8))
+    undo = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    stored = upright if undo is None else upright.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    loaded = load(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(loaded.image), np.asarray(upright))
+    assert len(loaded.notes) == (orientation != 1)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_damaged_bytes_never_get_further_than_a_sentence(data, photo, tmp_path):
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"]))
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(buffer, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}))
+    broken = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "broken"
+    path.write_bytes(broken[: data.draw(st.integers(1, len(broken)))])
+    with contextlib.suppress(BadImage):  # anything else that is raised fails the test
+        assert load(path).image.mode == "RGB"
