@@ -1,0 +1,7 @@
+"""The language models that are described."""
+
+from dymu.families.family import Decoder
+
+HALF_SPLIT = Decoder(model_types=("llama", "mistral", "qwen2", "qwen3"))
+
+DECODERS = (HALF_SPLIT,)

@@ -1,0 +1,136 @@
+"""From a loaded model to the parts that merging and unmerging change, found by name, once and loudly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dymu.errors import UnsupportedModel
+from dymu.families.family import Decoder, Family, Tower
+from dymu.merging import EncoderLayer
+
+Kind = TypeVar("Kind", Tower, Decoder)
+
+HOW_TO_ADD = "docs/add-a-family.md says how to describe another"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one model."""
+
+    family: Family
+    config: Any
+    inner: nn.Module
+    tower: nn.Module
+    projector: nn.Module
+    language_model: nn.Module
+    encoder_modules: tuple[nn.Module, ...]
+    encoder_layers: tuple[EncoderLayer, ...]
+    attentions: tuple[nn.Module, ...]
+    rotary: nn.Module
+    class_token: bool
+    prefix: int
+    """Class and register tokens ahead of the image's."""
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the placeholder that stands for one image token in `input_ids`."""
+        return int(getattr(self.config, self.family.image_token))
+
+    def feature_layers(self, requested: int | list[int] | None = None) -> list[int]:
+        """How many encoder layers each used feature has gone through, for a call's `vision_feature_layer` or the config's."""
+        if requested is None:
+            requested = getattr(self.config, self.family.feature_layer)
+        layers = [requested] if isinstance(requested, int) else list(requested)
+        return [layer % (len(self.encoder_layers) + 1) for layer in layers]
+
+    def dropped(self, strategy: str | None = None) -> int:
+        """Leading encoder tokens that the language model does not get: 1 for the strategy `default`, 0 for `full`."""
+        return int((strategy or getattr(self.config, self.family.select_strategy)) == "default")
+
+
+def find(root: nn.Module, path: str) -> Any:
+    """The part of `root` at a dotted path; `a.b|c.d` names alternatives, of which the first that exists is taken.
+
+    Raises:
+        UnsupportedModel: no alternative exists.
+    """
+    for alternative in path.split("|"):
+        try:
+            return attrgetter(alternative)(root)
+        except AttributeError:
+            continue
+    raise UnsupportedModel(
+        f"{type(root).__name__} has no part named {path.replace('|', ' or ')}, where its family description expects one; "
+        "it may be a version of transformers that dymu does not know (dymu supports >=5.16,<6)."
+    )
+
+
+def _kind(kinds: tuple[Kind, ...], what: str, model_type: str) -> Kind:
+    for kind in kinds:
+        if model_type in kind.model_types:
+            return kind
+    known = ", ".join(name for kind in kinds for name in kind.model_types)
+    raise UnsupportedModel(
+        f"the {what} {model_type!r} is not described; described are {known}; {HOW_TO_ADD}."
+    )
+
+
+def _encoder_layer(module: nn.Module, tower: Tower, heads: int) -> EncoderLayer:
+    return EncoderLayer(
+        norm1=find(module, tower.norm1),
+        query=find(module, tower.query),
+        key=find(module, tower.key),
+        value=find(module, tower.value),
+        out=find(module, tower.out),
+        after_attention=tuple(find(module, path) for path in tower.after_attention),
+        norm2=find(module, tower.norm2),
+        mlp=find(module, tower.mlp),
+        after_mlp=tuple(find(module, path) for path in tower.after_mlp),
+        heads=heads,
+    )
+
+
+def resolve(model: nn.Module, families: dict[str, Family]) -> Parts:
+    """Find the parts of `model`.
+
+    Raises:
+        UnsupportedModel: its family, vision encoder or language model is not described.
+    """
+    config: Any = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    family = families.get(model_type)
+    if family is None:
+        raise UnsupportedModel(
+            f"the model type {model_type!r} is not described; described are {', '.join(families)}; {HOW_TO_ADD}."
+        )
+    inner = find(model, family.inner)
+    tower = find(inner, family.tower)
+    language_model = find(inner, family.language_model)
+    tower_kind = _kind(family.towers, "vision encoder", tower.config.model_type)
+    decoder_kind = _kind(family.decoders, "language model", language_model.config.model_type)
+    modules = tuple(find(tower, tower_kind.layers))
+    registers = getattr(tower.config, tower_kind.registers, 0) if tower_kind.registers else 0
+    return Parts(
+        family=family,
+        config=config,
+        inner=inner,
+        tower=tower,
+        projector=find(inner, family.projector),
+        language_model=language_model,
+        encoder_modules=modules,
+        encoder_layers=tuple(
+            _encoder_layer(module, tower_kind, tower.config.num_attention_heads)
+            for module in modules
+        ),
+        attentions=tuple(
+            find(layer, decoder_kind.attention)
+            for layer in find(language_model, decoder_kind.layers)
+        ),
+        rotary=find(language_model, decoder_kind.rotary),
+        class_token=tower_kind.class_token,
+        prefix=int(tower_kind.class_token) + registers,
+    )

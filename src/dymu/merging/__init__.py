@@ -1,0 +1,16 @@
+"""The encoder half of DyMU: tokens that are alike merge (paper section 3.1)."""
+
+from dymu.merging.encoder_layer import EncoderLayer, MergedTokens, MergeRun
+from dymu.merging.rule import SCHEDULES, FixedMerge, MergeRule, Schedule, ThresholdMerge, removals
+
+__all__ = [
+    "SCHEDULES",
+    "EncoderLayer",
+    "FixedMerge",
+    "MergeRule",
+    "MergeRun",
+    "MergedTokens",
+    "Schedule",
+    "ThresholdMerge",
+    "removals",
+]

@@ -1,0 +1,117 @@
+"""Which tokens merge in which layer: by threshold (DToMe) or so many per layer (ToMe)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["constant", "linear", "reverse_linear"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+Chooser = Callable[[Tensor], Tensor]
+"""[B, A] similarities of the A tokens to their best partners -> bool [B, A], those that merge."""
+
+
+class MergeRule(Protocol):
+    """What `dymu.apply` needs to know of a way to choose merges."""
+
+    def choosers(self, tokens: int, layers: int) -> Sequence[Chooser | None]:
+        """One chooser for each of `layers` encoder layers over `tokens` image tokens; None: the layer does not merge."""
+        ...
+
+
+def removals(tokens: int, keep: float, layers: int, schedule: Schedule) -> list[float]:
+    """How many tokens each layer should remove so that `keep` of `tokens` remain.
+
+    `constant` removes the same number everywhere, `linear` more in early layers, `reverse_linear` more in late ones
+    (paper section 4.3). No layer can remove more than half of what reaches it; what it cannot, the others do in
+    proportion.
+
+    Raises:
+        ValueError: `schedule` is unknown, or `keep` is more than `tokens` or less than halving every layer leaves.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    lowest = tokens / 2**layers
+    if not lowest <= keep <= tokens:
+        raise ValueError(
+            f"cannot keep {keep:g} of {tokens} tokens in {layers} layers, each of which at most halves them; "
+            f"keep between {lowest:.3g} and {tokens}"
+        )
+    rising = range(1, layers + 1)
+    weights = {
+        "constant": [1] * layers,
+        "linear": list(reversed(rising)),
+        "reverse_linear": list(rising),
+    }[schedule]
+
+    def removed_at(scale: float) -> list[float]:
+        left, removed = float(tokens), []
+        for weight in weights:
+            removed.append(min(scale * weight, left / 2))
+            left -= removed[-1]
+        return removed
+
+    low, high = 0.0, float(tokens)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(removed_at(middle)) < tokens - keep else (low, middle)
+    return removed_at(high)
+
+
+def _above(threshold: float, similarity: Tensor) -> Tensor:
+    return similarity > threshold
+
+
+def _most_similar(count: int, similarity: Tensor) -> Tensor:
+    best = similarity.topk(min(count, similarity.shape[1]), dim=1).indices
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter(1, best, True) & (
+        similarity > -torch.inf
+    )
+
+
+@dataclass(frozen=True)
+class ThresholdMerge:
+    """DToMe: in layer l, tokens more similar than `thresholds[l]` merge, so simple images merge more.
+
+    A threshold above 1 means that the layer does not merge; so does a layer past the end of the list.
+    """
+
+    thresholds: tuple[float, ...]
+
+    def choosers(self, tokens: int, layers: int) -> list[Chooser | None]:
+        used = self.thresholds[:layers] + (2.0,) * (layers - len(self.thresholds))
+        return [None if threshold > 1 else partial(_above, threshold) for threshold in used]
+
+
+@dataclass(frozen=True)
+class FixedMerge:
+    """Plain ToMe (arXiv 2210.09461): every image keeps exactly `keep` tokens, whatever it shows.
+
+    Args:
+        keep: tokens left per image, of those that the language model would get; a float below 1 is a fraction.
+        schedule: how the merges spread over the layers; ToMe's own is `constant`.
+    """
+
+    keep: int | float
+    schedule: Schedule = "constant"
+
+    def choosers(self, tokens: int, layers: int) -> list[Chooser | None]:
+        keep = (
+            round(self.keep * tokens)
+            if isinstance(self.keep, float) and self.keep <= 1
+            else int(self.keep)
+        )
+        choosers: list[Chooser | None] = []
+        left, wanted = tokens, 0.0
+        for removed in removals(tokens, keep, layers, self.schedule):
+            wanted += removed
+            count = min(round(wanted) - (tokens - left), left // 2)
+            left -= count
+            choosers.append(partial(_most_similar, count) if count else None)
+        return choosers

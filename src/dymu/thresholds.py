@@ -1,0 +1,274 @@
+"""Thresholds: when two tokens are alike enough to merge, per encoder layer and for every budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dymu.errors import BadBudget, BadThresholds
+
+FORMAT = "dymu-thresholds"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The vision encoder that thresholds belong to.
+
+    Attributes:
+        model_type: transformers' name of its architecture.
+        layers: its layers in all; `depth` of them merge, from the first on.
+        hidden_size, heads: its width and attention heads.
+        tokens: image tokens of one picture without class token and registers, at calibration.
+    """
+
+    model_type: str
+    layers: int
+    depth: int
+    hidden_size: int
+    heads: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Thresholds for one budget, and what they did to the calibration images.
+
+    Attributes:
+        budget: wanted average number of image tokens.
+        thresholds: cosine similarity above which tokens merge, one per merging layer; above 1: no merging there.
+        achieved, sd, min, max: image tokens that the calibration images kept; None where a file does not say.
+    """
+
+    budget: float
+    thresholds: tuple[float, ...]
+    achieved: float | None = None
+    sd: float | None = None
+    min: int | None = None
+    max: int | None = None
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When to merge, for every budget between the calibrated ones; a JSON file with its provenance.
+
+    Attributes:
+        calibrated: one entry per budget, smallest first.
+        encoder: what they belong to; None where a file does not say (the authors' checkpoints).
+        schedule: how merges spread over the layers.
+        model: the model's name or path at calibration.
+        images: how many images they were found on.
+        skipped: images that could not be used: `{"image": ..., "why": ...}`.
+        created: ISO 8601 date; dymu: version of this library.
+    """
+
+    calibrated: tuple[Calibrated, ...]
+    encoder: Encoder | None = None
+    schedule: str = ""
+    model: str = ""
+    images: int | None = None
+    skipped: tuple[Mapping[str, str], ...] = ()
+    created: str = ""
+    dymu: str = ""
+    source: str = field(default="", compare=False)
+    """The file they were loaded from, for messages; not saved."""
+
+    @property
+    def budgets(self) -> list[float]:
+        """The calibrated budgets in image tokens, smallest first."""
+        return [entry.budget for entry in self.calibrated]
+
+    def tokens_for(self, budget: int | float | None) -> float:
+        """A budget in image tokens: an int or a number above 1 is one already, 0.15 is a fraction of the full count.
+
+        Raises:
+            BadBudget: outside the calibrated range, or missing where several are calibrated.
+        """
+        lowest, highest = self.budgets[0], self.budgets[-1]
+        span = f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
+        if budget is None:
+            if len(self.calibrated) == 1:
+                return lowest
+            raise BadBudget(
+                f"no budget was given; choose one of {span} image tokens, for which {self} was calibrated."
+            )
+        wanted = float(budget)
+        if isinstance(budget, float) and 0 < budget <= 1:
+            if self.encoder is None:
+                raise BadBudget(
+                    f"{self} does not say how many tokens an image has; give the budget in tokens: {span}."
+                )
+            wanted = budget * self.encoder.tokens
+        # A fraction is rounded to whole tokens on calibration, so allow as much on use.
+        if not lowest - 0.5 <= wanted <= highest + 0.5:
+            raise BadBudget(
+                f"a budget of {budget:g} ({wanted:g} image tokens) is outside {span}, for which {self} was calibrated; "
+                "choose one within, or calibrate for it (dymu calibrate -b)."
+            )
+        return min(max(wanted, lowest), highest)
+
+    def per_layer(self, budget: int | float | None = None) -> list[float]:
+        """One similarity per merging encoder layer, interpolated between the calibrated budgets around `budget`.
+
+        Raises:
+            BadBudget: see `tokens_for`.
+        """
+        wanted = self.tokens_for(budget)
+        above = next(index for index, entry in enumerate(self.calibrated) if entry.budget >= wanted)
+        upper = self.calibrated[above]
+        if upper.budget == wanted or above == 0:
+            return list(upper.thresholds)
+        lower = self.calibrated[above - 1]
+        part = (wanted - lower.budget) / (upper.budget - lower.budget)
+        return [
+            low + part * (high - low)
+            for low, high in zip(lower.thresholds, upper.thresholds, strict=True)
+        ]
+
+    def check_fits(self, encoder: Encoder) -> None:
+        """Refuse a model with another encoder; the number of tokens (the image size) may differ.
+
+        Raises:
+            BadThresholds: naming what differs.
+        """
+        if self.encoder is None:
+            counts = {len(entry.thresholds) for entry in self.calibrated}
+            if not counts <= {encoder.depth, encoder.layers}:
+                raise BadThresholds(
+                    f"{self} has thresholds for {max(counts)} layers, but the model's {encoder.model_type} encoder merges "
+                    f"in {encoder.depth} of {encoder.layers}; use the thresholds of this encoder."
+                )
+            return
+        differing = [
+            f"{name.replace('_', ' ')} {getattr(self.encoder, name)} instead of {getattr(encoder, name)}"
+            for name in ("model_type", "layers", "depth", "hidden_size", "heads")
+            if getattr(self.encoder, name) != getattr(encoder, name)
+        ]
+        if differing:
+            raise BadThresholds(
+                f"{self} belongs to another vision encoder ({', '.join(differing)}); "
+                "calibrate for this model with `dymu calibrate`."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file, whole or not at all."""
+        target = Path(path)
+        body = {key: value for key, value in asdict(self).items() if key != "source"}
+        body = {"format": FORMAT, "version": VERSION, **body}
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            temporary.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Thresholds:
+        """Read a JSON file, or the thresholds within one of the authors' `.pth` encoder checkpoints.
+
+        Raises:
+            BadThresholds: the file is missing, damaged, of another format or of a newer version.
+        """
+        source = Path(path)
+        if source.suffix.lower() in (".pth", ".pt"):
+            return _from_checkpoint(source)
+        try:
+            body = json.loads(source.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadThresholds(
+                f"cannot read the thresholds file {source}: {(error.strerror or str(error)).lower()}; "
+                "check the path, or make one with `dymu calibrate`."
+            ) from error
+        except ValueError as error:
+            raise BadThresholds(
+                f"{source} is not whole JSON ({error}); it may be cut short: fetch or calibrate it again."
+            ) from error
+        return _from_json(body, source)
+
+    def __str__(self) -> str:
+        return f"the thresholds file {self.source}" if self.source else "these thresholds"
+
+
+def _from_json(body: Any, source: Path) -> Thresholds:
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise BadThresholds(
+            f"{source} is JSON but not a dymu thresholds file; make one with `dymu calibrate`."
+        )
+    if not isinstance(body.get("version"), int) or body["version"] > VERSION:
+        raise BadThresholds(
+            f"{source} has format version {body.get('version')}, this dymu reads up to {VERSION}; update dymu."
+        )
+    known = {item.name for item in fields(Thresholds)} - {
+        "source",
+        "calibrated",
+        "encoder",
+        "skipped",
+    }
+    try:
+        calibrated = sorted(
+            (
+                Calibrated(
+                    **{**entry, "thresholds": tuple(float(value) for value in entry["thresholds"])}
+                )
+                for entry in body["calibrated"]
+            ),
+            key=lambda entry: entry.budget,
+        )
+        encoder = Encoder(**body["encoder"]) if body.get("encoder") else None
+        lengths = {len(entry.thresholds) for entry in calibrated}
+        if len(lengths) != 1 or (encoder is not None and lengths != {encoder.depth}):
+            raise ValueError("every budget needs one threshold per merging layer")
+        return Thresholds(
+            calibrated=tuple(calibrated),
+            encoder=encoder,
+            skipped=tuple(body.get("skipped", ())),
+            source=str(source),
+            **{key: body[key] for key in known & body.keys()},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadThresholds(
+            f"{source} lacks or misstates something ({type(error).__name__}: {error}); fetch or calibrate it again."
+        ) from error
+
+
+def _from_checkpoint(source: Path) -> Thresholds:
+    """The authors' format: an encoder's state dict with a scalar `….<layer>.threshold` per layer, 1.0 for no merging.
+
+    The wanted number of tokens stands in the file's name only (`ViT-L-14-336-tome-72out.pth`).
+    """
+    import torch
+
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise BadThresholds(
+            f"cannot read {source} as a checkpoint of tensors ({str(error).splitlines()[0]}); "
+            "nothing in it was executed: check that it is one of the authors' encoder checkpoints."
+        ) from error
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
+    found: dict[int, float] = {}
+    for name, value in state.items() if isinstance(state, Mapping) else ():
+        layer = re.search(r"(\d+)\.threshold$", str(name))
+        if layer:
+            found[int(layer[1])] = float(value)
+    if not found or sorted(found) != list(range(len(found))):
+        raise BadThresholds(
+            f"{source} holds no thresholds, one per layer; use one of the authors' encoder checkpoints."
+        )
+    named = re.search(r"(\d+)out", source.name)
+    if not named:
+        raise BadThresholds(
+            f"{source} does not say its budget, which the authors keep in the name; rename it to end with, "
+            "for example, -72out.pth."
+        )
+    thresholds = tuple(2.0 if found[layer] >= 1 else found[layer] for layer in sorted(found))
+    return Thresholds(
+        (Calibrated(float(named[1]), thresholds),), model=source.stem, source=str(source)
+    )

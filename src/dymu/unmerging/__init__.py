@@ -1,0 +1,25 @@
+"""The language-model half of DyMU: attention behaves as if no token had been merged (paper section 3.2)."""
+
+from dymu.unmerging.attention import NAME
+from dymu.unmerging.backends import BACKENDS, choose
+from dymu.unmerging.cache import History, adopt, cache_bytes
+from dymu.unmerging.prompt import image_leaders, prompt_leaders, prompt_map
+from dymu.unmerging.rotary import no_rotation
+from dymu.unmerging.step import UNMERGE, Step, Unmerge, plan_step
+
+__all__ = [
+    "BACKENDS",
+    "NAME",
+    "UNMERGE",
+    "History",
+    "Step",
+    "Unmerge",
+    "adopt",
+    "cache_bytes",
+    "choose",
+    "image_leaders",
+    "no_rotation",
+    "plan_step",
+    "prompt_leaders",
+    "prompt_map",
+]

@@ -1,0 +1,66 @@
+"""Virtual token unmerging written straight from the formula, one head and one query at a time. Slow, any dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dymu.unmerging.step import Step
+
+
+def _rotate(vector: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = vector.shape[0] // 2
+    rotated = vector.clone()
+    for i in range(half):
+        rotated[i] = vector[i] * cos[i] - vector[i + half] * sin[i]
+        rotated[i + half] = vector[i + half] * cos[i + half] + vector[i] * sin[i + half]
+    return rotated
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None
+) -> Tensor:
+    """Attention over virtual tokens (paper section 3.2): expand, rotate, attend causally, average over each group.
+
+    Args:
+        query: [B, H, Mq, D], un-rotated.
+        key, value: [B, Hkv, entries, D], un-rotated; H is a multiple of Hkv.
+        step: the virtual tokens.
+        scaling: factor on the logits.
+        window: sliding window in virtual tokens, or None.
+
+    Returns:
+        [B, Mq, H, D]; 0 for merged tokens past a row's end.
+    """
+    batch, heads, _, size = query.shape
+    shared = heads // key.shape[1]
+    seen, tokens = step.keys.shape[1], step.queries.tokens
+    total = query.new_zeros(batch, step.queries.width, heads, size)
+    count = query.new_zeros(batch, step.queries.width)
+    for b in range(batch):
+        visible = [n for n in range(seen) if step.keys[b, n] >= 0]
+        for n in range(tokens):
+            if step.queries.group[b, n] >= 0:
+                count[b, step.queries.group[b, n]] += 1
+        for h in range(heads):
+            entry = step.keys[b]
+            virtual_keys = {
+                n: _rotate(key[b, h // shared, entry[n]], step.cos[b, n], step.sin[b, n])
+                for n in visible
+            }
+            for n in range(tokens):
+                merged = step.queries.group[b, n]
+                if merged < 0:
+                    continue
+                place = seen - tokens + n
+                seen_keys = [
+                    j for j in visible if j <= place and (window is None or place - j < window)
+                ]
+                virtual_query = _rotate(query[b, h, merged], step.cos[b, place], step.sin[b, place])
+                logits = torch.stack([virtual_query @ virtual_keys[j] * scaling for j in seen_keys])
+                weights = logits.softmax(0)
+                total[b, merged, h] += sum(
+                    weight * value[b, h // shared, entry[j]]
+                    for weight, j in zip(weights, seen_keys, strict=True)
+                )
+    return total / count.clamp(min=1)[:, :, None, None]

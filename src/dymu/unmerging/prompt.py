@@ -1,0 +1,50 @@
+"""Image maps into the prompt: which tokens of the full prompt share one merged token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dymu.token_map import TokenMap
+
+
+def image_leaders(images: TokenMap) -> Tensor:
+    """int64 [B, N]: for every token of an image the first token of its group, its leader."""
+    return images.first().gather(1, images.group)
+
+
+def prompt_leaders(image_tokens: Tensor, leaders: Sequence[Tensor]) -> Tensor:
+    """Leaders of all prompt tokens: text tokens lead themselves, image tokens follow their image.
+
+    Args:
+        image_tokens: bool [B, N], the image placeholders of the prompts.
+        leaders: for every image in the order of the placeholders, int64 [its tokens], see `image_leaders`.
+
+    Returns:
+        int64 [B, N], places within the row.
+    """
+    batch, tokens = image_tokens.shape
+    own = torch.arange(tokens, device=image_tokens.device).expand(batch, tokens)
+    starts = torch.tensor([0] + [len(leader) for leader in leaders[:-1]]).cumsum(0).tolist()
+    flat = torch.cat([leader + start for leader, start in zip(leaders, starts, strict=True)])
+    return own.masked_scatter(image_tokens, own[image_tokens][flat.to(own.device)])
+
+
+def prompt_map(leaders: Tensor, present: Tensor | None = None) -> TokenMap:
+    """Number the groups of each prompt by their first token; padding belongs to none.
+
+    Args:
+        leaders: int64 [B, N], see `prompt_leaders`.
+        present: bool [B, N], the attention mask; None: every token is there.
+    """
+    own = torch.arange(leaders.shape[1], device=leaders.device).expand_as(leaders)
+    if present is not None:
+        leaders = torch.where(present.gather(1, leaders), leaders, own)
+    leads = leaders == own if present is None else (leaders == own) & present
+    group = (leads.cumsum(1) - 1).gather(1, leaders)
+    if present is not None:
+        group = torch.where(present, group, -1)
+    kept = leads.sum(1)
+    return TokenMap(group, kept, int(kept.max()), padded=present is not None)
