@@ -1,0 +1,1 @@
+"""The recipe behind ``models/demo``: real images in, a small stock LLaVA out."""
