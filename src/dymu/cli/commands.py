@@ -1,0 +1,420 @@
+"""The commands. Each checks what it was given, quick checks first, then does its work."""
+
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+
+import dymu
+from dymu.cli import errors
+from dymu.cli.output import Output, check_writable, table, write_whole
+
+MAX_NEW_TOKENS = 64
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+IN_FOLDERS = (*PICTURES, ".gif", ".avif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm")
+
+app = typer.Typer(
+    name="dymu",
+    help="Fewer image tokens for simple images, in a vision-language model as it was trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The `dymu` command: exit code 0, 1 (it failed) or 2 (it was called wrongly)."""
+    errors.Traceback.reset()
+    try:
+        app(prog_name="dymu")
+    except Exception as error:
+        if errors.Traceback.wanted:
+            raise
+        sys.exit(errors.report(error))
+
+
+def parse_budget(text: str) -> int | float:
+    """'96' tokens, or '0.15' or '15%' of them."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return int(text) if text.lstrip("+-").isdecimal() else _finite(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of tokens (96) nor a fraction of them (0.15)."
+        ) from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number != number or abs(number) == float("inf"):
+        raise ValueError(text)
+    return number
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, on the last line of stdout.")]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        help="Show the full traceback of an error (so does DYMU_DEBUG=1).",
+        callback=errors.Traceback.ask,
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(dymu.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _dymu(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A photo or drawing.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|ID", help="A model's folder or hub name.", show_default="the demo model"),
+    ] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="When to merge.", show_default="thresholds.json beside the model"),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            metavar="N|0.15",
+            help="Image tokens to keep on average: a number, or a fraction of all.",
+            show_default="0.30 for the demo model",
+        ),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Ask the untouched model as well, and time both.")] = False,
+    draw: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw what merged into this picture.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a model about an image with merged image tokens."""
+    from dymu import images
+    from dymu.cli import models
+    from dymu.thresholds import Thresholds
+
+    out = Output(as_json)
+    wanted = None if budget is None else parse_budget(budget)
+    if draw is not None:
+        check_writable(draw, "the picture", PICTURES)
+    picture = images.load(image)
+    if draw is not None and draw.exists() and draw.samefile(Path(image).expanduser()):
+        raise errors.BadOutput(f"{draw} is the image itself: name another file for the picture.")
+    for note in picture.notes:
+        out.note(f"{image}: {note}")
+
+    if model is None:
+        model = models.demo_model()
+        wanted = models.DEMO_BUDGET if wanted is None else wanted
+    thresholds_file = thresholds or models.thresholds_beside(model)
+    read = Thresholds.load(thresholds_file)
+    read.tokens_for(wanted)  # a budget that cannot be had is refused before the model is loaded
+
+    with out.step("loading torch and transformers"):
+        _quieten_transformers()
+        from dymu.timing import Times, measure_repeatedly
+    with out.step(f"loading {model}"):
+        loaded = models.load(model)
+    with dymu.apply(loaded.model, read, budget=wanted) as handle:
+        inputs = models.ask(loaded, picture.image, question)
+        with out.step("answering"):
+            answer = models.answer(loaded, inputs, MAX_NEW_TOKENS)
+        report = handle.last
+        drawing = report.draw(picture.image) if draw is not None else None
+        full_answer = ""
+        if compare:
+            with out.step("answering with all image tokens"), handle.disabled():
+                full_answer = models.answer(loaded, inputs, MAX_NEW_TOKENS)
+        with out.step("measuring"):
+            runs, full_runs = measure_repeatedly(loaded.model, inputs, handle if compare else None)
+
+    times = Times.medians(runs)
+    original, kept = sum(report.original), sum(report.kept)
+    data: dict[str, Any] = {
+        **_side(answer, original, kept, times, report.cache_bytes),
+        "budget": wanted,
+        "model": model,
+        "thresholds": str(thresholds_file),
+        "repeats": len(runs),
+        "notes": list(picture.notes),
+    }
+    if compare:
+        full_times = Times.medians(full_runs)
+        data["untouched"] = _side(full_answer, original, original, full_times, report.cache_bytes_full)
+        data["speedup_encoder_prefill"] = full_times.first_token_ms / times.first_token_ms
+    if draw is not None and drawing is not None:
+        write_whole(draw, drawing.save)
+        data["picture"] = str(draw)
+    out.result(data, lambda: _run_for_people(data))
+
+
+def _side(answer: str, original: int, kept: int, times: Any, cache_bytes: int) -> dict[str, Any]:
+    return {
+        "answer": answer,
+        "original_tokens": original,
+        "kept_tokens": kept,
+        "encoder_ms": round(times.encoder_ms, 3),
+        "prefill_ms": round(times.prefill_ms, 3),
+        "decode_ms_per_token": round(times.decode_ms_per_token, 3),
+        "cache_bytes": cache_bytes,
+    }
+
+
+def _run_for_people(data: dict[str, Any]) -> Iterator[Any]:
+    full = data.get("untouched")
+    sides = [full, data] if full else [data]
+    made = table("", *(["all tokens", "with DyMU"] if full else ["with DyMU"]), numbers=False)
+    made.add_row("answer", *(side["answer"] for side in sides))
+    made.add_row("image tokens", *(_kept(side) for side in sides))
+    made.add_row("vision encoder", *(f"{side['encoder_ms']:.1f} ms" for side in sides))
+    made.add_row("prefill", *(f"{side['prefill_ms']:.1f} ms" for side in sides))
+    made.add_row("each token after", *(f"{side['decode_ms_per_token']:.1f} ms" for side in sides))
+    made.add_row("KV cache", *(f"{side['cache_bytes'] / 2**10:,.0f} KiB" for side in sides))
+    yield made
+    yield ""
+    repeats = data["repeats"]
+    if full:
+        yield (
+            f"Encoder and prefill take {1 / data['speedup_encoder_prefill']:.2f} of the untouched "
+            f"model's time (medians of {repeats} runs of each, taken in turn after a warm-up)."
+        )
+    else:
+        yield f"Times are medians of {repeats} runs after a warm-up."
+    if "picture" in data:
+        yield f"What merged is drawn in {data['picture']}"
+
+
+def _kept(side: dict[str, Any]) -> str:
+    kept, original = side["kept_tokens"], side["original_tokens"]
+    return f"{kept} of {original} ({kept / original:.0%})"
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub name.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGES", help="Sample images, or folders of them."),
+    ],
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            "--budget",
+            "-b",
+            metavar="N|0.15",
+            help="Image tokens to keep on average: a number, or a fraction of all. Give several.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The thresholds file to write.")],
+    schedule: Annotated[
+        Literal["constant", "linear", "reverse_linear"],
+        typer.Option(help="How merges spread over the encoder's layers."),
+    ] = "reverse_linear",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the thresholds at which a model keeps the wanted number of tokens on sample images."""
+    from dymu.cli import models
+
+    out = Output(as_json)
+    budgets = [parse_budget(text) for text in budget]
+    check_writable(output, "thresholds", (".json",))
+    paths = [path for named in images for path in _image_files(named)]
+    with out.step("loading torch and transformers"):
+        _quieten_transformers()
+    with out.step(f"loading {model}"):
+        loaded = models.load(model)
+    began = perf_counter()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = dymu.calibrate(loaded.model, loaded.processor, paths, budgets, schedule=schedule)
+    seconds = perf_counter() - began
+    found.save(output)
+    for warning in warned:
+        if warning.filename == __file__:  # what calibrate says to its caller; libraries' talk is left out
+            out.note(str(warning.message))
+    data = {"file": str(output), "seconds": round(seconds, 3), **_thresholds_data(found)}
+    out.result(data, lambda: _thresholds_for_people(data))
+
+
+def _image_files(path: Path) -> list[Path]:
+    """A path as it is, or the images directly in a folder, in the order of their names."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in IN_FOLDERS)
+    if not found:
+        raise dymu.BadImage(f"{path} holds no images: name a folder that does, or image files.")
+    return found
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A thresholds file.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a thresholds file holds and what it belongs to."""
+    from dymu.thresholds import Thresholds
+
+    data = {"file": str(file), **_thresholds_data(Thresholds.load(file))}
+    Output(as_json).result(data, lambda: _thresholds_for_people(data))
+
+
+def _thresholds_data(found: Any) -> dict[str, Any]:
+    encoder = found.encoder
+    return {
+        "model": found.model,
+        "encoder": None if encoder is None else asdict(encoder),
+        "schedule": found.schedule,
+        "images": found.images,
+        "skipped": [dict(skipped) for skipped in found.skipped],
+        "created": found.created,
+        "dymu": found.dymu,
+        "budgets": [asdict(entry) for entry in found.calibrated],
+    }
+
+
+def _thresholds_for_people(data: dict[str, Any]) -> Iterator[Any]:
+    yield from _facts(
+        {
+            "file": data["file"],
+            "model": data["model"] or "not said",
+            "encoder": _encoder_for_people(data["encoder"]),
+            "schedule": data["schedule"] or "not said",
+            "found on": f"{data['images']} images ({len(data['skipped'])} skipped)"
+            if data["images"] is not None
+            else "not said",
+            "made": f"{data['created'] or 'not said'}, by dymu {data['dymu'] or '(not said)'}",
+        }
+    )
+    yield ""
+    kept = table("budget", "kept on average", "sd", "least", "most", title="image tokens")
+    for entry in data["budgets"]:
+        seen = (entry[name] for name in ("achieved", "sd", "min", "max"))
+        kept.add_row(_number(entry["budget"]), *(_number(value) for value in seen))
+    yield kept
+    yield ""
+    yield "thresholds: the similarity above which tokens merge, first layer first, – for never"
+    layers = table("budget", "", numbers=False)
+    for entry in data["budgets"]:
+        values = ("–" if value > 1 else f"{value:.3f}" for value in entry["thresholds"])
+        layers.add_row(_number(entry["budget"]), "  ".join(values))
+    yield layers
+
+
+def _encoder_for_people(encoder: dict[str, Any] | None) -> str:
+    if encoder is None:
+        return "not said"
+    return (
+        "{model_type}: {layers} layers, of which {depth} are read; {hidden_size} wide, "
+        "{heads} heads; {tokens} image tokens"
+    ).format(**encoder)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _facts(facts: dict[str, str]) -> Iterator[Any]:
+    made = table("", "", numbers=False)
+    made.show_header = False
+    for name, value in facts.items():
+        made.add_row(name, Text(value))
+    yield made
+
+
+@app.command()
+def families(as_json: Json = False, debug: Debug = False) -> None:
+    """List the model families that dymu knows."""
+    from dymu.families import FAMILIES
+
+    known = [
+        {
+            "model_type": model_type,
+            "towers": [name for tower in family.towers for name in tower.model_types],
+            "decoders": [name for decoder in family.decoders for name in decoder.model_types],
+        }
+        for model_type, family in sorted(FAMILIES.items())
+    ]
+
+    def for_people() -> Iterator[Any]:
+        made = table("model type", "vision towers", "language models", numbers=False)
+        for family in known:
+            made.add_row(
+                str(family["model_type"]),
+                ", ".join(family["towers"]),
+                ", ".join(family["decoders"]),
+            )
+        yield made
+
+    Output(as_json).result({"families": known}, for_people)
+
+
+@app.command()
+def env(as_json: Json = False, debug: Debug = False) -> None:
+    """Show the versions and the device, for a bug report."""
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    data: dict[str, Any] = {
+        "dymu": dymu.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "transformers", "numpy", "pillow")},
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerator": None if device is None else _accelerator(device.type),
+    }
+    Output(as_json).result(
+        data,
+        lambda: _facts({k.replace("_", " "): str(v or "none") for k, v in data.items()}),
+    )
+
+
+def _accelerator(kind: str) -> str:
+    import torch
+
+    return f"cuda: {torch.cuda.get_device_name()}" if kind == "cuda" else kind
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _quieten_transformers() -> None:
+    """Its progress bars and advice are about its own loading; errors still come as exceptions."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,146 @@
+"""From a folder or a hub name to a model ready to be asked, and from a question to its prompt."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dymu.cli.errors import BadModel, one_line
+from dymu.errors import BadPrompt, BadThresholds, UnsupportedModel
+
+DEMO_BUDGET = 0.30
+THRESHOLDS_NAME = "thresholds.json"
+_LLAVA_PROMPT = "USER: {image}\n{question} ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor."""
+
+    model: Any
+    processor: Any
+
+
+def demo_model() -> str:
+    """The demo model's folder: `DYMU_DEMO_MODEL`, else the one in the checkout this runs from."""
+    named = os.environ.get("DYMU_DEMO_MODEL")
+    folder = Path(named) if named else Path(__file__).parents[3] / "models" / "demo"
+    if not (folder / "config.json").is_file():
+        where = (
+            f"DYMU_DEMO_MODEL names {folder}, which holds no model"
+            if named
+            else ("the demo model comes with the repository, and this dymu was installed without it")
+        )
+        raise BadModel(f"{where}: say which model to use with --model.")
+    return str(folder)
+
+
+def thresholds_beside(model: str) -> Path:
+    """The thresholds that a model folder ships."""
+    path = Path(model).expanduser() / THRESHOLDS_NAME
+    if path.is_file():
+        return path
+    raise BadThresholds(
+        f"{model} ships no {THRESHOLDS_NAME}: name one with --thresholds, or make it with "
+        f"`dymu calibrate {model} IMAGES... -b 0.3 -o {THRESHOLDS_NAME}`."
+    )
+
+
+def load(name: str) -> Loaded:
+    """Model and processor from a folder or a hub name, on the accelerator if there is one."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from dymu.families import FAMILIES
+
+    source = _source(name)
+    with _as_bad_model(name):
+        model_type = _model_type(source)
+    if model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"{name} is of the type {model_type!r}, which dymu does not know; it knows "
+            f"{', '.join(sorted(FAMILIES))}: docs/add-a-family.md says how to add one."
+        )
+    accelerated = torch.accelerator.is_available()
+    with _as_bad_model(name):
+        processor = AutoProcessor.from_pretrained(source)
+        # CPUs are slow in bfloat16, so there the weights are widened.
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto" if accelerated else torch.float32)
+    if accelerated:
+        model = model.to(torch.accelerator.current_accelerator())
+    return Loaded(model.eval(), processor)
+
+
+def ask(loaded: Loaded, image: Any, question: str) -> dict[str, Any]:
+    """What the model takes for one image and one question."""
+    text = prompt(loaded.processor, question)
+    inputs = loaded.processor(images=image, text=text, return_tensors="pt")
+    return dict(inputs.to(loaded.model.device, dtype=loaded.model.dtype))
+
+
+def answer(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> str:
+    """The model's greedy answer."""
+    output = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    text: str = loaded.processor.decode(new, skip_special_tokens=True)
+    return text.strip()
+
+
+def prompt(processor: Any, question: str) -> str:
+    """The question in the words that the model was trained on, with one image placeholder."""
+    placeholder = processor.image_token
+    if placeholder in question:
+        raise BadPrompt(
+            f"the question holds {placeholder}, which stands for an image, and there is one image, "
+            "which gets its place by itself: ask without it."
+        )
+    if processor.chat_template is None:
+        return _LLAVA_PROMPT.format(image=placeholder, question=question)
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    places = text.count(placeholder)
+    if places != 1:
+        raise BadPrompt(
+            f"this model's chat template gives {places} image placeholders ({placeholder}) for one "
+            "image: use a model whose template gives each image its own."
+        )
+    return text
+
+
+def _source(name: str) -> str:
+    """The name as transformers takes it; what is no model folder and no hub name is refused."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadModel(
+                f"{name} is a folder without a config.json, so it holds no model in Hugging Face "
+                "format: name the folder that does."
+            )
+        return str(path)
+    if path.exists():
+        raise BadModel(f"{name} is a file: name the folder that holds the model.")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise BadModel(f"{name} does not exist: check the path.")
+    return name
+
+
+def _model_type(source: str) -> str:
+    from transformers import PreTrainedConfig
+
+    config, _ = PreTrainedConfig.get_config_dict(source)
+    return str(config.get("model_type", "(none)"))
+
+
+@contextmanager
+def _as_bad_model(name: str) -> Iterator[None]:
+    """Whatever loading stumbles over, in one sentence; a lack of memory is passed on as it is."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors, tokenizers, json and the hub each raise their own
+        raise BadModel(
+            f"{name} could not be loaded ({one_line(error)}): check that it is whole, or its name."
+        ) from error

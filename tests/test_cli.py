@@ -1,0 +1,443 @@
+"""The command line on a tiny model, and what every wrong input gets."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dymu
+from dymu import timing
+from dymu.apply import encoder_of
+from dymu.cli import commands, models
+from dymu.families import FAMILIES, resolve
+from dymu.thresholds import Calibrated, Thresholds
+
+FIELDS = {
+    "answer",
+    "original_tokens",
+    "kept_tokens",
+    "encoder_ms",
+    "prefill_ms",
+    "decode_ms_per_token",
+    "cache_bytes",
+}
+TOKENS = 16  # 4 x 4 patches
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny random LLaVA as a model folder, with the thresholds that it ships."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    special = ["<pad>", "<unk>", "<eos>", "<image>"]
+    words = [*special, "USER", ":", "ASSISTANT", "what", "is", "this", "?", "a", "red", "cat"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<image>"],
+    )
+    side = {"height": 56, "width": 56}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size=side, crop_size=side),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            bos_token_id=None,
+        ),
+        image_token_id=3,
+        image_seq_length=TOKENS,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    encoder = encoder_of(resolve(model, FAMILIES), tokens=TOKENS)
+    Thresholds((Calibrated(4.0, (0.0, 0.0, 2.0)), Calibrated(16.0, (2.0, 2.0, 2.0))), encoder=encoder).save(
+        path / "thresholds.json"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "photo.png"
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+@pytest.fixture
+def dymu_command(monkeypatch, capsys):
+    """Call the command as a shell does: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(timing, "DECODE_STEPS", 2)
+    monkeypatch.delenv("DYMU_DEBUG", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dymu", *map(str, arguments)])
+        try:
+            commands.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def refused(dymu_command, tmp_path):
+    """Call the command, see it fail as a user's mistake should, and get its sentence."""
+
+    def call(*arguments) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = dymu_command(*arguments)
+        assert code == 1, err
+        assert out == ""
+        sentence = err.strip().splitlines()[-1]
+        assert sentence.startswith("dymu: ")
+        assert sentence.endswith((".", ".)"))
+        assert "Traceback" not in err
+        assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+        return sentence
+
+    return call
+
+
+def last_object(out: str) -> dict:
+    return json.loads(out.splitlines()[-1])
+
+
+# run
+
+
+def test_run_compares_both_models(dymu_command, folder, photo, tmp_path):
+    picture = tmp_path / "merged.png"
+    code, out, err = dymu_command(
+        "run", photo, "what is this ?", "--model", folder, "--budget", 4, "--compare",
+        "--draw", picture, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    data = last_object(out)
+    assert data.keys() >= FIELDS
+    assert data["untouched"].keys() == FIELDS
+    assert data["original_tokens"] == TOKENS
+    assert 0 < data["kept_tokens"] < TOKENS
+    assert data["untouched"]["kept_tokens"] == TOKENS
+    assert 0 < data["cache_bytes"] < data["untouched"]["cache_bytes"]
+    assert min(data["encoder_ms"], data["prefill_ms"], data["decode_ms_per_token"]) > 0
+    both = data["encoder_ms"] + data["prefill_ms"]
+    full = data["untouched"]["encoder_ms"] + data["untouched"]["prefill_ms"]
+    assert data["speedup_encoder_prefill"] == pytest.approx(full / both, rel=1e-2)
+    assert data["repeats"] >= 1
+    assert list(tmp_path.iterdir()) == [picture]
+    assert Image.open(picture).size > (0, 0)
+
+
+def test_run_for_people(dymu_command, folder, photo):
+    code, out, _ = dymu_command("run", photo, "what is this ?", "--model", folder, "-b", "0.5")
+    assert code == 0
+    assert "image tokens" in out
+    assert "of 16" in out
+
+
+def test_run_on_the_demo_models_default(dymu_command, folder, photo, monkeypatch):
+    monkeypatch.setenv("DYMU_DEMO_MODEL", str(folder))
+    code, out, _ = dymu_command("run", photo, "what is this ?", "--json")
+    assert code == 0
+    assert last_object(out)["budget"] == models.DEMO_BUDGET
+    assert last_object(out)["model"] == str(folder)
+
+
+def test_with_nothing_merged_the_answers_are_the_same(dymu_command, folder, photo):
+    code, out, _ = dymu_command(
+        "run", photo, "what is this ?", "--model", folder, "--budget", "16", "--compare", "--json"
+    )
+    data = last_object(out)
+    assert code == 0
+    assert data["kept_tokens"] == TOKENS
+    assert data["answer"] == data["untouched"]["answer"]
+    assert data["cache_bytes"] == data["untouched"]["cache_bytes"]
+
+
+def test_what_was_done_to_the_image_is_said_on_stderr(dymu_command, folder, tmp_path):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    code, out, err = dymu_command("run", tmp_path / "a.gif", "what ?", "--model", folder, "-b", "50%", "--json")
+    assert code == 0
+    assert "using the first of 2 frames" in err
+    assert last_object(out)["notes"] == ["animated GIF: using the first of 2 frames"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 10)])
+def test_run_refuses_odd_sizes(refused, folder, tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    sentence = refused("run", tmp_path / "a.png", "what ?", "--model", folder, "-b", 4)
+    assert "pixels" in sentence
+
+
+def test_run_refuses_what_is_no_image(refused, folder, tmp_path):
+    (tmp_path / "a.jpg").write_text("text")
+    assert "does not exist" in refused("run", tmp_path / "b.jpg", "what ?", "--model", folder)
+    assert "is not an image" in refused("run", tmp_path / "a.jpg", "what ?", "--model", folder)
+    assert "is a folder" in refused("run", tmp_path, "what ?", "--model", folder)
+
+
+@pytest.mark.parametrize("budget", ["3", "17", "0", "-4", "0.1", "1.5"])
+def test_run_refuses_a_budget_outside_the_range(refused, folder, photo, budget):
+    sentence = refused("run", photo, "what ?", "--model", folder, f"--budget={budget}")
+    assert "4 to 16" in sentence
+
+
+@pytest.mark.parametrize("budget", ["many", "nan", "inf", "", "%", "1e", "²"])
+def test_a_budget_that_is_no_number_is_wrong_usage(dymu_command, folder, photo, budget):
+    code, out, err = dymu_command("run", photo, "what ?", "--model", folder, f"--budget={budget}")
+    assert (code, out) == (2, "")
+    assert "neither a number" in err
+
+
+def test_run_refuses_thresholds_that_do_not_fit(refused, folder, photo, tmp_path):
+    own = json.loads((folder / "thresholds.json").read_text())
+
+    def refusal(text: str) -> str:
+        path = tmp_path / "t.json"
+        path.write_text(text)
+        sentence = refused("run", photo, "what ?", "--model", folder, "--thresholds", path, "-b", 4)
+        assert "t.json" in sentence
+        return sentence
+
+    other = {**own, "encoder": {**own["encoder"], "hidden_size": 1024}}
+    assert "another" in refusal(json.dumps(other))
+    assert "version" in refusal(json.dumps({**own, "version": 99}))
+    assert "cut short" in refusal(json.dumps(own)[:100])
+    assert "not a dymu thresholds file" in refusal("{}")
+
+
+def test_run_refuses_models_it_cannot_use(refused, folder, photo, tmp_path, monkeypatch):
+    ask = ("run", photo, "what ?", "--thresholds", folder / "thresholds.json", "-b", 4, "--model")
+    assert "does not exist" in refused(*ask, tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(*ask, tmp_path / "empty")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    assert "llava" in refused(*ask, tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").write_text('{"model_ty')
+    assert "could not be loaded" in refused(*ask, tmp_path / "bert")
+    assert "ships no thresholds.json" in refused("run", photo, "what ?", "--model", tmp_path)
+    monkeypatch.setenv("DYMU_DEMO_MODEL", str(tmp_path / "nothing"))
+    assert "--model" in refused("run", photo, "what ?")
+
+
+def test_run_refuses_a_damaged_model(refused, folder, photo, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in folder.iterdir():
+        whole = file.read_bytes()
+        kept = len(whole) // 2 if file.suffix == ".safetensors" else len(whole)
+        (damaged / file.name).write_bytes(whole[:kept])
+    sentence = refused("run", photo, "what ?", "--model", damaged, "-b", 4)
+    assert "could not be loaded" in sentence
+
+
+def test_run_refuses_a_placeholder_in_the_question(refused, folder, photo):
+    sentence = refused("run", photo, "what is <image> ?", "--model", folder, "-b", 4)
+    assert "<image>" in sentence
+
+
+def test_run_refuses_a_chat_template_without_a_place_for_the_image(refused, folder, photo, tmp_path):
+    blind = tmp_path / "blind"
+    blind.mkdir()
+    for file in folder.iterdir():
+        (blind / file.name).write_bytes(file.read_bytes())
+    (blind / "chat_template.jinja").write_text("USER: {{ messages[0]['content'][1]['text'] }}")
+    assert "0 image placeholders" in refused("run", photo, "what ?", "--model", blind, "-b", 4)
+
+
+def test_a_chat_template_is_used(folder):
+    loaded = models.load(str(folder))
+    assert models.prompt(loaded.processor, "what ?") == "USER: <image>\nwhat ? ASSISTANT:"
+    loaded.processor.chat_template = (
+        "{% for part in messages[0]['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
+        "{% endfor %}!"
+    )
+    assert models.prompt(loaded.processor, "what ?") == "<image>what ?!"
+
+
+def test_drawings_are_whole_or_not_there(refused, folder, photo, tmp_path, monkeypatch):
+    ask = ("run", photo, "what ?", "--model", folder, "-b", 4, "--draw")
+    assert ".png" in refused(*ask, tmp_path / "a.doc")
+    assert "is not a folder" in refused(*ask, tmp_path / "no" / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    assert "is a folder" in refused(*ask, tmp_path / "folder.png")
+    assert "image itself" in refused(*ask, photo)
+
+    def full_disk(image, path, *_, **__):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    assert "No space left" in refused(*ask, tmp_path / "a.png")
+
+
+# calibrate, inspect
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    path = tmp_path_factory.mktemp("samples")
+    random = np.random.default_rng(1)
+    for index in range(6):
+        coarse = random.integers(0, 255, (2 + index, 3, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((64, 64)).save(path / f"{index}.png")
+    (path / "not-an-image.jpg").write_text("text")
+    (path / "notes.txt").write_text("no image by its name")
+    return path
+
+
+def test_calibrate_then_inspect(dymu_command, folder, photos, tmp_path):
+    file = tmp_path / "t.json"
+    code, out, err = dymu_command("calibrate", folder, photos, "-b", 8, "-b", "0.75", "-o", file, "--json")
+    assert code == 0, err
+    data = last_object(out)
+    assert "not-an-image.jpg" in err
+    assert data["images"] == 6
+    assert len(data["skipped"]) == 1
+    assert [entry["budget"] for entry in data["budgets"]] == [8, 12]
+    assert all(len(entry["thresholds"]) == 3 for entry in data["budgets"])
+
+    code, out, _ = dymu_command("inspect", file, "--json")
+    assert code == 0
+    assert last_object(out).items() <= data.items()
+    code, out, _ = dymu_command("inspect", file)
+    assert code == 0
+    assert "clip_vision_model" in out
+
+
+def test_calibrate_refuses(refused, folder, photos, tmp_path):
+    end = ("-b", 8, "-o", tmp_path / "t.json")
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused("calibrate", folder, tmp_path / "empty", *end)
+    refused("calibrate", folder, photos / "not-an-image.jpg", *end)
+    assert "17" in refused("calibrate", folder, photos, "-b", 17, "-o", tmp_path / "t.json")
+    refused("calibrate", folder, photos, "-b", 8, "-o", tmp_path / "no" / "t.json")
+
+
+def test_inspect_refuses(refused, folder, tmp_path):
+    assert "nothing.json" in refused("inspect", tmp_path / "nothing.json")
+    cut = tmp_path / "cut.json"
+    cut.write_text((folder / "thresholds.json").read_text()[:50])
+    assert "cut short" in refused("inspect", cut)
+
+
+# families, env, and the command itself
+
+
+def test_families(dymu_command):
+    code, out, _ = dymu_command("families", "--json")
+    assert code == 0
+    assert [f["model_type"] for f in last_object(out)["families"]] == sorted(FAMILIES)
+    assert "llava" in dymu_command("families")[1]
+
+
+def test_env(dymu_command):
+    data = last_object(dymu_command("env", "--json")[1])
+    assert data["dymu"] == dymu.__version__
+    assert data["torch"].startswith(torch.__version__.split("+")[0])
+    assert "transformers" in dymu_command("env")[1]
+
+
+def test_version(dymu_command):
+    assert dymu_command("--version")[:2] == (0, dymu.__version__ + "\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["nonsense"],
+        ["run", "a.png", "b", "--nonsense"],
+        ["calibrate", "m", "i.png"],
+        ["calibrate", "m", "i.png", "-b", "8", "-o", "t.json", "--schedule", "square"],
+    ],
+)
+def test_wrong_usage_is_2(dymu_command, arguments):
+    code, out, _ = dymu_command(*arguments)
+    assert (code, out) == (2, "")
+
+
+@pytest.mark.parametrize("ask", ["--debug", "DYMU_DEBUG"])
+def test_a_traceback_for_who_asks(dymu_command, monkeypatch, tmp_path, ask):
+    arguments = ["inspect", tmp_path / "nothing.json"]
+    if ask == "--debug":
+        arguments.append(ask)
+    else:
+        real = os.environ.copy()
+        monkeypatch.setattr(os, "environ", {**real, ask: "1"})
+    with pytest.raises(dymu.BadThresholds):
+        dymu_command(*arguments)
+
+
+def test_an_unforeseen_error_asks_for_a_report(refused, monkeypatch, folder):
+    monkeypatch.setattr(Thresholds, "load", lambda path: 1 / 0)
+    sentence = refused("inspect", folder / "thresholds.json")
+    assert "ZeroDivisionError" in sentence
+    assert "--debug" in sentence
+
+
+def test_ctrl_c(dymu_command, monkeypatch, folder):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Thresholds, "load", interrupt)
+    code, _, err = dymu_command("inspect", folder / "thresholds.json")
+    assert code == 130  # what shells expect of a program that was interrupted
+    assert "Traceback" not in err
+
+
+def test_the_installed_command_from_a_shell(tmp_path):
+    command = [sys.executable, "-c", "from dymu.cli import main; main()"]
+    done = subprocess.run([*command, "inspect", "nothing.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
