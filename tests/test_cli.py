@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import dymu
+import tiny
 from dymu import timing
 from dymu.apply import encoder_of
 from dymu.cli import commands, models
@@ -26,74 +27,42 @@ FIELDS = {
     "decode_ms_per_token",
     "cache_bytes",
 }
-TOKENS = 16  # 4 x 4 patches
+TOKENS, FEWEST = tiny.PATCHES, 10
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A tiny random LLaVA as a model folder, with the thresholds that it ships."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-    special = ["<pad>", "<unk>", "<eos>", "<image>"]
-    words = [*special, "USER", ":", "ASSISTANT", "what", "is", "this", "?", "a", "red", "cat"]
+    words = ["<pad>", "<unk>", *"USER : ASSISTANT what is this ? a red cat".split()]  # noqa: SIM905
+    words += [f"word{i}" for i in range(len(words), tiny.IMAGE_TOKEN)] + ["<image>"]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<unk>",
         pad_token="<pad>",
-        eos_token="<eos>",
         additional_special_tokens=["<image>"],
     )
-    side = {"height": 56, "width": 56}
+    side = {"height": tiny.SIDE, "width": tiny.SIDE}
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size=side, crop_size=side),
         tokenizer,
-        patch_size=14,
+        patch_size=tiny.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=56,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            eos_token_id=2,
-            pad_token_id=0,
-            bos_token_id=None,
-        ),
-        image_token_id=3,
-        image_seq_length=TOKENS,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
+    model = tiny.llava("clip", "llama")
     path = tmp_path_factory.mktemp("models") / "tiny"
     model.save_pretrained(path)
     processor.save_pretrained(path)
-    encoder = encoder_of(resolve(model, FAMILIES), tokens=TOKENS)
-    Thresholds((Calibrated(4.0, (0.0, 0.0, 2.0)), Calibrated(16.0, (2.0, 2.0, 2.0))), encoder=encoder).save(
-        path / "thresholds.json"
-    )
+    every, none = (0.0,) * (tiny.LAYERS - 1), (2.0,) * (tiny.LAYERS - 1)
+    Thresholds(
+        (Calibrated(FEWEST, every), Calibrated(TOKENS, none)),
+        encoder=encoder_of(resolve(model, FAMILIES), tokens=TOKENS),
+    ).save(path / "thresholds.json")
     return path
 
 
@@ -154,7 +123,7 @@ def last_object(out: str) -> dict:
 def test_run_compares_both_models(dymu_command, folder, photo, tmp_path):
     picture = tmp_path / "merged.png"
     code, out, err = dymu_command(
-        "run", photo, "what is this ?", "--model", folder, "--budget", 4, "--compare",
+        "run", photo, "what is this ?", "--model", folder, "--budget", FEWEST, "--compare",
         "--draw", picture, "--json",
     )  # fmt: skip
     assert code == 0, err
@@ -178,7 +147,7 @@ def test_run_for_people(dymu_command, folder, photo):
     code, out, _ = dymu_command("run", photo, "what is this ?", "--model", folder, "-b", "0.5")
     assert code == 0
     assert "image tokens" in out
-    assert "of 16" in out
+    assert f"of {TOKENS}" in out
 
 
 def test_run_on_the_demo_models_default(dymu_command, folder, photo, monkeypatch):
@@ -191,7 +160,7 @@ def test_run_on_the_demo_models_default(dymu_command, folder, photo, monkeypatch
 
 def test_with_nothing_merged_the_answers_are_the_same(dymu_command, folder, photo):
     code, out, _ = dymu_command(
-        "run", photo, "what is this ?", "--model", folder, "--budget", "16", "--compare", "--json"
+        "run", photo, "what is this ?", "--model", folder, "--budget", TOKENS, "--compare", "--json"
     )
     data = last_object(out)
     assert code == 0
@@ -212,7 +181,7 @@ def test_what_was_done_to_the_image_is_said_on_stderr(dymu_command, folder, tmp_
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 10)])
 def test_run_refuses_odd_sizes(refused, folder, tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "a.png")
-    sentence = refused("run", tmp_path / "a.png", "what ?", "--model", folder, "-b", 4)
+    sentence = refused("run", tmp_path / "a.png", "what ?", "--model", folder, "-b", FEWEST)
     assert "pixels" in sentence
 
 
@@ -223,10 +192,10 @@ def test_run_refuses_what_is_no_image(refused, folder, tmp_path):
     assert "is a folder" in refused("run", tmp_path, "what ?", "--model", folder)
 
 
-@pytest.mark.parametrize("budget", ["3", "17", "0", "-4", "0.1", "1.5"])
+@pytest.mark.parametrize("budget", ["9", "50", "0", "-4", "0.1", "1.5"])
 def test_run_refuses_a_budget_outside_the_range(refused, folder, photo, budget):
     sentence = refused("run", photo, "what ?", "--model", folder, f"--budget={budget}")
-    assert "4 to 16" in sentence
+    assert f"{FEWEST} to {TOKENS}" in sentence
 
 
 @pytest.mark.parametrize("budget", ["many", "nan", "inf", "", "%", "1e", "²"])
@@ -242,7 +211,7 @@ def test_run_refuses_thresholds_that_do_not_fit(refused, folder, photo, tmp_path
     def refusal(text: str) -> str:
         path = tmp_path / "t.json"
         path.write_text(text)
-        sentence = refused("run", photo, "what ?", "--model", folder, "--thresholds", path, "-b", 4)
+        sentence = refused("run", photo, "what ?", "--model", folder, "--thresholds", path, "-b", FEWEST)
         assert "t.json" in sentence
         return sentence
 
@@ -254,7 +223,7 @@ def test_run_refuses_thresholds_that_do_not_fit(refused, folder, photo, tmp_path
 
 
 def test_run_refuses_models_it_cannot_use(refused, folder, photo, tmp_path, monkeypatch):
-    ask = ("run", photo, "what ?", "--thresholds", folder / "thresholds.json", "-b", 4, "--model")
+    ask = ("run", photo, "what ?", "--thresholds", folder / "thresholds.json", "-b", FEWEST, "--model")
     assert "does not exist" in refused(*ask, tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused(*ask, tmp_path / "empty")
@@ -275,12 +244,12 @@ def test_run_refuses_a_damaged_model(refused, folder, photo, tmp_path):
         whole = file.read_bytes()
         kept = len(whole) // 2 if file.suffix == ".safetensors" else len(whole)
         (damaged / file.name).write_bytes(whole[:kept])
-    sentence = refused("run", photo, "what ?", "--model", damaged, "-b", 4)
+    sentence = refused("run", photo, "what ?", "--model", damaged, "-b", FEWEST)
     assert "could not be loaded" in sentence
 
 
 def test_run_refuses_a_placeholder_in_the_question(refused, folder, photo):
-    sentence = refused("run", photo, "what is <image> ?", "--model", folder, "-b", 4)
+    sentence = refused("run", photo, "what is <image> ?", "--model", folder, "-b", FEWEST)
     assert "<image>" in sentence
 
 
@@ -290,7 +259,7 @@ def test_run_refuses_a_chat_template_without_a_place_for_the_image(refused, fold
     for file in folder.iterdir():
         (blind / file.name).write_bytes(file.read_bytes())
     (blind / "chat_template.jinja").write_text("USER: {{ messages[0]['content'][1]['text'] }}")
-    assert "0 image placeholders" in refused("run", photo, "what ?", "--model", blind, "-b", 4)
+    assert "0 image placeholders" in refused("run", photo, "what ?", "--model", blind, "-b", FEWEST)
 
 
 def test_a_chat_template_is_used(folder):
@@ -305,7 +274,7 @@ def test_a_chat_template_is_used(folder):
 
 
 def test_drawings_are_whole_or_not_there(refused, folder, photo, tmp_path, monkeypatch):
-    ask = ("run", photo, "what ?", "--model", folder, "-b", 4, "--draw")
+    ask = ("run", photo, "what ?", "--model", folder, "-b", FEWEST, "--draw")
     assert ".png" in refused(*ask, tmp_path / "a.doc")
     assert "is not a folder" in refused(*ask, tmp_path / "no" / "a.png")
     (tmp_path / "folder.png").mkdir()
@@ -337,13 +306,13 @@ def photos(tmp_path_factory):
 
 def test_calibrate_then_inspect(dymu_command, folder, photos, tmp_path):
     file = tmp_path / "t.json"
-    code, out, err = dymu_command("calibrate", folder, photos, "-b", 8, "-b", "0.75", "-o", file, "--json")
+    code, out, err = dymu_command("calibrate", folder, photos, "-b", 20, "-b", "0.75", "-o", file, "--json")
     assert code == 0, err
     data = last_object(out)
     assert "not-an-image.jpg" in err
     assert data["images"] == 6
     assert len(data["skipped"]) == 1
-    assert [entry["budget"] for entry in data["budgets"]] == [8, 12]
+    assert [entry["budget"] for entry in data["budgets"]] == [20, round(0.75 * TOKENS)]
     assert all(len(entry["thresholds"]) == 3 for entry in data["budgets"])
 
     code, out, _ = dymu_command("inspect", file, "--json")
@@ -355,12 +324,12 @@ def test_calibrate_then_inspect(dymu_command, folder, photos, tmp_path):
 
 
 def test_calibrate_refuses(refused, folder, photos, tmp_path):
-    end = ("-b", 8, "-o", tmp_path / "t.json")
+    end = ("-b", 20, "-o", tmp_path / "t.json")
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused("calibrate", folder, tmp_path / "empty", *end)
     refused("calibrate", folder, photos / "not-an-image.jpg", *end)
-    assert "17" in refused("calibrate", folder, photos, "-b", 17, "-o", tmp_path / "t.json")
-    refused("calibrate", folder, photos, "-b", 8, "-o", tmp_path / "no" / "t.json")
+    assert "50" in refused("calibrate", folder, photos, "-b", 50, "-o", tmp_path / "t.json")
+    refused("calibrate", folder, photos, "-b", 20, "-o", tmp_path / "no" / "t.json")
 
 
 def test_inspect_refuses(refused, folder, tmp_path):
