@@ -1,0 +1,342 @@
+"""Calibration: budgets met exactly, by the arithmetic of inference, equal to a slow float64 reference."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil
+
+import dymu
+from dymu.calibrate import NEVER, threshold_for
+from dymu.families import FAMILIES, resolve
+from dymu.merging import SCHEDULES, FixedMerge, removals
+from dymu.shelf import Shelf
+
+COUNT = 10
+BUDGETS = [4, 0.3, 30, 49]
+
+
+@pytest.fixture(scope="module")
+def processor() -> CLIPImageProcessorPil:
+    side = {"height": tiny.SIDE, "width": tiny.SIDE}
+    return CLIPImageProcessorPil(size=side, crop_size=side)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    pixels = tiny.pictures(COUNT).mul(50).add(128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def kept(model: nn.Module, thresholds: dymu.Thresholds, budget: float, pixels: Tensor) -> list[int]:
+    """Image tokens that `dymu.apply` keeps of each picture."""
+    parts = resolve(model, FAMILIES)
+    with dymu.apply(model, thresholds, budget=budget) as handle, torch.inference_mode():
+        parts.inner.get_image_features(
+            pixels,
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            output_hidden_states=True,
+        )
+        never_merging = max(parts.prefix - parts.dropped(), 0)
+        return [count - never_merging for count in handle.last.kept]
+
+
+def slowly(model: nn.Module, pictures: Tensor, target: float, schedule: str) -> tuple[list[float], list[int]]:
+    """Thresholds and kept tokens by the formulas, in float64, one image at a time."""
+    model = copy.deepcopy(model).double()
+    parts = resolve(model, FAMILIES)
+    prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
+    with torch.no_grad():
+        embedded = [parts.tower(p[None].double(), output_hidden_states=True).hidden_states[0][0] for p in pictures]
+        tokens = [list(x) for x in embedded]
+        sizes = [[1.0] * len(x) for x in embedded]
+        count = len(embedded[0]) - prefix
+        thresholds, wanted, done = [], 0.0, 0
+        for layer, removed in zip(parts.encoder_layers[:depth], removals(count, target, depth, schedule), strict=True):
+            edges = []
+            for image, rows in enumerate(tokens):
+                x, size = torch.stack(rows), torch.tensor(sizes[image]).double()
+                normed = layer.norm1(x)
+                q, k, v = (
+                    part(normed).unflatten(-1, (layer.heads, -1)) for part in (layer.query, layer.key, layer.value)
+                )
+                logits = torch.einsum("nhd,mhd->hnm", q, k) / q.shape[-1] ** 0.5 + size.log()
+                update = layer.out(torch.einsum("hnm,mhd->nhd", logits.softmax(-1), v).flatten(1))
+                for module in layer.after_attention:
+                    update = module(update)
+                tokens[image] = list(x + update)
+                metric = k.mean(1)[prefix:]
+                metric = metric / metric.norm(dim=1, keepdim=True)
+                if len(metric) > 1:
+                    best = (metric[0::2] @ metric[1::2].T).max(1)
+                    edges += [(s.item(), image, a, b.item()) for a, (s, b) in enumerate(zip(*best, strict=True))]
+            wanted += removed * len(tokens)
+            edges.sort(reverse=True)
+            merging = edges[: round(wanted) - done]
+            done += len(merging)
+            values = [1.0, *(edge[0] for edge in edges), -1.0]
+            thresholds.append((values[len(merging)] + values[len(merging) + 1]) / 2)
+            for image, rows in enumerate(tokens):
+                into = {prefix + 2 * a: prefix + 2 * b + 1 for _, i, a, b in merging if i == image}
+                for b in set(into.values()):
+                    group = [b, *(a for a, goal in into.items() if goal == b)]
+                    size = sum(sizes[image][n] for n in group)
+                    rows[b] = sum(sizes[image][n] * rows[n] for n in group) / size
+                    sizes[image][b] = size
+                first = [n for n in range(len(rows)) if n < prefix or (n - prefix) % 2 == 0 and n not in into]
+                order = first + list(range(prefix + 1, len(rows), 2))
+                sizes[image] = [sizes[image][n] for n in order]
+                x = torch.stack([rows[n] for n in order])
+                update = layer.mlp(layer.norm2(x))
+                for module in layer.after_mlp:
+                    update = module(update)
+                tokens[image] = list(x + update)
+    return thresholds, [len(rows) - prefix for rows in tokens]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("tower", tiny.TOWERS)
+def test_budgets_are_met_and_inference_repeats_them(
+    tower: str, schedule: str, processor: CLIPImageProcessorPil, images: list[Image.Image]
+) -> None:
+    model = tiny.llava(tower, layer=-1)
+    thresholds = dymu.calibrate(model, processor, images, BUDGETS, schedule=schedule, batch_size=4, progress=False)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert thresholds.budgets == [4, round(0.3 * tiny.PATCHES), 30, tiny.PATCHES]
+    for entry in thresholds.calibrated:
+        assert entry.achieved == pytest.approx(entry.budget, rel=0.005)
+        counts = [count for batch in pixels.split(4) for count in kept(model, thresholds, entry.budget, batch)]
+        assert [sum(counts) / COUNT, min(counts), max(counts)] == [entry.achieved, entry.min, entry.max]
+        assert entry.sd == pytest.approx(np.std(counts))
+    assert any(entry.max > entry.min for entry in thresholds.calibrated)
+    assert thresholds.calibrated[-1].thresholds == (NEVER,) * tiny.LAYERS
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("tower", tiny.TOWERS)
+def test_equals_a_slow_reference(
+    tower: str, schedule: str, processor: CLIPImageProcessorPil, images: list[Image.Image]
+) -> None:
+    model = tiny.llava(tower, layer=-1)
+    entry = dymu.calibrate(model, processor, images, [12], schedule=schedule, progress=False).calibrated[0]
+    thresholds, counts = slowly(model, processor(images=images, return_tensors="pt")["pixel_values"], 12, schedule)
+    assert entry.thresholds == pytest.approx(thresholds, abs=1e-5)
+    assert [entry.achieved, entry.min, entry.max] == [np.mean(counts), min(counts), max(counts)]
+
+
+def test_does_not_depend_on_the_batch(processor: CLIPImageProcessorPil, images: list[Image.Image]) -> None:
+    model = tiny.llava("clip", layer=-1)
+    one, *others = (
+        dymu.calibrate(model, processor, images, [10, 25], batch_size=size, progress=False) for size in (1, 3, 8, 100)
+    )
+    for other in others:
+        for mine, its in zip(one.calibrated, other.calibrated, strict=True):
+            assert mine.thresholds == pytest.approx(its.thresholds, abs=1e-6)
+            assert (mine.achieved, mine.sd, mine.min, mine.max) == (its.achieved, its.sd, its.min, its.max)
+
+
+def test_budgets_do_not_disturb_one_another(processor: CLIPImageProcessorPil, images: list[Image.Image]) -> None:
+    model = tiny.llava("dinov2", layer=-1)
+    together = dymu.calibrate(model, processor, images, [8, 16, 32], progress=False).calibrated
+    alone = [dymu.calibrate(model, processor, images, [n], progress=False).calibrated[0] for n in (8, 16, 32)]
+    assert list(together) == alone
+
+
+def test_runs_only_the_layers_whose_features_are_read(
+    processor: CLIPImageProcessorPil, images: list[Image.Image]
+) -> None:
+    model = tiny.llava("clip", layer=[1, 2])
+    broken = resolve(model, FAMILIES).encoder_modules[2:]
+    for parameter in (p for module in broken for p in module.parameters()):
+        parameter.data.fill_(torch.nan)
+    entry = dymu.calibrate(model, processor, images, [20], progress=False).calibrated[0]
+    assert entry.achieved == 20
+    assert len(entry.thresholds) == 2
+
+
+def test_leaves_the_model_as_it_was_and_works_with_dymu_applied(
+    processor: CLIPImageProcessorPil, images: list[Image.Image]
+) -> None:
+    model = tiny.llava("siglip")
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    plain = dymu.calibrate(model, processor, images, [20], progress=False)
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
+    with dymu.apply(model, merge=FixedMerge(keep=10)):
+        assert dymu.calibrate(model, processor, images, [20], progress=False) == plain
+
+
+def test_half_precision_decides_in_float32(processor: CLIPImageProcessorPil, images: list[Image.Image]) -> None:
+    model = tiny.llava("clip", layer=-1).bfloat16()
+    thresholds = dymu.calibrate(model, processor, images, [12], batch_size=4, memory_limit_bytes=0, progress=False)
+    entry = thresholds.calibrated[0]
+    assert entry.achieved == pytest.approx(12, rel=0.005)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"].bfloat16()
+    counts = [count for batch in pixels.split(4) for count in kept(model, thresholds, 12, batch)]
+    assert [sum(counts) / COUNT, min(counts), max(counts)] == [entry.achieved, entry.min, entry.max]
+
+
+@pytest.fixture
+def temporary_files(tmp_path, monkeypatch) -> Iterator[list]:
+    """The temporary files that are made, in a folder of their own; afterwards they must be gone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made, make = [], tempfile.TemporaryFile
+
+    def remember(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", remember)
+    yield made
+    assert all(file.closed for file in made)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("limit", [0, 30_000])
+def test_a_file_gives_what_memory_gives(temporary_files, limit: int, processor, images) -> None:
+    model = tiny.llava("clip")
+    in_memory = dymu.calibrate(model, processor, images, [10, 20, 30], batch_size=3, progress=False)
+    assert temporary_files == []
+    spilt = dymu.calibrate(
+        model, processor, images, [10, 20, 30], batch_size=3, memory_limit_bytes=limit, progress=False
+    )
+    assert spilt == in_memory
+    assert len(temporary_files) == 1
+
+
+def test_the_file_is_gone_after_ctrl_c(temporary_files, processor, images) -> None:
+    def interrupted() -> Iterator[Image.Image]:
+        yield from images
+        raise KeyboardInterrupt
+
+    model = tiny.llava("clip")
+    with pytest.raises(KeyboardInterrupt):
+        dymu.calibrate(model, processor, interrupted(), [10], batch_size=3, memory_limit_bytes=0, progress=False)
+    assert len(temporary_files) == 1
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with Shelf(10) as shelf:
+        shelf.place(10)
+        with pytest.raises(dymu.DymuError, match=r"no room for .* set TMPDIR"):
+            shelf.place(1)
+
+
+def test_places_keep_what_is_put(tmp_path) -> None:
+    with Shelf(2_000) as shelf:
+        places = [shelf.place(1_000) for _ in range(5)]
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            tensors = [torch.full((3, 2, 20), n, dtype=dtype) for n in range(5)]
+            for place, tensor in zip(places, tensors, strict=True):
+                place.put(tensor)
+            for place, tensor in zip(places, tensors, strict=True):
+                assert torch.equal(place.get(), tensor)
+
+
+def test_images_of_all_sorts(tmp_path, processor, images) -> None:
+    model = tiny.llava("clip")
+    plain = dymu.calibrate(model, processor, images[:3], [20], progress=False)
+    images[1].save(tmp_path / "second.png")
+    (tmp_path / "text.jpg").write_text("no picture")
+    mixed = iter(
+        [
+            images[0],
+            tmp_path / "missing.png",
+            str(tmp_path / "second.png"),
+            str(tmp_path / "text.jpg"),
+            Image.new("RGB", (1, 1)),
+            images[2],
+        ]
+    )
+    with pytest.warns(UserWarning, match=r"skipped 3 of 6 images: .*missing\.png does not exist.*text\.jpg") as warned:
+        found = dymu.calibrate(model, processor, mixed, [20], progress=False)
+    assert warned[0].filename == __file__
+    assert found.calibrated == plain.calibrated
+    assert found.images == 3
+    assert [skipped["image"] for skipped in found.skipped] == [
+        str(tmp_path / "missing.png"),
+        str(tmp_path / "text.jpg"),
+        "image 5",
+    ]
+
+
+def test_says_where_thresholds_come_from(tmp_path, capsys, processor, images) -> None:
+    model = tiny.llava("dinov2_with_registers", layer=-1)
+    model.config._name_or_path = str(tmp_path)
+    found = dymu.calibrate(model, processor, images, (0.5,), schedule="linear")
+    assert capsys.readouterr() == ("", "")  # no bar where stderr is no terminal
+    assert (found.model, found.images, found.schedule) == (tmp_path.name, COUNT, "linear")
+    assert found.dymu == dymu.__version__
+    assert abs((date.fromisoformat(found.created) - date.today()).days) <= 1
+    assert found.encoder is not None
+    assert (found.encoder.model_type, found.encoder.depth, found.encoder.tokens) == (
+        "dinov2_with_registers",
+        tiny.LAYERS,
+        tiny.PATCHES,
+    )
+    found.save(tmp_path / "thresholds.json")
+    assert dymu.Thresholds.load(tmp_path / "thresholds.json") == found
+
+
+def test_refuses_what_cannot_work(processor, images) -> None:
+    model = tiny.llava("clip")
+    with pytest.raises(dymu.BadBudget, match=r"cannot keep 50 of 49 tokens"):
+        dymu.calibrate(model, processor, images, [50], progress=False)
+    with pytest.raises(dymu.BadBudget, match=r"cannot keep 5 of 49 tokens in 3 layers"):
+        dymu.calibrate(model, processor, images, [0.1], progress=False)
+    with pytest.raises(dymu.DymuError, match=r"none was given"):
+        dymu.calibrate(model, processor, [], [10], progress=False)
+    with pytest.raises(dymu.DymuError, match=r"all 2 were skipped, the first because a\.png does not exist"):
+        dymu.calibrate(model, processor, ["a.png", "b.png"], [10], progress=False)
+    with pytest.raises(dymu.UnsupportedModel):
+        dymu.calibrate(nn.Linear(1, 1), processor, images, [10], progress=False)
+    with pytest.raises(ValueError, match="unknown schedule"):
+        dymu.calibrate(model, processor, images, [10], schedule="other", progress=False)
+    with pytest.raises(ValueError, match="at least one budget"):
+        dymu.calibrate(model, processor, images, [], progress=False)
+    with pytest.raises(dymu.DymuError, match=r"ahead of the first encoder layer"):
+        dymu.calibrate(tiny.llava("clip", layer=0), processor, images, [10], progress=False)
+    whole = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    sizes = [image.resize((28, side)) for image, side in zip(images, (28, 32), strict=False)]
+    with pytest.raises(dymu.DymuError, match=r"different sizes \(28 × 28 and 28 × 32 pixels\)"):
+        dymu.calibrate(model, whole, sizes, [10], progress=False)
+
+
+def test_says_when_equal_images_cannot_meet_a_budget(processor) -> None:
+    model = tiny.llava("clip")
+    with torch.no_grad():
+        resolve(model, FAMILIES).tower.get_parameter("embeddings.position_embedding.weight").zero_()
+    with pytest.warns(UserWarning, match=r"for a budget of 20 tokens the images keep .* exactly alike"):
+        found = dymu.calibrate(model, processor, [Image.new("RGB", (28, 28))] * 3, [20], progress=False)
+    assert found.calibrated[0].achieved != 20
+
+
+@given(
+    st.lists(st.floats(-1, 1, width=32), max_size=30, unique=True) | st.lists(st.sampled_from([0.5, 0.25, 1.0, -1.0])),
+    st.integers(-3, 40),
+)
+def test_a_threshold_has_as_many_edges_above_it_as_wanted(values: list[float], count: int) -> None:
+    edges = torch.tensor(values, dtype=torch.float32)
+    threshold, merged = threshold_for(edges, count)
+    assert np.float32(threshold) == threshold
+    assert int((edges > threshold).sum()) == merged
+    possible = {int((edges > value).sum()) for value in [*values, -2.0]}
+    assert abs(merged - count) == min(abs(n - count) for n in possible)
+    if len(set(values)) == len(values):
+        assert merged == min(max(count, 0), len(values))
