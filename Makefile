@@ -26,9 +26,11 @@ setup: $(READY)
 # torch goes first and pinned: asked for by range, pip would choose a build with gigabytes of CUDA
 # even where a CPU build is on offer.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "dymu needs Python 3.11 or newer; say which with: make setup PYTHON=python3.11"; exit 1; }
-	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "dymu needs Python 3.11 or newer; name one: make setup PYTHON=python3.11"; exit 1; }; \
+	  echo "Setting up .venv, once: it takes some minutes."; \
+	  $(PYTHON) -m venv .venv; }
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

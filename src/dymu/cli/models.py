@@ -141,6 +141,9 @@ def _as_bad_model(name: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # safetensors, tokenizers, json and the hub each raise their own
-        raise BadModel(
-            f"{name} could not be loaded ({one_line(error)}): check that it is whole, or its name."
-        ) from error
+        why = one_line(error).rstrip(".")
+        if Path(name).expanduser().is_dir():
+            sentence = f"{name} could not be loaded ({why}): check that the folder is whole."
+        else:
+            sentence = f"{name} is no folder here, and the hub did not give it ({why}): check its name."
+        raise BadModel(sentence) from error
