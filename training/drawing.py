@@ -46,9 +46,7 @@ def shape(rng: np.random.Generator, name: str, colour: str, side: int) -> Image.
     return image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def background(
-    rng: np.random.Generator, pictures: Sequence[Image.Image]
-) -> tuple[Image.Image, str | None, bool]:
+def background(rng: np.random.Generator, pictures: Sequence[Image.Image]) -> tuple[Image.Image, str | None, bool]:
     """A background, the one colour it has if it has one, and whether it is a photo."""
     kind = rng.choice(["flat", "flat", "flat", "gradient", "texture", "pattern", "photo", "photo"])
     if kind == "photo":
@@ -66,9 +64,7 @@ def background(
     return Image.composite(image, other, _blend(rng, str(kind))), None, False
 
 
-def crop(
-    rng: np.random.Generator, picture: Image.Image, low: float, high: float, side: int = SIDE
-) -> Image.Image:
+def crop(rng: np.random.Generator, picture: Image.Image, low: float, high: float, side: int = SIDE) -> Image.Image:
     """A random part of a picture, between ``low`` and ``high`` of each side, squashed square."""
     width, height = picture.size
     w, h = int(width * rng.uniform(low, high)), int(height * rng.uniform(low, high))
@@ -131,9 +127,7 @@ def _shade(rng: np.random.Generator, fill: Image.Image) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _grain(
-    rng: np.random.Generator, image: Image.Image, strength: float, coarse: bool = False
-) -> Image.Image:
+def _grain(rng: np.random.Generator, image: Image.Image, strength: float, coarse: bool = False) -> Image.Image:
     cells = int(rng.integers(14, 80)) if coarse else SIDE
     noise = rng.normal(0, strength, (cells, cells)).astype(np.float32)
     if coarse:

@@ -49,9 +49,7 @@ def answers(
     for start in track(range(0, len(asked), BATCH), description=label):
         rows = asked[start : start + BATCH]
         prompts = [f"<user><image>{row.text}<assistant>" for row in rows]
-        inputs = processor(
-            images=[row.image for row in rows], text=prompts, return_tensors="pt", padding=True
-        )
+        inputs = processor(images=[row.image for row in rows], text=prompts, return_tensors="pt", padding=True)
         with torch.inference_mode():
             ids = model.generate(**inputs, max_new_tokens=10, do_sample=False)
         new = ids[:, inputs["input_ids"].shape[1] :]
@@ -77,9 +75,7 @@ def score(asked: list[Asked], said: list[str], kept: list[int]) -> dict[str, Any
 
 
 @contextmanager
-def merged(
-    model: Any, thresholds: Path, budget: float, unmerge: Literal["exact", "none"]
-) -> Iterator[Any]:
+def merged(model: Any, thresholds: Path, budget: float, unmerge: Literal["exact", "none"]) -> Iterator[Any]:
     """The model with its image tokens merged, for a moment."""
     import dymu
 
@@ -102,9 +98,7 @@ def markdown(settings: list[dict[str, Any]]) -> str:
         cells = []
         for kind in kinds:
             cell = row["kinds"][kind]
-            cells.append(
-                f"{100 * cell['accuracy']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
-            )
+            cells.append(f"{100 * cell['accuracy']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]")
         lines.append(f"| {row['name']} | {row['kept_mean']:.0f} | " + " | ".join(cells))
     return "\n".join(line + " |" for line in lines)
 
@@ -143,9 +137,7 @@ def main(
                 name = f"{budget:.0%}, unmerge {unmerge}"
                 with merged(model, thresholds, budget, unmerge) as handle:
                     said, kept = answers(model, processor, asked, handle, name)
-                settings.append(
-                    {"name": name, "budget": budget, "unmerge": unmerge, **score(asked, said, kept)}
-                )
+                settings.append({"name": name, "budget": budget, "unmerge": unmerge, **score(asked, said, kept)})
     print(markdown(settings))
     if out is not None:
         record = {

@@ -56,9 +56,7 @@ class FeatureStore:
                         break
                     self._offset += len(line)
                     data = json.loads(line)
-                    self._examples.append(
-                        (Facts.from_json(data["facts"]), data["names"], data["colours"])
-                    )
+                    self._examples.append((Facts.from_json(data["facts"]), data["names"], data["colours"]))
         if self._map is None and self._examples:
             self._map = np.memmap(self.folder / "features.f16", dtype=np.float16, mode="r").reshape(
                 -1, TOKENS, CHANNELS

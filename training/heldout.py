@@ -24,9 +24,7 @@ class Asked:
     answer: str
 
 
-def scene_questions(
-    per_kind: int = PER_KIND, unseen: bool = False, seed: int = TEST_SEED
-) -> list[Asked]:
+def scene_questions(per_kind: int = PER_KIND, unseen: bool = False, seed: int = TEST_SEED) -> list[Asked]:
     """Equally many questions of each kind, at most one of a kind per scene."""
     asked: list[Asked] = []
     left = dict.fromkeys(SCENE_KINDS, per_kind)

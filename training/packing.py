@@ -62,10 +62,7 @@ class DenseWords:
         self.unique = {key: torch.tensor(sorted(set(value))) for key, value in ids.items()}
         """For each choice, the token ids to choose from (names may share their first word)."""
         self._index = {
-            key: {
-                word: sorted(set(ids[key])).index(token)
-                for word, token in zip(choice, ids[key], strict=True)
-            }
+            key: {word: sorted(set(ids[key])).index(token) for word, token in zip(choice, ids[key], strict=True)}
             for key, choice in choices.items()
         }
         thirds = np.array([0] * 6 + [1] * 4 + [2] * 6)
@@ -106,12 +103,7 @@ def choose(found: list[Question], count: int, rng: np.random.Generator) -> list[
     per_kind: dict[str, int] = {}
     for question in found:
         per_kind[question.kind] = per_kind.get(question.kind, 0) + 1
-    odds = np.array(
-        [
-            KIND_ODDS[q.kind] / per_kind[q.kind] * (0.35 if q.answer in ("1", "0") else 1.0)
-            for q in found
-        ]
-    )
+    odds = np.array([KIND_ODDS[q.kind] / per_kind[q.kind] * (0.35 if q.answer in ("1", "0") else 1.0) for q in found])
     picked = rng.choice(len(found), min(count, len(found)), replace=False, p=odds / odds.sum())
     return [found[k] for k in picked]
 

@@ -141,9 +141,7 @@ def _about_items(facts: Facts, rng: np.random.Generator) -> Iterator[Question]:
 
 def _presence(facts: Facts, rng: np.random.Generator) -> Iterator[Question]:
     """As many yes as no, with and without a colour."""
-    present = facts.photo or (
-        facts.items[rng.integers(len(facts.items))].name if facts.items else None
-    )
+    present = facts.photo or (facts.items[rng.integers(len(facts.items))].name if facts.items else None)
     if present:
         yield Question("yesno", "is there", {"one": present}, "yes")
         yield Question("yesno", "is there", {"one": _absent(facts, rng)}, "no")

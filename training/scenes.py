@@ -188,9 +188,7 @@ def _colour(rng: np.random.Generator, avoid: str | None) -> str:
     return str(rng.choice([colour for colour in COLOURS if colour != avoid]))
 
 
-def _thing(
-    rng: np.random.Generator, stock: Materials, background: str | None
-) -> tuple[str, str | None]:
+def _thing(rng: np.random.Generator, stock: Materials, background: str | None) -> tuple[str, str | None]:
     draw = rng.random()
     if draw < 0.36:
         return SHAPES[rng.integers(len(SHAPES))], _colour(rng, background)
@@ -201,9 +199,7 @@ def _thing(
     return emoji[rng.integers(len(emoji))], None
 
 
-def _paste(
-    rng: np.random.Generator, stock: Materials, image: Image.Image, item: Item
-) -> np.ndarray:
+def _paste(rng: np.random.Generator, stock: Materials, image: Image.Image, item: Item) -> np.ndarray:
     """Draw the item; return the [GRID, GRID] mask of tokens it fills by two fifths or more."""
     side = int(item.size * SIDE)
     tiles = [picture for name, picture in stock.subjects if name == item.name]

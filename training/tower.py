@@ -29,11 +29,7 @@ def load_tower(path: Path | None = None) -> Dinov2Model:
     """The tower with its weights, every one of them, in evaluation mode."""
     graph = onnx.load(str(path or tower_onnx())).graph
     tensors = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
-    weights = {
-        name.removeprefix("backbone."): value
-        for name, value in tensors.items()
-        if name.startswith("backbone.")
-    }
+    weights = {name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")}
     for node in graph.node:  # dense weights kept no name of their own: take their node's
         if node.op_type == "MatMul" and node.input[1] in tensors and "/backbone/" in node.name:
             name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
@@ -44,9 +40,7 @@ def load_tower(path: Path | None = None) -> Dinov2Model:
     with TemporaryDirectory() as folder:  # from_pretrained knows every version's module names
         tower_config().save_pretrained(folder)
         save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        model, report = Dinov2Model.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = Dinov2Model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     missing = set(report["missing_keys"]) - {"embeddings.mask_token"}
     if missing or report["unexpected_keys"]:
         raise ValueError(f"DINOv2: missing {missing}, unexpected {report['unexpected_keys']}")

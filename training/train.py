@@ -18,10 +18,11 @@ import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from training import attention
 from training.cache import cache_root
 from training.features import Example, FeatureStore, cache_features
 from training.model import build_model
-from training.packing import Batch, DenseWords, pack, prefix_id
+from training.packing import PREFIX, Batch, DenseWords, pack, prefix_id
 
 SEED = 20250417
 DENSE_WEIGHT = 0.3
@@ -36,6 +37,7 @@ class Trainer:
         torch.manual_seed(SEED)
         self.model = build_model()
         self.model.model.vision_tower.requires_grad_(False)
+        self.model.model.language_model.set_attn_implementation(attention.register(PREFIX))
         self.dense_steps, self.steps = dense_steps, steps
         self.batch, self.asked, self.peak = batch, asked, peak
         self.step = 0
@@ -46,11 +48,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write to a scratch file first: a kill leaves the last good checkpoint."""
-        weights = {
-            name: value
-            for name, value in self.model.state_dict().items()
-            if "vision_tower" not in name
-        }
+        weights = {name: value for name, value in self.model.state_dict().items() if "vision_tower" not in name}
         state = {"step": self.step, "weights": weights, "optimiser": self.optimiser.state_dict()}
         scratch = path.with_suffix(".partial")
         torch.save(state, scratch)
@@ -154,17 +152,18 @@ class Trainer:
 
 def main(
     scenes: int = 12000,
-    dense_steps: int = 500,
+    dense_steps: int = 1000,
     steps: int = 5000,
     batch: int = 16,
     asked: int = 14,
     peak: float = 1.5e-3,
+    threads: int = 2,
     fresh: bool = False,
     export: bool = True,
     wait_for_features: bool = True,
 ) -> None:
     """Fetch, compose, cache, train, export."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(threads)
     if wait_for_features:
         cache_features(scenes)
     path = cache_root() / "checkpoint.pt"
