@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from dymu.errors import AlreadyApplied, BadBudget
 from dymu.families import FAMILIES, Parts, resolve
@@ -30,6 +30,7 @@ from dymu.unmerging import (
     cache_bytes,
     choose,
     image_leaders,
+    leaders_within,
     no_rotation,
     plan_step,
     prompt_leaders,
@@ -41,7 +42,7 @@ _LEADERS = "_dymu_leaders"
 
 
 def apply(
-    model: nn.Module,
+    model: PreTrainedModel,
     thresholds: Thresholds | str | os.PathLike[str] | None = None,
     *,
     budget: int | float | None = None,
@@ -73,12 +74,11 @@ def apply(
     parts = resolve(model, FAMILIES)
     if hasattr(parts.inner, _MARK):
         raise AlreadyApplied(
-            "DyMU is already applied to this model; set handle.budget to change the budget, or call handle.remove() first."
+            "DyMU is already applied to this model; set handle.budget to change the budget, "
+            "or call handle.remove() first."
         )
     if (thresholds is None) == (merge is None):
-        raise ValueError(
-            "give either thresholds (and a budget) or merge=, not both and not neither"
-        )
+        raise ValueError("give either thresholds (and a budget) or merge=, not both and not neither")
     if unmerge not in UNMERGE:
         raise ValueError(f"unknown unmerge {unmerge!r}; choose {' or '.join(UNMERGE)}")
     if thresholds is not None and not isinstance(thresholds, Thresholds):
@@ -126,12 +126,15 @@ class Handle:
         self._unmerge: Unmerge = unmerge
         self._backend = backend
         self._budget: float | None = None
+        self._inner_signature = inspect.signature(parts.inner.forward)
+        self._decoder_signature = inspect.signature(parts.language_model.forward)
         self._undo: list[Callable[[], object]] = []
         self._run: MergeRun | None = None
         self._dropped = 0
         self._features: list[Tensor] | None = None
         self._image_tokens: Tensor | None = None
         self._map: TokenMap | None = None
+        self._chunked: tuple[int, Tensor] | None = None
 
     @property
     def budget(self) -> float | None:
@@ -141,9 +144,7 @@ class Handle:
     @budget.setter
     def budget(self, budget: int | float | None) -> None:
         if self._thresholds is None:
-            raise BadBudget(
-                "this model merges by a fixed rule, which has no budget; apply thresholds instead."
-            )
+            raise BadBudget("this model merges by a fixed rule, which has no budget; apply thresholds instead.")
         self._rule = ThresholdMerge(tuple(self._thresholds.per_layer(budget)))
         self._budget = self._thresholds.tokens_for(budget)
 
@@ -177,13 +178,11 @@ class Handle:
         self._hook(parts.projector.register_forward_hook(self._after_projector))
         # The language model unmerges.
         self._hook(parts.inner.register_forward_pre_hook(self._before_inner, with_kwargs=True))
-        self._hook(
-            parts.language_model.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
-        )
-        self._hook(
-            parts.language_model.register_forward_hook(self._after_decoder, with_kwargs=True)
-        )
+        self._hook(parts.language_model.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        self._hook(parts.language_model.register_forward_hook(self._after_decoder, with_kwargs=True))
         self._hook(parts.rotary.register_forward_hook(no_rotation))
+        if hasattr(parts.model, "_prefill"):
+            self._set(parts.model, "_prefill", self._prefilling(parts.model._prefill))
         for module in (parts.language_model, *parts.attentions):
             config = copy.copy(module.config)
             config._attn_implementation = NAME
@@ -199,9 +198,7 @@ class Handle:
     def _set(self, module: nn.Module, name: str, value: object) -> None:
         """Set an attribute of this instance, remembering what stood there."""
         if name in module.__dict__:
-            self._undo.append(
-                functools.partial(module.__dict__.__setitem__, name, module.__dict__[name])
-            )
+            self._undo.append(functools.partial(module.__dict__.__setitem__, name, module.__dict__[name]))
         else:
             self._undo.append(functools.partial(module.__dict__.pop, name))
         module.__dict__[name] = value
@@ -261,9 +258,7 @@ class Handle:
         grid = _grid(images.tokens - prefix, pixel_values)
         self.last = Report(
             map=images,
-            layers=[
-                (state.map.kept - self._dropped).tolist() for state in run.states[1 : run.depth + 1]
-            ],
+            layers=[(state.map.kept - self._dropped).tolist() for state in run.states[1 : run.depth + 1]],
             prefix=prefix,
             grid=grid,
             seen=adaptive_avg_pool2d(pixel_values.detach().float(), grid).cpu(),
@@ -271,9 +266,9 @@ class Handle:
 
     # Language model: the full prompt -> merged prompt -> the full prompt's outputs.
 
-    def _before_inner(self, inner: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_inner(self, inner: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Learn where this call's images stand in the prompt."""
-        given = inspect.signature(inner.forward).bind(*args, **kwargs).arguments
+        given = self._inner_signature.bind(*args, **kwargs).arguments
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         self._features = None if encoded is None else encoded.pooler_output
@@ -288,23 +283,45 @@ class Handle:
         elif not _length(given.get("past_key_values")):
             self.last = Report()
 
-    def _leaders(self, batch: int, tokens: int) -> Tensor | None:
-        """Leaders of the prompt's tokens, or None where no token is merged."""
+    def _prefilling(self, prefill: Callable[..., Any]) -> Callable[..., Any]:
+        """Chunked prefill cuts the features of encoded images into pieces that no longer carry their token maps, so
+        remember those of the whole prompt meanwhile."""
+        signature = inspect.signature(prefill)
+
+        @functools.wraps(prefill)
+        def prefilling(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            inputs = given["model_kwargs"]
+            encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+            if given["generation_config"].prefill_chunk_size is not None and encoded is not None:
+                ids, mask, past = given["input_ids"], inputs.get("attention_mask"), _length(inputs["past_key_values"])
+                if mask is None or mask.shape[1] == ids.shape[1]:
+                    ids = ids[:, past:]
+                leaders = _carried(encoded.pooler_output)
+                if leaders is not None:
+                    self._chunked = past, prompt_leaders(ids == self._parts.image_token_id, leaders)
+            try:
+                return prefill(*args, **kwargs)
+            finally:
+                self._chunked = None
+
+        return prefilling
+
+    def _leaders(self, batch: int, start: int, tokens: int) -> Tensor | None:
+        """Leaders of the prompt's tokens from `start` on, or None where no token is merged."""
         places, features = self._image_tokens, self._features
         self._image_tokens = self._features = None
+        if self._chunked is not None:
+            first, leaders = self._chunked
+            return leaders_within(leaders, start - first, tokens)
         if places is None or features is None or places.shape != (batch, tokens):
             return None
-        leaders = [getattr(feature, _LEADERS, None) for feature in features]
-        if any(leader is None for leader in leaders):
-            return None
-        return prompt_leaders(places, [leader for leader in leaders if leader is not None])
+        carried = _carried(features)
+        return None if carried is None else prompt_leaders(places, carried)
 
-    def _before_decoder(
-        self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        bound = inspect.signature(decoder.forward).bind(*args, **kwargs)
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        given.pop("kwargs", None)
+    def _before_decoder(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = self._decoder_signature.bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
         embeds, ids = given.pop("inputs_embeds", None), given.pop("input_ids", None)
         if embeds is None:
             embeds = decoder.get_input_embeddings()(ids)
@@ -318,10 +335,8 @@ class Handle:
         present = _present(given.pop("attention_mask", None), tokens)
         positions = given.pop("position_ids", None)
         if positions is None:
-            positions = torch.arange(history.length, history.length + tokens, device=embeds.device)[
-                None
-            ]
-        leaders = self._leaders(batch, tokens)
+            positions = torch.arange(history.length, history.length + tokens, device=embeds.device)[None]
+        leaders = self._leaders(batch, history.length, tokens)
         plain = leaders is None and present is None
         if plain:
             self._map = TokenMap.identity(batch, tokens, embeds.device)
@@ -347,9 +362,7 @@ class Handle:
             "dymu_step": step,
         }
 
-    def _after_decoder(
-        self, _decoder: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _after_decoder(self, _decoder: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         assert self._map is not None
         expand, cache = self._map.expand, output.past_key_values
         if cache is not None:
@@ -360,6 +373,13 @@ class Handle:
         if output.hidden_states is not None:
             output.hidden_states = tuple(expand(hidden) for hidden in output.hidden_states)
         return output
+
+
+def _carried(features: list[Tensor]) -> list[Tensor] | None:
+    """The leaders that each image's features carry; None for features that were not merged here."""
+    if not all(hasattr(feature, _LEADERS) for feature in features):
+        return None
+    return [getattr(feature, _LEADERS) for feature in features]
 
 
 def _length(cache: Any) -> int:

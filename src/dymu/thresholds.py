@@ -95,15 +95,11 @@ class Thresholds:
         if budget is None:
             if len(self.calibrated) == 1:
                 return lowest
-            raise BadBudget(
-                f"no budget was given; choose one of {span} image tokens, for which {self} was calibrated."
-            )
+            raise BadBudget(f"no budget was given; choose one of {span} image tokens, for which {self} was calibrated.")
         wanted = float(budget)
         if isinstance(budget, float) and 0 < budget <= 1:
             if self.encoder is None:
-                raise BadBudget(
-                    f"{self} does not say how many tokens an image has; give the budget in tokens: {span}."
-                )
+                raise BadBudget(f"{self} does not say how many tokens an image has; give the budget in tokens: {span}.")
             wanted = budget * self.encoder.tokens
         # A fraction is rounded to whole tokens on calibration, so allow as much on use.
         if not lowest - 0.5 <= wanted <= highest + 0.5:
@@ -126,10 +122,7 @@ class Thresholds:
             return list(upper.thresholds)
         lower = self.calibrated[above - 1]
         part = (wanted - lower.budget) / (upper.budget - lower.budget)
-        return [
-            low + part * (high - low)
-            for low, high in zip(lower.thresholds, upper.thresholds, strict=True)
-        ]
+        return [low + part * (high - low) for low, high in zip(lower.thresholds, upper.thresholds, strict=True)]
 
     def check_fits(self, encoder: Encoder) -> None:
         """Refuse a model with another encoder; the number of tokens (the image size) may differ.
@@ -141,8 +134,8 @@ class Thresholds:
             counts = {len(entry.thresholds) for entry in self.calibrated}
             if not counts <= {encoder.depth, encoder.layers}:
                 raise BadThresholds(
-                    f"{self} has thresholds for {max(counts)} layers, but the model's {encoder.model_type} encoder merges "
-                    f"in {encoder.depth} of {encoder.layers}; use the thresholds of this encoder."
+                    f"{self} has thresholds for {max(counts)} layers, but the {encoder.model_type} encoder "
+                    f"of the model merges in {encoder.depth} of {encoder.layers}; use the thresholds of this encoder."
                 )
             return
         differing = [
@@ -197,9 +190,7 @@ class Thresholds:
 
 def _from_json(body: Any, source: Path) -> Thresholds:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise BadThresholds(
-            f"{source} is JSON but not a dymu thresholds file; make one with `dymu calibrate`."
-        )
+        raise BadThresholds(f"{source} is JSON but not a dymu thresholds file; make one with `dymu calibrate`.")
     if not isinstance(body.get("version"), int) or body["version"] > VERSION:
         raise BadThresholds(
             f"{source} has format version {body.get('version')}, this dymu reads up to {VERSION}; update dymu."
@@ -213,9 +204,7 @@ def _from_json(body: Any, source: Path) -> Thresholds:
     try:
         calibrated = sorted(
             (
-                Calibrated(
-                    **{**entry, "thresholds": tuple(float(value) for value in entry["thresholds"])}
-                )
+                Calibrated(**{**entry, "thresholds": tuple(float(value) for value in entry["thresholds"])})
                 for entry in body["calibrated"]
             ),
             key=lambda entry: entry.budget,
@@ -269,6 +258,4 @@ def _from_checkpoint(source: Path) -> Thresholds:
             "for example, -72out.pth."
         )
     thresholds = tuple(2.0 if found[layer] >= 1 else found[layer] for layer in sorted(found))
-    return Thresholds(
-        (Calibrated(float(named[1]), thresholds),), model=source.stem, source=str(source)
-    )
+    return Thresholds((Calibrated(float(named[1]), thresholds),), model=source.stem, source=str(source))

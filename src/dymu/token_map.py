@@ -33,9 +33,7 @@ class TokenMap:
     padded: bool = False
 
     @classmethod
-    def identity(
-        cls, batch: int, tokens: int, device: torch.device | str | None = None
-    ) -> TokenMap:
+    def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> TokenMap:
         """Every token stands for itself."""
         group = torch.arange(tokens, device=device).expand(batch, tokens)
         return cls(group, torch.full((batch,), tokens, device=device), tokens)
@@ -50,7 +48,7 @@ class TokenMap:
         return self.group.shape[1]
 
     def _slot(self) -> tuple[Tensor, int]:
-        """Row of the flattened [B * stride, ...] merged tensor for each original token; padding has a row of its own."""
+        """Row of the flattened [B * stride, ...] merged tensor for each original token; padding has its own."""
         stride = self.width + self.padded
         group = torch.where(self.group < 0, self.width, self.group) if self.padded else self.group
         offset = torch.arange(self.batch, device=group.device)[:, None] * stride
@@ -59,9 +57,7 @@ class TokenMap:
     def expand(self, merged: Tensor) -> Tensor:
         """Copy each merged token to the tokens it stands for: [B, M, ...] -> [B, N, ...]; padding becomes 0."""
         if merged.shape[:2] != (self.batch, self.width):
-            raise ValueError(
-                f"expected merged tokens [{self.batch}, {self.width}, ...], got {tuple(merged.shape)}"
-            )
+            raise ValueError(f"expected merged tokens [{self.batch}, {self.width}, ...], got {tuple(merged.shape)}")
         rows = torch.arange(self.batch, device=merged.device)[:, None]
         full = merged[rows, self.group.clamp(min=0) if self.padded else self.group]
         if self.padded:
@@ -77,9 +73,7 @@ class TokenMap:
             )
         slot, stride = self._slot()
         rest = original.shape[2:]
-        total = original.new_zeros(
-            self.batch * stride, *rest, dtype=_accumulation_dtype(original.dtype)
-        )
+        total = original.new_zeros(self.batch * stride, *rest, dtype=_accumulation_dtype(original.dtype))
         total = total.index_add(0, slot, original.flatten(0, 1).to(total.dtype))
         return total.view(self.batch, stride, *rest)[:, : self.width]
 
@@ -87,9 +81,7 @@ class TokenMap:
         """Mean of each group: [B, N, ...] -> [B, M, ...], summed in float32 or wider; rows past `kept` are 0."""
         total = self.sum(original)
         size = self.size().clamp(min=1).to(total.dtype)
-        return (total / size.view(self.batch, self.width, *(1,) * (total.ndim - 2))).to(
-            original.dtype
-        )
+        return (total / size.view(self.batch, self.width, *(1,) * (total.ndim - 2))).to(original.dtype)
 
     def size(self) -> Tensor:
         """float32 [B, M]: how many original tokens each merged token stands for."""
@@ -100,9 +92,7 @@ class TokenMap:
         slot, stride = self._slot()
         index = torch.arange(self.tokens, device=slot.device).expand(self.batch, -1).flatten()
         first = torch.full((self.batch * stride,), self.tokens, device=slot.device)
-        first = first.scatter_reduce(0, slot, index, "amin").view(self.batch, stride)[
-            :, : self.width
-        ]
+        first = first.scatter_reduce(0, slot, index, "amin").view(self.batch, stride)[:, : self.width]
         return torch.where(first == self.tokens, 0, first)
 
     def then(self, further: TokenMap) -> TokenMap:
@@ -118,6 +108,4 @@ class TokenMap:
 
     def drop(self, tokens: int) -> TokenMap:
         """The map without its first `tokens` original tokens, each of which must stand for itself in its place."""
-        return TokenMap(
-            self.group[:, tokens:] - tokens, self.kept - tokens, self.width - tokens, self.padded
-        )
+        return TokenMap(self.group[:, tokens:] - tokens, self.kept - tokens, self.width - tokens, self.padded)

@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from dymu.errors import UnsupportedModel
 from dymu.families.family import Decoder, Family, Tower
@@ -23,10 +24,11 @@ class Parts:
 
     family: Family
     config: Any
-    inner: nn.Module
-    tower: nn.Module
+    model: PreTrainedModel
+    inner: PreTrainedModel
+    tower: PreTrainedModel
     projector: nn.Module
-    language_model: nn.Module
+    language_model: PreTrainedModel
     encoder_modules: tuple[nn.Module, ...]
     encoder_layers: tuple[EncoderLayer, ...]
     attentions: tuple[nn.Module, ...]
@@ -41,7 +43,7 @@ class Parts:
         return int(getattr(self.config, self.family.image_token))
 
     def feature_layers(self, requested: int | list[int] | None = None) -> list[int]:
-        """How many encoder layers each used feature has gone through, for a call's `vision_feature_layer` or the config's."""
+        """Encoder layers that each used feature went through, for a call's `vision_feature_layer` or the config's."""
         if requested is None:
             requested = getattr(self.config, self.family.feature_layer)
         layers = [requested] if isinstance(requested, int) else list(requested)
@@ -64,8 +66,8 @@ def find(root: nn.Module, path: str) -> Any:
         except AttributeError:
             continue
     raise UnsupportedModel(
-        f"{type(root).__name__} has no part named {path.replace('|', ' or ')}, where its family description expects one; "
-        "it may be a version of transformers that dymu does not know (dymu supports >=5.16,<6)."
+        f"{type(root).__name__} has no part named {path.replace('|', ' or ')}, where its family description "
+        "expects one; it may be a version of transformers that dymu does not know (dymu supports >=5.16,<6)."
     )
 
 
@@ -74,9 +76,7 @@ def _kind(kinds: tuple[Kind, ...], what: str, model_type: str) -> Kind:
         if model_type in kind.model_types:
             return kind
     known = ", ".join(name for kind in kinds for name in kind.model_types)
-    raise UnsupportedModel(
-        f"the {what} {model_type!r} is not described; described are {known}; {HOW_TO_ADD}."
-    )
+    raise UnsupportedModel(f"the {what} {model_type!r} is not described; described are {known}; {HOW_TO_ADD}.")
 
 
 def _encoder_layer(module: nn.Module, tower: Tower, heads: int) -> EncoderLayer:
@@ -94,7 +94,7 @@ def _encoder_layer(module: nn.Module, tower: Tower, heads: int) -> EncoderLayer:
     )
 
 
-def resolve(model: nn.Module, families: dict[str, Family]) -> Parts:
+def resolve(model: PreTrainedModel, families: dict[str, Family]) -> Parts:
     """Find the parts of `model`.
 
     Raises:
@@ -117,19 +117,16 @@ def resolve(model: nn.Module, families: dict[str, Family]) -> Parts:
     return Parts(
         family=family,
         config=config,
+        model=model,
         inner=inner,
         tower=tower,
         projector=find(inner, family.projector),
         language_model=language_model,
         encoder_modules=modules,
         encoder_layers=tuple(
-            _encoder_layer(module, tower_kind, tower.config.num_attention_heads)
-            for module in modules
+            _encoder_layer(module, tower_kind, tower.config.num_attention_heads) for module in modules
         ),
-        attentions=tuple(
-            find(layer, decoder_kind.attention)
-            for layer in find(language_model, decoder_kind.layers)
-        ),
+        attentions=tuple(find(layer, decoder_kind.attention) for layer in find(language_model, decoder_kind.layers)),
         rotary=find(language_model, decoder_kind.rotary),
         class_token=tower_kind.class_token,
         prefix=int(tower_kind.class_token) + registers,

@@ -1,4 +1,4 @@
-"""One vision encoder layer that merges between its attention and its MLP, and the run of a batch through all of them."""
+"""One encoder layer that merges between its attention and its MLP, and the run of a batch through all of them."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ class EncoderLayer:
         """
         normed = self.norm1(x)
         query, key, value = (
-            project(normed).unflatten(-1, (self.heads, -1))
-            for project in (self.query, self.key, self.value)
+            project(normed).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value)
         )
         attended = scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias
@@ -54,7 +53,7 @@ class EncoderLayer:
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP half of the layer, [B, T, C] to [B, T, C]."""
-        update = self.mlp(self.norm2(x))
+        update: Tensor = self.mlp(self.norm2(x))
         for module in self.after_mlp:
             update = module(update)
         return x + update
@@ -77,9 +76,7 @@ class MergedTokens:
         length = self.map.kept - prefix if self.ragged else None
         return best_partner(similarity_metric(keys, prefix), length)
 
-    def merge(
-        self, x: Tensor, chosen: Tensor, partner: Tensor, prefix: int
-    ) -> tuple[Tensor, MergedTokens]:
+    def merge(self, x: Tensor, chosen: Tensor, partner: Tensor, prefix: int) -> tuple[Tensor, MergedTokens]:
         """Merge the chosen A tokens of x [B, T, C] into their partners."""
         step = merge_map(chosen, partner, self.map.kept, x.shape[1], prefix)
         size = torch.ones(x.shape[:2], device=x.device) if self.size is None else self.size

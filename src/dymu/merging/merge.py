@@ -8,9 +8,7 @@ from torch import Tensor
 from dymu.token_map import TokenMap
 
 
-def merge_map(
-    chosen: Tensor, partner: Tensor, length: Tensor, tokens: int, prefix: int = 0
-) -> TokenMap:
+def merge_map(chosen: Tensor, partner: Tensor, length: Tensor, tokens: int, prefix: int = 0) -> TokenMap:
     """Where every token goes when the chosen A tokens join their partners.
 
     The new order is [prefix] [A that did not merge, in rising index] [B].

@@ -21,7 +21,7 @@ class MergeRule(Protocol):
     """What `dymu.apply` needs to know of a way to choose merges."""
 
     def choosers(self, tokens: int, layers: int) -> Sequence[Chooser | None]:
-        """One chooser for each of `layers` encoder layers over `tokens` image tokens; None: the layer does not merge."""
+        """One chooser per encoder layer, for pictures of `tokens` tokens; None: the layer does not merge."""
         ...
 
 
@@ -70,9 +70,7 @@ def _above(threshold: float, similarity: Tensor) -> Tensor:
 
 def _most_similar(count: int, similarity: Tensor) -> Tensor:
     best = similarity.topk(min(count, similarity.shape[1]), dim=1).indices
-    return torch.zeros_like(similarity, dtype=torch.bool).scatter(1, best, True) & (
-        similarity > -torch.inf
-    )
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter(1, best, True) & (similarity > -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -102,11 +100,7 @@ class FixedMerge:
     schedule: Schedule = "constant"
 
     def choosers(self, tokens: int, layers: int) -> list[Chooser | None]:
-        keep = (
-            round(self.keep * tokens)
-            if isinstance(self.keep, float) and self.keep <= 1
-            else int(self.keep)
-        )
+        keep = round(self.keep * tokens) if isinstance(self.keep, float) and self.keep <= 1 else int(self.keep)
         choosers: list[Chooser | None] = []
         left, wanted = tokens, 0.0
         for removed in removals(tokens, keep, layers, self.schedule):

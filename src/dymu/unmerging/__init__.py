@@ -3,7 +3,7 @@
 from dymu.unmerging.attention import NAME
 from dymu.unmerging.backends import BACKENDS, choose
 from dymu.unmerging.cache import History, adopt, cache_bytes
-from dymu.unmerging.prompt import image_leaders, prompt_leaders, prompt_map
+from dymu.unmerging.prompt import image_leaders, leaders_within, prompt_leaders, prompt_map
 from dymu.unmerging.rotary import no_rotation
 from dymu.unmerging.step import UNMERGE, Step, Unmerge, plan_step
 
@@ -18,6 +18,7 @@ __all__ = [
     "cache_bytes",
     "choose",
     "image_leaders",
+    "leaders_within",
     "no_rotation",
     "plan_step",
     "prompt_leaders",

@@ -36,9 +36,7 @@ def unmerged_attention(
         [B, Mq, H, D], and None for the attention weights, which are never formed.
     """
     if dymu_step is None:
-        raise RuntimeError(
-            f"{type(module).__name__} was called outside its language model, where DyMU cannot help it"
-        )
+        raise RuntimeError(f"{type(module).__name__} was called outside its language model, where DyMU cannot help it")
     attended = BACKENDS[dymu_step.backend](query, key, value, dymu_step, scaling, sliding_window)
     return attended.contiguous(), None
 

@@ -1,4 +1,4 @@
-"""The KV cache of merged, un-rotated tokens. It says the length of the full prompt and stores that of the merged one."""
+"""The KV cache of merged, un-rotated tokens: it says the length of the full prompt and stores the merged one."""
 
 from __future__ import annotations
 
@@ -69,6 +69,9 @@ class MergedLayer(DynamicLayer):
         leads: whether this layer keeps `history` up to date when rows or tokens are dropped (one layer does).
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, history: History, leads: bool) -> None:
         super().__init__()
         self.history, self.leads = history, leads
@@ -112,9 +115,7 @@ class MergedLayer(DynamicLayer):
         """Remove that many tokens of the full prompt from the end (before transformers 5.18, a positive number is the
         length to keep)."""
         if self.leads:
-            keep = (
-                tokens_to_remove if tokens_to_remove > 0 else self.history.length + tokens_to_remove
-            )
+            keep = tokens_to_remove if tokens_to_remove > 0 else self.history.length + tokens_to_remove
             self.history.crop(max(keep, 0))
         if self.is_initialized:
             self.keys = self.keys[..., : self.history.entries, :]
@@ -129,9 +130,7 @@ def adopt(cache: Cache) -> History:
     """
     if cache.layers and isinstance(cache.layers[0], MergedLayer):
         return cache.layers[0].history
-    if type(cache) is not DynamicCache or not all(
-        isinstance(layer, DynamicLayer) for layer in cache.layers
-    ):
+    if type(cache) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         raise UnsupportedCache(
             f"DyMU stores merged tokens in a DynamicCache, not in a {type(cache).__name__}; "
             "leave cache_implementation and past_key_values unset."
@@ -142,9 +141,7 @@ def adopt(cache: Cache) -> History:
         )
     history = History()
     if cache.layer_class_to_replicate is None:
-        cache.layers = [
-            MergedLayer(history, leads=index == 0) for index in range(len(cache.layers))
-        ]
+        cache.layers = [MergedLayer(history, leads=index == 0) for index in range(len(cache.layers))]
     else:
         cache.layers.append(MergedLayer(history, leads=True))
         cache.layer_class_to_replicate = lambda: MergedLayer(history, leads=False)
@@ -153,6 +150,4 @@ def adopt(cache: Cache) -> History:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that the cache holds."""
-    return sum(
-        layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized
-    )
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)

@@ -32,6 +32,22 @@ def prompt_leaders(image_tokens: Tensor, leaders: Sequence[Tensor]) -> Tensor:
     return own.masked_scatter(image_tokens, own[image_tokens][flat.to(own.device)])
 
 
+def leaders_within(leaders: Tensor, start: int, tokens: int) -> Tensor:
+    """Leaders of `tokens` tokens from `start` on, taken by themselves: where a group's leader came before, its first
+    token here leads.
+
+    Args:
+        leaders: int64 [B, N], see `prompt_leaders`.
+
+    Returns:
+        int64 [B, tokens], places counted from `start`.
+    """
+    here = leaders[:, start : start + tokens]
+    place = torch.arange(here.shape[1], device=leaders.device).expand_as(here)
+    first = torch.full_like(leaders, leaders.shape[1]).scatter_reduce(1, here, place, "amin")
+    return first.gather(1, here)
+
+
 def prompt_map(leaders: Tensor, present: Tensor | None = None) -> TokenMap:
     """Number the groups of each prompt by their first token; padding belongs to none.
 

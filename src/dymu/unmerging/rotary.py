@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE, the half-split form): asked for as the model computes them, applied when tokens are expanded."""
+"""Rotary positions (RoPE, the half-split form): computed by the model, applied where tokens are expanded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + turned * sin[:, None]
 
 
-def no_rotation(
-    _module: object, _args: object, angles: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def no_rotation(_module: object, _args: object, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Forward hook of a rotary embedding: answer with the angles that leave queries and keys as they are."""
     cos, sin = angles
     return torch.ones_like(cos), torch.zeros_like(sin)

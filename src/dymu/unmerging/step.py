@@ -27,7 +27,7 @@ class Step:
         queries: Nq virtual tokens to the Mq merged ones that this forward computes.
         keys: int64 [B, Nk], the cache entry (without a cache: the merged token) behind each virtual key; -1 for none.
         cos, sin: [B, Nk, D], rotary angles of the virtual tokens.
-        expand_queries: whether virtual queries differ from the merged ones; if not, they are the same in the same order.
+        expand_queries: whether virtual queries differ from merged ones, in number or order.
         expand_keys: the same of the keys.
         padded: whether some rows have fewer tokens than others.
     """
@@ -94,7 +94,8 @@ def plan_step(
         backend: name of the backend to compute it with.
     """
     history.append(queries, positions, plain)
-    assert history.slot is not None and history.position is not None
+    assert history.slot is not None
+    assert history.position is not None
     keys, positions = history.slot, history.position
     padded, expand_keys = history.padded, not history.plain
     if unmerge == "none" and expand_keys:

@@ -17,9 +17,7 @@ def _rotate(vector: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None) -> Tensor:
     """Attention over virtual tokens (paper section 3.2): expand, rotate, attend causally, average over each group.
 
     Args:
@@ -44,23 +42,17 @@ def attend(
                 count[b, step.queries.group[b, n]] += 1
         for h in range(heads):
             entry = step.keys[b]
-            virtual_keys = {
-                n: _rotate(key[b, h // shared, entry[n]], step.cos[b, n], step.sin[b, n])
-                for n in visible
-            }
+            virtual_keys = {n: _rotate(key[b, h // shared, entry[n]], step.cos[b, n], step.sin[b, n]) for n in visible}
             for n in range(tokens):
                 merged = step.queries.group[b, n]
                 if merged < 0:
                     continue
                 place = seen - tokens + n
-                seen_keys = [
-                    j for j in visible if j <= place and (window is None or place - j < window)
-                ]
+                seen_keys = [j for j in visible if j <= place and (window is None or place - j < window)]
                 virtual_query = _rotate(query[b, h, merged], step.cos[b, place], step.sin[b, place])
                 logits = torch.stack([virtual_query @ virtual_keys[j] * scaling for j in seen_keys])
                 weights = logits.softmax(0)
                 total[b, merged, h] += sum(
-                    weight * value[b, h // shared, entry[j]]
-                    for weight, j in zip(weights, seen_keys, strict=True)
+                    weight * value[b, h // shared, entry[j]] for weight, j in zip(weights, seen_keys, strict=True)
                 )
     return total / count.clamp(min=1)[:, :, None, None]

@@ -16,9 +16,7 @@ def _expand(entries: Tensor, slot: Tensor) -> Tensor:
     return entries.transpose(1, 2)[rows, slot.clamp(min=0)].transpose(1, 2)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None) -> Tensor:
     """See `dymu.unmerging.backends.reference.attend`."""
     tokens, seen = step.queries.tokens, step.keys.shape[1]
     if step.expand_keys:

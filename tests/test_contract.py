@@ -1,0 +1,486 @@
+"""The contract that every family keeps, with every vision tower and every decoder it may hold."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers.cache_utils import StaticCache
+
+import dymu
+import tiny
+from dymu.errors import AlreadyApplied, UnsupportedCache, UnsupportedModel
+from dymu.merging import ThresholdMerge
+
+NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
+SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
+"""Merges to different counts for each of `tiny.pictures`."""
+
+FAMILIES = [(tower, decoder) for tower in tiny.TOWERS for decoder in tiny.DECODERS]
+
+
+@pytest.fixture(params=FAMILIES, ids="-".join)
+def model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
+    return tiny.llava(*request.param)
+
+
+@pytest.fixture(params=[("clip", "llama"), ("dinov2_with_registers", "mistral")], ids="-".join)
+def some_model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
+    return tiny.llava(*request.param)
+
+
+def answer(model: LlavaForConditionalGeneration, new_tokens: int = 6, **inputs: object) -> Tensor:
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "suppress_tokens": [tiny.IMAGE_TOKEN], **inputs}
+    return model.generate(**options)
+
+
+def four_prompts(model: LlavaForConditionalGeneration) -> list[Tensor]:
+    return [tiny.prompt(model, 3, "image", length, seed=length) for length in (4, 9, 2, 6)]
+
+
+def test_nothing_merged_equals_the_untouched_model(model):
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(1)}
+    logits, text = model(**inputs).logits, answer(model, **inputs)
+    with dymu.apply(model, merge=NOTHING) as handle:
+        torch.testing.assert_close(model(**inputs).logits, logits, atol=1e-5, rtol=0)
+        assert torch.equal(answer(model, **inputs), text)
+        assert handle.last.kept == handle.last.original == [tiny.tokens_per_image(model)]
+
+
+def test_nothing_merged_equals_the_untouched_model_in_bfloat16(model):
+    model = model.to(torch.bfloat16)
+    inputs = {
+        "input_ids": tiny.prompt(model, 4, "image", 7)[None],
+        "pixel_values": tiny.pictures(1).to(torch.bfloat16),
+    }
+    logits = model(**inputs).logits
+    with dymu.apply(model, merge=NOTHING):
+        error = (model(**inputs).logits - logits).float().norm() / logits.float().norm()
+    assert error < 0.03
+
+
+@pytest.mark.parametrize("rule", [NOTHING, SOME], ids=["nothing", "some"])
+def test_shapes_are_the_untouched_models(model, rule):
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[3:]}
+    labels = inputs["input_ids"].clone()
+    labels[labels == tiny.IMAGE_TOKEN] = -100
+    stock = model(**inputs, labels=labels, output_hidden_states=True)
+    text = answer(model, **inputs)
+    with dymu.apply(model, merge=rule) as handle:
+        out = model(**inputs, labels=labels, output_hidden_states=True)
+        assert out.logits.shape == stock.logits.shape
+        assert torch.isfinite(out.loss)
+        assert [hidden.shape for hidden in out.hidden_states] == [hidden.shape for hidden in stock.hidden_states]
+        assert out.image_hidden_states.shape == stock.image_hidden_states.shape
+        assert out.past_key_values.get_seq_length() == stock.past_key_values.get_seq_length()
+        generated = answer(model, **inputs)
+        assert generated.shape == text.shape
+        assert torch.equal(generated[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+        group = handle.last.group(0)
+        assert group.shape == (handle.last.original[0],)
+        places = (inputs["input_ids"][0] == tiny.IMAGE_TOKEN).nonzero()[:, 0]
+        for merged in range(handle.last.kept[0]):
+            shared = out.logits[0, places[group == merged]]
+            torch.testing.assert_close(shared, shared[:1].expand_as(shared), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_of_a_batch_gets_what_it_gets_alone(model, side):
+    prompts, images = four_prompts(model), tiny.pictures(4)
+    batch = tiny.pad(prompts, side)
+    with dymu.apply(model, merge=SOME) as handle:
+        together = model(**batch, pixel_values=images).logits
+        maps = [handle.last.group(i) for i in range(4)]
+        kept = handle.last.kept
+        assert len(set(kept)) > 2, "the pictures should merge differently, or this test shows little"
+        for i, ids in enumerate(prompts):
+            alone = model(input_ids=ids[None], pixel_values=images[i : i + 1]).logits[0]
+            assert torch.equal(handle.last.group(0), maps[i])
+            assert handle.last.kept == [kept[i]]
+            row = together[i][batch["attention_mask"][i].bool()]
+            torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
+
+
+def test_a_row_of_a_generated_batch_gets_what_it_gets_alone(model):
+    prompts, images = four_prompts(model), tiny.pictures(4)
+    with dymu.apply(model, merge=SOME):
+        together = answer(model, **tiny.pad(prompts), pixel_values=images)[:, -6:]
+        for i, ids in enumerate(prompts):
+            alone = answer(model, input_ids=ids[None], pixel_values=images[i : i + 1])[0, -6:]
+            assert torch.equal(together[i], alone)
+
+
+def test_the_cache_stores_merged_tokens(model):
+    ids = tiny.prompt(model, 4, "image", 7)[None]
+    tokens = ids.shape[1]
+    with dymu.apply(model, merge=SOME) as handle:
+        cache = model(input_ids=ids, pixel_values=tiny.pictures(4)[3:]).past_key_values
+        kept = handle.last.kept[0]
+        merged = 4 + kept + 7
+        assert kept < tiny.tokens_per_image(model) // 2
+        assert [layer.keys.shape[2] for layer in cache.layers] == [merged] * 3
+        assert cache.get_seq_length() == tokens
+        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert handle.last.cache_bytes == stored == merged * 3 * 2 * 2 * 8 * 4
+        assert handle.last.cache_bytes_full == tokens * 3 * 2 * 2 * 8 * 4
+
+
+def test_the_cache_of_a_batch_is_as_long_as_its_longest_merged_prompt(some_model):
+    prompts = four_prompts(some_model)
+    with dymu.apply(some_model, merge=SOME) as handle:
+        cache = some_model(**tiny.pad(prompts), pixel_values=tiny.pictures(4)).past_key_values
+        full = tiny.tokens_per_image(some_model)
+        merged = [len(ids) - full + kept for ids, kept in zip(prompts, handle.last.kept, strict=True)]
+        assert cache.layers[0].keys.shape[2] == max(merged)
+
+
+def test_decoding_equals_forwarding_the_whole(model):
+    """A cache of merged tokens changes nothing: each step's logits are those of one forward without a cache."""
+    ids, image = tiny.prompt(model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    with dymu.apply(model, merge=SOME):
+        whole = answer(model, new_tokens=5, input_ids=ids, pixel_values=image)
+        full = model(input_ids=whole, pixel_values=image, use_cache=False).logits
+        out = model(input_ids=ids, pixel_values=image)
+        cache, steps = out.past_key_values, [out.logits[:, -1]]
+        for place in range(ids.shape[1], whole.shape[1]):
+            out = model(input_ids=whole[:, place : place + 1], past_key_values=cache)
+            steps.append(out.logits[:, -1])
+        torch.testing.assert_close(torch.stack(steps, 1), full[:, ids.shape[1] - 1 :], atol=1e-4, rtol=0)
+
+
+def test_text_and_images_in_pieces_equal_the_whole(model):
+    """Prefill in several forwards, as long as no image is cut in two."""
+    ids = tiny.prompt(model, 4, "image", 7, "image", 5)[None]
+    images = tiny.pictures(4)[1:3]
+    cuts = [0, 2, 4 + tiny.tokens_per_image(model) + 3, ids.shape[1] - 2, ids.shape[1]]
+    with dymu.apply(model, merge=SOME):
+        whole = model(input_ids=ids, pixel_values=images).logits
+        cache, pieces, shown = DynamicCache(config=model.config), [], 0
+        for start, end in pairwise(cuts):
+            piece = ids[:, start:end]
+            count = int((piece == tiny.IMAGE_TOKEN).sum()) // tiny.tokens_per_image(model)
+            pixels = images[shown : shown + count] if count else None
+            shown += count
+            pieces.append(model(input_ids=piece, pixel_values=pixels, past_key_values=cache).logits)
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=0)
+
+
+def test_generate_in_chunks_reads_the_whole_prompt(model):
+    """Chunks cut through images; tokens of one group that fall into two chunks are stored once in each."""
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[3:]}
+    if not hasattr(model, "_prepare_multimodal_encoder_kwargs_for_generation"):
+        pytest.skip("this transformers does not chunk prompts with images")
+    text = answer(model, prefill_chunk_size=17, **inputs)
+    with dymu.apply(model, merge=NOTHING):
+        assert torch.equal(answer(model, prefill_chunk_size=17, **inputs), text)
+    with dymu.apply(model, merge=SOME) as handle:
+        out = answer(model, prefill_chunk_size=17, return_dict_in_generate=True, **inputs)
+        stored = out.past_key_values.layers[0].keys.shape[2]
+        ids, group = inputs["input_ids"][0], handle.last.group(0)
+        label = torch.arange(len(ids)) + 1000
+        label[ids == tiny.IMAGE_TOKEN] = group
+        assert stored == sum(len(set(chunk.tolist())) for chunk in label.split(17)) + 5
+
+
+def test_removing_gives_the_model_back(model, tmp_path):
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(1)}
+    before, names, attributes = model(**inputs).logits, list(model.state_dict()), _attributes(model)
+    handle = dymu.apply(model, merge=SOME)
+    assert list(model.state_dict()) == names
+    assert not torch.equal(model(**inputs).logits, before)
+    model.save_pretrained(tmp_path)
+    with handle.disabled():
+        assert torch.equal(model(**inputs).logits, before)
+    assert not torch.equal(model(**inputs).logits, before)
+    handle.remove()
+    assert torch.equal(model(**inputs).logits, before)
+    assert _attributes(model) == attributes
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**inputs).logits, before, atol=1e-6, rtol=0)
+    handle.remove()
+
+
+def _attributes(model: torch.nn.Module) -> dict[str, object]:
+    """What hangs on the modules: attributes other than their parts, and how many hooks."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key.startswith("_forward") and hasattr(value, "__len__"):
+                # transformers itself adds hooks that capture hidden states when they are first asked for
+                found[name, key] = len([hook for hook in value.values() if "dymu" in repr(hook)])
+            elif key not in ("_parameters", "_buffers", "_modules", "_output_capturing_hooks_installed"):
+                found[name, key] = id(value)
+    return found
+
+
+def test_two_models_do_not_meet():
+    """Even two that share one config object."""
+    merged = tiny.llava(seed=1)
+    other = LlavaForConditionalGeneration(merged.config).eval()
+    inputs = {"input_ids": tiny.prompt(merged, 4, "image", 7)[None], "pixel_values": tiny.pictures(1)}
+    before = other(**inputs).logits
+    with dymu.apply(merged, merge=SOME):
+        assert torch.equal(other(**inputs).logits, before)
+        with dymu.apply(other, merge=NOTHING):
+            torch.testing.assert_close(other(**inputs).logits, before, atol=1e-5, rtol=0)
+            merged(**inputs)
+        assert torch.equal(other(**inputs).logits, before)
+
+
+def test_applying_twice_says_how_to_change_the_budget():
+    model = tiny.llava()
+    with dymu.apply(model, merge=SOME):
+        with pytest.raises(AlreadyApplied, match=r"handle\.budget"):
+            dymu.apply(model, merge=SOME)
+        with pytest.raises(AlreadyApplied):
+            dymu.apply(model, merge=NOTHING)
+    dymu.apply(model, merge=SOME).remove()
+
+
+def test_sampling_is_reproducible_and_nothing_merged_samples_the_same(model):
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(1)}
+
+    def sample() -> Tensor:
+        torch.manual_seed(5)
+        return answer(model, do_sample=True, num_return_sequences=3, **inputs)
+
+    stock = sample()
+    with dymu.apply(model, merge=NOTHING):
+        assert torch.equal(sample(), stock)
+    with dymu.apply(model, merge=SOME):
+        assert torch.equal(sample(), sample())
+
+
+def test_beams(model):
+    prompts = [tiny.prompt(model, 3, "image", 4), tiny.prompt(model, 3, "image", 2, "image", 6, seed=1)]
+    inputs = {**tiny.pad(prompts), "pixel_values": tiny.pictures(3)}
+    stock = answer(model, num_beams=3, **inputs)
+    with dymu.apply(model, merge=NOTHING):
+        assert torch.equal(answer(model, num_beams=3, **inputs), stock)
+    with dymu.apply(model, merge=SOME):
+        together = answer(model, num_beams=3, **inputs)[:, -6:]
+        alone = answer(model, num_beams=3, input_ids=prompts[1][None], pixel_values=tiny.pictures(3)[1:])[0, -6:]
+        assert torch.equal(together[1], alone)
+
+
+def test_several_images_in_a_prompt(model):
+    ids = tiny.prompt(model, 3, "image", "image", 2, "image", 6)[None]
+    images = tiny.pictures(4)[[3, 0, 2]]
+    stock = model(input_ids=ids, pixel_values=images).logits
+    with dymu.apply(model, merge=NOTHING):
+        torch.testing.assert_close(model(input_ids=ids, pixel_values=images).logits, stock, atol=1e-5, rtol=0)
+    with dymu.apply(model, merge=SOME) as handle:
+        cache = model(input_ids=ids, pixel_values=images).past_key_values
+        assert cache.layers[0].keys.shape[2] == 11 + sum(handle.last.kept)
+
+
+def test_the_same_image_twice_is_two_images(model):
+    ids = tiny.prompt(model, 3, "image", 2, "image", 6)[None]
+    images = tiny.pictures(1).expand(2, -1, -1, -1)
+    stock = model(input_ids=ids, pixel_values=images).logits
+    with dymu.apply(model, merge=NOTHING) as handle:
+        out = model(input_ids=ids, pixel_values=images)
+        torch.testing.assert_close(out.logits, stock, atol=1e-5, rtol=0)
+        assert out.past_key_values.layers[0].keys.shape[2] == ids.shape[1]
+        assert handle.last.kept == [tiny.tokens_per_image(model)] * 2
+
+
+def test_text_only_prompts(model):
+    batch = tiny.pad([tiny.prompt(model, 9), tiny.prompt(model, 5, seed=1)])
+    stock = answer(model, **batch)
+    with dymu.apply(model, merge=SOME) as handle:
+        model(**tiny.pad([tiny.prompt(model, 2, "image", 3)]), pixel_values=tiny.pictures(1))
+        assert torch.equal(answer(model, **batch), stock)
+        assert handle.last.kept == handle.last.original == []
+        assert handle.last.cache_bytes > 0
+
+
+@pytest.mark.parametrize("rule", [NOTHING, SOME], ids=["nothing", "some"])
+def test_a_second_turn_on_the_same_cache(model, rule):
+    first = tiny.prompt(model, 3, "image", 4)[None]
+    images = tiny.pictures(4)[2:]
+
+    def turns() -> tuple[Tensor, Tensor]:
+        out = answer(
+            model,
+            input_ids=first,
+            pixel_values=images[:1],
+            past_key_values=DynamicCache(config=model.config),
+            return_dict_in_generate=True,
+        )
+        more = torch.cat((out.sequences, tiny.prompt(model, 5, seed=3)[None]), 1)
+        fresh = answer(model, input_ids=more, pixel_values=images[:1])
+        continued = answer(model, input_ids=more, past_key_values=out.past_key_values)
+        return fresh, continued
+
+    stock, _ = turns()
+    with dymu.apply(model, merge=rule):
+        fresh, continued = turns()
+        assert torch.equal(continued, fresh)
+        if rule is NOTHING:
+            assert torch.equal(fresh, stock)
+
+
+def test_a_second_turn_brings_another_image(model):
+    first = tiny.prompt(model, 3, "image", 4)[None]
+    second = torch.cat((first, tiny.prompt(model, 2, "image", 5, seed=3)[None]), 1)
+    images = tiny.pictures(4)[2:]
+    with dymu.apply(model, merge=SOME):
+        whole = model(input_ids=second, pixel_values=images).logits[:, first.shape[1] :]
+        cache = model(input_ids=first, pixel_values=images[:1]).past_key_values
+        more = model(input_ids=second[:, first.shape[1] :], pixel_values=images[1:], past_key_values=cache)
+        torch.testing.assert_close(more.logits, whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rule", [NOTHING, SOME], ids=["nothing", "some"])
+def test_assisted_decoding_gives_the_greedy_text(model, rule):
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[2:3]}
+    draft = copy.deepcopy(model)
+    with torch.no_grad():
+        draft.lm_head.weight += 0.05 * torch.randn_like(draft.lm_head.weight)
+    with dymu.apply(model, merge=rule):
+        greedy = answer(model, new_tokens=12, **inputs)
+        assert torch.equal(answer(model, new_tokens=12, prompt_lookup_num_tokens=3, **inputs), greedy)
+        assert torch.equal(answer(model, new_tokens=12, assistant_model=draft, **inputs), greedy)
+        with dymu.apply(draft, merge=rule):
+            assert torch.equal(answer(model, new_tokens=12, assistant_model=draft, **inputs), greedy)
+
+
+def test_gradients_reach_the_encoder(some_model):
+    torch.set_grad_enabled(True)
+    inputs = {"input_ids": tiny.prompt(some_model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[2:3]}
+    with dymu.apply(some_model, merge=SOME):
+        some_model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gradient = some_model.model.vision_tower.get_parameter(
+        next(name for name, _ in some_model.model.vision_tower.named_parameters() if "patch" in name)
+    ).grad
+    assert gradient is not None
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("layer", [-1, 2, [1, -1], [-2, 3, 2]], ids=str)
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_any_feature_layers_and_strategy(layer, strategy):
+    for tower in tiny.TOWERS:
+        model = tiny.llava(tower, layer=layer, strategy=strategy)
+        prompts, images = [tiny.prompt(model, 3, "image", n, seed=n) for n in (4, 6)], tiny.pictures(3)[1:]
+        batch = tiny.pad(prompts)
+        stock = model(**batch, pixel_values=images).logits[batch["attention_mask"].bool()]
+        with dymu.apply(model, merge=NOTHING):
+            out = model(**batch, pixel_values=images).logits[batch["attention_mask"].bool()]
+            torch.testing.assert_close(out, stock, atol=1e-5, rtol=0)
+        with dymu.apply(model, merge=SOME) as handle:
+            out = model(**batch, pixel_values=images).logits
+            assert max(handle.last.kept) < tiny.tokens_per_image(model)
+            for i, ids in enumerate(prompts):
+                alone = model(input_ids=ids[None], pixel_values=images[i : i + 1]).logits[0]
+                torch.testing.assert_close(out[i, batch["attention_mask"][i].bool()], alone, atol=1e-4, rtol=0)
+
+
+def test_the_feature_layer_of_a_call_counts(some_model):
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(2)[1:]
+    with dymu.apply(some_model, merge=SOME) as handle:
+        some_model(input_ids=ids, pixel_values=image, vision_feature_layer=1)
+        assert len(handle.last.layers) == 1
+        some_model(input_ids=ids, pixel_values=image)
+        assert len(handle.last.layers) == 3
+
+
+def test_without_unmerging_the_prompt_is_as_short_as_it_is_merged(some_model):
+    """`unmerge="none"` is what the untouched language model does with the merged features alone."""
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    with dymu.apply(some_model, merge=SOME, unmerge="none") as handle:
+        out = some_model(input_ids=ids, pixel_values=image)
+        features = some_model.get_image_features(image).pooler_output[0]
+        group = handle.last.group(0)
+        grown = answer(some_model, input_ids=ids, pixel_values=image)[:, ids.shape[1] :]
+    first = [int((group == g).nonzero()[0]) for g in dict.fromkeys(group.tolist())]
+    embed = some_model.get_input_embeddings()
+    short = torch.cat((embed(ids[:, :4]), features[first][None], embed(ids[:, -7:])), 1)
+    stock = some_model.model.language_model(inputs_embeds=short).last_hidden_state
+    torch.testing.assert_close(some_model.lm_head(stock[:, -7:]), out.logits[:, -7:], atol=1e-5, rtol=0)
+    plain = some_model.generate(inputs_embeds=short, max_new_tokens=6, do_sample=False)
+    assert torch.equal(grown, plain)
+
+
+def test_embeddings_instead_of_ids(some_model):
+    """Image places are found by the placeholder's embedding, as transformers does."""
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    with dymu.apply(some_model, merge=SOME):
+        by_ids = some_model(input_ids=ids, pixel_values=image)
+        by_embeds = some_model(inputs_embeds=some_model.get_input_embeddings()(ids), pixel_values=image)
+        assert torch.equal(by_ids.logits, by_embeds.logits)
+        assert by_embeds.past_key_values.layers[0].keys.shape == by_ids.past_key_values.layers[0].keys.shape
+
+
+def test_caches_do_not_cross_over(some_model):
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    one = ids[:, -1:]
+    stock = some_model(input_ids=ids, pixel_values=image).past_key_values
+    handle = dymu.apply(some_model, merge=SOME)
+    with pytest.raises(UnsupportedCache, match="filled without DyMU"):
+        some_model(input_ids=one, past_key_values=stock)
+    merged = some_model(input_ids=ids, pixel_values=image).past_key_values
+    static = StaticCache(config=some_model.config, max_cache_len=99)
+    with pytest.raises(UnsupportedCache, match="StaticCache"):
+        some_model(input_ids=ids, pixel_values=image, past_key_values=static)
+    handle.remove()
+    with pytest.raises(UnsupportedCache, match="apply DyMU again"):
+        some_model(input_ids=one, past_key_values=merged)
+
+
+def test_cropping_a_cache_forgets_the_end(some_model):
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    with dymu.apply(some_model, merge=SOME):
+        expected = some_model(input_ids=ids, pixel_values=image).logits[:, -3:]
+        cache = some_model(input_ids=ids, pixel_values=image).past_key_values
+        cache.crop(-3)
+        assert cache.get_seq_length() == ids.shape[1] - 3
+        out = some_model(input_ids=ids[:, -3:], past_key_values=cache).logits
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+
+
+def test_a_reset_cache_starts_over(some_model):
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    with dymu.apply(some_model, merge=SOME):
+        out = some_model(input_ids=ids, pixel_values=image)
+        cache, expected = out.past_key_values, out.logits
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        out = some_model(input_ids=ids, pixel_values=image, past_key_values=cache).logits
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_an_unknown_model_is_refused_by_name():
+    with pytest.raises(UnsupportedModel, match=r"'llama'.*llava.*add-a-family"):
+        dymu.apply(tiny.llava().model.language_model, merge=SOME)
+    model = tiny.llava()
+    model.model.language_model.config.model_type = "gpt_neox"
+    with pytest.raises(UnsupportedModel, match=r"language model 'gpt_neox'.*llama"):
+        dymu.apply(model, merge=SOME)
+    model = tiny.llava()
+    model.model.vision_tower.config.model_type = "beit"
+    with pytest.raises(UnsupportedModel, match=r"vision encoder 'beit'.*clip_vision_model"):
+        dymu.apply(model, merge=SOME)
+
+
+def test_an_error_half_way_leaves_nothing_open(some_model):
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(2)
+    with dymu.apply(some_model, merge=SOME):
+        expected = some_model(input_ids=ids, pixel_values=image[:1]).logits
+        with pytest.raises(ValueError, match="do not match"):
+            some_model(input_ids=ids, pixel_values=image)
+        assert torch.equal(some_model(input_ids=ids, pixel_values=image[:1]).logits, expected)
+
+
+def test_saving_while_applied_saves_the_stock_model(some_model):
+    with tempfile.TemporaryDirectory() as folder, dymu.apply(some_model, merge=SOME):
+        some_model.save_pretrained(folder)
+        assert "dymu" not in (Path(folder) / "config.json").read_text()

@@ -1,0 +1,161 @@
+"""Unmerging in the language model: every backend against the formula, and the formula against plain attention."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dymu.token_map import TokenMap
+from dymu.unmerging import (
+    BACKENDS,
+    History,
+    choose,
+    image_leaders,
+    leaders_within,
+    plan_step,
+    prompt_leaders,
+    prompt_map,
+)
+from dymu.unmerging.step import Step
+
+SIZE = 8
+
+
+def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
+    frequency = 1.0 / (100.0 ** (torch.arange(0, SIZE, 2, dtype=torch.float64) / SIZE))
+    turn = positions[..., None] * frequency
+    turn = torch.cat((turn, turn), -1)
+    return turn.cos(), turn.sin()
+
+
+@st.composite
+def prompts(draw: st.DrawFn, tokens: int, batch: int) -> TokenMap:
+    """Maps of ragged prompts, padded on either side, each with runs of tokens in random groups."""
+    leaders, present = [], []
+    for _ in range(batch):
+        start = draw(st.integers(0, tokens - 1))
+        end = draw(st.integers(start + 1, tokens))
+        if draw(st.booleans()):
+            start, end = 0, tokens
+        row: list[int] = []
+        for n in range(tokens):
+            row.append(draw(st.sampled_from([n, *{row[m] for m in range(max(n - 4, 0), n)}])))
+        leaders.append(row)
+        present.append([start <= n < end for n in range(tokens)])
+    mask = torch.tensor(present)
+    return prompt_map(torch.tensor(leaders), None if mask.all() else mask)
+
+
+@st.composite
+def steps(draw: st.DrawFn, unmerge: str = "exact") -> tuple[Step, Tensor, Tensor, Tensor, int | None]:
+    """A forward of one to three: queries, keys and values of a merged, ragged prompt that grew in pieces."""
+    batch, heads, shared = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
+    history, start, step = History(), 0, None
+    for _ in range(draw(st.integers(1, 3))):
+        tokens = draw(st.integers(1, 8))
+        queries = draw(prompts(tokens, batch))
+        positions = torch.arange(start, start + tokens).expand(batch, tokens)
+        plain = bool((queries.group == torch.arange(tokens)).all())
+        step = plan_step(queries, positions, history, angles, plain=plain, unmerge=unmerge, backend="sdpa")
+        start += tokens
+    assert step is not None
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    query = torch.randn(batch, heads * shared, step.queries.width, SIZE, dtype=torch.float64)
+    key, value = torch.randn(2, batch, heads, history.entries, SIZE, dtype=torch.float64)
+    return step, query, key, value, draw(st.sampled_from([None, 1, 3, 6, 100]))
+
+
+def as_float32(step: Step) -> Step:
+    return dataclasses.replace(step, cos=step.cos.float(), sin=step.sin.float(), _masks={})
+
+
+@pytest.mark.parametrize("unmerge", ["exact", "none"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+@given(data=st.data())
+def test_backends_equal_the_reference(name, unmerge, data):
+    step, query, key, value, window = data.draw(steps(unmerge))
+    expected = BACKENDS["reference"](query, key, value, step, 0.3, window)
+    exact = BACKENDS[name](query, key, value, step, 0.3, window)
+    torch.testing.assert_close(exact, expected, atol=1e-12, rtol=1e-12)
+    single = BACKENDS[name](query.float(), key.float(), value.float(), as_float32(step), 0.3, window)
+    error = (single.double() - expected).norm() / expected.norm().clamp(min=1e-3)
+    assert error < 1e-5
+
+
+@given(st.integers(1, 9), st.integers(0, 2**16), st.sampled_from([None, 2, 5]))
+def test_the_reference_without_merging_is_rotary_causal_attention(tokens, seed, window):
+    torch.manual_seed(seed)
+    query = torch.randn(1, 4, tokens, SIZE, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, tokens, SIZE, dtype=torch.float64)
+    positions = torch.arange(tokens)[None] + 3
+    step = plan_step(
+        TokenMap.identity(1, tokens), positions, History(), angles, plain=True, unmerge="exact", backend="sdpa"
+    )
+    found = BACKENDS["reference"](query, key, value, step, 0.3, window)
+
+    def turned(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous())
+        frequency = 1.0 / (100.0 ** (torch.arange(0, SIZE, 2, dtype=torch.float64) / SIZE))
+        pairs = pairs * torch.polar(torch.ones(()).double(), positions[0][:, None] * frequency)
+        return torch.cat((pairs.real, pairs.imag), -1)
+
+    logits = turned(query) @ turned(key).repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    place = torch.arange(tokens)
+    seen = place[None] <= place[:, None]
+    if window is not None:
+        seen &= place[:, None] - place[None] < window
+    expected = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-12, rtol=1e-12)
+
+
+def test_gradients_of_ragged_batches_are_finite():
+    """Rows of padding attend to something, so no softmax is over nothing."""
+    torch.set_grad_enabled(True)
+    queries = prompt_map(torch.tensor([[0, 0, 2], [0, 1, 2]]), torch.tensor([[True] * 3, [False, False, True]]))
+    positions = torch.arange(3).expand(2, 3)
+    step = plan_step(queries, positions, History(), angles, plain=False, unmerge="exact", backend="sdpa")
+    query, key, value = (torch.randn(2, 1, queries.width, SIZE, dtype=torch.float64) for _ in range(3))
+    query.requires_grad_()
+    BACKENDS["sdpa"](query, key, value, step, 0.3).sum().backward()
+    assert torch.isfinite(query.grad).all()
+
+
+def test_prompt_maps_number_groups_by_their_first_token():
+    images = TokenMap(torch.tensor([[1, 0, 1], [0, 0, 0]]), torch.tensor([2, 1]), 2)
+    places = torch.tensor([[False, True, True, True, False], [True, True, True, False, False]])
+    leaders = prompt_leaders(places, list(image_leaders(images)))
+    assert leaders.tolist() == [[0, 1, 2, 1, 4], [0, 0, 0, 3, 4]]
+    present = torch.tensor([[True] * 5, [True, True, True, True, False]])
+    tokens = prompt_map(leaders, present)
+    assert tokens.group.tolist() == [[0, 1, 2, 1, 3], [0, 0, 0, 1, -1]]
+    assert tokens.kept.tolist() == [4, 2]
+    assert leaders_within(leaders, 2, 2).tolist() == [[0, 1], [0, 1]]
+    assert leaders_within(leaders, 1, 3).tolist() == [[0, 1, 0], [0, 0, 2]]
+
+
+def test_a_history_follows_rows_and_crops():
+    history = History()
+    tokens = TokenMap(torch.tensor([[0, 1, 0, 2], [0, 0, 0, 0]]), torch.tensor([3, 1]), 3)
+    history.append(tokens, torch.arange(4).expand(2, 4), plain=False)
+    history.append(TokenMap.identity(2, 1), torch.tensor([[4], [4]]), plain=True)
+    assert history.slot.tolist() == [[0, 1, 0, 2, 3], [0, 0, 0, 0, 3]]
+    assert (history.length, history.entries) == (5, 4)
+    history.select(torch.tensor([1, 0, 0]))
+    assert history.slot[0].tolist() == [0, 0, 0, 0, 3]
+    history.crop(3)
+    assert (history.length, history.entries) == (3, 2)
+    history.crop(99)
+    assert history.length == 3
+    history.crop(0)
+    assert (history.length, history.entries) == (0, 0)
+
+
+def test_unknown_backends_are_refused():
+    assert choose("auto") in BACKENDS
+    with pytest.raises(ValueError, match=r"reference.*sdpa"):
+        choose("tritom")
