@@ -150,6 +150,13 @@ def test_run_for_people(dymu_command, folder, photo):
     assert f"of {TOKENS}" in out
 
 
+def test_an_answer_is_shown_as_it_is(dymu_command, folder, photo, monkeypatch):
+    monkeypatch.setattr(models, "answer", lambda *_: "a [/b] [red]cat")
+    code, out, _ = dymu_command("run", photo, "what ?", "--model", folder, "-b", FEWEST)
+    assert code == 0
+    assert "a [/b] [red]cat" in out
+
+
 def test_run_on_the_demo_models_default(dymu_command, folder, photo, monkeypatch):
     monkeypatch.setenv("DYMU_DEMO_MODEL", str(folder))
     code, out, _ = dymu_command("run", photo, "what is this ?", "--json")

@@ -192,7 +192,7 @@ def _run_for_people(data: dict[str, Any]) -> Iterator[Any]:
     full = data.get("untouched")
     sides = [full, data] if full else [data]
     made = table("", *(["all tokens", "with DyMU"] if full else ["with DyMU"]), numbers=False)
-    made.add_row("answer", *(side["answer"] for side in sides))
+    made.add_row("answer", *(Text(side["answer"]) for side in sides))
     made.add_row("image tokens", *(_kept(side) for side in sides))
     made.add_row("vision encoder", *(f"{side['encoder_ms']:.1f} ms" for side in sides))
     made.add_row("prefill", *(f"{side['prefill_ms']:.1f} ms" for side in sides))

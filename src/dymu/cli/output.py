@@ -25,7 +25,7 @@ class Output:
     def result(self, data: dict[str, Any], for_people: Callable[[], Iterable[Any]]) -> None:
         """The command's answer: `data` as the last line of stdout, or what `for_people` gives."""
         if self.as_json:
-            print(json.dumps(data, ensure_ascii=False), flush=True)
+            print(json.dumps(data), flush=True)
         else:
             for part in for_people():
                 self._out.print(part if not isinstance(part, str) else Text(part))
