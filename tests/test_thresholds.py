@@ -1,0 +1,198 @@
+"""Thresholds: what is written is read, what does not fit is refused with one sentence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dymu
+import tiny
+from dymu.errors import BadBudget, BadThresholds
+from dymu.thresholds import Calibrated, Encoder, Thresholds
+
+ENCODER = Encoder("clip_vision_model", layers=4, depth=3, hidden_size=32, heads=4, tokens=49)
+
+
+def thresholds(**changes: object) -> Thresholds:
+    entries = (
+        Calibrated(10, (0.5, 0.6, 0.7), achieved=10.1, sd=2.0, min=7, max=14),
+        Calibrated(20, (0.7, 0.8, 2.0), achieved=20.0, sd=3.0, min=12, max=30),
+        Calibrated(40, (0.9, 0.9, 2.0), achieved=40.0, sd=1.0, min=37, max=43),
+    )
+    given = {"calibrated": entries, "encoder": ENCODER, "schedule": "linear", "model": "tiny", "images": 5}
+    return Thresholds(**{**given, **changes})
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path = tmp_path / "t.json"
+    saved = thresholds(skipped=({"image": "a.jpg", "why": "cut short"},), created="2026-01-01", dymu="0.1.0")
+    saved.save(path)
+    assert Thresholds.load(path) == saved
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_thresholds_between_budgets_are_interpolated():
+    t = thresholds()
+    assert t.per_layer(10) == [0.5, 0.6, 0.7]
+    assert t.per_layer(15) == pytest.approx([0.6, 0.7, 1.35])
+    assert t.per_layer(30) == pytest.approx([0.8, 0.85, 2.0])
+    assert t.per_layer(20 / 49) == pytest.approx([0.7, 0.8, 2.0])
+
+
+@given(st.floats(10, 40), st.floats(10, 40))
+def test_a_lower_budget_has_no_higher_thresholds(one, other):
+    low, high = sorted((one, other))
+    t = thresholds()
+    assert all(a <= b + 1e-12 for a, b in zip(t.per_layer(low), t.per_layer(high), strict=True))
+
+
+@pytest.mark.parametrize("budget", [9, 41, 0.1, 0.99, 0, -3, 1.0, 1])
+def test_a_budget_outside_the_calibrated_range_is_refused(budget):
+    with pytest.raises(BadBudget, match=r"outside 10 to 40.*dymu calibrate"):
+        thresholds().per_layer(budget)
+
+
+def test_a_missing_budget_is_fine_only_where_there_is_one():
+    with pytest.raises(BadBudget, match="no budget"):
+        thresholds().per_layer()
+    assert thresholds(calibrated=thresholds().calibrated[:1]).per_layer() == [0.5, 0.6, 0.7]
+
+
+def test_files_that_are_not_thresholds_are_refused(tmp_path):
+    path = tmp_path / "t.json"
+    thresholds().save(path)
+    whole = path.read_text()
+    body = json.loads(whole)
+
+    def refusal(text: str) -> str:
+        path.write_text(text)
+        with pytest.raises(BadThresholds) as caught:
+            Thresholds.load(path)
+        message = str(caught.value)
+        assert str(path) in message
+        assert "\n" not in message
+        return message
+
+    for cut in (0, 1, len(whole) // 2, len(whole) - 3):
+        assert "cut short" in refusal(whole[:cut])
+    assert "not a dymu thresholds file" in refusal("[1, 2]")
+    assert "not a dymu thresholds file" in refusal("{}")
+    assert "update dymu" in refusal(json.dumps({**body, "version": 99}))
+    assert "fetch or calibrate it again" in refusal(json.dumps({k: v for k, v in body.items() if k != "calibrated"}))
+    assert "fetch or calibrate it again" in refusal(json.dumps({**body, "calibrated": []}))
+    shorter = [{**body["calibrated"][0], "thresholds": [0.5]}, *body["calibrated"][1:]]
+    assert "one threshold per merging layer" in refusal(json.dumps({**body, "calibrated": shorter}))
+    odd = [{**body["calibrated"][0], "thresholds": ["a", 1, 2]}]
+    assert "calibrate it again" in refusal(json.dumps({**body, "calibrated": odd}))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(BadThresholds, match=r"nothing\.json: no such file.*check the path"):
+        Thresholds.load(tmp_path / "nothing.json")
+    with pytest.raises(BadThresholds, match="is a directory"):
+        Thresholds.load(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_bytes(b"\xff\xfe\x00binary")
+    with pytest.raises(BadThresholds, match="calibrate it again"):
+        Thresholds.load(path)
+
+
+def test_thresholds_of_another_model_are_refused_and_nothing_is_changed():
+    model = tiny.llava("siglip")
+    with pytest.raises(BadThresholds, match=r"model type clip_vision_model instead of siglip_vision_model"):
+        dymu.apply(model, thresholds(), budget=20)
+    model = tiny.llava("clip", layer=-1)
+    with pytest.raises(BadThresholds, match="depth 3 instead of 4"):
+        dymu.apply(model, thresholds(), budget=20)
+    with pytest.raises(BadBudget):
+        dymu.apply(tiny.llava("clip"), thresholds(), budget=99)
+
+
+def test_the_budget_can_change(tmp_path):
+    thresholds().save(tmp_path / "t.json")
+    model = tiny.llava("clip")
+    with dymu.apply(model, tmp_path / "t.json", budget=10) as handle:
+        model.get_image_features(tiny.pictures(2))
+        few = handle.last.kept
+        handle.budget = 40 / 49
+        assert handle.budget == pytest.approx(40)
+        model.get_image_features(tiny.pictures(2))
+        assert sum(handle.last.kept) > sum(few)
+        with pytest.raises(BadBudget):
+            handle.budget = 5
+        assert handle.budget == pytest.approx(40)
+    with dymu.apply(model, merge=dymu.FixedMerge(12)) as handle, pytest.raises(BadBudget, match="fixed rule"):
+        handle.budget = 10
+
+
+def test_apply_wants_one_rule():
+    with pytest.raises(ValueError, match="either thresholds"):
+        dymu.apply(tiny.llava())
+    with pytest.raises(ValueError, match="either thresholds"):
+        dymu.apply(tiny.llava(), thresholds(), merge=dymu.FixedMerge(12))
+    with pytest.raises(BadBudget, match="needs thresholds"):
+        dymu.apply(tiny.llava(), merge=dymu.FixedMerge(12), budget=12)
+    with pytest.raises(ValueError, match="exact or none"):
+        dymu.apply(tiny.llava(), thresholds(), budget=12, unmerge="compact!")
+
+
+@pytest.mark.parametrize("prefix", ["visual.transformer.resblocks.", "visual.trunk.blocks."])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_authors_checkpoints_are_read(tmp_path, prefix, nested):
+    """A state dict with one scalar per layer; 1.0 means that the layer does not merge."""
+    values = [1.0, 0.9, 0.85, 0.8]
+    state = {f"{prefix}{layer}.threshold": torch.tensor(value) for layer, value in reversed([*enumerate(values)])}
+    state["visual.conv1.weight"] = torch.zeros(2, 2)
+    path = tmp_path / "ViT-L-14-336-tome-72out.pth"
+    torch.save({"epoch": 1, "state_dict": state} if nested else state, path)
+    found = Thresholds.load(path)
+    assert found.budgets == [72]
+    assert found.per_layer() == pytest.approx([2.0, 0.9, 0.85, 0.8])
+    model = tiny.llava("clip")
+    with dymu.apply(model, path) as handle:
+        model.get_image_features(tiny.pictures(2))
+        assert handle.last.layers[0] == [49, 49]
+        assert handle.last.kept != [49, 49]
+    with pytest.raises(BadThresholds, match=r"4 layers.*merges in 2 of 5"):
+        found.check_fits(Encoder("clip_vision_model", layers=5, depth=2, hidden_size=32, heads=4, tokens=49))
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_executes_nothing(tmp_path):
+    trap = tmp_path / "executed"
+    for name, write in (("a-72out.pth", torch.save), ("b-72out.pt", lambda o, p: p.write_bytes(pickle.dumps(o)))):
+        path = tmp_path / name
+        write({"0.threshold": Harmful(trap)}, path)
+        with pytest.raises(BadThresholds, match="nothing in it was executed"):
+            Thresholds.load(path)
+        assert not trap.exists()
+
+
+def test_checkpoints_without_thresholds_or_budget_are_refused(tmp_path):
+    path = tmp_path / "ViT-72out.pth"
+    torch.save({"weight": torch.zeros(1)}, path)
+    with pytest.raises(BadThresholds, match="holds no thresholds"):
+        Thresholds.load(path)
+    path = tmp_path / "ViT.pth"
+    torch.save({"0.threshold": torch.tensor(0.5)}, path)
+    with pytest.raises(BadThresholds, match="rename it"):
+        Thresholds.load(path)
+    path.write_bytes(b"no zip")
+    with pytest.raises(BadThresholds, match="cannot read"):
+        Thresholds.load(path)
