@@ -10,7 +10,6 @@ from datetime import date
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil
 
 import dymu
+import tiny
 from dymu.calibrate import NEVER, threshold_for
 from dymu.families import FAMILIES, resolve
 from dymu.merging import SCHEDULES, FixedMerge, removals
@@ -96,7 +96,7 @@ def slowly(model: nn.Module, pictures: Tensor, target: float, schedule: str) -> 
                     size = sum(sizes[image][n] for n in group)
                     rows[b] = sum(sizes[image][n] * rows[n] for n in group) / size
                     sizes[image][b] = size
-                first = [n for n in range(len(rows)) if n < prefix or (n - prefix) % 2 == 0 and n not in into]
+                first = [n for n in range(len(rows)) if n < prefix or ((n - prefix) % 2 == 0 and n not in into)]
                 order = first + list(range(prefix + 1, len(rows), 2))
                 sizes[image] = [sizes[image][n] for n in order]
                 x = torch.stack([rows[n] for n in order])
