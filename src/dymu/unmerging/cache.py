@@ -94,7 +94,8 @@ class MergedLayer(DynamicLayer):
         return self.history.length + query_length, 0
 
     def reset(self) -> None:
-        super().reset()
+        self.is_initialized = False
+        self.keys = self.values = torch.tensor([])
         self.history.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
