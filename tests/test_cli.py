@@ -297,6 +297,15 @@ def test_drawings_are_whole_or_not_there(refused, folder, photo, tmp_path, monke
     assert "No space left" in refused(*ask, tmp_path / "a.png")
 
 
+def test_an_image_that_cannot_be_drawn_on_is_refused(refused, folder, photo, tmp_path, monkeypatch):
+    def lost(report, image):
+        raise ValueError("this is not the image that the model saw")
+
+    monkeypatch.setattr(dymu.Report, "draw", lost)
+    sentence = refused("run", photo, "what ?", "--model", folder, "-b", FEWEST, "--draw", tmp_path / "a.png")
+    assert "cannot be drawn" in sentence
+
+
 # calibrate, inspect
 
 

@@ -148,7 +148,7 @@ def run(
         with out.step("answering"):
             answer = models.answer(loaded, inputs, MAX_NEW_TOKENS)
         report = handle.last
-        drawing = report.draw(picture.image) if draw is not None else None
+        drawing = None if draw is None else _drawing(report, picture.image)
         full_answer = ""
         if compare:
             with out.step("answering with all image tokens"), handle.disabled():
@@ -174,6 +174,13 @@ def run(
         write_whole(draw, drawing.save)
         data["picture"] = str(draw)
     out.result(data, lambda: _run_for_people(data))
+
+
+def _drawing(report: Any, image: Any) -> Any:
+    try:
+        return report.draw(image)
+    except ValueError as error:  # it finds each patch in the image by its colours, and there may be none
+        raise errors.BadOutput(f"what merged cannot be drawn: {errors.one_line(error)}.") from error
 
 
 def _side(answer: str, original: int, kept: int, times: Any, cache_bytes: int) -> dict[str, Any]:
