@@ -69,8 +69,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def photo(tmp_path_factory):
     path = tmp_path_factory.mktemp("photos") / "photo.png"
-    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
+    coarse = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((80, 60)).save(path)
     return path
 
 
