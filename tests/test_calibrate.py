@@ -30,14 +30,12 @@ BUDGETS = [4, 0.3, 30, 49]
 
 @pytest.fixture(scope="module")
 def processor() -> CLIPImageProcessorPil:
-    side = {"height": tiny.SIDE, "width": tiny.SIDE}
-    return CLIPImageProcessorPil(size=side, crop_size=side)
+    return tiny.processor()
 
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    pixels = tiny.pictures(COUNT).mul(50).add(128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return tiny.photos(COUNT)
 
 
 def kept(model: nn.Module, thresholds: dymu.Thresholds, budget: float, pixels: Tensor) -> list[int]:

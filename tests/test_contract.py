@@ -90,6 +90,26 @@ def test_shapes_are_the_untouched_models(model, rule):
             torch.testing.assert_close(shared, shared[:1].expand_as(shared), atol=0, rtol=0)
 
 
+def test_a_lower_budget_keeps_no_more_tokens(model):
+    """On average over the calibration images for every budget, of each unseen image for budgets well apart."""
+    samples = tiny.photos(8, seed=1) + tiny.photos(8, seed=2)
+    budgets = [8, 11, 15, 20, 25, 30, 35, 40, 45]
+    thresholds = dymu.calibrate(model, tiny.processor(), samples, budgets=budgets)
+    seen = tiny.processor()(images=samples, return_tensors="pt")["pixel_values"]
+    unseen = tiny.processor()(images=tiny.photos(8, seed=3), return_tensors="pt")["pixel_values"]
+    kept, totals = [], []
+    with dymu.apply(model, thresholds, budget=budgets[0]) as handle:
+        for budget in budgets:
+            handle.budget = budget
+            model.get_image_features(seen)
+            totals.append(sum(handle.last.kept))
+            model.get_image_features(unseen)
+            kept.append(handle.last.kept)
+    assert totals == sorted(totals)
+    for few, many in pairwise(kept[::2]):
+        assert all(low <= high for low, high in zip(few, many, strict=True))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_of_a_batch_gets_what_it_gets_alone(model, side):
     prompts, images = four_prompts(model), tiny.pictures(4)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
@@ -110,6 +112,18 @@ def pictures(count: int, seed: int = 0) -> Tensor:
         coarse = torch.randn(1, 3, cells, cells, generator=generator)
         images.append(torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear")[0])
     return torch.stack(images)
+
+
+def processor() -> CLIPImageProcessorPil:
+    """An image processor that neither resizes nor crops `photos`."""
+    side = {"height": SIDE, "width": SIDE}
+    return CLIPImageProcessorPil(size=side, crop_size=side)
+
+
+def photos(count: int, seed: int = 0) -> list[Image.Image]:
+    """`pictures` as images."""
+    pixels = pictures(count, seed).mul(50).add(128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in pixels]
 
 
 def prompt(model: LlavaForConditionalGeneration, *parts: int | str, seed: int = 0) -> Tensor:
