@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
+from dymu.drawing import draw
 from dymu.token_map import TokenMap
 
 
@@ -56,3 +59,26 @@ class Report:
             count = 0 if self.map is None else self.map.batch
             raise IndexError(f"the last call had {count} images, so there is no image {i}")
         return self.map.group[i]
+
+    def draw(self, image: Image.Image, i: int = 0) -> Image.Image:
+        """Image i with every group of merged patches outlined and filled with its mean colour.
+
+        Args:
+            image: the image that was image i of the last call, of any mode and size.
+
+        Returns:
+            An RGB picture, see `dymu.drawing.draw`. A patch that stands for itself keeps its pixels; what the encoder
+            did not see of the image is dimmed.
+
+        Raises:
+            IndexError: the call had no image i.
+            BadImage: `image` cannot be used at all.
+            ValueError: `image` is another image, or the call's image tokens are no grid.
+        """
+        group = self.group(i).cpu().numpy()[self.prefix :]
+        rows, columns = self.grid
+        unseen = rows * columns - len(group)  # patches that the family drops from the front
+        if unseen < 0 or self.seen is None:
+            raise ValueError(f"{len(group)} image tokens are no grid of {rows} × {columns} patches that could be drawn")
+        group = np.concatenate([np.full(unseen, -1), group]).reshape(rows, columns)
+        return draw(image, group, self.seen[i].permute(1, 2, 0).numpy())
