@@ -52,8 +52,7 @@ def load(source: str | Path | Image.Image) -> LoadedImage:
             return _prepare(source, "this image")
         except ValueError as error:
             raise BadImage(
-                f"this image's colour mode {source.mode} cannot be converted: "
-                "convert it to RGB first."
+                f"this image's colour mode {source.mode} cannot be converted: convert it to RGB first."
             ) from error
     path = Path(source).expanduser()
     name = str(source)
@@ -78,9 +77,7 @@ def load(source: str | Path | Image.Image) -> LoadedImage:
     except MemoryError as error:
         raise BadImage(f"{name} does not fit into memory: make it smaller first.") from error
     except Exception as error:  # on damaged bytes decoders raise whatever they stumble over
-        raise BadImage(
-            f"{name} is damaged or cut short ({_first_line(error)}): get a whole copy of it."
-        ) from error
+        raise BadImage(f"{name} is damaged or cut short ({_first_line(error)}): get a whole copy of it.") from error
 
 
 def _readable_formats() -> list[str]:
@@ -146,10 +143,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 
 def _too_many_pixels(name: str, size: tuple[int, int] | None = None) -> str:
     what = f"{size[0]:,} × {size[1]:,} pixels" if size else "larger than an honest image"
-    return (
-        f"{name} is {what}, more than the {MAX_PIXELS // 1_000_000} million pixels allowed: "
-        "make it smaller first."
-    )
+    return f"{name} is {what}, more than the {MAX_PIXELS // 1_000_000} million pixels allowed: make it smaller first."
 
 
 def _frame_count(image: Image.Image) -> int:
