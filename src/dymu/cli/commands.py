@@ -12,11 +12,10 @@ from time import perf_counter
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.text import Text
 
 import dymu
 from dymu.cli import errors
-from dymu.cli.output import Output, check_writable, table, write_whole
+from dymu.cli.output import Output, check_writable, facts, run_for_people, table, thresholds_for_people, write_whole
 
 MAX_NEW_TOKENS = 64
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -173,7 +172,7 @@ def run(
     if draw is not None and drawing is not None:
         write_whole(draw, drawing.save)
         data["picture"] = str(draw)
-    out.result(data, lambda: _run_for_people(data))
+    out.result(data, lambda: run_for_people(data))
 
 
 def _drawing(report: Any, image: Any) -> Any:
@@ -193,35 +192,6 @@ def _side(answer: str, original: int, kept: int, times: Any, cache_bytes: int) -
         "decode_ms_per_token": round(times.decode_ms_per_token, 3),
         "cache_bytes": cache_bytes,
     }
-
-
-def _run_for_people(data: dict[str, Any]) -> Iterator[Any]:
-    full = data.get("untouched")
-    sides = [full, data] if full else [data]
-    made = table("", *(["all tokens", "with DyMU"] if full else ["with DyMU"]), numbers=False)
-    made.add_row("answer", *(Text(side["answer"]) for side in sides))
-    made.add_row("image tokens", *(_kept(side) for side in sides))
-    made.add_row("vision encoder", *(f"{side['encoder_ms']:.1f} ms" for side in sides))
-    made.add_row("prefill", *(f"{side['prefill_ms']:.1f} ms" for side in sides))
-    made.add_row("each token after", *(f"{side['decode_ms_per_token']:.1f} ms" for side in sides))
-    made.add_row("KV cache", *(f"{side['cache_bytes'] / 2**10:,.0f} KiB" for side in sides))
-    yield made
-    yield ""
-    repeats = data["repeats"]
-    if full:
-        yield (
-            f"Encoder and prefill take {1 / data['speedup_encoder_prefill']:.2f} of the untouched "
-            f"model's time (medians of {repeats} runs of each, taken in turn after a warm-up)."
-        )
-    else:
-        yield f"Times are medians of {repeats} runs after a warm-up."
-    if "picture" in data:
-        yield f"What merged is drawn in {data['picture']}"
-
-
-def _kept(side: dict[str, Any]) -> str:
-    kept, original = side["kept_tokens"], side["original_tokens"]
-    return f"{kept} of {original} ({kept / original:.0%})"
 
 
 @app.command()
@@ -269,7 +239,7 @@ def calibrate(
         if warning.filename == __file__:  # what calibrate says to its caller; libraries' talk is left out
             out.note(str(warning.message))
     data = {"file": str(output), "seconds": round(seconds, 3), **_thresholds_data(found)}
-    out.result(data, lambda: _thresholds_for_people(data))
+    out.result(data, lambda: thresholds_for_people(data))
 
 
 def _image_files(path: Path) -> list[Path]:
@@ -292,7 +262,7 @@ def inspect(
     from dymu.thresholds import Thresholds
 
     data = {"file": str(file), **_thresholds_data(Thresholds.load(file))}
-    Output(as_json).result(data, lambda: _thresholds_for_people(data))
+    Output(as_json).result(data, lambda: thresholds_for_people(data))
 
 
 def _thresholds_data(found: Any) -> dict[str, Any]:
@@ -307,55 +277,6 @@ def _thresholds_data(found: Any) -> dict[str, Any]:
         "dymu": found.dymu,
         "budgets": [asdict(entry) for entry in found.calibrated],
     }
-
-
-def _thresholds_for_people(data: dict[str, Any]) -> Iterator[Any]:
-    yield from _facts(
-        {
-            "file": data["file"],
-            "model": data["model"] or "not said",
-            "encoder": _encoder_for_people(data["encoder"]),
-            "schedule": data["schedule"] or "not said",
-            "found on": f"{data['images']} images ({len(data['skipped'])} skipped)"
-            if data["images"] is not None
-            else "not said",
-            "made": f"{data['created'] or 'not said'}, by dymu {data['dymu'] or '(not said)'}",
-        }
-    )
-    yield ""
-    kept = table("budget", "kept on average", "sd", "least", "most", title="image tokens")
-    for entry in data["budgets"]:
-        seen = (entry[name] for name in ("achieved", "sd", "min", "max"))
-        kept.add_row(_number(entry["budget"]), *(_number(value) for value in seen))
-    yield kept
-    yield ""
-    yield "thresholds: the similarity above which tokens merge, first layer first, – for never"
-    layers = table("budget", "", numbers=False)
-    for entry in data["budgets"]:
-        values = ("–" if value > 1 else f"{value:.3f}" for value in entry["thresholds"])
-        layers.add_row(_number(entry["budget"]), "  ".join(values))
-    yield layers
-
-
-def _encoder_for_people(encoder: dict[str, Any] | None) -> str:
-    if encoder is None:
-        return "not said"
-    return (
-        "{model_type}: {layers} layers, of which {depth} are read; {hidden_size} wide, "
-        "{heads} heads; {tokens} image tokens"
-    ).format(**encoder)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def _facts(facts: dict[str, str]) -> Iterator[Any]:
-    made = table("", "", numbers=False)
-    made.show_header = False
-    for name, value in facts.items():
-        made.add_row(name, Text(value))
-    yield made
 
 
 @app.command()
@@ -402,7 +323,7 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
     }
     Output(as_json).result(
         data,
-        lambda: _facts({k.replace("_", " "): str(v or "none") for k, v in data.items()}),
+        lambda: facts({k.replace("_", " "): str(v or "none") for k, v in data.items()}),
     )
 
 

@@ -78,3 +78,84 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise BadOutput(f"{path} could not be written ({error.strerror or error}).") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def run_for_people(data: dict[str, Any]) -> Iterator[Any]:
+    """What `dymu run` gives as JSON, as a table."""
+    full = data.get("untouched")
+    sides = [full, data] if full else [data]
+    made = table("", *(["all tokens", "with DyMU"] if full else ["with DyMU"]), numbers=False)
+    made.add_row("answer", *(Text(side["answer"]) for side in sides))
+    made.add_row("image tokens", *(_kept(side) for side in sides))
+    made.add_row("vision encoder", *(f"{side['encoder_ms']:.1f} ms" for side in sides))
+    made.add_row("prefill", *(f"{side['prefill_ms']:.1f} ms" for side in sides))
+    made.add_row("each token after", *(f"{side['decode_ms_per_token']:.1f} ms" for side in sides))
+    made.add_row("KV cache", *(f"{side['cache_bytes'] / 2**10:,.0f} KiB" for side in sides))
+    yield made
+    yield ""
+    repeats = data["repeats"]
+    if full:
+        yield (
+            f"Encoder and prefill take {1 / data['speedup_encoder_prefill']:.2f} of the untouched "
+            f"model's time (medians of {repeats} runs of each, taken in turn after a warm-up)."
+        )
+    else:
+        yield f"Times are medians of {repeats} runs after a warm-up."
+    if "picture" in data:
+        yield f"What merged is drawn in {data['picture']}"
+
+
+def _kept(side: dict[str, Any]) -> str:
+    kept, original = side["kept_tokens"], side["original_tokens"]
+    return f"{kept} of {original} ({kept / original:.0%})"
+
+
+def thresholds_for_people(data: dict[str, Any]) -> Iterator[Any]:
+    """What `dymu inspect` gives as JSON, as tables."""
+    yield from facts(
+        {
+            "file": data["file"],
+            "model": data["model"] or "not said",
+            "encoder": _encoder_for_people(data["encoder"]),
+            "schedule": data["schedule"] or "not said",
+            "found on": f"{data['images']} images ({len(data['skipped'])} skipped)"
+            if data["images"] is not None
+            else "not said",
+            "made": f"{data['created'] or 'not said'}, by dymu {data['dymu'] or '(not said)'}",
+        }
+    )
+    yield ""
+    kept = table("budget", "kept on average", "sd", "least", "most", title="image tokens")
+    for entry in data["budgets"]:
+        seen = (entry[name] for name in ("achieved", "sd", "min", "max"))
+        kept.add_row(_number(entry["budget"]), *(_number(value) for value in seen))
+    yield kept
+    yield ""
+    yield "thresholds: the similarity above which tokens merge, first layer first, – for never"
+    layers = table("budget", "", numbers=False)
+    for entry in data["budgets"]:
+        values = ("–" if value > 1 else f"{value:.3f}" for value in entry["thresholds"])
+        layers.add_row(_number(entry["budget"]), "  ".join(values))
+    yield layers
+
+
+def _encoder_for_people(encoder: dict[str, Any] | None) -> str:
+    if encoder is None:
+        return "not said"
+    return (
+        "{model_type}: {layers} layers, of which {depth} are read; {hidden_size} wide, "
+        "{heads} heads; {tokens} image tokens"
+    ).format(**encoder)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def facts(named: dict[str, str]) -> Iterator[Any]:
+    """Names and what they are, below each other."""
+    made = table("", "", numbers=False)
+    made.show_header = False
+    for name, value in named.items():
+        made.add_row(name, Text(value))
+    yield made
