@@ -1,0 +1,55 @@
+"""Result files: numbers with their command, date, device and versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def write(name: str, data: dict[str, Any]) -> Path:
+    """Write `benchmarks/results/NAME.json`, whole or not at all, and return its path."""
+    module = sys.modules["__main__"].__spec__
+    command = ["python", "-m", module.name if module else sys.argv[0], *sys.argv[1:]]
+    body = {
+        "command": shlex.join(command),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": _device(),
+        "versions": {name: version(name) for name in ("dymu", "torch", "transformers")}
+        | {"python": platform.python_version()},
+        **data,
+    }
+    path = RESULTS / f"{name}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(body, indent=1) + "\n")
+    part.replace(path)
+    return path
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")]
+    return f"CPU ({names[0] if names else platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def _cpu_lines() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    return info.read_text().splitlines() if info.exists() else []
