@@ -519,3 +519,14 @@ def test_saving_while_applied_saves_the_stock_model(some_model):
     with tempfile.TemporaryDirectory() as folder, dymu.apply(some_model, merge=SOME):
         some_model.save_pretrained(folder)
         assert "dymu" not in (Path(folder) / "config.json").read_text()
+
+
+def test_the_grid_is_that_of_the_patches():
+    """Also where the strategy drops a patch, as LLaVA's default does with a tower without a class token."""
+    for tower in tiny.TOWERS:
+        for strategy in ("default", "full"):
+            model = tiny.llava(tower, strategy=strategy)
+            with dymu.apply(model, merge=SOME) as handle:
+                model.get_image_features(tiny.pictures(2))
+                assert handle.last.grid == (7, 7)
+                assert handle.last.seen.shape == (2, 3, 7, 7)

@@ -178,6 +178,7 @@ class Handle:
         self._hook(parts.projector.register_forward_hook(self._after_projector))
         # The language model unmerges.
         self._hook(parts.inner.register_forward_pre_hook(self._before_inner, with_kwargs=True))
+        self._hook(parts.inner.register_forward_hook(self._after_inner, always_call=True))
         self._hook(parts.language_model.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         self._hook(parts.language_model.register_forward_hook(self._after_decoder, with_kwargs=True))
         self._hook(parts.rotary.register_forward_hook(no_rotation))
@@ -255,7 +256,7 @@ class Handle:
             setattr(feature, _LEADERS, leaders)
         self._features = features
         prefix = self._parts.prefix - self._dropped if self._parts.class_token else 0
-        grid = _grid(images.tokens - prefix, pixel_values)
+        grid = _grid(run.map.tokens - self._parts.prefix, pixel_values)
         self.last = Report(
             map=images,
             layers=[(state.map.kept - self._dropped).tolist() for state in run.states[1 : run.depth + 1]],
@@ -282,6 +283,10 @@ class Handle:
                 self._image_tokens = (embeds == of_token).all(-1)
         elif not _length(given.get("past_key_values")):
             self.last = Report()
+
+    def _after_inner(self, *_: Any) -> None:
+        """Forget this call's images, also where it failed."""
+        self._image_tokens = self._features = None
 
     def _prefilling(self, prefill: Callable[..., Any]) -> Callable[..., Any]:
         """Chunked prefill cuts the features of encoded images into pieces that no longer carry their token maps, so
@@ -310,7 +315,6 @@ class Handle:
     def _leaders(self, batch: int, start: int, tokens: int) -> Tensor | None:
         """Leaders of the prompt's tokens from `start` on, or None where no token is merged."""
         places, features = self._image_tokens, self._features
-        self._image_tokens = self._features = None
         if self._chunked is not None:
             first, leaders = self._chunked
             return leaders_within(leaders, start - first, tokens)
