@@ -11,9 +11,14 @@ from dymu.unmerging.step import Step
 
 
 def _expand(entries: Tensor, slot: Tensor) -> Tensor:
-    """Copy merged entries [B, H, M, D] to the virtual tokens [B, N] that read them; any entry for slot -1."""
-    rows = torch.arange(slot.shape[0], device=slot.device)[:, None]
-    return entries.transpose(1, 2)[rows, slot.clamp(min=0)].transpose(1, 2)
+    """Copy merged entries [B, H, M, D] to the virtual tokens [B, N] that read them; any entry for slot -1.
+
+    By rows of D: indexing with [B, N] took five times as long on a CPU.
+    """
+    batch, heads, stored, size = entries.shape
+    head = torch.arange(batch * heads, device=slot.device).view(batch, heads, 1) * stored
+    row = head + slot.clamp(min=0)[:, None]
+    return entries.reshape(-1, size).index_select(0, row.flatten()).view(batch, heads, -1, size)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None) -> Tensor:
