@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticCache
 
 import dymu
 import tiny
-from dymu.errors import AlreadyApplied, UnsupportedCache, UnsupportedModel
+from dymu.errors import AlreadyApplied, BadPrompt, UnsupportedCache, UnsupportedModel
 from dymu.merging import ThresholdMerge
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
@@ -510,8 +510,10 @@ def test_an_error_half_way_leaves_nothing_open(some_model):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(2)
     with dymu.apply(some_model, merge=SOME):
         expected = some_model(input_ids=ids, pixel_values=image[:1]).logits
-        with pytest.raises(ValueError, match="do not match"):
+        with pytest.raises(BadPrompt, match="the 2 images given need"):
             some_model(input_ids=ids, pixel_values=image)
+        with pytest.raises(BadPrompt, match="have 0 image placeholders"):
+            answer(some_model, input_ids=tiny.prompt(some_model, 4)[None], pixel_values=image)
         assert torch.equal(some_model(input_ids=ids, pixel_values=image[:1]).logits, expected)
 
 

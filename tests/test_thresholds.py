@@ -40,7 +40,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_thresholds_between_budgets_are_interpolated():
     t = thresholds()
     assert t.per_layer(10) == [0.5, 0.6, 0.7]
-    assert t.per_layer(15) == pytest.approx([0.6, 0.7, 1.35])
+    assert t.per_layer(15) == pytest.approx([0.6, 0.7, 0.85])
     assert t.per_layer(30) == pytest.approx([0.8, 0.85, 2.0])
     assert t.per_layer(20 / 49) == pytest.approx([0.7, 0.8, 2.0])
 

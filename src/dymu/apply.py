@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import DynamicCache, PreTrainedModel
 
-from dymu.errors import AlreadyApplied, BadBudget
+from dymu.errors import AlreadyApplied, BadBudget, BadPrompt
 from dymu.families import FAMILIES, Parts, resolve
 from dymu.merging import MergeRule, MergeRun, ThresholdMerge
 from dymu.report import Report
@@ -255,6 +255,7 @@ class Handle:
         for feature, leaders in zip(features, image_leaders(images), strict=True):
             setattr(feature, _LEADERS, leaders)
         self._features = features
+        self._check_room()
         prefix = self._parts.prefix - self._dropped if self._parts.class_token else 0
         grid = _grid(run.map.tokens - self._parts.prefix, pixel_values)
         self.last = Report(
@@ -281,8 +282,20 @@ class Handle:
             elif embeds is not None:
                 of_token = inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))
                 self._image_tokens = (embeds == of_token).all(-1)
+            self._check_room()
         elif not _length(given.get("past_key_values")):
             self.last = Report()
+
+    def _check_room(self) -> None:
+        """Raises: BadPrompt, where the prompts' placeholders are not as many as the images' features."""
+        if self._image_tokens is None or self._features is None or self._chunked is not None:
+            return
+        places, tokens = int(self._image_tokens.sum()), sum(len(feature) for feature in self._features)
+        if places != tokens:
+            raise BadPrompt(
+                f"the prompts have {places} image placeholders, but the {len(self._features)} images given need "
+                f"{tokens}; write one placeholder per image into the text and let the processor expand it."
+            )
 
     def _after_inner(self, *_: Any) -> None:
         """Forget this call's images, also where it failed."""

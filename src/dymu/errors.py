@@ -25,7 +25,7 @@ class BadImage(DymuError):
     """An image that cannot be read or used."""
 
 
-class BadPrompt(DymuError):
+class BadPrompt(DymuError, ValueError):
     """A prompt whose image placeholders do not fit the images."""
 
 
