@@ -112,8 +112,8 @@ class Thresholds:
     def per_layer(self, budget: int | float | None = None) -> list[float]:
         """One similarity per merging encoder layer, interpolated between the calibrated budgets around `budget`.
 
-        Calibrated budgets are met; between two that are far apart the average strays (by a seventh, halfway between 30 %
-        and 75 % of the tokens), so calibrate for the budgets that matter.
+        Calibrated budgets are met; between two that are far apart the average strays (at 50 % of the tokens, between 30
+        and 75 %, 40 photos kept 13 % less than wanted), so calibrate for the budgets that matter.
 
         Raises:
             BadBudget: see `tokens_for`.
