@@ -1,5 +1,7 @@
 """The vision encoders that are described."""
 
+from dataclasses import replace
+
 from dymu.families.family import Tower
 
 CLIP = Tower(
@@ -14,18 +16,7 @@ CLIP = Tower(
     mlp="mlp",
 )
 
-SIGLIP = Tower(
-    model_types=("siglip_vision_model",),
-    layers="encoder.layers|vision_model.encoder.layers",
-    norm1="layer_norm1",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    out="self_attn.out_proj",
-    norm2="layer_norm2",
-    mlp="mlp",
-    class_token=False,
-)
+SIGLIP = replace(CLIP, model_types=("siglip_vision_model",), class_token=False)
 
 DINOV2 = Tower(
     model_types=("dinov2", "dinov2_with_registers"),
