@@ -13,7 +13,7 @@ QUESTION ?= What is this?
 BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
-CODE := src tests $(wildcard training examples)
+CODE := src tests training benchmarks
 
 .DELETE_ON_ERROR:
 .PHONY: demo setup test check format-check lint types imports format clean
@@ -45,6 +45,7 @@ format-check: setup
 
 lint: setup
 	$(BIN)/ruff check $(CODE)
+	$(BIN)/python -m benchmarks.tables --check
 
 types: setup
 	$(BIN)/mypy

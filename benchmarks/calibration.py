@@ -1,7 +1,7 @@
 """How long calibration takes, and how much memory.
 
-`python -m benchmarks.calibration models/demo FOLDER` calibrates one budget of 30 % on the images of FOLDER, shown to the
-model's vision tower at 336 px (576 tokens, LLaVA-1.5's grid).
+`python -m benchmarks.calibration models/demo FOLDER` calibrates one budget of 30 % on the images of FOLDER, shown to
+the model's vision tower at 336 px (576 tokens, LLaVA-1.5's grid).
 """
 
 from __future__ import annotations

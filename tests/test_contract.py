@@ -6,6 +6,7 @@ import copy
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from transformers.cache_utils import StaticCache
 
 import dymu
 import tiny
-from dymu.errors import AlreadyApplied, BadPrompt, UnsupportedCache, UnsupportedModel
+from dymu.errors import AlreadyApplied, BadBudget, BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
 from dymu.merging import ThresholdMerge
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
+NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
+"""Goes through all the motions of merging and finds no two tokens alike enough."""
 SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
 """Merges to different counts for each of `tiny.pictures`."""
 
@@ -40,14 +43,20 @@ def answer(model: LlavaForConditionalGeneration, new_tokens: int = 6, **inputs: 
     return model.generate(**options)
 
 
+def stored(generated: Any) -> int:
+    """Tokens that the cache of a generation really holds."""
+    return generated.past_key_values.layers[0].keys.shape[2]
+
+
 def four_prompts(model: LlavaForConditionalGeneration) -> list[Tensor]:
     return [tiny.prompt(model, 3, "image", length, seed=length) for length in (4, 9, 2, 6)]
 
 
-def test_nothing_merged_equals_the_untouched_model(model):
+@pytest.mark.parametrize("rule", [NOTHING, NOTHING_ALIKE], ids=["never", "none-alike"])
+def test_nothing_merged_equals_the_untouched_model(model, rule):
     inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(1)}
     logits, text = model(**inputs).logits, answer(model, **inputs)
-    with dymu.apply(model, merge=NOTHING) as handle:
+    with dymu.apply(model, merge=rule) as handle:
         torch.testing.assert_close(model(**inputs).logits, logits, atol=1e-5, rtol=0)
         assert torch.equal(answer(model, **inputs), text)
         assert handle.last.kept == handle.last.original == [tiny.tokens_per_image(model)]
@@ -110,11 +119,12 @@ def test_a_lower_budget_keeps_no_more_tokens(model):
         assert all(low <= high for low, high in zip(few, many, strict=True))
 
 
+@pytest.mark.parametrize("unmerge", ["exact", "none"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_row_of_a_batch_gets_what_it_gets_alone(model, side):
+def test_a_row_of_a_batch_gets_what_it_gets_alone(model, side, unmerge):
     prompts, images = four_prompts(model), tiny.pictures(4)
     batch = tiny.pad(prompts, side)
-    with dymu.apply(model, merge=SOME) as handle:
+    with dymu.apply(model, merge=SOME, unmerge=unmerge) as handle:
         together = model(**batch, pixel_values=images).logits
         maps = [handle.last.group(i) for i in range(4)]
         kept = handle.last.kept
@@ -175,10 +185,11 @@ def test_the_cache_of_a_batch_is_as_long_as_its_longest_merged_prompt(some_model
         assert cache.layers[0].keys.shape[2] == max(merged)
 
 
-def test_decoding_equals_forwarding_the_whole(model):
+@pytest.mark.parametrize("unmerge", ["exact", "none"])
+def test_decoding_equals_forwarding_the_whole(model, unmerge):
     """A cache of merged tokens changes nothing: each step's logits are those of one forward without a cache."""
     ids, image = tiny.prompt(model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
-    with dymu.apply(model, merge=SOME):
+    with dymu.apply(model, merge=SOME, unmerge=unmerge):
         whole = answer(model, new_tokens=5, input_ids=ids, pixel_values=image)
         full = model(input_ids=whole, pixel_values=image, use_cache=False).logits
         out = model(input_ids=ids, pixel_values=image)
@@ -262,9 +273,10 @@ def test_two_models_do_not_meet():
     before = other(**inputs).logits
     with dymu.apply(merged, merge=SOME):
         assert torch.equal(other(**inputs).logits, before)
+        alone = merged(**inputs).logits
         with dymu.apply(other, merge=NOTHING):
             torch.testing.assert_close(other(**inputs).logits, before, atol=1e-5, rtol=0)
-            merged(**inputs)
+            assert torch.equal(merged(**inputs).logits, alone)
         assert torch.equal(other(**inputs).logits, before)
 
 
@@ -288,8 +300,10 @@ def test_sampling_is_reproducible_and_nothing_merged_samples_the_same(model):
     stock = sample()
     with dymu.apply(model, merge=NOTHING):
         assert torch.equal(sample(), stock)
-    with dymu.apply(model, merge=SOME):
+    with dymu.apply(model, merge=SOME) as handle:
         assert torch.equal(sample(), sample())
+        out = answer(model, do_sample=True, num_return_sequences=3, return_dict_in_generate=True, **inputs)
+        assert stored(out) == 11 + handle.last.kept[0] + 5
 
 
 def test_beams(model):
@@ -298,8 +312,11 @@ def test_beams(model):
     stock = answer(model, num_beams=3, **inputs)
     with dymu.apply(model, merge=NOTHING):
         assert torch.equal(answer(model, num_beams=3, **inputs), stock)
-    with dymu.apply(model, merge=SOME):
-        together = answer(model, num_beams=3, **inputs)[:, -6:]
+    with dymu.apply(model, merge=SOME) as handle:
+        out = answer(model, num_beams=3, return_dict_in_generate=True, **inputs)
+        kept = handle.last.kept[:: len(handle.last.kept) // 3]
+        assert stored(out) == 11 + max(kept[0] - 4, kept[1] + kept[2]) + 5
+        together = out.sequences[:, -6:]
         alone = answer(model, num_beams=3, input_ids=prompts[1][None], pixel_values=tiny.pictures(3)[1:])[0, -6:]
         assert torch.equal(together[1], alone)
 
@@ -311,8 +328,15 @@ def test_several_images_in_a_prompt(model):
     with dymu.apply(model, merge=NOTHING):
         torch.testing.assert_close(model(input_ids=ids, pixel_values=images).logits, stock, atol=1e-5, rtol=0)
     with dymu.apply(model, merge=SOME) as handle:
-        cache = model(input_ids=ids, pixel_values=images).past_key_values
-        assert cache.layers[0].keys.shape[2] == 11 + sum(handle.last.kept)
+        out = model(input_ids=ids, pixel_values=images)
+        assert out.past_key_values.layers[0].keys.shape[2] == 11 + sum(handle.last.kept)
+        places = (ids[0] == tiny.IMAGE_TOKEN).nonzero()[:, 0].view(3, -1)
+        for i in range(3):
+            _, same = handle.last.group(i).unique(return_inverse=True)
+            _, seen = out.logits[0, places[i]].unique(dim=0, return_inverse=True)
+            assert [row.tolist() for row in (same[:, None] == same).int()] == [
+                row.tolist() for row in (seen[:, None] == seen).int()
+            ]
 
 
 def test_the_same_image_twice_is_two_images(model):
@@ -382,6 +406,8 @@ def test_assisted_decoding_gives_the_greedy_text(model, rule):
     with dymu.apply(model, merge=rule):
         greedy = answer(model, new_tokens=12, **inputs)
         assert torch.equal(answer(model, new_tokens=12, prompt_lookup_num_tokens=3, **inputs), greedy)
+        out = answer(model, new_tokens=12, assistant_model=draft, return_dict_in_generate=True, **inputs)
+        assert stored(out) < inputs["input_ids"].shape[1] - 10 or rule is NOTHING
         assert torch.equal(answer(model, new_tokens=12, assistant_model=draft, **inputs), greedy)
         with dymu.apply(draft, merge=rule):
             assert torch.equal(answer(model, new_tokens=12, assistant_model=draft, **inputs), greedy)
@@ -469,6 +495,10 @@ def test_caches_do_not_cross_over(some_model):
     handle.remove()
     with pytest.raises(UnsupportedCache, match="apply DyMU again"):
         some_model(input_ids=one, past_key_values=merged)
+    with dymu.apply(some_model, merge=SOME):
+        expected = some_model(input_ids=torch.cat((ids, one), 1), pixel_values=image).logits[:, -1:]
+        continued = some_model(input_ids=one, past_key_values=merged).logits
+        torch.testing.assert_close(continued, expected, atol=1e-4, rtol=0)
 
 
 def test_cropping_a_cache_forgets_the_end(some_model):
@@ -499,6 +529,12 @@ def test_an_unknown_model_is_refused_by_name():
     model = tiny.llava()
     model.model.language_model.config.model_type = "gpt_neox"
     with pytest.raises(UnsupportedModel, match=r"language model 'gpt_neox'.*llama"):
+        dymu.apply(model, merge=SOME)
+    with pytest.raises(UnsupportedModel, match="only a part of a llava model"):
+        dymu.apply(tiny.llava().model, merge=SOME)
+    model = tiny.llava()
+    model.model.language_model.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(UnsupportedModel, match="depend on how long"):
         dymu.apply(model, merge=SOME)
     model = tiny.llava()
     model.model.vision_tower.config.model_type = "beit"
@@ -532,3 +568,141 @@ def test_the_grid_is_that_of_the_patches():
                 model.get_image_features(tiny.pictures(2))
                 assert handle.last.grid == (7, 7)
                 assert handle.last.seen.shape == (2, 3, 7, 7)
+
+
+@pytest.mark.parametrize("layer", [[1, -1], [-2, 3, 2]], ids=str)
+def test_features_of_several_layers_stay_in_step_where_little_merges(layer):
+    """Merging reorders tokens even where none merge, and a row that merges nothing holds the batch's width."""
+    for tower in tiny.TOWERS:
+        model = tiny.llava(tower, layer=layer)
+        ids, images = tiny.prompt(model, 3, "image", 5)[None], torch.cat((tiny.pictures(1), tiny.pictures(4)[3:]))
+        stock = model(input_ids=ids, pixel_values=images[:1]).logits
+        with dymu.apply(model, merge=NOTHING_ALIKE):
+            torch.testing.assert_close(model(input_ids=ids, pixel_values=images[:1]).logits, stock, atol=1e-5, rtol=0)
+        with dymu.apply(model, merge=ThresholdMerge((0.98,) * tiny.LAYERS)) as handle:
+            together = model(input_ids=ids.expand(2, -1), pixel_values=images).logits
+            assert handle.last.kept[0] > handle.last.kept[1] + 10
+            for i in range(2):
+                alone = model(input_ids=ids, pixel_values=images[i : i + 1]).logits[0]
+                torch.testing.assert_close(together[i], alone, atol=1e-4, rtol=0)
+
+
+def unmerged_by_hand(model: Any, ids: Tensor, features: Tensor, group: Tensor) -> Tensor:
+    """Logits [N, vocab] of one prompt, from the model's own weights and the formula, without the library's code.
+
+    Args:
+        ids: [N], the prompt with one image.
+        features: [image tokens, C], as `get_image_features` gives them.
+        group: [image tokens].
+    """
+    text = model.model.language_model
+    places = (ids == tiny.IMAGE_TOKEN).nonzero()[:, 0].tolist()
+    label = [("text", n) for n in range(len(ids))]
+    for place, member in zip(places, group.tolist(), strict=True):
+        label[place] = ("image", member)
+    names = list(dict.fromkeys(label))
+    of = torch.tensor([names.index(name) for name in label])
+    embeds = model.get_input_embeddings()(ids).clone()
+    embeds[places] = features
+    x = torch.stack([embeds[label.index(name)] for name in names])
+
+    size = text.config.head_dim
+    angle = torch.arange(len(ids))[:, None] / text.config.rope_parameters["rope_theta"] ** (
+        torch.arange(0, size, 2) / size
+    )
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def rotated(heads: Tensor) -> Tensor:
+        pairs = torch.complex(*heads.unflatten(-1, (2, -1)).unbind(-2)) * turn
+        return torch.cat((pairs.real, pairs.imag), -1)
+
+    place = torch.arange(len(ids))
+    for layer in text.layers:
+        window = getattr(layer.self_attn, "sliding_window", getattr(text.config, "sliding_window", None)) or len(ids)
+        hidden = (place[None] > place[:, None]) | (place[:, None] - place[None] >= window)
+        attention, normed = layer.self_attn, layer.input_layernorm(x)
+        query, key, value = (
+            part(normed).unflatten(-1, (-1, size)) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        query, key, value = rotated(query[of]), rotated(key[of]), value[of]
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+        logits = torch.einsum("nhd,mhd->hnm", query, key) * size**-0.5
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        virtual = torch.einsum("hnm,mhd->nhd", weights, value).flatten(1)
+        mean = torch.stack([virtual[of == m].mean(0) for m in range(len(names))])
+        x = x + attention.o_proj(mean)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.lm_head(text.norm(x))[of]
+
+
+def test_merged_logits_equal_an_independent_implementation(model):
+    """Virtual tokens at every place of the full prompt, each rotated by its own position, averaged over each group."""
+    ids, image = tiny.prompt(model, 4, "image", 7), tiny.pictures(4)[2:3]
+    with dymu.apply(model, merge=SOME) as handle:
+        logits = model(input_ids=ids[None], pixel_values=image).logits[0]
+        features = model.get_image_features(image).pooler_output[0]
+        group = handle.last.group(0)
+        assert handle.last.kept[0] < len(group) // 2
+    expected = unmerged_by_hand(model, ids, features, group)
+    torch.testing.assert_close(logits, expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
+
+
+def test_disabled_and_remove_in_any_order(some_model):
+    inputs = {"input_ids": tiny.prompt(some_model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[2:3]}
+    stock, attributes = some_model(**inputs).logits, _attributes(some_model)
+    handle = dymu.apply(some_model, merge=SOME)
+    merged = some_model(**inputs).logits
+    with handle.disabled():
+        with handle.disabled():
+            assert torch.equal(some_model(**inputs).logits, stock)
+        assert torch.equal(some_model(**inputs).logits, stock)
+        with pytest.raises(AlreadyApplied):
+            dymu.apply(some_model, merge=SOME)
+    assert torch.equal(some_model(**inputs).logits, merged)
+    with handle.disabled():
+        handle.remove()
+    assert torch.equal(some_model(**inputs).logits, stock)
+    with handle.disabled():
+        pass
+    assert torch.equal(some_model(**inputs).logits, stock)
+    assert _attributes(some_model) == attributes
+    with dymu.apply(some_model, merge=SOME):
+        handle.remove()
+        assert torch.equal(some_model(**inputs).logits, merged)
+
+
+def test_a_model_is_not_copied_while_applied(some_model):
+    """A copy's hooks would still run the original's layers."""
+    with dymu.apply(some_model, merge=SOME), pytest.raises(DymuError, match=r"handle\.remove\(\) first"):
+        copy.deepcopy(some_model)
+    copy.deepcopy(some_model)
+
+
+def test_image_features_as_a_tuple(some_model):
+    with dymu.apply(some_model, merge=SOME):
+        images = tiny.pictures(2)
+        expected = some_model.get_image_features(images)
+        found = some_model.get_image_features(images, return_dict=False)
+        assert isinstance(found, tuple)
+        assert len(found) == len(expected.to_tuple())
+
+
+def test_masks_of_other_kinds_are_refused(some_model):
+    ids = tiny.prompt(some_model, 4)[None]
+    with dymu.apply(some_model, merge=SOME):
+        for mask in (torch.ones(1, 1, 4, 4), {"full_attention": None}):
+            with pytest.raises(ValueError, match=r"attention_mask \[B, N\]"):
+                some_model(input_ids=ids, attention_mask=mask)
+
+
+def test_rules_that_are_none_are_refused():
+    with pytest.raises(TypeError, match="FixedMerge"):
+        dymu.apply(tiny.llava(), merge=0.9)
+    for keep in (0, -3):
+        with pytest.raises(BadBudget, match="at least one"):
+            dymu.FixedMerge(keep)
+    model = tiny.llava()
+    with dymu.apply(model, merge=dymu.FixedMerge(60)), pytest.raises(BadBudget, match="between"):
+        model.get_image_features(tiny.pictures(1))

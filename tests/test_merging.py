@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dymu
 import tiny
+from dymu.errors import BadBudget
 from dymu.families import FAMILIES, resolve
 from dymu.merging import SCHEDULES, EncoderLayer, FixedMerge, MergeRun, ThresholdMerge, removals
 from dymu.merging.match import best_partner, similarity_metric
@@ -163,7 +164,7 @@ def test_schedules_lean_the_way_they_say():
     assert constant == pytest.approx([27.6] * 10)
     assert linear == pytest.approx(late[::-1])
     assert late == sorted(late)
-    with pytest.raises(ValueError, match="keep between"):
+    with pytest.raises(BadBudget, match="keep between"):
         removals(576, 1, 4, "constant")
     with pytest.raises(ValueError, match="reverse_linear"):
         removals(576, 300, 4, "backwards")
@@ -200,3 +201,12 @@ def test_merges_of_half_precision_models_are_decided_in_float32():
 def test_an_image_of_one_token_has_no_partner():
     similarity, _ = best_partner(torch.ones(2, 1, 4))
     assert similarity.eq(-torch.inf).all()
+
+
+def test_merges_under_autocast_are_decided_in_float32():
+    metric = similarity_metric(torch.randn(1, 64, 2, 8))
+    expected = best_partner(metric)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = best_partner(metric)
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[1], expected[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def test_a_lower_budget_has_no_higher_thresholds(one, other):
     assert all(a <= b + 1e-12 for a, b in zip(t.per_layer(low), t.per_layer(high), strict=True))
 
 
+@pytest.mark.parametrize("budget", ["15", True, [15]])
+def test_a_budget_that_is_no_number_is_refused(budget):
+    with pytest.raises(BadBudget, match="is a number"):
+        thresholds().per_layer(budget)
+
+
 @pytest.mark.parametrize("budget", [9, 41, 0.1, 0.99, 0, -3, 1.0, 1])
 def test_a_budget_outside_the_calibrated_range_is_refused(budget):
     with pytest.raises(BadBudget, match=r"outside 10 to 40.*dymu calibrate"):
@@ -88,6 +95,13 @@ def test_files_that_are_not_thresholds_are_refused(tmp_path):
     assert "fetch or calibrate it again" in refusal(json.dumps({**body, "calibrated": []}))
     shorter = [{**body["calibrated"][0], "thresholds": [0.5]}, *body["calibrated"][1:]]
     assert "one threshold per merging layer" in refusal(json.dumps({**body, "calibrated": shorter}))
+    for version in (0, -3, True, "1", None):
+        assert "no valid format version" in refusal(json.dumps({**body, "version": version}))
+    for budget in ("96", math.nan, -1, True, None):
+        odd = [{**body["calibrated"][0], "budget": budget}]
+        assert "calibrate it again" in refusal(json.dumps({**body, "calibrated": odd}))
+    nan = [{**body["calibrated"][0], "thresholds": [math.nan, 0.5, 0.5]}]
+    assert "not a finite number" in refusal(json.dumps({**body, "calibrated": nan}))
     odd = [{**body["calibrated"][0], "thresholds": ["a", 1, 2]}]
     assert "calibrate it again" in refusal(json.dumps({**body, "calibrated": odd}))
 
@@ -193,6 +207,16 @@ def test_checkpoints_without_thresholds_or_budget_are_refused(tmp_path):
     torch.save({"0.threshold": torch.tensor(0.5)}, path)
     with pytest.raises(BadThresholds, match="rename it"):
         Thresholds.load(path)
+    for name, state in (
+        ("ViT-0out.pth", {"0.threshold": torch.tensor(0.5)}),
+        ("ViT-9out.pth", {"0.threshold": torch.tensor([0.5, 0.6])}),
+        ("ViT-9out.pth", {"0.threshold": "half"}),
+        ("ViT-9out.pth", {"a.0.threshold": torch.tensor(0.5), "b.0.threshold": torch.tensor(0.6)}),
+        ("ViT-9out.pth", {"0.threshold": torch.tensor(math.nan)}),
+    ):
+        torch.save(state, tmp_path / name)
+        with pytest.raises(BadThresholds):
+            Thresholds.load(tmp_path / name)
     path.write_bytes(b"no zip")
     with pytest.raises(BadThresholds, match="cannot read"):
         Thresholds.load(path)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dymu import __version__
 from dymu.apply import encoder_of
-from dymu.errors import BadBudget, BadImage, DymuError
+from dymu.errors import BadImage, DymuError
 from dymu.families import FAMILIES, Parts, resolve
 from dymu.images import load
 from dymu.merging import SCHEDULES, EncoderLayer, MergedTokens, Schedule, removals
@@ -328,10 +328,7 @@ def _targets(budgets: Sequence[int | float], tokens: int, depth: int, schedule: 
         round(budget * tokens) if isinstance(budget, float) and 0 < budget <= 1 else budget for budget in budgets
     }
     for target in targets:
-        try:
-            removals(tokens, target, depth, schedule)
-        except ValueError as error:
-            raise BadBudget(f"{error}.") from error
+        removals(tokens, target, depth, schedule)
     return sorted(targets)
 
 

@@ -30,4 +30,4 @@ class BadPrompt(DymuError, ValueError):
 
 
 class UnsupportedCache(DymuError):
-    """A KV cache that cannot hold merged tokens, or holds them for another model."""
+    """A KV cache that cannot hold merged tokens, or was filled the other way: with DyMU, or without."""

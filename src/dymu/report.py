@@ -18,8 +18,9 @@ class Report:
 
     Attributes:
         map: the tokens that the language model expects of each image, to the merged ones; None without images.
-        layers: after each encoder layer, the tokens left of each image.
-        prefix: class and register tokens among the tokens of each image; the rest is the grid of patches.
+        kept_by_layer: after each encoder layer that may merge, int64 [images], the tokens left.
+        prefix: class and register tokens among the tokens of each image, which never merge and which no budget counts;
+            the rest is the grid of patches.
         grid: rows and columns of patches.
         seen: float [images, 3, rows, columns], what the encoder saw, averaged over each patch.
         cache_bytes: bytes of the KV cache after the last forward.
@@ -27,7 +28,7 @@ class Report:
     """
 
     map: TokenMap | None = None
-    layers: list[list[int]] = field(default_factory=list)
+    kept_by_layer: list[Tensor] = field(default_factory=list)
     prefix: int = 0
     grid: tuple[int, int] = (0, 0)
     seen: Tensor | None = None
@@ -40,8 +41,13 @@ class Report:
         return [] if self.map is None else [self.map.tokens] * self.map.batch
 
     @property
+    def layers(self) -> list[list[int]]:
+        """After each encoder layer that may merge, the tokens left of each image."""
+        return [kept.tolist() for kept in self.kept_by_layer]
+
+    @property
     def kept(self) -> list[int]:
-        """Merged tokens of each image."""
+        """Merged tokens of each image; an image that transformers encodes once per beam (before 5.23) counts so."""
         return [] if self.map is None else self.map.kept.tolist()
 
     @property
@@ -81,4 +87,4 @@ class Report:
         if unseen < 0 or self.seen is None:
             raise ValueError(f"{len(group)} image tokens are no grid of {rows} × {columns} patches that could be drawn")
         group = np.concatenate([np.full(unseen, -1), group]).reshape(rows, columns)
-        return draw(image, group, self.seen[i].permute(1, 2, 0).numpy())
+        return draw(image, group, self.seen[i].permute(1, 2, 0).cpu().numpy())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import numbers
 import os
 import pickle
 import re
@@ -96,11 +98,13 @@ class Thresholds:
             if len(self.calibrated) == 1:
                 return lowest
             raise BadBudget(f"no budget was given; choose one of {span} image tokens, for which {self} was calibrated.")
+        if isinstance(budget, bool) or not hasattr(budget, "__float__"):
+            raise BadBudget(f"a budget is a number of tokens or a fraction of them, not {budget!r}.")
         wanted = float(budget)
-        if isinstance(budget, float) and 0 < budget <= 1:
+        if not _whole(budget) and 0 < wanted <= 1:
             if self.encoder is None:
                 raise BadBudget(f"{self} does not say how many tokens an image has; give the budget in tokens: {span}.")
-            wanted = budget * self.encoder.tokens
+            wanted *= self.encoder.tokens
         # A fraction is rounded to whole tokens on calibration, so allow as much on use.
         if not lowest - 0.5 <= wanted <= highest + 0.5:
             raise BadBudget(
@@ -112,8 +116,8 @@ class Thresholds:
     def per_layer(self, budget: int | float | None = None) -> list[float]:
         """One similarity per merging encoder layer, interpolated between the calibrated budgets around `budget`.
 
-        Calibrated budgets are met; between two that are far apart the average strays (at 50 % of the tokens, between 30
-        and 75 %, 40 photos kept 13 % less than wanted), so calibrate for the budgets that matter.
+        Calibrated budgets are met; between two that are far apart the average strays, so calibrate for those that
+        matter.
 
         Raises:
             BadBudget: see `tokens_for`.
@@ -191,6 +195,20 @@ class Thresholds:
         return f"the thresholds file {self.source}" if self.source else "these thresholds"
 
 
+def _whole(budget: object) -> bool:
+    """Whether a number is of a type for whole numbers, Python's or numpy's."""
+    return isinstance(budget, numbers.Integral)
+
+
+def _check_numbers(budget: object, *thresholds: object) -> None:
+    """Raises: ValueError, unless the budget is a positive and each threshold a finite number."""
+    for value in (budget, *thresholds):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{value!r} is not a finite number")
+    if not isinstance(budget, int | float) or budget <= 0:
+        raise ValueError(f"a budget of {budget!r} keeps nothing")
+
+
 def _between(low: float, high: float, part: float) -> float:
     """Any threshold above 1 means "never", which a similarity of 1 is the nearest to."""
     return high if low > 1 else low + part * (min(high, 1.0) - low)
@@ -199,10 +217,11 @@ def _between(low: float, high: float, part: float) -> float:
 def _from_json(body: Any, source: Path) -> Thresholds:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise BadThresholds(f"{source} is JSON but not a dymu thresholds file; make one with `dymu calibrate`.")
-    if not isinstance(body.get("version"), int) or body["version"] > VERSION:
-        raise BadThresholds(
-            f"{source} has format version {body.get('version')}, this dymu reads up to {VERSION}; update dymu."
-        )
+    version = body.get("version")
+    if type(version) is not int or version < 1:
+        raise BadThresholds(f"{source} has no valid format version ({version!r}); fetch or calibrate it again.")
+    if version > VERSION:
+        raise BadThresholds(f"{source} has format version {version}, this dymu reads up to {VERSION}; update dymu.")
     known = {item.name for item in fields(Thresholds)} - {
         "source",
         "calibrated",
@@ -218,6 +237,8 @@ def _from_json(body: Any, source: Path) -> Thresholds:
             key=lambda entry: entry.budget,
         )
         encoder = Encoder(**body["encoder"]) if body.get("encoder") else None
+        for entry in calibrated:
+            _check_numbers(entry.budget, *entry.thresholds)
         lengths = {len(entry.thresholds) for entry in calibrated}
         if len(lengths) != 1 or (encoder is not None and lengths != {encoder.depth}):
             raise ValueError("every budget needs one threshold per merging layer")
@@ -253,14 +274,17 @@ def _from_checkpoint(source: Path) -> Thresholds:
     found: dict[int, float] = {}
     for name, value in state.items() if isinstance(state, Mapping) else ():
         layer = re.search(r"(\d+)\.threshold$", str(name))
-        if layer:
-            found[int(layer[1])] = float(value)
-    if not found or sorted(found) != list(range(len(found))):
+        if layer and isinstance(value, torch.Tensor) and value.numel() == 1 and int(layer[1]) not in found:
+            found[int(layer[1])] = value.item()
+        elif layer:
+            found = {}
+            break
+    if not found or sorted(found) != list(range(len(found))) or not all(map(math.isfinite, found.values())):
         raise BadThresholds(
             f"{source} holds no thresholds, one per layer; use one of the authors' encoder checkpoints."
         )
     named = re.search(r"(\d+)out", source.name)
-    if not named:
+    if not named or int(named[1]) == 0:
         raise BadThresholds(
             f"{source} does not say its budget, which the authors keep in the name; rename it to end with, "
             "for example, -72out.pth."

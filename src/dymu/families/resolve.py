@@ -15,6 +15,9 @@ from dymu.merging import EncoderLayer
 
 Kind = TypeVar("Kind", Tower, Decoder)
 
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Kinds whose cached keys keep the angles of a shorter prompt in the stock models."""
+
 HOW_TO_ADD = "docs/add-a-family.md says how to describe another"
 
 
@@ -107,11 +110,28 @@ def resolve(model: PreTrainedModel, families: dict[str, Family]) -> Parts:
         raise UnsupportedModel(
             f"the model type {model_type!r} is not described; described are {', '.join(families)}; {HOW_TO_ADD}."
         )
+    if not hasattr(model, family.inner.split(".")[0]):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is only a part of a {model_type} model; give the whole one, "
+            "as AutoModelForImageTextToText loads it."
+        )
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if len(devices) > 1:
+        raise UnsupportedModel(
+            f"the model is spread over several devices ({', '.join(map(str, devices))}), which dymu does not know yet; "
+            "load it onto one."
+        )
     inner = find(model, family.inner)
     tower = find(inner, family.tower)
     language_model = find(inner, family.language_model)
     tower_kind = _kind(family.towers, "vision encoder", tower.config.model_type)
     decoder_kind = _kind(family.decoders, "language model", language_model.config.model_type)
+    rotary = find(language_model, decoder_kind.rotary)
+    if getattr(rotary, "rope_type", "default") in LENGTH_DEPENDENT_ROPE:
+        raise UnsupportedModel(
+            f"the language model's rotary angles ({rotary.rope_type}) depend on how long the prompt is, which dymu "
+            "does not follow yet; use a model with another kind."
+        )
     modules = tuple(find(tower, tower_kind.layers))
     registers = getattr(tower.config, tower_kind.registers, 0) if tower_kind.registers else 0
     return Parts(
@@ -127,7 +147,7 @@ def resolve(model: PreTrainedModel, families: dict[str, Family]) -> Parts:
             _encoder_layer(module, tower_kind, tower.config.num_attention_heads) for module in modules
         ),
         attentions=tuple(find(layer, decoder_kind.attention) for layer in find(language_model, decoder_kind.layers)),
-        rotary=find(language_model, decoder_kind.rotary),
+        rotary=rotary,
         class_token=tower_kind.class_token,
         prefix=int(tower_kind.class_token) + registers,
     )

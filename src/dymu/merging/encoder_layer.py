@@ -124,9 +124,9 @@ class MergeRun:
 
     def in_final_tokens(self, hidden: Tensor, layers: int) -> Tensor:
         """Average the [B, T, C] output of the first `layers` layers down to the tokens left at the end."""
-        early, final = self.states[layers].map, self.map
-        if early.width == final.width:
+        if self.states[layers] is self.states[-1]:
             return hidden
+        early, final = self.states[layers].map, self.map
         group = final.group.gather(1, early.first())
         absent = torch.arange(early.width, device=group.device)[None] >= early.kept[:, None]
         onward = TokenMap(torch.where(absent, -1, group), final.kept, final.width, padded=True)

@@ -35,7 +35,8 @@ def best_partner(metric: Tensor, length: Tensor | None = None) -> tuple[Tensor, 
     a, b = metric[:, 0::2], metric[:, 1::2]
     if b.shape[1] == 0:
         return a.new_full(a.shape[:2], -torch.inf), a.new_zeros(a.shape[:2], dtype=torch.long)
-    scores = a @ b.transpose(1, 2)
+    with torch.autocast(metric.device.type, enabled=False):
+        scores = a @ b.transpose(1, 2)
     if length is not None:
         places = torch.arange(metric.shape[1], device=metric.device)
         absent = places[None] >= length[:, None]

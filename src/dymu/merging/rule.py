@@ -10,6 +10,8 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from dymu.errors import BadBudget
+
 Schedule = Literal["constant", "linear", "reverse_linear"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
@@ -33,15 +35,16 @@ def removals(tokens: int, keep: float, layers: int, schedule: Schedule) -> list[
     proportion.
 
     Raises:
-        ValueError: `schedule` is unknown, or `keep` is more than `tokens` or less than halving every layer leaves.
+        ValueError: `schedule` is unknown.
+        BadBudget: `keep` is more than `tokens`, or less than halving them in every layer leaves.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     lowest = tokens / 2**layers
     if not lowest <= keep <= tokens:
-        raise ValueError(
+        raise BadBudget(
             f"cannot keep {keep:g} of {tokens} tokens in {layers} layers, each of which at most halves them; "
-            f"keep between {lowest:.3g} and {tokens}"
+            f"keep between {lowest:.3g} and {tokens}."
         )
     rising = range(1, layers + 1)
     weights = {
@@ -92,18 +95,24 @@ class FixedMerge:
     """Plain ToMe (arXiv 2210.09461): every image keeps exactly `keep` tokens, whatever it shows.
 
     Args:
-        keep: tokens left per image, of those that the language model would get; a float below 1 is a fraction.
+        keep: image tokens left per image, class token and registers not counted; a float up to 1 is a fraction.
         schedule: how the merges spread over the layers; ToMe's own is `constant`.
     """
 
     keep: int | float
     schedule: Schedule = "constant"
 
+    def __post_init__(self) -> None:
+        if not self.keep > 0:
+            raise BadBudget(f"FixedMerge(keep={self.keep}) would keep nothing; keep at least one token.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+
     def choosers(self, tokens: int, layers: int) -> list[Chooser | None]:
-        keep = round(self.keep * tokens) if isinstance(self.keep, float) and self.keep <= 1 else int(self.keep)
+        keep = self.keep * tokens if isinstance(self.keep, float) and self.keep <= 1 else self.keep
         choosers: list[Chooser | None] = []
         left, wanted = tokens, 0.0
-        for removed in removals(tokens, keep, layers, self.schedule):
+        for removed in removals(tokens, round(keep), layers, self.schedule):
             wanted += removed
             count = min(round(wanted) - (tokens - left), left // 2)
             left -= count

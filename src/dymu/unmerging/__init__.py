@@ -3,7 +3,14 @@
 from dymu.unmerging.attention import NAME
 from dymu.unmerging.backends import BACKENDS, choose
 from dymu.unmerging.cache import History, adopt, cache_bytes
-from dymu.unmerging.prompt import image_leaders, leaders_within, prompt_leaders, prompt_map
+from dymu.unmerging.prompt import (
+    carried_leaders,
+    carry_leaders,
+    image_leaders,
+    leaders_within,
+    prompt_leaders,
+    prompt_map,
+)
 from dymu.unmerging.rotary import no_rotation
 from dymu.unmerging.step import UNMERGE, Step, Unmerge, plan_step
 
@@ -16,6 +23,8 @@ __all__ = [
     "Unmerge",
     "adopt",
     "cache_bytes",
+    "carried_leaders",
+    "carry_leaders",
     "choose",
     "image_leaders",
     "leaders_within",

@@ -79,12 +79,13 @@ class MergedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if keys.shape[-2] != self.history.entries:
+        stored = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        if stored + key_states.shape[-2] != self.history.entries:
             raise UnsupportedCache(
                 "this KV cache stores merged tokens, which the model cannot read while DyMU is removed or disabled; "
                 "start with a new cache or apply DyMU again."
             )
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values
 
     def get_seq_length(self) -> int:

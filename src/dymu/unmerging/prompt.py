@@ -9,10 +9,25 @@ from torch import Tensor
 
 from dymu.token_map import TokenMap
 
+_CARRIED = "_dymu_leaders"
+
 
 def image_leaders(images: TokenMap) -> Tensor:
     """int64 [B, N]: for every token of an image the first token of its group, its leader."""
     return images.first().gather(1, images.group)
+
+
+def carry_leaders(features: Sequence[Tensor], leaders: Tensor) -> None:
+    """Let each image's features [N, C] carry its leaders, a row of [B, N], wherever generation takes them."""
+    for feature, own in zip(features, leaders, strict=True):
+        setattr(feature, _CARRIED, own)
+
+
+def carried_leaders(features: Sequence[Tensor]) -> list[Tensor] | None:
+    """The leaders that each image's features carry; None for features that were not merged."""
+    if not all(hasattr(feature, _CARRIED) for feature in features):
+        return None
+    return [getattr(feature, _CARRIED) for feature in features]
 
 
 def prompt_leaders(image_tokens: Tensor, leaders: Sequence[Tensor]) -> Tensor:

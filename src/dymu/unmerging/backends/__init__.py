@@ -12,7 +12,7 @@ BACKENDS: dict[str, Backend] = {"reference": reference.attend, "sdpa": sdpa.atte
 
 
 def choose(name: str) -> str:
-    """The backend for `name`; `auto` picks the quickest that runs here.
+    """The backend for `name`. `auto` is `sdpa`: the one other than the reference so far.
 
     Raises:
         ValueError: there is no backend of that name.

@@ -1,0 +1,216 @@
+"""What is hooked into the language half of a model: full prompt -> merged prompt -> the full prompt's outputs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from dymu.errors import BadPrompt
+from dymu.families import Parts
+from dymu.report import Report
+from dymu.token_map import TokenMap
+from dymu.unmerging import (
+    History,
+    Unmerge,
+    adopt,
+    cache_bytes,
+    carried_leaders,
+    leaders_within,
+    plan_step,
+    prompt_leaders,
+    prompt_map,
+)
+
+
+class _Call:
+    """The images of one call of the model.
+
+    Args:
+        places: bool [B, N], their placeholders in the prompts.
+
+    Attributes:
+        leaders: int64 [B, N], see `prompt_leaders`; None until images came that DyMU merged.
+    """
+
+    def __init__(self, places: Tensor) -> None:
+        self.places = places
+        self.leaders: Tensor | None = None
+
+    def show(self, features: Sequence[Tensor]) -> None:
+        """Put the images' features, [N, C] each, in their places.
+
+        Raises:
+            BadPrompt: the prompts have more or fewer placeholders than the images have tokens.
+        """
+        places, tokens = int(self.places.sum()), sum(len(feature) for feature in features)
+        if places != tokens:
+            raise BadPrompt(
+                f"the prompts have {places} image placeholders, but the {len(features)} images given need {tokens}; "
+                "write one placeholder per image into the text, let the processor expand it, and give an image only "
+                "once, with the turn that shows it."
+            )
+        carried = carried_leaders(features)
+        if carried is not None:
+            self.leaders = prompt_leaders(self.places, carried)
+
+
+class LanguageHooks:
+    """Hooks for the module that holds both halves, for the language model, and for chunked prefill.
+
+    Attributes:
+        report: what merged in the last call.
+    """
+
+    def __init__(self, parts: Parts, unmerge: Unmerge, backend: str) -> None:
+        self.report = Report()
+        self._parts, self._unmerge, self._backend = parts, unmerge, backend
+        self._inner_signature = inspect.signature(parts.inner.forward)
+        self._decoder_signature = inspect.signature(parts.language_model.forward)
+        self._call: _Call | None = None
+        self._chunked: tuple[int, Tensor] | None = None
+        self._map: TokenMap | None = None
+
+    def images_encoded(self, report: Report, features: list[Tensor]) -> None:
+        """Take note of images that the vision half has encoded, within a call or ahead of one."""
+        self.report = report
+        if self._call is not None:
+            self._call.show(features)
+
+    def before_inner(self, inner: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Learn where this call's images stand in the prompt."""
+        given = self._inner_signature.bind(*args, **kwargs).arguments
+        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is None and given.get("pixel_values") is None:
+            if not _length(given.get("past_key_values")):
+                self.report = Report()
+            return
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        token = self._parts.image_token_id
+        if ids is not None:
+            self._call = _Call(ids == token)
+        elif embeds is not None:
+            of_token = inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+            self._call = _Call((embeds == of_token).all(-1))
+        if self._call is not None and encoded is not None:
+            self._call.show(encoded.pooler_output)
+
+    def after_inner(self, *_: Any) -> None:
+        """Forget this call's images, also where it failed."""
+        self._call = None
+
+    def prefill(self, prefill: Callable[..., Any]) -> Callable[..., Any]:
+        """Chunked prefill cuts the features of encoded images into pieces that no longer carry their token maps, so
+        remember those of the whole prompt meanwhile."""
+        signature = inspect.signature(prefill)
+
+        @functools.wraps(prefill)
+        def prefilling(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            inputs = given["model_kwargs"]
+            encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+            if given["generation_config"].prefill_chunk_size is not None and encoded is not None:
+                ids, mask = given["input_ids"], inputs.get("attention_mask")
+                past = _length(inputs.get("past_key_values"))
+                if mask is None or mask.shape[1] == ids.shape[1]:
+                    ids = ids[:, past:]
+                whole = _Call(ids == self._parts.image_token_id)
+                whole.show(encoded.pooler_output)
+                self._chunked = None if whole.leaders is None else (past, whole.leaders)
+            try:
+                return prefill(*args, **kwargs)
+            finally:
+                self._chunked = None
+
+        return prefilling
+
+    def before_decoder(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Keep one token of each group, and plan the attention over all."""
+        given = self._decoder_signature.bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        embeds, ids = given.pop("inputs_embeds", None), given.pop("input_ids", None)
+        if embeds is None:
+            embeds = decoder.get_input_embeddings()(ids)
+        batch, tokens = embeds.shape[:2]
+
+        cache, use_cache = given.pop("past_key_values", None), given.get("use_cache")
+        if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+        history = History() if cache is None else adopt(cache)
+
+        present = _present(given.pop("attention_mask", None), tokens)
+        positions = given.pop("position_ids", None)
+        if positions is None:
+            positions = torch.arange(history.length, history.length + tokens, device=embeds.device)[None]
+        leaders = self._leaders(history.length, tokens)
+        plain = leaders is None and present is None
+        if plain:
+            self._map = TokenMap.identity(batch, tokens, embeds.device)
+        else:
+            own = torch.arange(tokens, device=embeds.device).expand(batch, tokens)
+            self._map = prompt_map(own if leaders is None else leaders, present)
+            embeds = embeds[torch.arange(batch, device=embeds.device)[:, None], self._map.first()]
+        step = plan_step(
+            self._map,
+            positions.expand(batch, tokens),
+            history,
+            functools.partial(self._parts.rotary.forward, embeds),
+            plain=plain,
+            unmerge=self._unmerge,
+            backend=self._backend,
+        )
+        merged = torch.arange(self._map.width, device=embeds.device)[None]
+        return (), {
+            **given,
+            "inputs_embeds": embeds,
+            "position_ids": merged,  # not rotated by: the step has the angles
+            "past_key_values": cache,
+            "dymu_step": step,
+        }
+
+    def after_decoder(self, _decoder: Any, _args: Any, output: Any) -> Any:
+        """Give each token of the full prompt the output of its merged token."""
+        assert self._map is not None
+        expand, cache = self._map.expand, output.past_key_values
+        if cache is not None:
+            history = adopt(cache)
+            self.report.cache_bytes = stored = cache_bytes(cache)
+            self.report.cache_bytes_full = stored * history.length // max(history.entries, 1)
+        output.last_hidden_state = expand(output.last_hidden_state)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(expand(hidden) for hidden in output.hidden_states)
+        return output
+
+    def _leaders(self, start: int, tokens: int) -> Tensor | None:
+        """int64 [B, tokens], the leaders of the prompt's tokens from `start` on; None where no token is merged."""
+        if self._chunked is not None:
+            first, leaders = self._chunked
+            return leaders_within(leaders, start - first, tokens)
+        return None if self._call is None else self._call.leaders
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def _present(mask: Any, tokens: int) -> Tensor | None:
+    """bool [B, N], which of the new tokens are there; None: all of them.
+
+    Raises:
+        ValueError: the mask is not [B, N].
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        what = f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"DyMU needs an attention_mask [B, N] of 0 and 1, got {what}; "
+            "pass the padding mask and leave causality to the model"
+        )
+    present = mask[:, -tokens:].bool()
+    return None if bool(present.all()) else present
