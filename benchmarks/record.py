@@ -39,7 +39,8 @@ def write(name: str, data: dict[str, Any]) -> Path:
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
 
 

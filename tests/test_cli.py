@@ -152,7 +152,7 @@ def test_run_for_people(dymu_command, folder, photo):
 
 def test_an_answer_is_shown_as_it_is(dymu_command, folder, photo, monkeypatch):
     real = models.answer
-    monkeypatch.setattr(models, "answer", lambda *given: real(*given)[:0] + "a [/b] [red]cat")
+    monkeypatch.setattr(models, "answer", lambda *given: ("a [/b] [red]cat", real(*given)[1]))
     code, out, _ = dymu_command("run", photo, "what ?", "--model", folder, "-b", FEWEST)
     assert code == 0
     assert "a [/b] [red]cat" in out

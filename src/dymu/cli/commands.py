@@ -46,11 +46,14 @@ def parse_budget(text: str) -> int | float:
     """'96' tokens, or '0.15' or '15%' of them."""
     try:
         if text.endswith("%"):
-            return float(text[:-1]) / 100
+            part = _finite(text[:-1]) / 100
+            if not 0 < part <= 1:
+                raise ValueError(text)
+            return part
         return int(text) if text.lstrip("+-").isdecimal() else _finite(text)
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is neither a number of tokens (96) nor a fraction of them (0.15)."
+            f"{text!r} is neither a number of tokens (96) nor a fraction of them (0.15 or 15%)."
         ) from None
 
 
@@ -145,20 +148,20 @@ def run(
     with dymu.apply(loaded.model, read, budget=wanted) as handle:
         inputs = models.ask(loaded, picture.image, question)
         with out.step("answering"):
-            answer = models.answer(loaded, inputs, MAX_NEW_TOKENS)
+            answer, cache_bytes = models.answer(loaded, inputs, MAX_NEW_TOKENS)
         report = handle.last
         drawing = None if draw is None else _drawing(report, picture.image)
-        full_answer = ""
+        full_answer, full_cache_bytes = "", 0
         if compare:
             with out.step("answering with all image tokens"), handle.disabled():
-                full_answer = models.answer(loaded, inputs, MAX_NEW_TOKENS)
+                full_answer, full_cache_bytes = models.answer(loaded, inputs, MAX_NEW_TOKENS)
         with out.step("measuring"):
             runs, full_runs = measure_repeatedly(loaded.model, inputs, handle if compare else None)
 
     times = Times.medians(runs)
     original, kept = sum(report.original), sum(report.kept)
     data: dict[str, Any] = {
-        **_side(answer, original, kept, times, report.cache_bytes),
+        **_side(answer, original, kept, times, cache_bytes),
         "budget": wanted,
         "model": model,
         "thresholds": str(thresholds_file),
@@ -167,7 +170,7 @@ def run(
     }
     if compare:
         full_times = Times.medians(full_runs)
-        data["untouched"] = _side(full_answer, original, original, full_times, report.cache_bytes_full)
+        data["untouched"] = _side(full_answer, original, original, full_times, full_cache_bytes)
         data["speedup_encoder_prefill"] = full_times.first_token_ms / times.first_token_ms
     if draw is not None and drawing is not None:
         write_whole(draw, drawing.save)

@@ -80,12 +80,16 @@ def ask(loaded: Loaded, image: Any, question: str) -> dict[str, Any]:
     return dict(inputs.to(loaded.model.device, dtype=loaded.model.dtype))
 
 
-def answer(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> str:
-    """The model's greedy answer."""
-    output = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    new = output[0, inputs["input_ids"].shape[1] :]
+def answer(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> tuple[str, int]:
+    """The model's greedy answer, and the bytes of its KV cache at the end of it."""
+    from dymu.unmerging import cache_bytes
+
+    output = loaded.model.generate(
+        **inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True
+    )
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
     text: str = loaded.processor.decode(new, skip_special_tokens=True)
-    return text.strip()
+    return text.strip(), cache_bytes(output.past_key_values)
 
 
 def prompt(processor: Any, question: str) -> str:
