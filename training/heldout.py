@@ -57,4 +57,5 @@ def heldout() -> list[Asked]:
     """Everything that ``training.evaluate`` asks."""
     unseen = scene_questions(25, unseen=True, seed=TEST_SEED + 100)
     reworded = [Asked(row.image, "unseen phrasing", row.text, row.answer) for row in unseen]
-    return scene_questions() + photo_questions() + reworded
+    rows = scene_questions() + photo_questions() + reworded
+    return sorted(rows, key=lambda row: row.kind)  # answers of one length end a batch early
