@@ -119,7 +119,7 @@ def main(
     every: Annotated[int, typer.Option(help="Ask only every n-th question.")] = 1,
     show_errors: bool = False,
 ) -> None:
-    """Print a Markdown table; write the numbers when asked."""
+    """Print a Markdown table; write the numbers after every setting when asked."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
     processor = AutoProcessor.from_pretrained(model_folder)
     model = AutoModelForImageTextToText.from_pretrained(model_folder).eval()
@@ -127,32 +127,39 @@ def main(
     began = time.monotonic()
     said, kept = answers(model, processor, asked, label="untouched")
     settings = [{"name": "untouched", **score(asked, said, kept)}]
+    _write(out, settings, model, began)
     if show_errors:
         for row, text in zip(asked, said, strict=True):
             if text != row.answer:
                 print(f"{row.kind:16} {row.text:50} {row.answer:20} {text}")
-    if not untouched_only:
-        for budget in map(float, budgets.split(",")):
-            for unmerge in UNMERGE:
-                name = f"{budget:.0%}, unmerge {unmerge}"
-                with merged(model, thresholds, budget, unmerge) as handle:
-                    said, kept = answers(model, processor, asked, handle, name)
-                settings.append({"name": name, "budget": budget, "unmerge": unmerge, **score(asked, said, kept)})
+    for budget in [] if untouched_only else map(float, budgets.split(",")):
+        for unmerge in UNMERGE:
+            name = f"{budget:.0%}, unmerge {unmerge}"
+            with merged(model, thresholds, budget, unmerge) as handle:
+                said, kept = answers(model, processor, asked, handle, name)
+            found = score(asked, said, kept)
+            settings.append({"name": name, "budget": budget, "unmerge": unmerge, **found})
+            _write(out, settings, model, began)
     print(markdown(settings))
-    if out is not None:
-        record = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": "python -m training.evaluate " + " ".join(sys.argv[1:]),
-            "seed": {"training": SEED, "held-out scenes": TEST_SEED},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__, "dymu": _version("dymu")},
-            "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-            "dtype": str(model.dtype),
-            "seconds": round(time.monotonic() - began),
-            "settings": settings,
-        }  # fmt: skip
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _write(out: Path | None, settings: list[dict[str, Any]], model: Any, began: float) -> None:
+    """The numbers so far, with what they were measured by."""
+    if out is None:
+        return
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python -m training.evaluate " + " ".join(sys.argv[1:]),
+        "seed": {"training": SEED, "held-out scenes": TEST_SEED},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__, "dymu": _version("dymu")},
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "dtype": str(model.dtype),
+        "seconds": round(time.monotonic() - began),
+        "settings": settings,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
