@@ -36,7 +36,6 @@ class Parts:
     encoder_layers: tuple[EncoderLayer, ...]
     attentions: tuple[nn.Module, ...]
     rotary: nn.Module
-    class_token: bool
     prefix: int
     """Class and register tokens ahead of the image's."""
 
@@ -148,6 +147,5 @@ def resolve(model: PreTrainedModel, families: dict[str, Family]) -> Parts:
         ),
         attentions=tuple(find(layer, decoder_kind.attention) for layer in find(language_model, decoder_kind.layers)),
         rotary=rotary,
-        class_token=tower_kind.class_token,
         prefix=int(tower_kind.class_token) + registers,
     )
