@@ -18,6 +18,7 @@ import dymu
 import tiny
 from dymu.errors import AlreadyApplied, BadBudget, BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
 from dymu.merging import ThresholdMerge
+from dymu.unmerging import COMPACT, UNMERGE
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
@@ -119,7 +120,7 @@ def test_a_lower_budget_keeps_no_more_tokens(model):
         assert all(low <= high for low, high in zip(few, many, strict=True))
 
 
-@pytest.mark.parametrize("unmerge", ["exact", "none"])
+@pytest.mark.parametrize("unmerge", UNMERGE)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_of_a_batch_gets_what_it_gets_alone(model, side, unmerge):
     prompts, images = four_prompts(model), tiny.pictures(4)
@@ -185,7 +186,7 @@ def test_the_cache_of_a_batch_is_as_long_as_its_longest_merged_prompt(some_model
         assert cache.layers[0].keys.shape[2] == max(merged)
 
 
-@pytest.mark.parametrize("unmerge", ["exact", "none"])
+@pytest.mark.parametrize("unmerge", UNMERGE)
 def test_decoding_equals_forwarding_the_whole(model, unmerge):
     """A cache of merged tokens changes nothing: each step's logits are those of one forward without a cache."""
     ids, image = tiny.prompt(model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
@@ -471,6 +472,30 @@ def test_without_unmerging_the_prompt_is_as_short_as_it_is_merged(some_model):
     torch.testing.assert_close(some_model.lm_head(stock[:, -7:]), out.logits[:, -7:], atol=1e-5, rtol=0)
     plain = some_model.generate(inputs_embeds=short, max_new_tokens=6, do_sample=False)
     assert torch.equal(grown, plain)
+
+
+@pytest.mark.parametrize("unmerge", COMPACT)
+def test_compact_is_stock_attention_between_merged_tokens(some_model, unmerge):
+    """What the untouched language model does with the merged features, given their positions and log sizes."""
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    with dymu.apply(some_model, merge=SOME, unmerge=unmerge) as handle:
+        logits = some_model(input_ids=ids, pixel_values=image).logits[:, -7:]
+        features = some_model.get_image_features(image).pooler_output[0]
+        group = handle.last.group(0)
+    members = sorted(
+        ([int(n) for n in (group == g).nonzero()] for g in set(group.tolist())), key=lambda own: sum(own) / len(own)
+    )
+    positions = [0, 1, 2, 3, *(4 + sum(own) / len(own) for own in members), *range(4 + len(group), 4 + len(group) + 7)]
+    size = torch.tensor([1.0] * 4 + [len(own) for own in members] + [1.0] * 7)
+    embed = some_model.get_input_embeddings()
+    short = torch.cat((embed(ids[:, :4]), features[[own[0] for own in members]][None], embed(ids[:, -7:])), 1)
+    bias = size.log().expand(len(size), -1) if unmerge == "compact" else torch.zeros(len(size), len(size))
+    stock = some_model.model.language_model(
+        inputs_embeds=short,
+        position_ids=torch.tensor(positions)[None],
+        attention_mask=bias.masked_fill(torch.ones_like(bias).triu(1).bool(), -torch.inf)[None, None],
+    ).last_hidden_state
+    torch.testing.assert_close(some_model.lm_head(stock[:, -7:]), logits, atol=1e-5, rtol=0)
 
 
 def test_embeddings_instead_of_ids(some_model):

@@ -13,9 +13,11 @@ from torch import Tensor
 from dymu.token_map import TokenMap
 from dymu.unmerging import (
     BACKENDS,
+    UNMERGE,
     History,
     choose,
     image_leaders,
+    in_mean_order,
     leaders_within,
     plan_step,
     prompt_leaders,
@@ -74,7 +76,20 @@ def as_float32(step: Step) -> Step:
     return dataclasses.replace(step, cos=step.cos.float(), sin=step.sin.float(), _masks={})
 
 
-@pytest.mark.parametrize("unmerge", ["exact", "none"])
+@given(st.data())
+def test_in_mean_order_keeps_the_groups_and_sorts_them(data):
+    tokens = data.draw(st.integers(1, 9))
+    before = data.draw(prompts(tokens, data.draw(st.integers(1, 3))))
+    after = in_mean_order(before)
+    place = torch.arange(tokens, dtype=torch.float64)
+    for old, new, kept in zip(before.group, after.group, before.kept, strict=True):
+        assert torch.equal(old[:, None] == old, new[:, None] == new)
+        assert torch.equal(old < 0, new < 0)
+        means = [place[new == m].mean().item() for m in range(int(kept))]
+        assert means == sorted(means)
+
+
+@pytest.mark.parametrize("unmerge", UNMERGE)
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
 @given(data=st.data())
 def test_backends_equal_the_reference(name, unmerge, data):

@@ -41,8 +41,9 @@ def apply(
         budget: wanted average of image tokens per image, class token and registers not counted; a float up to 1 is a
             fraction of the full count. May be left out where the thresholds hold one budget only.
         merge: another rule instead of thresholds, such as `FixedMerge(keep=94)`.
-        unmerge: `exact`: the language model attends as if no token had been merged (VTU, paper section 3.2). `none`: it
-            sees merged tokens as a shorter prompt.
+        unmerge: `exact`: the language model attends as if no token had been merged (VTU, paper section 3.2). `compact`:
+            it sees each merged token once, at the mean position of its group and as heavy as its size. `none`: it sees
+            merged tokens as a shorter prompt. See `dymu.unmerging.Unmerge`.
         backend: how to compute the attention: `auto`, `sdpa` or `reference`.
 
     Returns:
@@ -66,7 +67,7 @@ def apply(
     if merge is not None and not hasattr(merge, "choosers"):
         raise TypeError(f"merge= takes a rule such as dymu.FixedMerge(keep=94), not {merge!r}")
     if unmerge not in UNMERGE:
-        raise ValueError(f"unknown unmerge {unmerge!r}; choose {' or '.join(UNMERGE)}")
+        raise ValueError(f"unknown unmerge {unmerge!r}; choose {', '.join(UNMERGE)}")
     if thresholds is not None and not isinstance(thresholds, Thresholds):
         thresholds = Thresholds.load(thresholds)
     handle = Handle(parts, thresholds, merge, unmerge, choose(backend))

@@ -16,11 +16,13 @@ from dymu.families import Parts
 from dymu.report import Report
 from dymu.token_map import TokenMap
 from dymu.unmerging import (
+    COMPACT,
     History,
     Unmerge,
     adopt,
     cache_bytes,
     carried_leaders,
+    in_mean_order,
     leaders_within,
     plan_step,
     prompt_leaders,
@@ -154,6 +156,8 @@ class LanguageHooks:
         else:
             own = torch.arange(tokens, device=embeds.device).expand(batch, tokens)
             self._map = prompt_map(own if leaders is None else leaders, present)
+            if self._unmerge in COMPACT:
+                self._map = in_mean_order(self._map)
             embeds = embeds[torch.arange(batch, device=embeds.device)[:, None], self._map.first()]
         step = plan_step(
             self._map,

@@ -7,15 +7,17 @@ from dymu.unmerging.prompt import (
     carried_leaders,
     carry_leaders,
     image_leaders,
+    in_mean_order,
     leaders_within,
     prompt_leaders,
     prompt_map,
 )
 from dymu.unmerging.rotary import no_rotation
-from dymu.unmerging.step import UNMERGE, Step, Unmerge, plan_step
+from dymu.unmerging.step import COMPACT, UNMERGE, Step, Unmerge, plan_step
 
 __all__ = [
     "BACKENDS",
+    "COMPACT",
     "NAME",
     "UNMERGE",
     "History",
@@ -27,6 +29,7 @@ __all__ = [
     "carry_leaders",
     "choose",
     "image_leaders",
+    "in_mean_order",
     "leaders_within",
     "no_rotation",
     "plan_step",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -79,3 +80,14 @@ def prompt_map(leaders: Tensor, present: Tensor | None = None) -> TokenMap:
         group = torch.where(present, group, -1)
     kept = leads.sum(1)
     return TokenMap(group, kept, int(kept.max()), padded=present is not None)
+
+
+def in_mean_order(prompts: TokenMap) -> TokenMap:
+    """The same groups numbered by the mean position of their tokens, so that causal attention between merged tokens
+    goes by where each of them stands."""
+    place = torch.arange(prompts.tokens, device=prompts.group.device, dtype=torch.float64).expand_as(prompts.group)
+    past_end = torch.arange(prompts.width, device=prompts.group.device) >= prompts.kept[:, None]
+    mean = prompts.average(place).masked_fill(past_end, torch.inf)
+    rank = mean.argsort(dim=1, stable=True).argsort(dim=1)
+    group = rank.gather(1, prompts.group.clamp(min=0))
+    return replace(prompts, group=torch.where(prompts.group < 0, -1, group))

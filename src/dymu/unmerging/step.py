@@ -12,11 +12,20 @@ from torch import Tensor
 from dymu.token_map import TokenMap
 from dymu.unmerging.cache import History
 
-Unmerge = Literal["exact", "none"]
+Unmerge = Literal["exact", "compact", "compact-unsized", "none"]
+"""How the language model attends to merged tokens.
+
+- `exact`: every token of the full prompt is a virtual token at its own position (VTU, paper section 3.2).
+- `compact`: every merged token is one, at the mean position of its group and with log(size) added to the logits of its
+  key. Attention is M x M, so it would fit any kernel and any paged cache.
+- `compact-unsized`: the same without log(size).
+- `none`: every merged token is one, at consecutive positions, as if the prompt had been that short.
+"""
 UNMERGE: tuple[Unmerge, ...] = get_args(Unmerge)
+COMPACT: tuple[Unmerge, ...] = ("compact", "compact-unsized")
 
 Angles = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""int64 positions [B, N] -> cosines and sines of their rotary angles, each [B, N, D]."""
+"""Positions [B, N] -> cosines and sines of their rotary angles, each [B, N, D]."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Step:
         expand_queries: whether virtual queries differ from merged ones, in number or order.
         expand_keys: the same of the keys.
         padded: whether some rows have fewer tokens than others.
+        bias: float32 [B, Nk], added to the logits of each virtual key; None for 0.
     """
 
     queries: TokenMap
@@ -40,11 +50,13 @@ class Step:
     expand_keys: bool
     padded: bool
     backend: str
+    bias: Tensor | None = None
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None = None) -> Tensor | None:
-        """bool [B or 1, 1, Nq, Nk]: which key each query sees; None where plain causal attention over equally many
-        queries and keys, or one query that sees every key, says the same.
+        """[B or 1, 1, Nq, Nk]: which key each query sees (bool) or, with a bias, what is added to its logit (float32);
+        None where plain causal attention over equally many queries and keys, or one query that sees every key, says
+        the same.
 
         Args:
             window: sliding window in tokens of the full prompt, or None.
@@ -53,11 +65,12 @@ class Step:
         if window is not None and window >= seen:
             window = None
         if window not in self._masks:
-            self._masks[window] = self._mask(tokens, seen, window)
+            mask = self._mask(tokens, seen, window)
+            self._masks[window] = mask if self.bias is None else self._biased(mask, self.bias)
         return self._masks[window]
 
     def _mask(self, tokens: int, seen: int, window: int | None) -> Tensor | None:
-        if not self.padded and window is None and tokens in (1, seen):
+        if not self.padded and window is None and (tokens == 1 or (tokens == seen and self.bias is None)):
             return None
         key = torch.arange(seen, device=self.keys.device)
         query = key[seen - tokens :, None]
@@ -69,6 +82,10 @@ class Step:
             mask = mask & (self.keys >= 0)[:, None, None]
             mask = mask | (self.queries.group < 0)[:, None, :, None]
         return mask
+
+    def _biased(self, mask: Tensor | None, bias: Tensor) -> Tensor:
+        bias = bias[:, None, None]
+        return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
 
 def plan_step(
@@ -89,35 +106,33 @@ def plan_step(
         history: what the cache holds; the new tokens are appended.
         angles: rotary angles of positions.
         plain: whether `queries` is the identity.
-        unmerge: `exact`: one virtual token for each token of the full prompt. `none`: one for each merged token, at
-            consecutive positions, as if the prompt had been that short.
+        unmerge: see `Unmerge`. But for `exact`, a sliding window counts merged tokens.
         backend: name of the backend to compute it with.
     """
     history.append(queries, positions, plain)
     assert history.slot is not None
     assert history.position is not None
-    keys, positions = history.slot, history.position
+    keys, positions, bias = history.slot, history.position, None
     padded, expand_keys = history.padded, not history.plain
-    if unmerge == "none" and expand_keys:
-        queries, keys, positions = _merged_tokens(queries, history)
+    if unmerge != "exact" and expand_keys:
+        entries = TokenMap(keys, queries.kept, history.entries, padded)
+        size = entries.size()
+        if unmerge in COMPACT:
+            positions = entries.average(positions.double()).float()
+        else:
+            positions = ((size > 0).cumsum(1) - 1).clamp(min=0)
+        if unmerge == "compact":
+            bias = size.clamp(min=1).log()
+        keys = torch.where(size > 0, torch.arange(history.entries, device=size.device), -1)
+        queries = _merged_tokens(queries)
         padded = expand_keys = bool((keys < 0).any())
         plain = not queries.padded
     cos, sin = angles(positions)
-    return Step(queries, keys, cos, sin, not plain, expand_keys, padded, backend)
+    return Step(queries, keys, cos, sin, not plain, expand_keys, padded, backend, bias)
 
 
-def _merged_tokens(queries: TokenMap, history: History) -> tuple[TokenMap, Tensor, Tensor]:
-    """Queries, keys and consecutive positions when every merged token is a virtual token."""
-    assert history.slot is not None
-    batch, device = queries.batch, queries.group.device
-    stored = torch.zeros(batch, history.entries + 1, dtype=torch.bool, device=device)
-    stored = stored.scatter(1, history.slot % (history.entries + 1), True)[:, :-1]
-    keys = torch.where(stored, torch.arange(history.entries, device=device), -1)
-    own = torch.arange(queries.width, device=device).expand(batch, -1)
+def _merged_tokens(queries: TokenMap) -> TokenMap:
+    """Each merged token of `queries` as a token of its own."""
+    own = torch.arange(queries.width, device=queries.group.device).expand(queries.batch, -1)
     group = torch.where(own < queries.kept[:, None], own, -1)
-    padded = bool((group < 0).any())
-    return (
-        TokenMap(group, queries.kept, queries.width, padded),
-        keys,
-        (stored.cumsum(1) - 1).clamp(min=0),
-    )
+    return TokenMap(group, queries.kept, queries.width, bool((group < 0).any()))

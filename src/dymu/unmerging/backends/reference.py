@@ -51,6 +51,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
                 seen_keys = [j for j in visible if j <= place and (window is None or place - j < window)]
                 virtual_query = _rotate(query[b, h, merged], step.cos[b, place], step.sin[b, place])
                 logits = torch.stack([virtual_query @ virtual_keys[j] * scaling for j in seen_keys])
+                if step.bias is not None:
+                    logits = logits + step.bias[b, seen_keys]
                 weights = logits.softmax(0)
                 total[b, merged, h] += sum(
                     weight * value[b, h // shared, entry[j]] for weight, j in zip(weights, seen_keys, strict=True)

@@ -28,6 +28,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
     query = rotate(query, step.cos[:, seen - tokens :], step.sin[:, seen - tokens :])
     key = rotate(key, step.cos, step.sin)
     mask = step.mask(window)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
     attended = scaled_dot_product_attention(
         query,
         key,
