@@ -17,7 +17,7 @@ from transformers.cache_utils import StaticCache
 import dymu
 import tiny
 from dymu.errors import AlreadyApplied, BadBudget, BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
-from dymu.merging import ThresholdMerge
+from dymu.merging import AveragePool, RandomKeep, ThresholdMerge
 from dymu.unmerging import COMPACT, UNMERGE
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
@@ -472,6 +472,52 @@ def test_without_unmerging_the_prompt_is_as_short_as_it_is_merged(some_model):
     torch.testing.assert_close(some_model.lm_head(stock[:, -7:]), out.logits[:, -7:], atol=1e-5, rtol=0)
     plain = some_model.generate(inputs_embeds=short, max_new_tokens=6, do_sample=False)
     assert torch.equal(grown, plain)
+
+
+@pytest.mark.parametrize("unmerge", ["exact", "none"])
+def test_random_keep_is_the_stock_model_on_the_tokens_that_stay(some_model, unmerge):
+    """In their own places (`exact`), or moved together (`none`)."""
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    tokens = tiny.tokens_per_image(some_model)
+    with dymu.apply(some_model, merge=RandomKeep(keep=9, seed=5), unmerge=unmerge) as handle:
+        logits = some_model(input_ids=ids, pixel_values=image).logits[:, -7:]
+        grown = answer(some_model, input_ids=ids, pixel_values=image)[:, ids.shape[1] :]
+        kept, group = handle.last.kept[0], handle.last.group(0)
+    stays = (group >= 0).nonzero()[:, 0]
+    assert len(stays) == kept < tokens
+    features = some_model.get_image_features(image).pooler_output[0]
+    embed = some_model.get_input_embeddings()
+    short = torch.cat((embed(ids[:, :4]), features[stays][None], embed(ids[:, -7:])), 1)
+    places = torch.cat((torch.arange(4), 4 + stays, torch.arange(4 + tokens, 11 + tokens)))
+    positions = places if unmerge == "exact" else torch.arange(short.shape[1])
+    window = getattr(some_model.config.text_config, "sliding_window", None) or len(ids[0])
+    apart = positions[:, None] - positions[None]
+    hidden = torch.zeros(apart.shape).masked_fill((apart < 0) | (apart >= window), -torch.inf)
+    stock = some_model.model.language_model(
+        inputs_embeds=short, position_ids=positions[None], attention_mask=hidden[None, None]
+    ).last_hidden_state
+    torch.testing.assert_close(some_model.lm_head(stock[:, -7:]), logits, atol=1e-5, rtol=0)
+    assert grown[0, 0] == logits[0, -1].argmax()
+
+
+def test_average_pool_merges_the_fields_of_a_grid(some_model):
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    tokens, prefix = tiny.tokens_per_image(some_model), 0
+    with dymu.apply(some_model, merge=AveragePool(side=2)) as handle:
+        some_model(input_ids=ids, pixel_values=image)
+        group, prefix = handle.last.group(0), handle.last.prefix
+        hidden = some_model.get_image_features(image).last_hidden_state
+    side = round((tokens - prefix) ** 0.5)
+    grid = group[prefix:].view(side, side) - prefix
+    half = (torch.arange(side) >= (side + 1) // 2).long()
+    assert torch.equal(grid, 2 * half[:, None] + half)
+    assert hidden.shape[1] < side * side
+
+
+def test_a_pool_larger_than_the_grid_is_refused(some_model):
+    inputs = {"input_ids": tiny.prompt(some_model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[2:3]}
+    with dymu.apply(some_model, merge=AveragePool(side=1000)), pytest.raises(ValueError, match="take fewer"):
+        some_model(**inputs)
 
 
 @pytest.mark.parametrize("unmerge", COMPACT)

@@ -109,3 +109,9 @@ class TokenMap:
     def drop(self, tokens: int) -> TokenMap:
         """The map without its first `tokens` original tokens, each of which must stand for itself in its place."""
         return TokenMap(self.group[:, tokens:] - tokens, self.kept - tokens, self.width - tokens, self.padded)
+
+    def after(self, tokens: int) -> TokenMap:
+        """The inverse of `drop`: the map behind `tokens` more, each of which stands for itself."""
+        own = torch.arange(tokens, device=self.group.device).expand(self.batch, -1)
+        group = torch.where(self.group < 0, -1, self.group + tokens)
+        return TokenMap(torch.cat((own, group), 1), self.kept + tokens, self.width + tokens, self.padded)

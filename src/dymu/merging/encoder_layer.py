@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dymu.merging.match import best_partner, similarity_metric
 from dymu.merging.merge import merge_map, merge_tokens
-from dymu.merging.rule import Chooser, MergeRule
+from dymu.merging.rule import Chooser, MergeRule, Reduction
 from dymu.token_map import TokenMap
 
 
@@ -78,7 +78,10 @@ class MergedTokens:
 
     def merge(self, x: Tensor, chosen: Tensor, partner: Tensor, prefix: int) -> tuple[Tensor, MergedTokens]:
         """Merge the chosen A tokens of x [B, T, C] into their partners."""
-        step = merge_map(chosen, partner, self.map.kept, x.shape[1], prefix)
+        return self.take(x, merge_map(chosen, partner, self.map.kept, x.shape[1], prefix))
+
+    def take(self, x: Tensor, step: TokenMap) -> tuple[Tensor, MergedTokens]:
+        """Merge x [B, T, C] as `step` says."""
         size = torch.ones(x.shape[:2], device=x.device) if self.size is None else self.size
         x, size = merge_tokens(x, size, step)
         return x, MergedTokens(self.map.then(step), size)
@@ -114,8 +117,13 @@ class MergeRun:
         if chooser is not None:
             similarity, partner = state.match(keys, self.prefix)
             x, state = state.merge(x, chooser(similarity), partner, self.prefix)
+        x = layer.feed_forward(x)
+        if index + 1 == self.depth and isinstance(self.rule, Reduction):
+            step = self.rule.reduction(len(x), x.shape[1] - self.prefix, x.device).after(self.prefix)
+            x, state = state.take(x, step)
+            state = replace(state, map=replace(state.map, padded=step.padded))
         self.states.append(state)
-        return layer.feed_forward(x)
+        return x
 
     @property
     def map(self) -> TokenMap:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dymu.errors import BadBudget
+from dymu.token_map import TokenMap
 
 Schedule = Literal["constant", "linear", "reverse_linear"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -24,6 +25,15 @@ class MergeRule(Protocol):
 
     def choosers(self, tokens: int, layers: int) -> Sequence[Chooser | None]:
         """One chooser per encoder layer, for pictures of `tokens` tokens; None: the layer does not merge."""
+        ...
+
+
+@runtime_checkable
+class Reduction(MergeRule, Protocol):
+    """A rule that also reduces the finished tokens, after the last layer whose features are used."""
+
+    def reduction(self, images: int, tokens: int, device: torch.device) -> TokenMap:
+        """Map of [images, tokens] tokens, prefix not among them; -1 for a token that is to be gone."""
         ...
 
 

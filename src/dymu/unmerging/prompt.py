@@ -14,8 +14,9 @@ _CARRIED = "_dymu_leaders"
 
 
 def image_leaders(images: TokenMap) -> Tensor:
-    """int64 [B, N]: for every token of an image the first token of its group, its leader."""
-    return images.first().gather(1, images.group)
+    """int64 [B, N]: for every token of an image the first token of its group, its leader; -1 for one that is gone."""
+    leaders = images.first().gather(1, images.group.clamp(min=0))
+    return torch.where(images.group < 0, -1, leaders) if images.padded else leaders
 
 
 def carry_leaders(features: Sequence[Tensor], leaders: Tensor) -> None:
@@ -39,13 +40,16 @@ def prompt_leaders(image_tokens: Tensor, leaders: Sequence[Tensor]) -> Tensor:
         leaders: for every image in the order of the placeholders, int64 [its tokens], see `image_leaders`.
 
     Returns:
-        int64 [B, N], places within the row.
+        int64 [B, N], places within the row; -1 for image tokens that are gone.
     """
     batch, tokens = image_tokens.shape
     own = torch.arange(tokens, device=image_tokens.device).expand(batch, tokens)
     starts = torch.tensor([0] + [len(leader) for leader in leaders[:-1]]).cumsum(0).tolist()
-    flat = torch.cat([leader + start for leader, start in zip(leaders, starts, strict=True)])
-    return own.masked_scatter(image_tokens, own[image_tokens][flat.to(own.device)])
+    flat = torch.cat(
+        [torch.where(leader < 0, -1, leader + start) for leader, start in zip(leaders, starts, strict=True)]
+    )
+    flat = flat.to(own.device)
+    return own.masked_scatter(image_tokens, torch.where(flat < 0, -1, own[image_tokens][flat]))
 
 
 def leaders_within(leaders: Tensor, start: int, tokens: int) -> Tensor:
@@ -59,20 +63,25 @@ def leaders_within(leaders: Tensor, start: int, tokens: int) -> Tensor:
         int64 [B, tokens], places counted from `start`.
     """
     here = leaders[:, start : start + tokens]
+    led = here.clamp(min=0)
     place = torch.arange(here.shape[1], device=leaders.device).expand_as(here)
-    first = torch.full_like(leaders, leaders.shape[1]).scatter_reduce(1, here, place, "amin")
-    return first.gather(1, here)
+    place = torch.where(here < 0, leaders.shape[1], place)
+    first = torch.full_like(leaders, leaders.shape[1]).scatter_reduce(1, led, place, "amin")
+    return torch.where(here < 0, -1, first.gather(1, led))
 
 
 def prompt_map(leaders: Tensor, present: Tensor | None = None) -> TokenMap:
-    """Number the groups of each prompt by their first token; padding belongs to none.
+    """Number the groups of each prompt by their first token; padding and image tokens that are gone belong to none.
 
     Args:
         leaders: int64 [B, N], see `prompt_leaders`.
-        present: bool [B, N], the attention mask; None: every token is there.
+        present: bool [B, N], the attention mask; None: every token is there but for those that are gone.
     """
     own = torch.arange(leaders.shape[1], device=leaders.device).expand_as(leaders)
-    if present is not None:
+    gone = leaders < 0
+    if present is not None or bool(gone.any()):
+        present = ~gone if present is None else present & ~gone
+        leaders = leaders.clamp(min=0)
         leaders = torch.where(present.gather(1, leaders), leaders, own)
     leads = leaders == own if present is None else (leaders == own) & present
     group = (leads.cumsum(1) - 1).gather(1, leaders)
