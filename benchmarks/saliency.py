@@ -106,7 +106,7 @@ def _flat(grid: Tensor) -> Tensor:
 
 
 def processor(size: int) -> Callable[..., dict[str, Tensor]]:
-    """An image processor: pictures to squares of `size` pixels. Cropped, since black borders would merge for nothing."""
+    """An image processor: squares of `size` pixels, cropped, since black borders would merge for nothing."""
 
     def prepare(images: Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
         squares = [ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for image in images]
