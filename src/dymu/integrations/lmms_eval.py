@@ -6,6 +6,7 @@ log-likelihood requests.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import time
@@ -18,6 +19,7 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
@@ -98,12 +100,12 @@ class Dymu(lmms):
             settings, until = _settings(wanted), _until(wanted)
             settings["max_new_tokens"] = min(settings["max_new_tokens"], self.max_length - width)
             if until:
-                settings |= {"stop_strings": until, "tokenizer": self.tokenizer}
+                settings["stopping_criteria"] = [functools.partial(self._ended, width, until)]
             start = time.perf_counter()
             output = self.model.generate(**inputs, **settings, pad_token_id=self.tokenizer.pad_token_id)
             new = output[:, width:]
             self._count(time.perf_counter() - start, int((new != self.tokenizer.pad_token_id).sum()))
-            for index, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            for index, text in zip(batch, self._texts(new), strict=True):
                 for stop in until:
                     text = text.split(stop, 1)[0]
                 answers[index] = text
@@ -215,6 +217,15 @@ class Dymu(lmms):
     def _adds_special_tokens(self, text: str) -> bool:
         """Whether the chat template has left the first token to the tokenizer."""
         return self.tokenizer.bos_token is None or not text.startswith(self.tokenizer.bos_token)
+
+    def _texts(self, ids: Tensor) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
+
+    def _ended(self, width: int, until: Sequence[str], ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Which rows hold a string to end at. (`stop_strings` refuses those that the vocabulary cannot spell.)"""
+        ended = [any(stop in text for stop in until) for text in self._texts(ids[:, width:])]
+        return torch.tensor(ended, device=ids.device)
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
