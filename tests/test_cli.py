@@ -12,7 +12,7 @@ from PIL import Image
 
 import dymu
 import tiny
-from dymu import timing
+from dymu import asking, timing
 from dymu.apply import encoder_of
 from dymu.cli import commands, models
 from dymu.families import FAMILIES, resolve
@@ -272,13 +272,13 @@ def test_run_refuses_a_chat_template_without_a_place_for_the_image(refused, fold
 
 def test_a_chat_template_is_used(folder):
     loaded = models.load(str(folder))
-    assert models.prompt(loaded.processor, "what ?") == "USER: <image>\nwhat ? ASSISTANT:"
+    assert asking.prompt(loaded.processor, "what ?") == "USER: <image>\nwhat ? ASSISTANT:"
     loaded.processor.chat_template = (
         "{% for part in messages[0]['content'] %}"
         "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
         "{% endfor %}!"
     )
-    assert models.prompt(loaded.processor, "what ?") == "<image>what ?!"
+    assert asking.prompt(loaded.processor, "what ?") == "<image>what ?!"
 
 
 def test_drawings_are_whole_or_not_there(refused, folder, photo, tmp_path, monkeypatch):

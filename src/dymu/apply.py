@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
@@ -92,6 +93,13 @@ def encoder_of(parts: Parts, tokens: int = 0) -> Encoder:
         heads=config.num_attention_heads,
         tokens=tokens,
     )
+
+
+def name_of(model: nn.Module) -> str:
+    """The model's name on the hub, or its folder's without the path to it."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    path = Path(name).expanduser()
+    return path.resolve().name if name and (path.is_absolute() or path.exists()) else name
 
 
 class Handle:

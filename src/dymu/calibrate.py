@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from dymu import __version__
-from dymu.apply import encoder_of
+from dymu.apply import encoder_of, name_of
 from dymu.errors import BadImage, DymuError
 from dymu.families import FAMILIES, Parts, resolve
 from dymu.images import load
@@ -125,7 +125,7 @@ def calibrate(
         calibrated=tuple(calibrated),
         encoder=encoder_of(parts, tokens),
         schedule=schedule,
-        model=_name(model),
+        model=name_of(model),
         images=pictures.used,
         skipped=tuple(pictures.skipped),
         created=datetime.now(UTC).date().isoformat(),
@@ -345,13 +345,6 @@ def _warn(pictures: _Pictures, calibrated: Sequence[Calibrated]) -> None:
                 "their tokens are exactly alike, or too few are left to merge; calibrate on more varied images.",
                 stacklevel=3,
             )
-
-
-def _name(model: nn.Module) -> str:
-    """The model's name on the hub, or its folder's."""
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    path = Path(name).expanduser()
-    return path.resolve().name if name and (path.is_absolute() or path.exists()) else name
 
 
 def _bar(wanted: bool) -> Progress:

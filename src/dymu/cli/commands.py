@@ -33,6 +33,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The `dymu` command: exit code 0, 1 (it failed) or 2 (it was called wrongly)."""
+    import dymu.cli.evaluating  # noqa: F401, it adds its commands to the app
+
     errors.Traceback.reset()
     try:
         app(prog_name="dymu")
@@ -141,7 +143,7 @@ def run(
     read.tokens_for(wanted)  # a budget that cannot be had is refused before the model is loaded
 
     with out.step("loading torch and transformers"):
-        _quieten_transformers()
+        quieten_transformers()
         from dymu.timing import Times, measure_repeatedly
     with out.step(f"loading {model}"):
         loaded = models.load(model)
@@ -229,7 +231,7 @@ def calibrate(
     check_writable(output, "thresholds", (".json",))
     paths = [path for named in images for path in _image_files(named)]
     with out.step("loading torch and transformers"):
-        _quieten_transformers()
+        quieten_transformers()
     with out.step(f"loading {model}"):
         loaded = models.load(model)
     began = perf_counter()
@@ -343,7 +345,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _quieten_transformers() -> None:
+def quieten_transformers() -> None:
     """Its progress bars and advice are about its own loading; errors still come as exceptions."""
     from transformers.utils import logging
 

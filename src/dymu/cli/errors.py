@@ -19,6 +19,10 @@ class BadOutput(DymuError):
     """A file that cannot be written."""
 
 
+class BadInput(DymuError):
+    """Something named that is not there, or not what is needed."""
+
+
 class Traceback:
     """Whether full tracebacks are wanted."""
 

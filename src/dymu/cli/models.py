@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dymu.cli.errors import BadModel, one_line
-from dymu.errors import BadPrompt, BadThresholds, UnsupportedModel
+from dymu.errors import BadThresholds, UnsupportedModel
 
 DEMO_BUDGET = 0.30
 THRESHOLDS_NAME = "thresholds.json"
-_LLAVA_PROMPT = "USER: {image}\n{question} ASSISTANT:"
 
 
 @dataclass(frozen=True)
@@ -75,42 +74,18 @@ def load(name: str) -> Loaded:
 
 def ask(loaded: Loaded, image: Any, question: str) -> dict[str, Any]:
     """What the model takes for one image and one question."""
-    text = prompt(loaded.processor, question)
-    inputs = loaded.processor(images=image, text=text, return_tensors="pt")
-    return dict(inputs.to(loaded.model.device, dtype=loaded.model.dtype))
+    from dymu.asking import inputs_for
+
+    return inputs_for(loaded.model, loaded.processor, [([image], question)])
 
 
 def answer(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> tuple[str, int]:
     """The model's greedy answer, and the bytes of its KV cache at the end of it."""
+    from dymu.asking import generate
     from dymu.unmerging import cache_bytes
 
-    output = loaded.model.generate(
-        **inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True
-    )
-    new = output.sequences[0, inputs["input_ids"].shape[1] :]
-    text: str = loaded.processor.decode(new, skip_special_tokens=True)
-    return text.strip(), cache_bytes(output.past_key_values)
-
-
-def prompt(processor: Any, question: str) -> str:
-    """The question in the words that the model was trained on, with one image placeholder."""
-    placeholder = processor.image_token
-    if placeholder in question:
-        raise BadPrompt(
-            f"the question holds {placeholder}, which stands for an image, and there is one image, "
-            "which gets its place by itself: ask without it."
-        )
-    if processor.chat_template is None:
-        return _LLAVA_PROMPT.format(image=placeholder, question=question)
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    places = text.count(placeholder)
-    if places != 1:
-        raise BadPrompt(
-            f"this model's chat template gives {places} image placeholders ({placeholder}) for one "
-            "image: use a model whose template gives each image its own."
-        )
-    return text
+    texts, cache = generate(loaded.model, loaded.processor, inputs, max_new_tokens)
+    return texts[0], cache_bytes(cache)
 
 
 def _source(name: str) -> str:

@@ -1,0 +1,149 @@
+"""What is compared: ways to run one model with fewer image tokens, each a `Row`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from dymu.apply import Handle, apply
+from dymu.errors import BadBudget, UnsupportedModel
+from dymu.families import FAMILIES, resolve
+from dymu.merging import AveragePool, FixedMerge, MergeRule, RandomKeep, Schedule
+from dymu.thresholds import Thresholds
+from dymu.unmerging import Unmerge
+
+Method = Literal["untouched", "dtome", "tome", "pool", "random", "downscale"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+MERGED: tuple[Method, ...] = ("dtome", "tome")
+"""Methods that merge layer by layer, and so have a schedule."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the model.
+
+    Attributes:
+        method: `untouched`; `dtome`: merging by threshold; `tome`: merging a fixed number per layer; `pool`: averaging
+            the finished tokens over the fields of a grid; `random`: keeping tokens drawn at random; `downscale`: the
+            stock model on a smaller image.
+        budget: image tokens to keep; 0 for `untouched`. `pool` and `downscale` take the nearest square.
+        unmerge: see `dymu.unmerging.Unmerge`.
+        schedule: how merges spread over the layers; empty where nothing merges in layers.
+    """
+
+    method: Method
+    budget: int = 0
+    unmerge: Unmerge = "none"
+    schedule: Schedule | Literal[""] = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in files and tables: `dtome-96-exact-linear`."""
+        parts = (self.method, str(self.budget or ""), self.unmerge if self.budget else "", self.schedule)
+        return "-".join(part for part in parts if part)
+
+    @property
+    def side(self) -> int:
+        """Tokens along each side of the square nearest to the budget."""
+        return max(round(math.sqrt(self.budget)), 1)
+
+
+UNTOUCHED = Row("untouched")
+
+
+def rows_for(
+    budgets: Iterable[int],
+    methods: Iterable[Method] = ("dtome",),
+    unmerge: Iterable[Unmerge] = ("exact",),
+    schedules: Iterable[Schedule] = ("reverse_linear",),
+) -> list[Row]:
+    """The untouched model, and every combination of the others that says something of its own.
+
+    ToMe always has its own schedule, `constant`. Tokens that stay in their places are as well off with `compact` as
+    with `exact`, and a smaller image leaves nothing to unmerge.
+    """
+    wanted, schedules = list(unmerge), list(schedules)
+    rows = [UNTOUCHED]
+    for budget in sorted(set(budgets), reverse=True):
+        for method in methods:
+            ways: list[Unmerge] = [way for way in wanted if method != "random" or not way.startswith("compact")]
+            if method == "downscale":
+                ways = ["none"]
+            for way in [] if method == "untouched" else ways:
+                if method == "dtome":
+                    rows += [Row(method, budget, way, schedule) for schedule in schedules]
+                else:
+                    rows.append(Row(method, budget, way, "constant" if method == "tome" else ""))
+    return rows
+
+
+@contextmanager
+def applied(
+    row: Row, model: Any, processor: Any, thresholds: Mapping[str, Thresholds], seed: int = 0
+) -> Iterator[Handle | None]:
+    """The model (and for `downscale` the processor) as the row wants it, for a moment.
+
+    Args:
+        thresholds: by their schedule.
+        seed: of what is drawn at random.
+
+    Raises:
+        BadBudget: there are no thresholds of the row's schedule.
+        UnsupportedModel: the row cannot be had with this model.
+    """
+    if row.method == "untouched":
+        yield None
+    elif row.method == "downscale":
+        with _downscaled(model, processor, row.side):
+            yield None
+    elif row.method == "dtome":
+        if row.schedule not in thresholds:
+            raise BadBudget(
+                f"there are no thresholds of the schedule {row.schedule!r}; calibrate them with "
+                f"`dymu calibrate … --schedule {row.schedule}`."
+            )
+        with apply(model, thresholds[row.schedule], budget=row.budget, unmerge=row.unmerge) as handle:
+            yield handle
+    else:
+        rules: dict[str, MergeRule] = {
+            "tome": FixedMerge(row.budget, row.schedule or "constant"),
+            "pool": AveragePool(row.side),
+            "random": RandomKeep(row.budget, seed),
+        }
+        with apply(model, merge=rules[row.method], unmerge=row.unmerge) as handle:
+            yield handle
+
+
+@contextmanager
+def _downscaled(model: Any, processor: Any, side: int) -> Iterator[None]:
+    """The stock model on images of `side` x `side` patches, its position embedding interpolated."""
+    parts = resolve(model, FAMILIES)
+    images = processor.image_processor
+    crop, patch = getattr(images, "crop_size", None), parts.tower.config.patch_size
+    size = images.size
+    if size is None or not {"shortest_edge", "height"} & set(dict(size)):
+        raise UnsupportedModel("this image processor has no fixed size that could be made smaller.")
+    pixels = side * patch
+    interpolates = "interpolate_pos_encoding" in inspect.signature(parts.tower.forward).parameters
+
+    def interpolated(_tower: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "interpolate_pos_encoding": True}
+
+    hook = parts.tower.register_forward_pre_hook(interpolated, with_kwargs=True) if interpolates else None
+    square = {"height": pixels, "width": pixels}
+    images.size = type(size)(**({"shortest_edge": pixels} if "shortest_edge" in dict(size) else square))
+    if crop is not None:
+        images.crop_size = type(crop)(**square)
+    try:
+        yield
+    finally:
+        images.size = size
+        if crop is not None:
+            images.crop_size = crop
+        if hook is not None:
+            hook.remove()

@@ -1,0 +1,128 @@
+"""A task of one's own: a folder of images and `questions.jsonl` beside them.
+
+One JSON object per line::
+
+    {"image": "street.jpg", "question": "How many cars are there?", "answer": "3", "kind": "counting"}
+    {"images": ["a.png", "b.png"], "question": "Which is newer?", "answers": ["b", "the second"], "score": "vqa"}
+
+`kind` (what accuracies are told apart by) and `score` (which rule decides, see `RULES`) may be left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from dymu.errors import BadPrompt
+from dymu.images import load
+from dymu.tasks import scoring
+from dymu.tasks.task import Example
+
+QUESTIONS = "questions.jsonl"
+
+RULES: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": scoring.exact,
+    "vqa": scoring.vqa,
+    "relaxed": scoring.relaxed,
+    "anls": scoring.anls,
+    "yes_no": scoring.yes_no,
+}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One line of the file."""
+
+    images: tuple[str, ...]
+    question: str
+    references: tuple[str, ...]
+    kind: str
+    score: str
+
+
+class Folder:
+    """The questions of a folder, as many of each kind among the first of them as there are.
+
+    Args:
+        folder: holds `questions.jsonl` and the images that it names.
+        max_new_tokens: the longest answer worth waiting for.
+
+    Raises:
+        BadPrompt: the file is missing or a line of it cannot be used; which, and why.
+    """
+
+    def __init__(self, folder: Path, max_new_tokens: int = 32) -> None:
+        self.folder, self.max_new_tokens = folder, max_new_tokens
+        self.name = folder.resolve().name
+        path = folder / QUESTIONS
+        if not path.is_file():
+            raise BadPrompt(
+                f"{folder} holds no {QUESTIONS}, which has a question and its answer on each line: write one."
+            )
+        lines = path.read_text(encoding="utf-8").splitlines()
+        asked = [_read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        if not asked:
+            raise BadPrompt(f"{path} is empty: write a question and its answer on each line.")
+        for question in asked:
+            for image in question.images:
+                if not (folder / image).is_file():
+                    raise BadPrompt(f"{path} names {image}, which is not in {folder}: put it there.")
+        self._rules: dict[str, str] = {}
+        for question in asked:
+            if self._rules.setdefault(question.kind, question.score) != question.score:
+                raise BadPrompt(
+                    f"{path} scores the kind {question.kind!r} by {self._rules[question.kind]} and by "
+                    f"{question.score}: give questions of another score another kind."
+                )
+        self._asked = list(_by_turns(asked))
+        self.yes_no = tuple(kind for kind, rule in self._rules.items() if rule == "yes_no")
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def __getitem__(self, index: int) -> Example:
+        asked = self._asked[index]
+        paths = [self.folder / image for image in asked.images]
+        images = tuple(load(path).image for path in paths)
+        measures = {
+            "bytes": float(sum(path.stat().st_size for path in paths)),
+            "pixels": float(sum(image.width * image.height for image in images)),
+        }
+        return Example(images, asked.question, asked.references, asked.kind, measures)
+
+    def score(self, example: Example, answer: str) -> float:
+        return RULES[self._rules[example.kind]](answer, example.references)
+
+    def describe(self) -> dict[str, object]:
+        return {"questions": hashlib.sha256((self.folder / QUESTIONS).read_bytes()).hexdigest()[:16]}
+
+
+def _read(line: str, where: str) -> _Asked:
+    try:
+        data: dict[str, Any] = json.loads(line)
+        images = data["images"] if "images" in data else [data["image"]]
+        answers = data["answers"] if "answers" in data else [data["answer"]]
+        question, kind = data["question"], data.get("kind", "all")
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadPrompt(f'{where} is no object with "image", "question" and "answer" ({error}): mend it.') from error
+    rule = data.get("score", "exact")
+    if rule not in RULES:
+        raise BadPrompt(f"{where} asks for the unknown score {rule!r}: take one of {', '.join(RULES)}.")
+    if not answers or not all(isinstance(text, str) for text in (*images, *answers, question, kind)):
+        raise BadPrompt(f"{where} holds something other than text, or no answer: mend it.")
+    return _Asked(tuple(images), question, tuple(answers), kind, rule)
+
+
+def _by_turns(asked: Sequence[_Asked]) -> Iterator[_Asked]:
+    """One of each kind, then the next of each."""
+    kinds = defaultdict(list)
+    for question in asked:
+        kinds[question.kind].append(question)
+    for turn in zip_longest(*kinds.values()):
+        yield from (question for question in turn if question is not None)
