@@ -16,7 +16,7 @@ import typer
 
 from benchmarks.record import RESULTS, ROOT
 
-PAGES = (ROOT / "README.md", ROOT / "models" / "demo" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "models" / "demo" / "README.md", ROOT / "docs" / "saliency.md")
 EVALUATION = ROOT / "training" / "results" / "evaluation.json"
 
 
@@ -90,9 +90,69 @@ def accuracy_by_kind() -> str:
     return _markdown(header, rows) + _made_by(result)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (kept_tokens, speed, accuracy, accuracy_by_kind)
-}
+def _with_interval(cell: dict[str, float], sign: str = "") -> str:
+    return f"{cell['mean']:{sign}.3f} [{cell['low']:{sign}.3f}, {cell['high']:{sign}.3f}]"
+
+
+def _saliency_rows(rows: list[dict[str, Any]], full: int, first: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+    """`first` column, share, tokens and three metrics with their intervals."""
+    return [
+        [first(row), f"{row['budget'] / full:.0%}", f"{row['tokens']:.0f} ± {row['tokens_sd']:.0f}",
+         *(_with_interval(row[metric]) for metric in ("correlation", "mae", "iou"))]
+        for row in rows
+    ]  # fmt: skip
+
+
+SALIENCY_HEADER = ["budget", "tokens, mean ± sd", "correlation", "mean absolute error", "IoU above 0.5"]
+
+
+def saliency() -> str:
+    """Saliency maps after merging, and after other ways to have fewer tokens, against those of all tokens."""
+    result = _load(RESULTS / "saliency.json")
+    tables = []
+    for size in result["sizes"]:
+        chosen = [r for r in size["rows"] if "budget" in r and r.get("schedule") in (None, "reverse_linear")]
+        rows = _saliency_rows(chosen, size["full_tokens"], lambda row: str(row["method"]))
+        title = f"**{size['size_px']} px: {size['full_tokens']} tokens, {result['photos']} photos**"
+        tables.append(f"{title}\n\n{_markdown(['', *SALIENCY_HEADER], rows)}")
+    return "\n\n".join(tables) + _made_by(result)
+
+
+def saliency_schedules() -> str:
+    """Where to merge: the three schedules at the same budgets."""
+    result = _load(RESULTS / "saliency.json")
+    size = result["sizes"][0]
+    compared = {row["budget"] for row in size["rows"] if row.get("schedule") == "constant"}
+    chosen = [row for row in size["rows"] if row.get("budget") in compared and "schedule" in row]
+    chosen.sort(key=lambda row: (-row["budget"], row["method"]))
+    rows = _saliency_rows(chosen, size["full_tokens"], lambda row: f"{row['method']}, {row['schedule']}")
+    return _markdown([f"{size['size_px']} px", *SALIENCY_HEADER], rows) + _made_by(result)
+
+
+def saliency_paired() -> str:
+    """DToMe less ToMe on each photo, in thousandths of correlation, and on which photos."""
+    result = _load(RESULTS / "saliency.json")
+
+    def thousandths(cell: dict[str, float]) -> str:
+        return f"{1000 * cell['mean']:+.1f} [{1000 * cell['low']:+.1f}, {1000 * cell['high']:+.1f}]"
+
+    rows = []
+    for size in result["sizes"]:
+        for pair in size["dtome_against_tome"]:
+            rank = pair["gain_with_kept"]
+            rows.append(
+                [f"{size['size_px']} px, {pair['schedule']}, {pair['budget'] / size['full_tokens']:.0%}",
+                 f"{pair['tokens'][0]:.1f}, {pair['tokens'][1]:.0f}", thousandths(pair["gain_correlation"]),
+                 f"{pair['better_on']:.0%}", f"{rank['value']:+.2f} [{rank['low']:+.2f}, {rank['high']:+.2f}]",
+                 *(thousandths(third["gain_correlation"]) for third in pair["by_kept"])]
+            )  # fmt: skip
+    header = ["", "tokens: DToMe, ToMe", "gain, all photos", "better on", "rank correlation of gain and kept tokens",
+              "third that keeps least", "middle third", "third that keeps most"]  # fmt: skip
+    return _markdown(header, rows) + _made_by(result)
+
+
+FUNCTIONS = (kept_tokens, speed, accuracy, accuracy_by_kind, saliency, saliency_schedules, saliency_paired)
+TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 
 
 def filled(page: str) -> str:
