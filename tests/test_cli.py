@@ -33,27 +33,7 @@ TOKENS, FEWEST = tiny.PATCHES, 10
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A tiny random LLaVA as a model folder, with the thresholds that it ships."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
-
-    words = ["<pad>", "<unk>", *"USER : ASSISTANT what is this ? a red cat".split()]  # noqa: SIM905
-    words += [f"word{i}" for i in range(len(words), tiny.IMAGE_TOKEN)] + ["<image>"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-    )
-    side = {"height": tiny.SIDE, "width": tiny.SIDE}
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size=side, crop_size=side),
-        tokenizer,
-        patch_size=tiny.PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    processor = tiny.llava_processor()
     model = tiny.llava("clip", "llama")
     path = tmp_path_factory.mktemp("models") / "tiny"
     model.save_pretrained(path)

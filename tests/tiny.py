@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
@@ -15,7 +16,9 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
@@ -118,6 +121,28 @@ def processor() -> CLIPImageProcessorPil:
     """An image processor that neither resizes nor crops `photos`."""
     side = {"height": SIDE, "width": SIDE}
     return CLIPImageProcessorPil(size=side, crop_size=side)
+
+
+def llava_processor() -> LlavaProcessor:
+    """With a tokenizer of a few words, one per token."""
+    words = ["<pad>", "<unk>", *"USER : ASSISTANT what is this ? a red cat".split()]  # noqa: SIM905
+    words += [f"word{i}" for i in range(len(words), IMAGE_TOKEN)] + ["<image>"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )
+    side = {"height": SIDE, "width": SIDE}
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size=side, crop_size=side),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
 
 
 def photos(count: int, seed: int = 0) -> list[Image.Image]:

@@ -1,9 +1,17 @@
-"""The held-out questions: new compositions on photos that training never saw."""
+"""The held-out questions: new compositions on photos that training never saw.
 
+``python -m training.heldout FOLDER`` writes two folders that ``dymu evaluate --task`` takes: ``FOLDER/heldout``, and
+``FOLDER/reworded``, which asks in phrasings that training never showed.
+"""
+
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import typer
 from PIL import Image
+from rich.progress import track
 
 from training.assets import photos
 from training.packing import choose
@@ -53,9 +61,27 @@ def photo_questions() -> list[Asked]:
     return rows
 
 
-def heldout() -> list[Asked]:
-    """Everything that ``training.evaluate`` asks."""
-    unseen = scene_questions(25, unseen=True, seed=TEST_SEED + 100)
-    reworded = [Asked(row.image, "unseen phrasing", row.text, row.answer) for row in unseen]
-    rows = scene_questions() + photo_questions() + reworded
-    return sorted(rows, key=lambda row: row.kind)  # answers of one length end a batch early
+def write(rows: list[Asked], folder: Path) -> None:
+    """A folder of images with ``questions.jsonl`` beside them; equal images are written once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names: dict[bytes, str] = {}
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as stream:
+        for row in track(rows, description=folder.name):
+            key = row.image.tobytes()
+            if key not in names:
+                names[key] = f"{len(names):04}.png"
+                row.image.save(folder / names[key])
+            asked = {"image": names[key], "question": row.text, "answer": row.answer, "kind": row.kind}
+            if row.kind == "yesno":
+                asked["score"] = "yes_no"
+            stream.write(json.dumps(asked) + "\n")
+
+
+def main(folder: Path) -> None:
+    """Write both folders."""
+    write(scene_questions() + photo_questions(), folder / "heldout")
+    write(scene_questions(25, unseen=True, seed=TEST_SEED + 100), folder / "reworded")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -14,6 +14,7 @@ _HOME = {
     "apply": "dymu.apply",
     "Handle": "dymu.apply",
     "calibrate": "dymu.calibrate",
+    "evaluate": "dymu.evaluate",
     "FixedMerge": "dymu.merging",
     "Report": "dymu.report",
     "Thresholds": "dymu.thresholds",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         UnsupportedCache,
         UnsupportedModel,
     )
+    from dymu.evaluate import evaluate
     from dymu.merging import FixedMerge
     from dymu.report import Report
     from dymu.thresholds import Thresholds
@@ -63,6 +65,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "evaluate",
 ]
 
 
@@ -79,7 +82,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `dymu.apply` and `dymu.calibrate` the functions.
+    """Keeps `dymu.apply`, `dymu.calibrate` and `dymu.evaluate` the functions.
 
     Importing a submodule sets it as an attribute of its package, which would put the module
     `dymu.apply` in the place of the function that it defines. Here the function takes that place,

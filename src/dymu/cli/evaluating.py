@@ -93,17 +93,18 @@ def evaluate(
         raise typer.BadParameter("two of the --thresholds files are of one schedule; give one for each.")
     with out.step("loading torch and transformers"):
         quieten_transformers()
-        import dymu.evaluate as evaluation
+        from dymu.evaluate import evaluate as run_all
+        from dymu.evaluate import rows_for
         from dymu.evaluate.run import full_tokens
     tasks = [_task(text) for text in task]
     with out.step(f"loading {name}"):
         loaded = models.load(name)
     full = full_tokens(loaded.model, loaded.processor)
-    rows = evaluation.rows_for(
+    rows = rows_for(
         [max(round(wanted * full if isinstance(wanted, float) and wanted <= 1 else wanted), 1) for wanted in budgets],
         [item.value for item in method], [item.value for item in unmerge], schedules or ["constant"],  # type: ignore[arg-type]
     )  # fmt: skip
-    results = evaluation.evaluate(
+    results = run_all(
         loaded.model, loaded.processor, tasks, rows, output,
         thresholds=read, limit=limit, batch_size=batch_size, timed=timed, seed=seed,
     )  # fmt: skip

@@ -1,0 +1,338 @@
+"""The harness on a tiny model: every row, interruptions, and numbers that can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import dymu
+import tiny
+from dymu.apply import encoder_of
+from dymu.asking import generate, inputs_for
+from dymu.errors import BadBudget, BadImage, BadPrompt
+from dymu.evaluate import UNTOUCHED, BadResults, Results, Row, evaluate, rows_for, summarise
+from dymu.evaluate.chart import draw_chart
+from dymu.evaluate.costs import cost
+from dymu.evaluate.results import ResultFile
+from dymu.evaluate.rows import METHODS, applied
+from dymu.evaluate.run import full_tokens
+from dymu.evaluate.summary import share
+from dymu.evaluate.tables import accuracy_table, cost_table
+from dymu.families import FAMILIES, resolve
+from dymu.tasks import Example, scoring
+from dymu.tasks.folder import Folder
+from dymu.thresholds import Calibrated, Thresholds
+from dymu.unmerging import UNMERGE
+
+WORDS = ("red", "cat", "a")
+
+
+@dataclass(frozen=True)
+class Words:
+    """Which word is this? Its images are noise; `broken` ones cannot be read; it stops at `stop_at`."""
+
+    length: int = 7
+    broken: tuple[int, ...] = ()
+    stop_at: int | None = None
+    name: str = "words"
+    max_new_tokens: int = 2
+    yes_no: tuple[str, ...] = ("red",)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        if index == self.stop_at:
+            raise KeyboardInterrupt
+        if index in self.broken:
+            raise BadImage(f"picture {index} is damaged: get another.")
+        word = WORDS[index % 3]
+        return Example((tiny.photos(index + 1)[index],), "what is this ?", (word,), word, {"number": index})
+
+    def score(self, example: Example, answer: str) -> float:
+        return scoring.exact(answer, example.references)
+
+    def describe(self) -> dict[str, object]:
+        return {"broken": list(self.broken)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.llava("clip", "llama")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny.llava_processor()
+
+
+@pytest.fixture(scope="module")
+def thresholds(model):
+    every, none = (0.0,) * (tiny.LAYERS - 1), (2.0,) * (tiny.LAYERS - 1)
+    return Thresholds(
+        (Calibrated(10, every), Calibrated(tiny.PATCHES, none)),
+        encoder=encoder_of(resolve(model, FAMILIES), tokens=tiny.PATCHES),
+        schedule="reverse_linear",
+    )
+
+
+ROWS = rows_for([16], [m for m in METHODS if m != "untouched"], ["exact", "compact", "none"])
+
+
+def told(path: Path) -> dict:
+    """What a result file says, without when and how fast."""
+    results = Results.load(path)
+    header = {name: value for name, value in results.header.items() if name != "date"}
+    counted = {
+        row: {place: (found["flops"], found["cache_bytes"]) for place, found in costs.items()}
+        for row, costs in results.costs.items()
+    }
+    return {"header": header, "examples": results.examples, "answers": results.answers, "counted": counted}
+
+
+def test_rows_are_every_combination_that_says_something():
+    rows = rows_for([8, 4, 8], ["dtome", "random", "downscale"], UNMERGE, ["linear", "constant"])
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == "untouched"
+    for budget in (8, 4):
+        assert {key for key in keys if f"-{budget}-" in key} == {
+            *(f"dtome-{budget}-{way}-{schedule}" for way in UNMERGE for schedule in ("linear", "constant")),
+            f"random-{budget}-exact", f"random-{budget}-none", f"downscale-{budget}-none",
+        }  # fmt: skip
+
+
+def test_the_full_count_is_what_budgets_count(model, processor):
+    assert full_tokens(model, processor) == tiny.PATCHES
+
+
+def test_every_row_answers_as_the_model_does_when_asked_so(model, processor, thresholds, tmp_path):
+    task = Words()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    results = evaluate(
+        model, processor, [task], ROWS, tmp_path / "r.jsonl", thresholds=[thresholds], batch_size=3, timed=1
+    )
+    for row in ROWS:
+        for index in range(len(task)):
+            start = index - index % 3
+            alone = [task[i] for i in range(start, min(start + 3, 7))]
+            with applied(row, model, processor, {"reverse_linear": thresholds}, seed=start) as handle:
+                inputs = inputs_for(model, processor, [(e.images, e.question) for e in alone])
+                texts, _ = generate(model, processor, inputs, 2)
+                kept = None if handle is None else handle.last.kept[index - start]
+            found = results.answers[row.key]["words", start]
+            place = index - start
+            assert found["answers"][place] == texts[place]
+            assert found["scores"][place] == scoring.exact(texts[place], task[index].references)
+            if kept is not None:
+                assert found["kept"][place] == kept
+        assert ("words", 0) in results.costs[row.key]
+    kept = {row: set(np.concatenate([b["kept"] for b in results.answers[row.key].values()])) for row in ROWS}
+    assert kept[UNTOUCHED] == {tiny.PATCHES}
+    for row in ROWS[1:]:
+        if row.method != "dtome":
+            assert kept[row] == {16}, row
+    assert processor.image_processor.size["height"] == tiny.SIDE
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(model, processor, thresholds, tmp_path):
+    rows = rows_for([16], ["dtome", "random"], ["exact"])
+
+    def run(path: Path, task: Words) -> None:
+        evaluate(model, processor, [task], rows, path, thresholds=[thresholds], batch_size=2, timed=3)
+
+    run(tmp_path / "whole.jsonl", Words())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "torn.jsonl", Words(stop_at=4))
+    lines = (tmp_path / "torn.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 6
+    (tmp_path / "torn.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])  # killed while it wrote
+    run(tmp_path / "torn.jsonl", Words())
+    assert told(tmp_path / "torn.jsonl") == told(tmp_path / "whole.jsonl")
+    size = (tmp_path / "torn.jsonl").stat().st_size
+    run(tmp_path / "torn.jsonl", Words())
+    assert (tmp_path / "torn.jsonl").stat().st_size == size, "a finished run has nothing to add"
+
+
+def test_a_file_of_another_run_is_left_alone(model, processor, thresholds, tmp_path):
+    path = tmp_path / "r.jsonl"
+    evaluate(model, processor, [Words(2)], [UNTOUCHED], path, timed=0)
+    before = path.read_bytes()
+    with pytest.raises(BadResults, match="another seed"):
+        evaluate(model, processor, [Words(2)], [UNTOUCHED], path, timed=0, seed=1)
+    with pytest.raises(BadResults, match="another rows"):
+        evaluate(model, processor, [Words(2)], ROWS, path, thresholds=[thresholds], timed=0)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]\n", '{"dymu_results": 99}\n', "\x00\x01\n", '{"dymu_results":1}\n{"a":1}\n']
+)
+def test_a_file_that_holds_no_results_is_refused(tmp_path, content):
+    (tmp_path / "r.jsonl").write_text(content)
+    with pytest.raises(BadResults):
+        Results.load(tmp_path / "r.jsonl")
+    with pytest.raises(BadResults):
+        ResultFile(tmp_path / "r.jsonl", {})
+    assert (tmp_path / "r.jsonl").read_text() == content
+
+
+def test_a_row_that_cannot_be_had_is_refused_before_any_work(model, processor, thresholds, tmp_path):
+    with pytest.raises(BadBudget, match="linear"):
+        evaluate(
+            model, processor, [Words()], [Row("dtome", 16, "exact", "linear")], tmp_path / "r.jsonl",
+            thresholds=[thresholds],
+        )  # fmt: skip
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_unreadable_images_are_named_and_left_out(model, processor, tmp_path):
+    results = evaluate(
+        model, processor, [Words(broken=(0, 4))], [UNTOUCHED], tmp_path / "r.jsonl", batch_size=2, timed=2
+    )
+    skipped = [entry for batch in results.examples.values() for entry in batch["skipped"]]
+    assert skipped == [[0, "picture 0 is damaged: get another."], [4, "picture 4 is damaged: get another."]]
+    (found,) = summarise(results)
+    assert found.accuracy["all"].n == 5
+    assert list(results.costs["untouched"]) == [("words", 1)]
+
+
+def hand_made() -> Results:
+    """Two rows, four questions of two kinds, scores one can add up."""
+    rows = [UNTOUCHED, Row("tome", 4, "exact", "constant")]
+    results = Results({"rows": [row.__dict__ for row in rows], "yes_no": {"t": ["yesno"]}})
+    examples = {
+        "kind": ["yesno", "name", "yesno", "name"], "references": [["yes"], ["a"], ["no"], ["b"]],
+        "measures": [{"objects": 1}, {"objects": 2}, {"objects": 3}, {"objects": 4}],
+    }  # fmt: skip
+    results.take({"task": "t", "start": 0, "examples": examples})
+    results.take({"task": "t", "start": 4, "examples": examples})
+    answers = {"answers": ["yes", "a", "no", "b"], "scores": [1, 1, 1, 1], "kept": [9, 9, 9, 9]}
+    results.take({"task": "t", "start": 0, "row": rows[0].key, "answers": answers})
+    results.take({"task": "t", "start": 4, "row": rows[0].key, "answers": answers})
+    answers = {"answers": ["yes.", "x", "Yes, it is", "b"], "scores": [1, 0, 0, 1], "kept": [2, 4, 6, 4]}
+    results.take({"task": "t", "start": 0, "row": rows[1].key, "answers": answers})
+    for index, ms in enumerate((10.0, 30.0, 80.0)):
+        timed = {"encoder_ms": ms, "prefill_ms": 1.0, "decode_ms_per_token": 2.0, "flops": 2e12, "cache_bytes": 1000}
+        results.take({"task": "t", "start": index, "row": rows[1].key, "cost": timed})
+    return results
+
+
+def test_the_summary_of_numbers_one_can_add_up():
+    full, merged = summarise(hand_made())
+    assert full.accuracy["all"].n == merged.accuracy["all"].n == 4, "the second batch was not answered by every row"
+    assert full.accuracy["all"].mean == 1
+    assert full.difference == {}
+    assert merged.accuracy["all"].mean == 0.5
+    assert merged.difference["all"].mean == merged.difference["name"].mean == -0.5
+    assert (merged.tokens_mean, merged.tokens_sd) == (4, pytest.approx(2**0.5))
+    assert full.f1 == {"yesno": 1.0}
+    assert merged.f1 == {"yesno": pytest.approx(2 / 3)}
+    assert full.costs is None
+    assert merged.costs.encoder_ms == 30
+    assert merged.costs.tflops == 2
+    few = summarise(hand_made(), lambda measures: measures["objects"] <= 2)
+    assert [found.accuracy["all"].n for found in few] == [2, 2]
+    assert few[1].tokens_mean == 3
+
+
+def test_intervals_cover_what_they_should():
+    rng = np.random.default_rng(0)
+    found = [share((rng.random(60) < 0.7).astype(float)) for _ in range(200)]
+    covered = np.mean([one.low <= 0.7 <= one.high for one in found])
+    assert 0.88 <= covered <= 0.98
+    assert share(np.ones(5)) == share(np.ones(5))
+
+
+def test_flops_are_those_of_the_layers(model, processor):
+    """Counted once more from the shapes: 2 FLOPs for each weight and token, 4 · D for each pair of query and key."""
+    inputs = inputs_for(model, processor, [(tiny.photos(1), "what is this ?")])
+    parts = resolve(model, FAMILIES)
+    tokens, patches = inputs["input_ids"].shape[1], tiny.PATCHES
+
+    def weights(module: nn.Module) -> int:
+        return sum(p.weight.numel() for p in module.modules() if isinstance(p, nn.Linear))
+
+    wide, text = parts.tower.config.hidden_size, model.config.text_config
+    expected = 2 * parts.tower.get_input_embeddings().weight.numel() * patches
+    expected += 2 * sum(weights(layer) for layer in parts.encoder_modules) * (patches + 1)
+    expected += 4 * len(parts.encoder_modules) * (patches + 1) ** 2 * wide
+    expected += 2 * weights(parts.projector) * patches
+    expected += 2 * sum(weights(layer) for layer in parts.language_model.layers) * tokens
+    expected += 4 * len(parts.language_model.layers) * tokens**2 * text.head_dim * text.num_attention_heads
+    expected += 2 * weights(model.lm_head)
+    assert cost(model, inputs)["flops"] == pytest.approx(expected, rel=0.002)
+
+
+def test_tables_and_picture(tmp_path):
+    found = summarise(hand_made())
+    table = accuracy_table(found)
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "| ToMe + VTU | 4 ± 1 | 50.0 [0.0, 100.0] | -50.0 [-100.0, +0.0] |" in table
+    assert "| ToMe + VTU | 4 | 30 | 1 | 2.0 | 2.000 | 0.00 |" in cost_table(found)
+    pytest.importorskip("matplotlib")
+    draw_chart(found, tmp_path / "chart.png", "hand made")
+    with Image.open(tmp_path / "chart.png") as picture:
+        assert min(picture.size) > 200
+        assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10
+
+
+def lines(folder: Path, *questions: dict) -> Path:
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return folder
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    for name in ("a.png", "b.png"):
+        tiny.photos(1)[0].save(tmp_path / name)
+    ask = {"image": "a.png", "question": "What?", "answer": "3"}
+    task = Folder(
+        lines(
+            tmp_path,
+            {**ask, "kind": "n", "score": "relaxed"}, {**ask, "kind": "n", "score": "relaxed"},
+            {"images": ["a.png", "b.png"], "question": "Which?", "answers": ["b", "the b"], "kind": "w"},
+        )
+    )  # fmt: skip
+    assert [task[i].kind for i in range(len(task))] == ["n", "w", "n"]
+    assert len(task[1].images) == 2
+    assert task.score(task[0], "3.1") == 1
+    assert task.score(task[1], "3.1") == 0
+    assert task.score(task[1], "The B.") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"image": "a.png", "question": "What?"}, "line 1 is no object"),
+        ({"image": "c.png", "question": "What?", "answer": "3"}, "names c.png"),
+        ({"image": "a.png", "question": "What?", "answer": 3}, "other than text"),
+        ({"image": "a.png", "question": "What?", "answers": []}, "no answer"),
+        ({"image": "a.png", "question": "What?", "answer": "3", "score": "best"}, "unknown score 'best'"),
+    ],
+)
+def test_a_folder_with_a_mistake_is_refused(tmp_path, line, says):
+    tiny.photos(1)[0].save(tmp_path / "a.png")
+    with pytest.raises(BadPrompt, match=says):
+        Folder(lines(tmp_path, line))
+
+
+def test_a_kind_has_one_score(tmp_path):
+    tiny.photos(1)[0].save(tmp_path / "a.png")
+    ask = {"image": "a.png", "question": "What?", "answer": "3"}
+    with pytest.raises(BadPrompt, match="another kind"):
+        Folder(lines(tmp_path, ask, {**ask, "score": "anls"}))
+    with pytest.raises(BadPrompt, match=r"questions\.jsonl"):
+        Folder(tmp_path / "nowhere")
+
+
+def test_dymu_evaluate_is_the_function():
+    assert callable(dymu.evaluate)
+    assert dymu.evaluate is evaluate
