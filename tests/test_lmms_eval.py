@@ -210,6 +210,9 @@ def test_answers_end_before_what_they_are_to_end_at(plugin, folder, documents):
     stop = whole[0][2]
     assert ours.generate_until(asked(documents, until=[stop])) == [answer.split(stop)[0] for answer in whole]
     assert ours.generate_until(asked(documents, until=stop)) == [answer.split(stop)[0] for answer in whole]
+    before = ours._new_tokens
+    assert ours.generate_until(asked(documents, until=list(LETTERS))) == [""] * len(documents)
+    assert ours._new_tokens - before == len(documents)  # not six each
 
 
 def test_settings(plugin):
