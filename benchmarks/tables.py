@@ -15,9 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.record import RESULTS, ROOT
+from dymu.evaluate import Results, summarise
+from dymu.evaluate.summary import ALL
+from dymu.evaluate.tables import kind_table, provenance, series
 
 PAGES = (ROOT / "README.md", ROOT / "models" / "demo" / "README.md", ROOT / "docs" / "saliency.md")
-EVALUATION = ROOT / "training" / "results" / "evaluation.json"
+EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -62,32 +65,22 @@ def speed() -> str:
 
 def accuracy() -> str:
     """Accuracy over all kinds of questions, with its 95 % interval."""
-    result = _load(EVALUATION)
-    rows = []
-    for setting in result["settings"]:
-        cell = setting["kinds"]["all"]
-        rows.append(
-            [setting["name"], f"{setting['kept_mean']:.0f}", f"{100 * cell['accuracy']:.1f}",
-             f"{100 * cell['low']:.1f} to {100 * cell['high']:.1f}"]
-        )  # fmt: skip
-    count = result["settings"][0]["kinds"]["all"]["n"]
+    results = Results.load(EVALUATION)
+    rows = [
+        [series(found.row), f"{found.tokens_mean:.0f}", f"{100 * cell.mean:.1f}",
+         f"{100 * cell.low:.1f} to {100 * cell.high:.1f}"]
+        for found in summarise(results)
+        for cell in [found.accuracy[ALL]]
+    ]  # fmt: skip
+    count = summarise(results)[0].accuracy[ALL].n
     header = ["", "tokens, mean", f"right answers, % of {count}", "95 % interval"]
-    return _markdown(header, rows) + _made_by(result)
+    return f"{_markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
 
 
 def accuracy_by_kind() -> str:
-    """Accuracy per kind of question, percent with its 95 % interval."""
-    result = _load(EVALUATION)
-    kinds = result["settings"][0]["kinds"]
-    header = ["", "tokens", *(f"{kind} (n={cell['n']})" for kind, cell in kinds.items())]
-    rows = []
-    for setting in result["settings"]:
-        cells = [setting["kinds"][kind] for kind in kinds]
-        rows.append(
-            [setting["name"], f"{setting['kept_mean']:.0f}"]
-            + [f"{100 * c['accuracy']:.0f} [{100 * c['low']:.0f}, {100 * c['high']:.0f}]" for c in cells]
-        )
-    return _markdown(header, rows) + _made_by(result)
+    """Accuracy per kind of question, percent with its 95 % interval, and per phrasing that training never showed."""
+    results = Results.load(EVALUATION)
+    return f"{kind_table(summarise(results))}\n\n<sub>{provenance(results)}</sub>"
 
 
 def _with_interval(cell: dict[str, float], sign: str = "") -> str:
