@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 import dymu
@@ -107,6 +108,17 @@ def test_rows_are_every_combination_that_says_something():
             *(f"dtome-{budget}-{way}-{schedule}" for way in UNMERGE for schedule in ("linear", "constant")),
             f"random-{budget}-exact", f"random-{budget}-none", f"downscale-{budget}-none",
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}<image> what ?", "<image> what ?"])
+def test_a_prompt_begins_with_one_first_token(model, template):
+    processor = tiny.llava_processor()
+    processor.chat_template, processor.tokenizer.bos_token = template, "word20"
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="word20 $A", special_tokens=[("word20", processor.tokenizer.bos_token_id)]
+    )
+    ids = inputs_for(model, processor, [(tiny.photos(1), "what ?")])["input_ids"][0]
+    assert (ids == processor.tokenizer.bos_token_id).nonzero().tolist() == [[0]]
 
 
 def test_the_full_count_is_what_budgets_count(model, processor):

@@ -44,10 +44,16 @@ def inputs_for(model: nn.Module, processor: Any, asked: Sequence[tuple[Sequence[
     texts = [prompt(processor, question, len(images)) for images, question in asked]
     images = [image for images, _ in asked for image in images]
     inputs = processor(
-        images=images or None, text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left"
-    )
+        images=images or None, text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
+        add_special_tokens=adds_special_tokens(processor.tokenizer, texts[0]),
+    )  # fmt: skip
     like: Any = model
     return dict(inputs.to(like.device, dtype=like.dtype))
+
+
+def adds_special_tokens(tokenizer: Any, text: str) -> bool:
+    """Whether the chat template has left the first special token to the tokenizer, which would else double it."""
+    return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
 
 @torch.inference_mode()

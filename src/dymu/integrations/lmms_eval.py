@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from dymu.apply import Handle, apply
+from dymu.asking import adds_special_tokens
 from dymu.errors import BadBudget, BadPrompt, BadThresholds, DymuError
 from dymu.merging import FixedMerge
 from dymu.unmerging import Unmerge
@@ -41,7 +42,7 @@ class Dymu(lmms):
         budget: wanted average of image tokens, in tokens or as a fraction. With neither a budget nor thresholds nor
             `merge_fixed`, the model is untouched.
         merge_fixed: every image keeps so many tokens (plain ToMe, `dymu.FixedMerge`), instead of thresholds.
-        unmerge: `exact` or `none`, see `dymu.apply`.
+        unmerge: see `dymu.apply`.
         device: `cpu`, `cuda:1`, ...; without it, the accelerator of this process if there is one.
         dtype: as in transformers; without it, the checkpoint's on an accelerator and `float32` on a CPU.
         batch_size: prompts at a time.
@@ -201,22 +202,22 @@ class Dymu(lmms):
     def _inputs(self, prompts: Sequence[tuple[str, list[Image.Image]]]) -> Any:
         texts = [text for text, _ in prompts]
         images = [image for _, shown in prompts for image in shown]
-        options = {"add_special_tokens": self._adds_special_tokens(texts[0]), "padding": True, "return_tensors": "pt"}
+        options = {
+            "add_special_tokens": adds_special_tokens(self.tokenizer, texts[0]),
+            "padding": True,
+            "return_tensors": "pt",
+        }
         inputs = self.processor(text=texts, images=images or None, **options)
         return inputs.to(self.device, dtype=self.model.dtype)
 
     def _tokens_added(self, text: str, continuation: str) -> int:
         """How many tokens at the end of the whole are the continuation's; one that holds a piece of both is."""
-        special = self._adds_special_tokens(text)
+        special = adds_special_tokens(self.tokenizer, text)
         alone, whole = (
             self.tokenizer(part, add_special_tokens=special)["input_ids"] for part in (text, text + continuation)
         )
         shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False))
         return len(whole) - sum(1 for _ in shared)
-
-    def _adds_special_tokens(self, text: str) -> bool:
-        """Whether the chat template has left the first token to the tokenizer."""
-        return self.tokenizer.bos_token is None or not text.startswith(self.tokenizer.bos_token)
 
     def _texts(self, ids: Tensor) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
