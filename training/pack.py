@@ -31,6 +31,8 @@ SPRITE_SIDE = {"evaluation": 144, "training": 224}
 PHOTO_SIDE = {"evaluation": 448, "training": 640}
 BACKGROUND_SIDE = {"evaluation": 400, "training": 800}
 SPRITE_QUALITY, PHOTO_QUALITY, BACKGROUND_QUALITY = 80, 72, 60
+EFFORT = {"evaluation": 6, "training": 1}
+"""Of WebP: what is committed is worth minutes of packing, what is not is not."""
 WORDS = {"evaluation": 3000, "training": 12000}
 HELD_OUT_WORDS = 0.25
 """Part of the words that only the evaluation shows."""
@@ -101,7 +103,7 @@ def _things(pack: str, folder: Path) -> Iterator[dict[str, object]]:
         files = []
         for number, picture in enumerate(pictures):
             file = f"things/{_slug(row['name'])}-{number}.webp"
-            _save(_trimmed(picture), folder / file, SPRITE_SIDE[pack], SPRITE_QUALITY)
+            _save(_trimmed(picture), folder / file, SPRITE_SIDE[pack], SPRITE_QUALITY, EFFORT[pack])
             files.append(file)
         yield {
             "name": row["name"],
@@ -123,7 +125,7 @@ def _photos(pack: str, folder: Path) -> Iterator[dict[str, object]]:
         if row["use"] not in PHOTO_USES[pack]:
             continue
         yield {
-            "file": _photo(row, folder, "photos", PHOTO_SIDE[pack], PHOTO_QUALITY),
+            "file": _photo(row, folder, "photos", PHOTO_SIDE[pack], PHOTO_QUALITY, EFFORT[pack]),
             "name": row["name"],
             "subject": row["subject"],
             "group": row["group"],
@@ -139,7 +141,7 @@ def _backgrounds(pack: str, folder: Path) -> Iterator[dict[str, object]]:
         use = {"background-train": "training"}.get(row["use"], row["use"].removeprefix("background-"))
         if row["name"] == "background" and use in USES[pack]:
             side = BACKGROUND_SIDE[pack]
-            yield {"file": _photo(row, folder, "backgrounds", side, BACKGROUND_QUALITY), "use": use}
+            yield {"file": _photo(row, folder, "backgrounds", side, BACKGROUND_QUALITY, EFFORT[pack]), "use": use}
 
 
 def _fonts(pack: str, folder: Path) -> Iterator[dict[str, object]]:
@@ -184,10 +186,10 @@ def _words(pack: str) -> list[str]:
     return sorted(mine[: WORDS[pack]])
 
 
-def _photo(row: dict[str, str], folder: Path, kind: str, side: int, quality: int) -> str:
+def _photo(row: dict[str, str], folder: Path, kind: str, side: int, quality: int, effort: int) -> str:
     file = _photo_file(row, kind)
     with Image.open(photos_folder() / row["path"]) as picture:
-        _save(picture.convert("RGB"), folder / file, side, quality)
+        _save(picture.convert("RGB"), folder / file, side, quality, effort)
     return file
 
 
@@ -204,9 +206,9 @@ def _trimmed(picture: Image.Image) -> Image.Image:
     return picture.crop(picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox())
 
 
-def _save(picture: Image.Image, file: Path, side: int, quality: int) -> None:
+def _save(picture: Image.Image, file: Path, side: int, quality: int, effort: int) -> None:
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    picture.save(file, quality=quality, method=4)
+    picture.save(file, quality=quality, method=effort)
 
 
 def _slug(text: str) -> str:

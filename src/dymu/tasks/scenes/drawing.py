@@ -35,7 +35,7 @@ _SUPERSAMPLING = 3
 
 def jitter(rng: np.random.Generator, colour: str) -> RGB:
     """A shade of a named colour that is still plainly that colour."""
-    amount = 4 if colour in ("black", "white", "grey") else 12
+    amount = 4 if colour in ("black", "white", "grey", "brown") else 12
     base = np.array(COLOURS[colour]) * rng.uniform(0.93, 1.04) + rng.integers(-amount, amount + 1, 3)
     r, g, b = (int(v) for v in base.clip(0, 255))
     return r, g, b

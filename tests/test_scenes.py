@@ -1,0 +1,280 @@
+"""Composed scenes: reproducible, honest about what they show, and asked about without ambiguity."""
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dymu.tasks.composed import LEVELS, Composed, calibration_images
+from dymu.tasks.scenes import KINDS, Item, Question, Scene, compose, evaluation_pack, questions
+from dymu.tasks.scenes.drawing import COLOURS, SHAPES
+from dymu.tasks.scenes.materials import Materials
+from dymu.tasks.scenes.questions import ORDINALS
+
+ROOT = Path(__file__).parents[1]
+LISTS = ROOT / "training" / "lists"
+PACK = ROOT / "src" / "dymu" / "tasks" / "scenes" / "pack"
+SAMPLE = 4 * len(KINDS)
+CORNERS = {"top left": (0, 0), "top right": (336, 0), "bottom left": (0, 336), "bottom right": (336, 336)}
+
+
+@cache
+def asked() -> list[tuple[Scene, Question]]:
+    """The first scenes of the task, with all further questions of a kind."""
+    task = Composed()
+    found = []
+    for index in range(SAMPLE):
+        scene, question = task.scene(index)
+        found.append((scene, question))
+        rng = np.random.default_rng(index)
+        for kind in KINDS:
+            found += [(scene, other) for other in questions(scene, task.materials, kind, rng)]
+    return found
+
+
+def spoken_of(scene: Scene, phrase: str) -> Item:
+    """The one object that a phrase fits; more or fewer would make a question ambiguous."""
+    fitting = [i for i in scene.items if phrase in (i.name, f"{i.colour} {i.name}")]
+    assert len(fitting) == 1, f"{phrase!r} fits {len(fitting)} objects"
+    return fitting[0]
+
+
+def derived(scene: Scene, query: tuple[str, ...]) -> str:
+    """The answer to a query from the facts alone, by brute force."""
+    items, signs = scene.items, {sign.colour: sign for sign in scene.signs}
+    first, second = (panel.name for panel in scene.panels) if scene.panels else ("", "")
+
+    def count(name: str, colour: str = "", panel: str = "") -> int:
+        return sum(name in ("", i.name) and colour in ("", i.colour) and panel in ("", i.panel) for i in items)
+
+    match query:
+        case ("only",):
+            (item,) = items
+            return item.name
+        case ("framed", box):
+            (item,) = [i for i in items if i.frame == box]
+            return item.name
+        case ("nearest", corner):
+            x, y = CORNERS[corner]
+            return min(items, key=lambda i: (i.centre[0] - x) ** 2 + (i.centre[1] - y) ** 2).name
+        case ("count", name, colour):
+            return str(count(name, colour))
+        case ("count all",):
+            return str(len(items))
+        case ("colour", name):
+            return str(spoken_of(scene, name).colour)
+        case ("colour framed", box):
+            (item,) = [i for i in items if i.frame == box]
+            return str(item.colour)
+        case ("colour largest", name):
+            return str(max((i for i in items if i.name == name), key=lambda i: i.longest).colour)
+        case ("colour background",):
+            return str(scene.background_colour)
+        case ("colour sign", text):
+            (sign,) = [s for s in scene.signs if s.words == (text,)]
+            return sign.colour
+        case ("larger", one, other):
+            return max(spoken_of(scene, one), spoken_of(scene, other), key=lambda i: i.area).name
+        case ("smaller", one, other):
+            return min(spoken_of(scene, one), spoken_of(scene, other), key=lambda i: i.area).name
+        case ("largest",):
+            return max(items, key=lambda i: i.area).name
+        case ("left or right", one, other):
+            return "left" if spoken_of(scene, one).box[2] < spoken_of(scene, other).box[0] else "right"
+        case ("above or below", one, other):
+            return "above" if spoken_of(scene, one).box[3] < spoken_of(scene, other).box[1] else "below"
+        case ("in or out", one, box):
+            return "inside" if encloses(scene, box, spoken_of(scene, one)) else "outside"
+        case ("is there", name, colour):
+            return "yes" if count(name, colour) else "no"
+        case ("exactly", number, name, colour):
+            return "yes" if count(name, colour) == int(number) else "no"
+        case ("is related", one, relation, other):
+            a, b = spoken_of(scene, one).box, spoken_of(scene, other).box
+            true = {
+                "to the left of": a[2] < b[0],
+                "to the right of": a[0] > b[2],
+                "above": a[3] < b[1],
+                "below": a[1] > b[3],
+            }
+            return "yes" if true[relation] else "no"
+        case ("is framed", one, box):
+            return "yes" if encloses(scene, box, spoken_of(scene, one)) else "no"
+        case ("is written", word):
+            return "yes" if word in {w.lower() for s in scene.signs for w in s.words} else "no"
+        case ("read", colour):
+            return " ".join(signs[colour].words)
+        case ("read only",):
+            (sign,) = scene.signs
+            return " ".join(sign.words)
+        case ("read word", which, colour):
+            return signs[colour].words[0 if which == "first" else -1]
+        case ("read line", which, colour):
+            return " ".join(signs[colour].lines[ORDINALS.index(which)])
+        case ("as many", name):
+            return "yes" if count(name, panel=first) == count(name, panel=second) else "no"
+        case ("more", more, name):
+            ranked = sorted((first, second), key=lambda half: count(name, panel=half))
+            return ranked[more == "more"]
+        case ("same colour", name):
+            shades = [i.colour for i in items if i.name == name]
+            assert len(shades) == 2
+            return "yes" if shades[0] == shades[1] else "no"
+    raise AssertionError(f"nobody checks {query}")
+
+
+def encloses(scene: Scene, colour: str, item: Item) -> bool:
+    (frame,) = [f for f in scene.frames if f.colour == colour]
+    (l, t, r, b), (left, top, right, bottom) = frame.box, item.box
+    return l <= left and t <= top and right <= r and bottom <= b
+
+
+def test_every_answer_follows_from_the_facts():
+    for scene, question in asked():
+        assert question.answers[0] == derived(scene, question.query), question
+
+
+def test_every_kind_and_way_of_asking_occurs():
+    assert {question.kind for _, question in asked()} == set(KINDS)
+    assert len({question.query[0] for _, question in asked()}) >= 24
+
+
+def test_names_that_could_be_mistaken_for_each_other_never_meet():
+    things = evaluation_pack().things
+    for scene, question in asked():
+        names = {item.name for item in scene.items}
+        if question.query[0] == "is there":
+            names |= {question.query[1]}
+        for name in names - set(SHAPES):
+            assert not things[name].similar & names
+
+
+def test_nothing_overlaps_or_leaves_the_picture():
+    for scene in {id(scene): scene for scene, _ in asked()}.values():
+        things = [item.box for item in scene.items] + [sign.box for sign in scene.signs]
+        assert all(0 <= l < r <= 336 and 0 <= t < b <= 336 for l, t, r, b in things)
+        for k, a in enumerate(things):
+            for b in things[:k]:
+                assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_nothing_is_too_small_to_see():
+    for scene, _ in asked():
+        assert all(item.longest >= (24 if item.colour else 33) for item in scene.items)
+        assert all(item.longest >= 55 for item in scene.items if not item.known)
+
+
+def test_unseen_identities_are_asked_for_under_their_own_kind_only():
+    for _, question in asked():
+        asked_for = question.answers[0]
+        if question.kind == "naming_unseen":
+            assert not evaluation_pack().things[asked_for].known
+        elif question.kind == "naming":
+            assert asked_for in SHAPES or evaluation_pack().things[asked_for].known
+    assert any(not item.known for scene, _ in asked() for item in scene.items)
+
+
+def test_every_beginning_is_balanced():
+    task = Composed()
+    seen = [task.scene(index)[1] for index in range(2 * len(KINDS))]
+    assert Counter(question.kind for question in seen) == Counter(dict.fromkeys(KINDS, 2))
+    assert {q.answers[0] for q in seen if q.kind == "yesno"} == {"yes", "no"}
+
+
+def test_complexity_raises_objects_and_words():
+    pack = evaluation_pack()
+
+    def mean(level: float) -> tuple[float, float]:
+        scenes = [compose(pack, 7, index, level) for index in range(16)]
+        return float(np.mean([len(s.items) for s in scenes])), float(np.mean([s.words for s in scenes]))
+
+    measured = [mean(level) for level in (0.0, 0.5, 1.0)]
+    for column in zip(*measured, strict=True):
+        assert all(low < high for low, high in pairwise(column))
+
+
+def test_images_are_rgb_and_of_the_side_asked_for():
+    for side in (224, 336):
+        image = compose(evaluation_pack(), 1, 1, 0.6, side=side).image
+        assert (image.mode, image.size) == ("RGB", (side, side))
+
+
+def test_another_process_composes_the_same_pixels():
+    code = (
+        "import hashlib; from dymu.tasks.composed import Composed; t = Composed();"
+        "print(hashlib.sha256(b''.join(t[i].images[0].tobytes() + t[i].question.encode() for i in (3, 7))).hexdigest())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    task = Composed()
+    mine = b"".join(task[i].images[0].tobytes() + task[i].question.encode() for i in (3, 7))
+    assert hashlib.sha256(mine).hexdigest() == other
+
+
+def test_calibration_shares_no_background_and_no_font_with_the_held_out_set():
+    pack = evaluation_pack()
+    for sourced in (pack.backgrounds, pack.fonts):
+        files = {use: {s.file for s in sourced if s.use == use} for use in ("heldout", "calibration")}
+        assert all(files.values())
+        assert not files["heldout"] & files["calibration"]
+    pictures = [image.tobytes() for image in calibration_images(4)]
+    assert len(set(pictures)) == 4
+    assert not set(pictures) & {Composed().scene(index)[0].image.tobytes() for index in range(4)}
+
+
+def test_held_out_identities_are_never_in_the_training_split():
+    def rows(name: str) -> list[dict[str, str]]:
+        with (LISTS / f"{name}.csv").open(newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream))
+
+    objects = {row["name"]: row["split"] for row in rows("objects")}
+    pack = evaluation_pack()
+    assert {name for name, thing in pack.things.items() if not thing.known} == {
+        name for name, split in objects.items() if split == "heldout"
+    }
+    share = sum(split == "heldout" for split in objects.values()) / len(objects)
+    assert 0.14 < share < 0.16
+    uses = {
+        use: {row["subject"].lower() for row in rows("photos") if row["use"] == use} for use in ("train", "heldout")
+    }
+    assert not uses["train"] & uses["heldout"]
+    assert sum(row["use"] == "heldout" for row in rows("photos")) >= 80
+    families = {use: {r["family"] for r in rows("fonts") if r["use"] == use} for use in ("training", "heldout")}
+    assert not families["training"] & families["heldout"]
+    pictures = Counter(code for row in rows("objects") for code in (row["emoji"] + " " + row["clipart"]).split())
+    assert max(pictures.values()) == 1, "one picture stands for two names"
+
+
+def test_the_pack_is_small_whole_and_credited():
+    files = [file for file in PACK.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 6_000_000
+    index = json.loads((PACK / "pack.json").read_text(encoding="utf-8"))
+    for name, digest in index["sha256"].items():
+        assert hashlib.sha256((PACK / name).read_bytes()).hexdigest() == digest
+    credits = (PACK / "CREDITS.md").read_text(encoding="utf-8")
+    free = {line.split(" | ")[0]: line.split(" | ")[1] for line in credits.splitlines() if ".webp | " in line}
+    for row in index["photos"] + index["backgrounds"]:
+        assert free[f"| {row['file']}"] in ("Public Domain", "CC0-1.0")
+    assert {"OFL.txt", "fluent-emoji.txt", "scowl.txt"} <= {file.name for file in (PACK / "LICENSES").iterdir()}
+
+
+def test_a_pack_of_another_format_is_refused(tmp_path):
+    (tmp_path / "pack.json").write_text('{"format": 0}')
+    with pytest.raises(ValueError, match="format 0"):
+        Materials(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"pack\.json"):
+        Materials(tmp_path / "nothing")
+
+
+def test_colours_can_be_told_apart():
+    rgb = np.array(list(COLOURS.values()), float)
+    distances = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1) + 1e3 * np.eye(len(rgb))
+    assert distances.min() > 60
+    assert len(LEVELS) % 2, "levels and yes/no would move in step"

@@ -1,0 +1,146 @@
+"""Tasks score as the field does, and say what they asked."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dymu.tasks import Example, Task, scoring
+from dymu.tasks.composed import Composed, number_said
+from dymu.tasks.photos import Photos
+from dymu.tasks.scenes import evaluation_pack
+
+texts = st.text("abcd ", max_size=8)
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("The Dog.", "dog"),
+        ("two", "2"),
+        ("1,000 cats", "1000 cats"),
+        ("2.5", "2.5"),
+        ("it's", "its"),
+        ("none", "0"),
+        (" an\napple ", "apple"),
+        ("red_fox", "red fox"),
+    ],
+)
+def test_answers_are_normalised_as_by_the_vqa_evaluation(answer, normal):
+    assert scoring.normalised(answer) == normal
+
+
+def test_exact_takes_any_reference():
+    assert scoring.exact("A sofa.", ["couch", "sofa"]) == 1
+    assert scoring.exact("red sofa", ["couch", "sofa"]) == 0
+
+
+@given(st.sampled_from("abc"), st.lists(st.sampled_from("abc"), min_size=2, max_size=10))
+def test_vqa_is_the_mean_over_leaving_one_reference_out(answer, references):
+    # "a" is an article and would vanish: every letter becomes a word of its own.
+    answer, references = f"w{answer}", [f"w{r}" for r in references]
+    left_out = [references[:k] + references[k + 1 :] for k in range(len(references))]
+    expected = sum(min(1, rest.count(answer) / 3) for rest in left_out) / len(left_out)
+    assert scoring.vqa(answer, references) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [("104", "100", 1), ("106", "100", 0), ("5%", "0.05", 1), ("0", "0", 1), ("0.01", "0", 0), ("Paris", "paris", 1)],
+)
+def test_numbers_may_be_five_percent_off_in_charts(answer, reference, score):
+    assert scoring.relaxed(answer, [reference]) == score
+
+
+@given(texts, texts, texts)
+def test_edits_is_a_metric(a, b, c):
+    assert scoring.edits(a, b) == scoring.edits(b, a)
+    assert (scoring.edits(a, b) == 0) == (a == b)
+    assert scoring.edits(a, c) <= scoring.edits(a, b) + scoring.edits(b, c)
+    assert abs(len(a) - len(b)) <= scoring.edits(a, b) <= max(len(a), len(b))
+
+
+def test_edits_of_known_words():
+    assert scoring.edits("kitten", "sitting") == 3
+
+
+@given(texts, texts)
+def test_anls_is_symmetric_and_either_zero_or_at_least_a_half(a, b):
+    score = scoring.anls(a, [b])
+    assert score == scoring.anls(b, [a])
+    assert score == 0 or 0.5 <= score <= 1
+    assert scoring.anls(a, [a]) == 1
+
+
+def test_anls_of_a_known_line():
+    assert scoring.anls("hallo world", ["hello world", "x"]) == pytest.approx(1 - 1 / 11)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [("Yes, it is.", "yes", 1), ("no", "yes", 0), ("The answer is yes", "yes", 0), ("", "no", 0), ("NO!", "no", 1)],
+)
+def test_yes_and_no_are_taken_from_the_first_word(answer, reference, score):
+    assert scoring.yes_no(answer, [reference]) == score
+
+
+def test_f1_counts_hits_among_said_and_wanted():
+    assert scoring.f1(["yes", "yes", None, "no"], ["yes", "no", "yes", "no"]) == pytest.approx(0.5)
+    assert scoring.f1(["no"], ["no"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [("There are four.", 1), ("4", 1), ("four stars, not 5", 1), ("14", 0), ("many", 0), ("4.5", 0)],
+)
+def test_counts_are_the_first_number_said(answer, score):
+    assert number_said(answer, ("4",)) == score
+
+
+@pytest.mark.parametrize("task", [Composed(per_kind=2), Photos()], ids=lambda task: task.name)
+def test_a_task_keeps_its_protocol(task: Task):
+    assert task.max_new_tokens <= 24
+    assert task.describe()["pack"] == evaluation_pack().digest
+    for index in {0, len(task) // 2, len(task) - 1}:
+        example = task[index]
+        assert example.images[0].mode == "RGB"
+        assert example.question == task[index].question
+        assert example.measures["jpeg_bytes"] > 1000
+        assert task.score(example, example.references[0]) == 1
+        assert task.score(example, "something else entirely") == 0
+    with pytest.raises(IndexError):
+        task[len(task)]
+
+
+def test_composed_scores_each_kind_by_its_rule():
+    task = Composed(per_kind=1)
+
+    def score(kind: str, references: tuple[str, ...], answer: str) -> float:
+        return task.score(Example((), "", references, kind), answer)
+
+    assert score("colour", ("grey", "gray"), "Gray.") == 1
+    assert score("counting", ("12",), "twelve") == 1
+    assert score("comparison", ("left", "left half"), "the left half") == 1
+    assert score("comparison", ("no",), "No, fewer.") == 1
+    assert score("reading", ("apple",), "apples") == 0
+    assert score("reading", ("apple pie",), "apples pie") == pytest.approx(0.9)
+    assert score("reading", ("Apple",), "APPLE") == 1
+
+
+def test_composed_refuses_kinds_that_it_does_not_have():
+    with pytest.raises(ValueError, match="poetry"):
+        Composed(kinds=("naming", "poetry"))
+
+
+def test_photos_ask_as_much_yes_as_no_and_name_every_photo_once():
+    task = Photos()
+    asked = [task._asked[index] for index in range(len(task))]
+    assert len({photo.file for photo, kind, _ in asked if kind != "yesno"}) == len(evaluation_pack().photos) >= 80
+    answers = [name == photo.name for photo, kind, name in asked if kind == "yesno"]
+    assert sum(answers) * 2 == len(answers)
+    for photo, kind, name in asked:
+        assert (kind == "naming_unseen") <= (not photo.known)
+        assert name == photo.name or name not in photo.also
+    kinds = [kind for _, kind, _ in asked]
+    beginning = kinds[: len(kinds) // 4]
+    for kind in set(kinds):
+        assert beginning.count(kind) / len(beginning) == pytest.approx(kinds.count(kind) / len(kinds), abs=0.03)
