@@ -142,6 +142,17 @@ def test_every_answer_follows_from_the_facts():
         assert question.answers[0] == derived(scene, question.query), question
 
 
+def test_the_wording_does_not_give_the_answer_away():
+    def first_named(question: Question) -> bool:
+        return question.query[1].endswith(question.answers[0])
+
+    sizes = [first_named(question) for _, question in asked() if question.query[0] in ("larger", "smaller")]
+    assert 0.3 < sum(sizes) / len(sizes) < 0.7
+    for way, answer in (("left or right", "left"), ("above or below", "above"), ("is related", "yes")):
+        answers = [question.answers[0] for _, question in asked() if question.query[0] == way]
+        assert 0.25 < answers.count(answer) / len(answers) < 0.75
+
+
 def test_every_kind_and_way_of_asking_occurs():
     assert {question.kind for _, question in asked()} == set(KINDS)
     assert len({question.query[0] for _, question in asked()}) >= 24

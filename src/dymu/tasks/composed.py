@@ -80,14 +80,13 @@ class Composed:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         turn, place = divmod(index, len(self.kinds))
-        kind, level, yes = self.kinds[place], LEVELS[turn % len(LEVELS)], turn % 2 == 0
+        kind, level, unwanted = self.kinds[place], LEVELS[turn % len(LEVELS)], ("no", "yes")[turn % 2]
         for attempt in range(_ATTEMPTS):
             number = index * _ATTEMPTS + attempt
             scene = compose(self.materials, self.seed, number, level, focus=kind, side=self.side)
             rng = np.random.default_rng((self.seed, number, 1))
             options = questions(scene, self.materials, kind, rng)
-            if kind == "yesno":
-                options = [option for option in options if (option.answers[0] == "yes") == yes]
+            options = [option for option in options if option.answers[0] != unwanted]
             if options:
                 return scene, choose(options, rng)
         raise RuntimeError(f"no scene of {_ATTEMPTS} answers a question of the kind {kind} with seed {self.seed}")

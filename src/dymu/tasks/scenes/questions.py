@@ -240,13 +240,10 @@ class _Asker:
     def _size(self) -> Iterator[Question]:
         handles = self._handles()
         for phrase, item, other_phrase, other in self._pairs(handles):
-            query, answer = None, item
-            if larger(item, other):
-                query = ("larger", phrase, other_phrase)
-            elif larger(other, item):
-                query = ("smaller", phrase, other_phrase)
-            if query:
-                yield self._question("size", query, self._called(answer), WORDS, one=phrase, other=other_phrase)
+            if larger(item, other) and item.name != other.name:
+                way, answer = ("larger", item) if self.rng.random() < 0.5 else ("smaller", other)
+                said = (phrase, other_phrase) if self.rng.random() < 0.5 else (other_phrase, phrase)
+                yield self._question("size", (way, *said), self._called(answer), WORDS, one=said[0], other=said[1])
         ranked = sorted(self.scene.items, key=lambda item: -item.longest)
         plain = not (self.on_photo or self.scene.signs or self.scene.frames)
         if plain and len(ranked) > 2 and all(larger(ranked[0], other) for other in ranked[1:]):
