@@ -128,7 +128,7 @@ def _photos(pack: str, folder: Path) -> Iterator[dict[str, object]]:
             "file": _photo(row, folder, "photos", PHOTO_SIDE[pack], PHOTO_QUALITY, EFFORT[pack]),
             "name": row["name"],
             "subject": row["subject"],
-            "group": row["group"],
+            "unlike": _parts(row["unlike"]),
             "also": _parts(row["also"]),
             "known": row["name"] in taught,
             "description": row["description"],

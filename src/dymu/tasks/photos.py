@@ -22,7 +22,7 @@ class Photos:
     """The held-out photos of the evaluation pack, a `Task`: each named once, and asked about with a yes and a no.
 
     ``naming_unseen`` are photos whose very name training never teaches, from whatever picture. The wrong name in a
-    "no" question comes from the same group (animals, tools, ...).
+    "no" question is of the same sort (animals, tools, ...), and one that the photo certainly does not show.
 
     Args:
         seed: chooses the wrong names and the order.
@@ -73,14 +73,7 @@ class Photos:
 
     def _two_names(self, photo: Photo, position: int) -> tuple[str, str]:
         """The right name and a wrong one; which comes first alternates."""
-        others = sorted(
-            {
-                other.name
-                for other in self.materials.photos
-                if other.group == photo.group and other.name != photo.name and other.name not in photo.also
-            }
-        )
-        wrong = min(others, key=lambda name: self._hash(photo.file + name))
+        wrong = min(photo.unlike, key=lambda name: self._hash(photo.file + name))
         return (photo.name, wrong) if position % 2 else (wrong, photo.name)
 
     def _one(self, name: str) -> str:

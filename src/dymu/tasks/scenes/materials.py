@@ -40,14 +40,14 @@ class Thing:
 class Photo:
     """A photo of one subject. ``known`` says whether training teaches its name, from whatever picture.
 
-    ``subject`` is the depicted individual where it is one (a certain tower) and else equal to ``name``. ``group`` holds
-    what its name could plausibly be mistaken for. ``description`` is one sentence, or empty.
+    ``subject`` is the depicted individual where it is one (a certain tower) and else equal to ``name``. ``unlike`` are
+    names of its like that it certainly does not show. ``description`` is one sentence, or empty.
     """
 
     file: str
     name: str
     subject: str
-    group: str
+    unlike: tuple[str, ...]
     also: tuple[str, ...]
     known: bool
     description: str
@@ -82,7 +82,9 @@ class Materials:
         self.folder = folder
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self.things = {row["name"]: _thing(row) for row in data["things"]}
-        self.photos = tuple(Photo(**{**row, "also": tuple(row["also"])}) for row in data["photos"])
+        self.photos = tuple(
+            Photo(**{**row, "also": tuple(row["also"]), "unlike": tuple(row["unlike"])}) for row in data["photos"]
+        )
         self.backgrounds = tuple(Sourced(**row) for row in data["backgrounds"])
         self.fonts = tuple(Sourced(**row) for row in data["fonts"])
         self.words = tuple((folder / "words.txt").read_text(encoding="utf-8").split())
