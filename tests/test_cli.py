@@ -336,6 +336,66 @@ def test_inspect_refuses(refused, folder, tmp_path):
     assert "cut short" in refused("inspect", cut)
 
 
+# evaluate, report
+
+
+@pytest.fixture
+def asked(tmp_path, photo):
+    """A folder of four questions about one photo."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a.png").write_bytes(photo.read_bytes())
+    lines = [{"image": "a.png", "question": "what is this ?", "answer": "cat", "kind": kind} for kind in "xyxy"]
+    (own / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return own
+
+
+def test_evaluate_and_report(dymu_command, folder, asked, tmp_path):
+    results = tmp_path / "r.jsonl"
+    run = ["evaluate", folder, "-t", asked, "-b", FEWEST, "-m", "dtome", "-m", "random", "-o", results, "--timed", 1]
+    code, out, err = dymu_command(*run, "--json")
+    assert code == 0, err
+    (told,) = last_object(out)["results"]
+    untouched, merged, random = told["rows"]
+    assert (untouched["tokens_mean"], random["tokens_mean"]) == (TOKENS, FEWEST)
+    assert merged["tokens_mean"] < TOKENS
+    assert set(merged["accuracy"]) == {"all", "x", "y"}
+    assert merged["costs"]["n"] == 1
+
+    size = results.stat().st_size
+    page, chart = tmp_path / "r.md", tmp_path / "r.png"
+    code, out, err = dymu_command("report", results, "-o", page, "--chart", chart)
+    assert (code, out) == (0, ""), err
+    assert "| random keep in place | 10 ± 0 |" in page.read_text()
+    with Image.open(chart) as picture:
+        assert picture.width > 300
+    assert dymu_command("report", results)[1].strip() == page.read_text().strip()
+    assert results.stat().st_size == size
+
+
+def test_evaluate_refuses(refused, folder, asked, tmp_path):
+    end = ("-o", tmp_path / "r.jsonl")
+    assert "composed" in refused("evaluate", folder, "-t", "nothing", *end)
+    assert "questions.jsonl" in refused("evaluate", folder, "-t", folder, *end)
+    assert ".jsonl" in refused("evaluate", folder, "-t", asked, "-o", tmp_path / "r.json")
+    refused("report", tmp_path / "nothing.jsonl")
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    refused("report", tmp_path / "bad.jsonl")
+
+
+def test_a_smoke_evaluation_of_the_demo_model(dymu_command, tmp_path):
+    """The shipped model on one composed question of each kind, all methods: the whole machine in seconds."""
+    run = ["evaluate", "-t", "composed", "-o", tmp_path / "r.jsonl", "--limit", 9, "--timed", 0, "-b", "0.3", "--json"]
+    for method in ("dtome", "tome", "pool", "random", "downscale"):
+        run += ["-m", method]
+    code, out, err = dymu_command(*run, "-u", "exact", "-u", "none")
+    assert code == 0, err
+    rows = last_object(out)["results"][0]["rows"]
+    assert len(rows) == 10
+    assert {row["accuracy"]["all"]["n"] for row in rows} == {9}
+    assert all(20 < row["tokens_mean"] < 150 for row in rows[1:])
+
+
 # families, env, and the command itself
 
 
