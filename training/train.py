@@ -151,12 +151,12 @@ class Trainer:
 
 
 def main(
-    scenes: int = 12000,
+    scenes: int = 20000,
     dense_steps: int = 1000,
-    steps: int = 5000,
-    batch: int = 16,
+    steps: int = 11500,
+    batch: int = 8,
     asked: int = 14,
-    peak: float = 1.5e-3,
+    peak: float = 1.3e-3,
     threads: int = 2,
     fresh: bool = False,
     export: bool = True,
