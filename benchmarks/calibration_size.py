@@ -1,6 +1,6 @@
 """How many images calibration takes, and of which kind.
 
-`python -m benchmarks.calibration_size models/demo` calibrates on 25 to 2,000 composed scenes (several draws of the small
+`python -m benchmarks.calibration_size models/demo` calibrates on 25 to 2,000 composed scenes (several draws of small
 sizes) and on photos, and counts what held-out scenes and held-out photos then keep on average beside what was wanted.
 """
 
