@@ -94,7 +94,7 @@ def language_config(metadata: dict) -> LlamaConfig:
         num_attention_heads=heads,
         num_key_value_heads=metadata["llama.attention.head_count_kv"],
         max_position_embeddings=metadata["llama.context_length"],
-        rope_theta=metadata["llama.rope.freq_base"],
+        rope_parameters={"rope_type": "default", "rope_theta": metadata["llama.rope.freq_base"]},
         rms_norm_eps=round(metadata["llama.attention.layer_norm_rms_epsilon"], 9),
         tie_word_embeddings=True,
         bos_token_id=metadata["tokenizer.ggml.bos_token_id"],

@@ -354,7 +354,6 @@ class Batches(Dataset):
         return self.steps
 
     def __getitem__(self, number: int) -> Batch:
-        torch.set_num_threads(1)
         step = self.first + number
         rng = np.random.default_rng((self.examples.seed, step, 8))
         rows = max(1, self.batch // 8) if self.talks else 0

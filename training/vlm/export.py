@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -44,12 +45,14 @@ def export(trainer: Trainer, target: Path) -> None:
         "language_sha256": LANGUAGE.sha256,
         "lora_rank": RANK,
         "lora_scale": SCALE,
-        "steps": trainer.progress.step,
+        "progress": asdict(trainer.progress),
         "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(scratch.glob(PARTS))},
     }
     (scratch / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _write_configs(trainer, scratch)
     shutil.copy(CARD, scratch / "README.md")
+    for file in scratch.iterdir():  # safetensors writes for its owner alone
+        file.chmod(0o644)
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
 

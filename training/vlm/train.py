@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,12 +19,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dymu.tasks.scenes import Materials
 from training.pack import training_folder
 from training.vlm import base
+from training.vlm.assemble import INDEX, LANGUAGE_PREFIX, PARTS, assemble
 from training.vlm.data import BACKGROUND, TRAINED_KINDS, Batch, Batches, Chat, Examples, read_talks
 from training.vlm.lora import add_lora
 from training.vlm.losses import Objective, Scores
@@ -139,6 +142,20 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])
 
+    @torch.no_grad()
+    def restore(self, parts: Path) -> None:
+        """Go on from exported parts where the checkpoint is lost; the optimiser begins anew."""
+        with tempfile.TemporaryDirectory() as folder:
+            whole = LlavaForConditionalGeneration.from_pretrained(
+                assemble(parts, Path(folder) / "model", lambda: {}), dtype=torch.float32
+            )
+        saved = dict(whole.named_parameters())  # tower and projector; the language model in it is at random
+        for file in parts.glob(PARTS):
+            saved |= {f"model.{name}": value for name, value in load_file(file).items() if "lora" in name}
+        for name, parameter in self.trained().items():
+            parameter.copy_(saved[name.replace(".language_model.", f".{LANGUAGE_PREFIX}")])
+        self.progress = Progress(**json.loads((parts / INDEX).read_text(encoding="utf-8"))["progress"])
+
     def compile(self) -> None:
         """Compile the layers, which are alike: one compilation each serves all of a kind."""
         for layer in self.model.model.language_model.layers:
@@ -209,6 +226,7 @@ def main(
     pack: Annotated[Path | None, typer.Option(help="The training pack.")] = None,
     talk: Annotated[Path | None, typer.Option(help="What talk.py wrote; 'none' leaves it out.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Continued if it is there.")] = None,
+    parts: Annotated[Path | None, typer.Option(help="Exported parts to go on from where no checkpoint is.")] = None,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
     log_every: Annotated[int, typer.Option(help="Steps between reports.")] = 25,
     log: Annotated[Path | None, typer.Option(help="Where reports go, a JSON object a line.")] = None,
@@ -223,6 +241,8 @@ def main(
     checkpoint = checkpoint or base.folder() / "checkpoint.pt"
     if checkpoint.exists() and not probe:
         trainer.load(checkpoint)
+    elif parts:
+        trainer.restore(parts)
     if compiled:
         trainer.compile()
     talks = [] if str(talk) == "none" else read_talks(talk or base.folder() / "talk.jsonl")
