@@ -83,6 +83,11 @@ def folder() -> Path:
     return path
 
 
+def training_pack() -> Path:
+    """Where ``training/pack.py`` puts the training pack. It is not asked itself, as it needs more to be imported."""
+    return cache_root() / "scenes-pack"
+
+
 def language_config(metadata: dict) -> LlamaConfig:
     """The language model's sizes, as its file says them."""
     heads = metadata["llama.attention.head_count"]

@@ -16,7 +16,6 @@ from typing import Annotated
 import torch
 import typer
 
-from training.pack import training_folder
 from training.vlm import base
 from training.vlm.data import TRAINED_KINDS, Batch, Batches
 from training.vlm.train import default_device, setup
@@ -63,7 +62,7 @@ def main(
     """Check, and say what differs."""
     torch.set_float32_matmul_precision("highest")
     device = default_device()
-    pack = pack or training_folder()
+    pack = pack or base.training_pack()
     losses, batch = fixed_losses(pack, device)
     digest = _digest(batch)
     if record:

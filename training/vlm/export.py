@@ -103,9 +103,7 @@ def main(
     pack: Annotated[Path | None, typer.Option(help="The training pack.")] = None,
 ) -> None:
     """Export a checkpoint."""
-    from training.pack import training_folder
-
-    trainer, _ = setup(pack or training_folder(), default_device())
+    trainer, _ = setup(pack or base.training_pack(), default_device())
     trainer.load(checkpoint or base.folder() / "checkpoint.pt")
     export(trainer, target)
     size = sum(file.stat().st_size for file in target.iterdir())

@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dymu.tasks.scenes import Materials
-from training.pack import training_folder
 from training.vlm import base
 from training.vlm.assemble import INDEX, LANGUAGE_PREFIX, PARTS, assemble
 from training.vlm.data import BACKGROUND, TRAINED_KINDS, Batch, Batches, Chat, Examples, read_talks
@@ -237,7 +236,7 @@ def main(
     called = time.perf_counter()
     torch.set_float32_matmul_precision("high")
     device = default_device()
-    trainer, examples = setup(pack or training_folder(), device)
+    trainer, examples = setup(pack or base.training_pack(), device)
     checkpoint = checkpoint or base.folder() / "checkpoint.pt"
     if checkpoint.exists() and not probe:
         trainer.load(checkpoint)
