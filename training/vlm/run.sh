@@ -17,11 +17,8 @@ case "$1" in
     check) $PYTHON -m training.vlm.check ;;
     talk) $PYTHON -m training.vlm.talk ;;
     probe)
-        # Quick enough to choose by: images a second with and without compiling.
-        for flag in --compiled --no-compiled; do
-            echo "probe $flag"
-            $PYTHON -m training.vlm.train --probe --minutes 2 --total "$TOTAL" --batch "$BATCH" "$flag"
-        done
+        # A minute, to choose by: images a second, and how many that makes in the whole plan.
+        $PYTHON -m training.vlm.train --probe --minutes "${PROBE:-1}" --total "$TOTAL" --batch "$BATCH" "$COMPILED"
         ;;
     train) $PYTHON -m training.vlm.train --minutes "$MINUTES" --total "$TOTAL" --batch "$BATCH" "$COMPILED" ;;
     export) $PYTHON -m training.vlm.export && $PYTHON -m training.vlm.assemble ;;
