@@ -22,7 +22,8 @@ class Photos:
     """The held-out photos of the evaluation pack, a `Task`: each named once, and asked about with a yes and a no.
 
     ``naming_unseen`` are photos whose very name training never teaches, from whatever picture. The wrong name in a
-    "no" question is of the same sort (animals, tools, ...), and one that the photo certainly does not show.
+    "no" question is of the same sort (animals, tools, ...), and one that the photo certainly does not show. The three
+    examples of a photo share the measure ``photo``, its number: they are no independent sample of what is photographed.
 
     Args:
         seed: chooses the wrong names and the order.
@@ -37,6 +38,7 @@ class Photos:
         self.seed = seed
         self.materials = materials or evaluation_pack()
         shuffled = sorted(self.materials.photos, key=lambda photo: self._hash(photo.file))
+        self._number = {photo.file: number for number, photo in enumerate(self.materials.photos)}
         known = [(photo, "naming", "") for photo in shuffled if photo.known]
         unseen = [(photo, "naming_unseen", "") for photo in shuffled if not photo.known]
         asked = [(photo, "yesno", name) for k, photo in enumerate(shuffled) for name in self._two_names(photo, k)]
@@ -50,7 +52,7 @@ class Photos:
             raise IndexError(f"example {index} of {len(self)}")
         photo, kind, name = self._asked[index]
         image = self.materials.picture(photo.file).convert("RGB")
-        measures = {"jpeg_bytes": float(jpeg_bytes(image))}
+        measures = {"jpeg_bytes": float(jpeg_bytes(image)), "photo": float(self._number[photo.file])}
         if kind == "yesno":
             answer = "yes" if name == photo.name else "no"
             return Example((image,), PRESENCE.format(self._one(name)), (answer,), kind, measures)
