@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dymu.tasks.composed import LEVELS, Composed, calibration_images
-from dymu.tasks.scenes import KINDS, Item, Question, Scene, compose, evaluation_pack, questions
-from dymu.tasks.scenes.drawing import COLOURS, SHAPES
+from dymu.tasks.photos import Photos
+from dymu.tasks.scenes import KINDS, Item, Panel, Question, Scene, Sign, compose, evaluation_pack, questions
+from dymu.tasks.scenes.compose import Frame, alike
+from dymu.tasks.scenes.drawing import COLOURS, PATTERNS, SHAPES
 from dymu.tasks.scenes.materials import Materials
 from dymu.tasks.scenes.questions import ORDINALS
 
@@ -156,6 +159,141 @@ def test_the_wording_does_not_give_the_answer_away():
 def test_every_kind_and_way_of_asking_occurs():
     assert {question.kind for _, question in asked()} == set(KINDS)
     assert len({question.query[0] for _, question in asked()}) >= 24
+
+
+WHOLE = (0, 0, 336, 336)
+HALVES = (Panel("left", (0, 0, 164, 336)), Panel("right", (172, 0, 336, 336)))
+SHAPES_AND_DOG = (
+    Item("square", "green", (10, 10, 60, 60), panel="left"),
+    Item("square", "red", (10, 100, 100, 190), panel="left"),
+    Item("square", "blue", (180, 10, 220, 50), panel="right"),
+    Item("circle", "red", (180, 100, 220, 140), panel="right"),
+    Item("triangle", "blue", (240, 100, 300, 160), panel="right"),
+    Item("dog", None, (10, 220, 90, 300), panel="left"),
+)
+
+
+def put_together(
+    items: tuple[Item, ...] = SHAPES_AND_DOG,
+    *,
+    signs: tuple[Sign, ...] = (),
+    frames: tuple[Frame, ...] = (),
+    panels: tuple[Panel, ...] = (),
+    background: str = "flat",
+    pattern: str | None = None,
+) -> list[Question]:
+    """Whatever is asked about a scene of these facts, in many draws; its pixels play no part."""
+    colour = "white" if background == "flat" else None
+    image = Image.new("RGB", WHOLE[2:])
+    scene = Scene(image, items, signs, frames, panels, background, colour, 0.5, pattern)
+    draws = [np.random.default_rng(draw) for draw in range(40)]
+    return [q for rng in draws for kind in KINDS for q in questions(scene, evaluation_pack(), kind, rng)]
+
+
+def about(name: str, found: list[Question]) -> set[str]:
+    return {question.text for question in found if name in question.text}
+
+
+def test_objects_are_compared_only_where_no_sign_could_count_as_one():
+    sign = Sign("yellow", (("hello",),), (240, 200, 330, 230))
+    for signs in ((), (sign,)):
+        found = [question for question in put_together(panels=HALVES, signs=signs) if question.kind == "comparison"]
+        assert about("circles", found)
+        assert bool(about("objects", found)) == (not signs)
+
+
+@pytest.mark.parametrize(
+    ("others", "asked_about"),
+    [
+        ({}, True),
+        ({"signs": (Sign("yellow", (("hello",),), (240, 200, 330, 230)),)}, True),
+        ({"signs": (Sign("yellow", (("a", "b"),) * 3, (240, 200, 310, 270)),)}, False),
+        ({"frames": (Frame("pink", (230, 90, 310, 170)),)}, False),
+        ({"background": "texture", "pattern": "stripes"}, True),
+        ({"background": "texture", "pattern": "checks"}, False),
+    ],
+    ids=["alone", "oblong sign", "square sign", "frame", "stripes", "checks"],
+)
+def test_squares_are_spoken_of_only_where_nothing_else_is_one(others, asked_about):
+    for panels in ((), HALVES):
+        found = put_together(panels=panels, **others)
+        assert bool(about("square", found)) == asked_about
+        assert about("circle", found)
+
+
+def test_whether_a_shape_is_there_is_not_asked_where_the_background_may_show_it():
+    def sought(background: str, pattern: str | None = None) -> set[str]:
+        found = put_together(background=background, pattern=pattern)
+        return {question.query[1] for question in found if question.query[0] == "is there"}
+
+    assert {"square", "triangle", "hexagon"} <= sought("flat")
+    assert not set(SHAPES) & sought("photo")
+    assert "dog" in sought("photo")
+    assert {"triangle", "hexagon"} <= sought("texture", "checks")
+    assert not {"triangle", "cross", "diamond"} & sought("texture", "scribble")
+
+
+def test_a_scene_knows_the_pattern_of_a_texture():
+    scenes = [compose(evaluation_pack(), 3, index, 0.6) for index in range(40)]
+    assert {scene.background for scene in scenes if scene.pattern} == {"texture"}
+    assert {scene.pattern for scene in scenes if scene.background == "texture"} == set(PATTERNS)
+
+
+def test_a_box_is_spoken_of_only_where_nothing_else_could_be_that_box():
+    frames = (Frame("yellow", (0, 210, 100, 310)), Frame("pink", (230, 90, 310, 170)))
+    framed = (
+        Item("dog", None, (10, 220, 90, 300), frame="yellow"),
+        Item("triangle", "blue", (240, 100, 300, 160), frame="pink"),
+    )
+    square, parcel = Item("square", "yellow", (10, 10, 60, 60)), Item("cardboard box", None, (10, 10, 60, 60))
+    assert about("yellow box", put_together(framed, frames=frames))
+    with_square = put_together((*framed, square), frames=frames)
+    assert about("pink box", with_square)
+    assert not about("yellow box", with_square)
+    assert not {
+        text for text in about(" box", put_together((*framed, parcel), frames=frames)) if "cardboard" not in text
+    }
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("cup", "trophy"),
+        ("phone", "telephone"),
+        ("phone", "telephone receiver"),
+        ("chicken", "chicken leg"),
+        ("sewing needle", "syringe"),
+        ("glass", "magnifying glass"),
+        ("square", "set square"),
+    ],
+)
+def test_what_goes_by_the_same_name_is_alike(one, other):
+    assert alike(evaluation_pack(), one, ["apple", other])
+    assert alike(evaluation_pack(), other, [one])
+    assert not alike(evaluation_pack(), one, ["apple", "star"])
+
+
+def test_nothing_is_called_absent_whose_name_fits_what_is_there():
+    items = (Item("telephone", None, (10, 10, 90, 90)), Item("trophy", None, (110, 10, 190, 90)))
+    pack = evaluation_pack()
+    scene = Scene(Image.new("RGB", WHOLE[2:]), items, (), (), (), "flat", "white", 0.5)
+    rng = np.random.default_rng(0)
+    found = [question for _ in range(2000) for question in questions(scene, pack, "yesno", rng)]
+    absent = {
+        question.query[1] for question in found if question.query[0] == "is there" and question.answers[0] == "no"
+    }
+    assert len(absent) > 250
+    assert not absent & {"phone", "telephone receiver", "cup"}
+
+
+def test_every_example_tells_its_photo():
+    task = Photos()
+    pictures: dict[float, set[bytes]] = {}
+    for index in range(0, len(task), 7):
+        example = task[index]
+        pictures.setdefault(example.measures["photo"], set()).add(example.images[0].tobytes())
+    assert all(len(same) == 1 for same in pictures.values())
+    assert len(set().union(*pictures.values())) == len(pictures) > 1
 
 
 def test_names_that_could_be_mistaken_for_each_other_never_meet():

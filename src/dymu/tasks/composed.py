@@ -17,7 +17,7 @@ from dymu.tasks.scenes.drawing import BACKGROUNDS
 from dymu.tasks.scenes.questions import choose
 from dymu.tasks.task import Example
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same seed asks something else."""
 
 LEVELS = (0.1, 0.35, 0.6, 0.85, 1.0)

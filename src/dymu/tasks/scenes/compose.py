@@ -10,7 +10,7 @@ from PIL import Image
 
 from dymu.tasks.scenes import drawing
 from dymu.tasks.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, Box
-from dymu.tasks.scenes.materials import Materials, Thing
+from dymu.tasks.scenes.materials import Materials
 
 SIDE = 336
 """Pixels; sizes below are for this side and scale with it."""
@@ -93,7 +93,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture with all its facts. ``background_colour`` is known where the background is flat."""
+    """A picture with all its facts. ``background_colour`` is known where it is flat, ``pattern`` where a texture."""
 
     image: Image.Image
     items: tuple[Item, ...]
@@ -103,6 +103,7 @@ class Scene:
     background: str
     background_colour: str | None
     complexity: float
+    pattern: str | None = None
 
     @property
     def words(self) -> int:
@@ -174,7 +175,7 @@ class _Composer:
         self.materials, self.rng, self.complexity, self.use, self.focus = materials, rng, complexity, use, focus
         self.side, self.scale = side, side / SIDE
         self.room = _Room(side)
-        self.image, self.background, self.colours = self._background()
+        self.image, self.background, self.colours, self.pattern = self._background()
         self.things = [t for t in materials.things.values() if not (self.background == "photo" and t.outdoor)]
         self.panels = self._panels()
         self.signs: list[Sign] = []
@@ -196,6 +197,7 @@ class _Composer:
             self.background,
             self.colours[0] if self.background == "flat" else None,
             self.complexity,
+            self.pattern,
         )
 
     def _px(self, length: float) -> int:
@@ -208,18 +210,19 @@ class _Composer:
         listed = list(options)
         return listed[self.rng.integers(len(listed))]
 
-    def _background(self) -> tuple[Image.Image, str, list[str]]:
-        """The empty image, its kind, and the named colours in it (all unknown for a photo)."""
+    def _background(self) -> tuple[Image.Image, str, list[str], str | None]:
+        """The empty image, its kind, the named colours in it (all unknown for a photo), and a texture's pattern."""
         c = self.complexity
         odds = np.array([max(0.0, 1 - 2.2 * c), 0.5 * (1 - c), 0.35 + 0.3 * c, max(0.0, 1.6 * c - 0.5)])
         kind = str(self.rng.choice(BACKGROUNDS, p=odds / odds.sum()))
         if kind == "photo":
             files = [b.file for b in self.materials.backgrounds if b.use == self.use]
             photo = self.materials.picture(self._pick(files))
-            return drawing.photo_background(self.rng, photo, self.side), kind, []
+            return drawing.photo_background(self.rng, photo, self.side), kind, [], None
         colours = [str(colour) for colour in self.rng.choice(list(COLOURS), 2, replace=False)]
         colours = colours[:1] if kind == "flat" else colours
-        return drawing.background(self.rng, kind, colours, self.side), kind, colours
+        image, pattern = drawing.background(self.rng, kind, colours, self.side)
+        return image, kind, colours, pattern
 
     def _panels(self) -> list[Panel]:
         if self.focus != "comparison" and (self.focus is not None or self.rng.random() > 0.2):
@@ -322,8 +325,7 @@ class _Composer:
     def _new(self, chosen: list[tuple[str, str | None]], shapes: float = 0.45) -> tuple[str, str | None]:
         if self.rng.random() < shapes:
             names = {name for name, _ in chosen}
-            things = self.materials.things
-            free = [s for s in SHAPES if not any(n in things and s in things[n].similar for n in names)]
+            free = [s for s in SHAPES if not alike(self.materials, s, names)]
             if free:
                 return self._pick(free), self._shade()
         return self._new_thing(chosen), None
@@ -332,7 +334,7 @@ class _Composer:
         names = {name for name, _ in chosen}
         while True:
             thing = self.things[self.rng.integers(len(self.things))]
-            if thing.known and thing.name not in names and not alike(self.materials, thing, names):
+            if thing.known and thing.name not in names and not alike(self.materials, thing.name, names):
                 return thing.name
 
     def _shade(self) -> str:
@@ -401,9 +403,22 @@ class _Composer:
         self.items.append(Item(name, colour, box, panel, frame, thing is None or thing.known))
 
 
-def alike(materials: Materials, thing: Thing, names: Iterable[str]) -> bool:
-    """Whether a person might take the thing for one of these, or one of these for it."""
+def alike(materials: Materials, name: str, names: Iterable[str]) -> bool:
+    """Whether a person might take a thing or shape for one of these, or call both the same.
+
+    The same means that a name of one is a name of the other, or words of it: "cup" of a trophy and of a mug of coffee.
+    """
+    things = materials.things
+
+    def listed(one: str, other: str) -> bool:
+        return one in things and other in things[one].similar
+
+    def called(one: str) -> list[set[str]]:
+        return [set(said.split()) for said in (one, *(things[one].also if one in things else ()))]
+
+    mine = called(name)
     return any(
-        name in thing.similar or (name in materials.things and thing.name in materials.things[name].similar)
-        for name in names
+        name != other
+        and (listed(name, other) or listed(other, name) or any(a <= b or b <= a for a in mine for b in called(other)))
+        for other in names
     )

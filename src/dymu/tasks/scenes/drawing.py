@@ -28,6 +28,14 @@ COLOURS: dict[str, RGB] = {
 SHAPES = ("circle", "oval", "square", "triangle", "star", "heart", "diamond", "cross", "hexagon", "arrow")
 BACKGROUNDS = ("flat", "gradient", "texture", "photo")
 """From plain to cluttered."""
+PATTERNS: dict[str, frozenset[str]] = {
+    "stripes": frozenset(),
+    "checks": frozenset({"square"}),
+    "clouds": frozenset(),
+    "grain": frozenset(),
+    "scribble": frozenset({"triangle", "diamond", "cross"}),
+}
+"""What textures show, and the shapes that a person can see in each."""
 
 INK, PAPER = (30, 30, 34), (252, 252, 250)
 _SUPERSAMPLING = 3
@@ -46,14 +54,17 @@ def contrasting(colours: Sequence[str]) -> list[str]:
     return [name for name, rgb in COLOURS.items() if all(math.dist(rgb, COLOURS[other]) > 95 for other in colours)]
 
 
-def background(rng: np.random.Generator, kind: str, colours: Sequence[str], side: int) -> Image.Image:
-    """A background that is no photo, in one or two named colours."""
+def background(
+    rng: np.random.Generator, kind: str, colours: Sequence[str], side: int
+) -> tuple[Image.Image, str | None]:
+    """A background that is no photo, in one or two named colours; and which of ``PATTERNS`` a texture shows."""
     base = np.empty((side, side, 3), np.float32)
     base[:] = jitter(rng, colours[0])
     if kind == "flat":
-        return _image(base)
+        return _image(base), None
     other = np.asarray(jitter(rng, colours[1]), np.float32)
-    return _image(base + (other - base) * _blend(rng, kind, side)[..., None])
+    blend, pattern = _blend(rng, kind, side)
+    return _image(base + (other - base) * blend[..., None]), pattern
 
 
 def photo_background(rng: np.random.Generator, photo: Image.Image, side: int) -> Image.Image:
@@ -181,15 +192,15 @@ def outline(name: str) -> list[tuple[float, float]]:
     raise ValueError(f"no shape is called {name!r}: there are {', '.join(SHAPES)}")
 
 
-def _blend(rng: np.random.Generator, kind: str, side: int) -> np.ndarray:
-    """[side, side] of how much of the second colour shows, 0 to 1."""
+def _blend(rng: np.random.Generator, kind: str, side: int) -> tuple[np.ndarray, str | None]:
+    """[side, side] of how much of the second colour shows, 0 to 1; and the pattern of a texture."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
     angle = rng.uniform(0, 2 * math.pi)
     along = x * math.cos(angle) + y * math.sin(angle)
     if kind == "gradient":
         ramp: np.ndarray = 0.8 * (along - along.min()) / np.ptp(along)
-        return ramp
-    pattern = rng.choice(["stripes", "checks", "clouds", "grain", "scribble"])
+        return ramp, None
+    pattern = str(rng.choice(list(PATTERNS)))
     strength = rng.uniform(0.25, 0.6)
     if pattern == "scribble":
         sheet = Image.new("L", (side, side))
@@ -207,7 +218,7 @@ def _blend(rng: np.random.Generator, kind: str, side: int) -> np.ndarray:
         noise = Image.fromarray(rng.random((cells, cells), np.float32))
         shown = np.asarray(noise.resize((side, side), Image.Resampling.BILINEAR))
     blended: np.ndarray = strength * shown
-    return blended
+    return blended, pattern
 
 
 def _image(pixels: np.ndarray) -> Image.Image:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dymu.tasks.scenes.compose import Item, Scene, Sign, alike
-from dymu.tasks.scenes.drawing import COLOURS, SHAPES
+from dymu.tasks.scenes.drawing import COLOURS, PATTERNS, SHAPES
 from dymu.tasks.scenes.materials import Materials
 
 KINDS = (
@@ -24,6 +24,8 @@ CLEAR_GAP = 10 / 336
 CLEARLY_LARGER = 1.4
 """Least ratio of longer sides; that of the areas must be its square, nearly."""
 CLEARLY_NEARER = 0.7
+CLEARLY_OBLONG = 1.5
+"""Least ratio of the sides of a sign that nobody takes for a square."""
 
 WORD, WORDS, NUMBER, YESNO = (
     "Answer with one word.", "Answer with one or two words.", "Answer with a number.", "Answer with yes or no.",
@@ -135,6 +137,21 @@ class _Asker:
         self.coloured = Counter((item.colour, item.name) for item in scene.items if item.colour)
         self.on_photo = scene.background == "photo"
         self.plates = {sign.colour for sign in scene.signs} | {frame.colour for frame in scene.frames}
+        self.vague = self._vague()
+        self.boxes = self._boxes()
+
+    def _vague(self) -> frozenset[str]:
+        """Shapes that other things in the scene show as well, so that "the square" or "no square" means little."""
+        shown = PATTERNS[self.scene.pattern] if self.scene.pattern else frozenset()
+        square = any(longer < CLEARLY_OBLONG * shorter for shorter, longer in map(sides, self.scene.signs))
+        return shown | {"square"} if square or self.scene.frames else shown
+
+    def _boxes(self) -> tuple[str, ...]:
+        """Colours of the frames that alone can be meant by "the red box"."""
+        if any("box" in name.split() for item in self.scene.items for name in self._called(item)):
+            return ()
+        squares = {item.colour for item in self.scene.items if item.name == "square"}
+        return tuple(frame.colour for frame in self.scene.frames if frame.colour not in squares)
 
     def ask(self, kind: str) -> Iterator[Question]:
         match kind:
@@ -176,7 +193,7 @@ class _Asker:
         if len(items) == 1 and not self.on_photo and not self.scene.signs and not self.scene.frames:
             yield from asked(items[0], ("only",))
         for item in items:
-            if item.frame:
+            if item.frame in self.boxes:
                 yield from asked(item, ("framed", item.frame), box=item.frame)
         if self.on_photo or len(items) < 3:
             return
@@ -205,14 +222,14 @@ class _Asker:
     def _groups(self) -> Iterator[tuple[Query, str, int]]:
         """What can be counted: by name, by colour and by both."""
         for name, count in self.names.items():
-            if plural := self._plural(name):
+            if (plural := self._plural(name)) and name not in self.vague:
                 yield ("count", name, ""), plural, count
         colours = Counter(item.colour for item in self.scene.items if item.colour)
         for colour, count in colours.items():
             if colour not in self.plates:
                 yield ("count", "", colour), f"{colour} shapes", count
         for (shade, name), count in self.coloured.items():
-            if count < self.names[name] and shade:
+            if count < self.names[name] and shade and name not in self.vague:
                 yield ("count", name, shade), f"{shade} {self._plural(name)}", count
 
     def _colour(self) -> Iterator[Question]:
@@ -220,11 +237,11 @@ class _Asker:
             return self._question("colour", query, (colour, *ALSO_COLOURS.get(colour, ())), WORD, **fill)
 
         for item in self.scene.items:
-            if item.colour and self.names[item.name] == 1:
+            if item.colour and self.names[item.name] == 1 and item.name not in self.vague:
                 yield asked(item.colour, ("colour", item.name), one=item.name)
-            if item.colour and item.frame:
+            if item.colour and item.frame in self.boxes:
                 yield asked(item.colour, ("colour framed", item.frame), one="shape", box=item.frame)
-        for name in SHAPES:
+        for name in self._clear_shapes():
             mine = sorted((i for i in self.scene.items if i.name == name and i.colour), key=lambda i: -i.longest)
             if len(mine) > 1 and larger(mine[0], mine[1]) and mine[0].colour:
                 yield asked(mine[0].colour, ("colour largest", name), one=name)
@@ -261,12 +278,11 @@ class _Asker:
                     query = (way, phrase, other_phrase)
                     yield self._question("relation", query, (side,), WORD, one=phrase, other=other_phrase)
         for phrase, item in handles:
-            for frame in self.scene.frames:
-                inside = item.frame == frame.colour
+            for box in self.boxes:
+                inside = item.frame == box
                 if inside or self.rng.random() < 0.3:
                     answers = ("inside", "in") if inside else ("outside", "out")
-                    query = ("in or out", phrase, frame.colour)
-                    yield self._question("relation", query, answers, WORD, one=phrase, box=frame.colour)
+                    yield self._question("relation", ("in or out", phrase, box), answers, WORD, one=phrase, box=box)
 
     def _yesno(self) -> Iterator[Question]:
         """About as many yes as no in each way of asking; the wrong ones are nearly right."""
@@ -287,13 +303,14 @@ class _Asker:
         return self._question("yesno", query, ("yes" if yes else "no",), YESNO, **fill)
 
     def _is_there(self) -> Iterator[Question]:
-        present = [name for name in self.names if self._known(name)]
+        """Never of a shape where the background may show it: as the answer is never no, yes would be no question."""
+        present = [name for name in self.names if self._known(name) and self._plain(name)]
         if present:
             name = present[self.rng.integers(len(present))]
             yield self._said(True, ("is there", name, ""), a_one=article(name, bool(self._plural(name))))
             absent = self._absent()
             yield self._said(False, ("is there", absent, ""), a_one=article(absent, bool(self._plural(absent))))
-        pairs = list(self.coloured)
+        pairs = [(colour, name) for colour, name in self.coloured if self._plain(name)]
         if pairs:
             colour, name = pairs[self.rng.integers(len(pairs))]
             yield self._said(True, ("is there", name, str(colour)), a_one=article(f"{colour} {name}", True))
@@ -312,9 +329,9 @@ class _Asker:
                     query = ("is related", phrase, relation, other_phrase)
                     yield self._said(true, query, one=phrase, other=other_phrase, relation=relation)
         for phrase, item in handles:
-            if item.frame:
+            if item.frame in self.boxes:
                 yield self._said(True, ("is framed", phrase, item.frame), one=phrase, box=item.frame)
-                others = [frame.colour for frame in self.scene.frames if frame.colour != item.frame]
+                others = [box for box in self.boxes if box != item.frame]
                 if others:
                     yield self._said(False, ("is framed", phrase, others[0]), one=phrase, box=others[0])
 
@@ -352,8 +369,9 @@ class _Asker:
             return
         first, second = (panel.name for panel in self.scene.panels)
         halves = {"first": first, "second": second}
-        groups: list[tuple[str, str]] = [(name, plural) for name in self.names if (plural := self._plural(name))]
-        if not self.on_photo and len(groups) == len(self.names):
+        plurals = [(name, self._plural(name)) for name in self.names]
+        groups = [(name, many) for name, many in plurals if many and name not in self.vague]
+        if not self.on_photo and not self.scene.signs and all(many for _, many in plurals):
             groups.append(("", "objects"))
         for name, many in groups:
             counts = [
@@ -369,7 +387,7 @@ class _Asker:
                 answers = (half, f"{half} half", f"{half} one")
                 query = ("more", more, name)
                 yield self._question("comparison", query, answers, WORD, more=more, many=many, **halves)
-        for name in SHAPES:
+        for name in self._clear_shapes():
             mine = {
                 half: [i for i in self.scene.items if i.name == name and i.panel == half] for half in (first, second)
             }
@@ -399,7 +417,7 @@ class _Asker:
         """Known objects that can be spoken of, each with the phrase that fits no other: dog, star, red star."""
         found = []
         for item in self.scene.items:
-            if not item.known:
+            if not item.known or item.name in self.vague:
                 continue
             if self.names[item.name] == 1:
                 found.append((item.name, item))
@@ -425,25 +443,37 @@ class _Asker:
     def _known(self, name: str) -> bool:
         return name in SHAPES or self.materials.things[name].known
 
+    def _clear_shapes(self) -> list[str]:
+        return [name for name in SHAPES if name not in self.vague]
+
+    def _plain(self, name: str) -> bool:
+        """Whether anybody sees that it is there, or is not: a photo may show any shape."""
+        return name not in self.vague and not (self.on_photo and name in SHAPES)
+
     def _absent(self) -> str:
         """A known thing or shape that is not there, nor anything like it."""
         present = set(self.names)
         while True:
             if self.rng.random() < 0.3:
                 name = SHAPES[self.rng.integers(len(SHAPES))]
-                if name not in present and not any(
-                    name in self.materials.things[other].similar for other in present if other not in SHAPES
-                ):
+                if name not in present and self._plain(name) and not alike(self.materials, name, present):
                     return name
                 continue
             (name,) = self._sample(tuple(self.materials.things), 1)
             thing = self.materials.things[name]
             seen = self.on_photo and thing.outdoor
-            if thing.known and name not in present and not seen and not alike(self.materials, thing, present):
+            if thing.known and name not in present and not seen and not alike(self.materials, name, present):
                 return name
 
     def _sample(self, options: tuple[str, ...], count: int) -> list[str]:
         return [options[k] for k in self.rng.integers(len(options), size=count)]
+
+
+def sides(sign: Sign) -> tuple[int, int]:
+    """The shorter and the longer side of a sign in pixels."""
+    left, top, right, bottom = sign.box
+    width, height = right - left, bottom - top
+    return min(width, height), max(width, height)
 
 
 def larger(item: Item, other: Item) -> bool:
