@@ -31,8 +31,10 @@ $(READY): pyproject.toml constraints.txt
 	    || { echo "dymu needs Python 3.11 or newer; name one: make setup PYTHON=python3.11"; exit 1; }; \
 	  echo "Setting up .venv, once: it takes some minutes."; \
 	  $(PYTHON) -m venv .venv; }
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "1 of 2: $(TORCH)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	@echo "2 of 2: dymu and what else it needs"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 test: setup

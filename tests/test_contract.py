@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -160,6 +161,57 @@ def test_a_row_of_a_generated_batch_gets_what_it_gets_alone(model):
         for i, ids in enumerate(prompts):
             alone = answer(model, input_ids=ids[None], pixel_values=images[i : i + 1])[0, -6:]
             assert torch.equal(together[i], alone)
+
+
+@pytest.mark.parametrize("unmerge", UNMERGE)
+def test_padding_is_no_distance_in_a_sliding_window(unmerge):
+    """While a batch of prompts of different lengths is decoded, each row's window reaches as far as it does alone."""
+    model = tiny.llava("clip", "mistral")
+    model.config.text_config.sliding_window = 12
+    prompts = [tiny.prompt(model, 4, "image", 7), tiny.prompt(model, 2, "image", 3, seed=1)]
+    images = tiny.pictures(4)[1:3]
+    more = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+    def decoded(ids: Tensor, mask: Tensor, pixels: Tensor, more: Tensor) -> Tensor:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=pixels)
+        logits = []
+        for n in range(more.shape[1]):
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+            out = model(
+                input_ids=more[:, n : n + 1], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=out.past_key_values,
+            )  # fmt: skip
+            logits.append(out.logits[:, -1])
+        return torch.stack(logits, 1)
+
+    batch = tiny.pad(prompts)
+    with dymu.apply(model, merge=SOME, unmerge=unmerge):
+        together = decoded(batch["input_ids"], batch["attention_mask"], images, more)
+        for i, ids in enumerate(prompts):
+            alone = decoded(ids[None], torch.ones_like(ids)[None], images[i : i + 1], more[i : i + 1])
+            torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("unmerge", ["exact", "none"])
+def test_chunks_of_a_prompt_may_hold_gone_tokens_alone(some_model, unmerge):
+    """Chunked prefill of an image of which next to nothing stays gives the logits of the whole prompt."""
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    options = {"input_ids": ids, "pixel_values": image, "max_new_tokens": 3, "do_sample": False}
+    with dymu.apply(some_model, merge=RandomKeep(keep=2, seed=1), unmerge=unmerge):
+        whole = some_model.generate(**options)
+        assert torch.equal(some_model.generate(**options, prefill_chunk_size=4), whole)
+
+
+def test_gone_tokens_are_drawn_dimmed(some_model):
+    photo = tiny.photos(3)[2]
+    pixels = tiny.processor()(images=photo, return_tensors="pt")["pixel_values"]
+    with dymu.apply(some_model, merge=RandomKeep(keep=9)) as handle:
+        some_model.get_image_features(pixels)
+        group = handle.last.group(0)
+        assert set(group.tolist()) == {-1, *range(handle.last.kept[0])}
+        drawn = np.asarray(handle.last.draw(photo).convert("L"), dtype=float)
+    assert drawn.std() > 5
 
 
 def test_the_cache_stores_merged_tokens(model):
@@ -516,7 +568,7 @@ def test_average_pool_merges_the_fields_of_a_grid(some_model):
 
 def test_a_pool_larger_than_the_grid_is_refused(some_model):
     inputs = {"input_ids": tiny.prompt(some_model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[2:3]}
-    with dymu.apply(some_model, merge=AveragePool(side=1000)), pytest.raises(ValueError, match="take fewer"):
+    with dymu.apply(some_model, merge=AveragePool(side=1000)), pytest.raises(BadBudget, match="take fewer"):
         some_model(**inputs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +12,20 @@ import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers.image_utils import SizeDict
 
 import dymu
 import tiny
 from dymu.apply import encoder_of
 from dymu.asking import generate, inputs_for
-from dymu.errors import BadBudget, BadImage, BadPrompt
+from dymu.errors import AlreadyApplied, BadBudget, BadImage, BadPrompt, DymuError
 from dymu.evaluate import UNTOUCHED, BadResults, Results, Row, evaluate, rows_for, summarise
 from dymu.evaluate.chart import draw_chart
 from dymu.evaluate.costs import cost
 from dymu.evaluate.results import ResultFile
 from dymu.evaluate.rows import METHODS, applied
 from dymu.evaluate.run import full_tokens
-from dymu.evaluate.summary import share
+from dymu.evaluate.summary import Share, share
 from dymu.evaluate.tables import accuracy_table, cost_table
 from dymu.families import FAMILIES, resolve
 from dymu.tasks import Example, scoring
@@ -87,6 +88,9 @@ def thresholds(model):
 ROWS = rows_for([16], [m for m in METHODS if m != "untouched"], ["exact", "compact", "none"])
 
 
+HEADER = '{"dymu_results": 1, "rows": [], "tasks": {}, "yes_no": {}}\n'
+
+
 def told(path: Path) -> dict:
     """What a result file says, without when and how fast."""
     results = Results.load(path)
@@ -106,8 +110,11 @@ def test_rows_are_every_combination_that_says_something():
     for budget in (8, 4):
         assert {key for key in keys if f"-{budget}-" in key} == {
             *(f"dtome-{budget}-{way}-{schedule}" for way in UNMERGE for schedule in ("linear", "constant")),
-            f"random-{budget}-exact", f"random-{budget}-none", f"downscale-{budget}-none",
+            f"random-{budget}-exact", f"random-{budget}-none", *(["downscale-4-none"] if budget == 4 else []),
         }  # fmt: skip
+    assert "downscale-9-none" in keys, "the square nearest to 8"
+    with pytest.raises(ValueError, match="'best' is unknown"):
+        rows_for([8], ["best"])
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}<image> what ?", "<image> what ?"])
@@ -178,15 +185,15 @@ def test_a_file_of_another_run_is_left_alone(model, processor, thresholds, tmp_p
     path = tmp_path / "r.jsonl"
     evaluate(model, processor, [Words(2)], [UNTOUCHED], path, timed=0)
     before = path.read_bytes()
-    with pytest.raises(BadResults, match="another seed"):
+    with pytest.raises(BadResults, match="differs in seed"):
         evaluate(model, processor, [Words(2)], [UNTOUCHED], path, timed=0, seed=1)
-    with pytest.raises(BadResults, match="another rows"):
+    with pytest.raises(BadResults, match="differs in rows"):
         evaluate(model, processor, [Words(2)], ROWS, path, thresholds=[thresholds], timed=0)
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]\n", '{"dymu_results": 99}\n', "\x00\x01\n", '{"dymu_results":1}\n{"a":1}\n']
+    "content", ["{", "[]\n", '{"dymu_results": 99}\n', "\x00\x01\n", '{"dymu_results":1}\n', HEADER + '{"a":1}\n']
 )
 def test_a_file_that_holds_no_results_is_refused(tmp_path, content):
     (tmp_path / "r.jsonl").write_text(content)
@@ -206,6 +213,92 @@ def test_a_row_that_cannot_be_had_is_refused_before_any_work(model, processor, t
     assert not (tmp_path / "r.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "row", [Row("random", 99, "exact"), Row("pool", 64, "exact"), Row("tome", 1, "exact", "constant")]
+)
+def test_a_budget_that_cannot_be_met_is_refused_before_any_work(model, processor, tmp_path, row):
+    with pytest.raises(BadBudget):
+        evaluate(model, processor, [Words()], [UNTOUCHED, row], tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_tasks_of_one_name_and_merged_models_are_refused(model, processor, tmp_path):
+    with pytest.raises(DymuError, match="one name"):
+        evaluate(model, processor, [Words(2), Words(3)], [UNTOUCHED], tmp_path / "r.jsonl")
+    with dymu.apply(model, merge=dymu.FixedMerge(9)), pytest.raises(AlreadyApplied):
+        evaluate(model, processor, [Words(2)], [UNTOUCHED], tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_examples_that_changed_meanwhile_are_refused(model, processor, tmp_path):
+    @dataclass(frozen=True)
+    class Same(Words):
+        def describe(self) -> dict[str, object]:
+            return {}
+
+    rows = rows_for([16], ["random"])
+    evaluate(model, processor, [Same(2, broken=(1,))], rows, tmp_path / "r.jsonl", timed=0)
+    whole = (tmp_path / "r.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "r.jsonl").write_bytes(b"".join(whole[:-1]))
+    with pytest.raises(BadResults, match="mended or replaced"):
+        evaluate(model, processor, [Same(2)], rows, tmp_path / "r.jsonl", timed=0)
+    assert summarise(Results.load(tmp_path / "r.jsonl"))[0].accuracy == {}
+
+
+def test_rows_take_turns_when_they_are_timed(model, processor, tmp_path):
+    rows = rows_for([16, 9], ["random"])
+    results = evaluate(model, processor, [Words(3)], rows, tmp_path / "r.jsonl", timed=3)
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    first = {}
+    for line in lines:
+        if "cost" in line:
+            first.setdefault(line["start"], line["row"])
+    assert sorted(first.values()) == sorted(row.key for row in rows)
+    assert all(found.costs.tokens == found.tokens_mean for found in summarise(results))
+
+
+def test_several_images_of_a_question_are_counted_together(model, processor, tmp_path):
+    @dataclass(frozen=True)
+    class Pairs(Words):
+        def __getitem__(self, index: int) -> Example:
+            one = super().__getitem__(index)
+            return replace(one, images=one.images * (1 + index % 2))
+
+    results = evaluate(model, processor, [Pairs(4)], rows_for([16], ["random"]), tmp_path / "r.jsonl", timed=0)
+    assert results.answers["untouched"]["words", 0]["kept"] == [tiny.PATCHES, 2 * tiny.PATCHES] * 2
+    assert results.answers["random-16-exact"]["words", 0]["kept"] == [16, 32] * 2
+
+
+def test_kinds_of_several_tasks_are_told_apart(model, processor, tmp_path):
+    tasks = [Words(3), Words(3, name="other", yes_no=())]
+    (found,) = summarise(evaluate(model, processor, tasks, [UNTOUCHED], tmp_path / "r.jsonl", timed=0))
+    assert {kind: one.n for kind, one in found.accuracy.items()} == {
+        "all": 6, **{f"{task}: {word}": 1 for task in ("words", "other") for word in WORDS}
+    }  # fmt: skip
+    assert set(found.f1) == {"words: red"}
+
+
+@pytest.mark.parametrize("crop", [tiny.SIDE, None])
+def test_a_smaller_image_shows_the_same_part(model, processor, crop):
+    """At full size it is the stock model's input, where the processor resizes by the shorter side and crops as well."""
+    images = processor.image_processor
+    kept = images.size, images.crop_size
+    images.size, images.crop_size = SizeDict(shortest_edge=tiny.SIDE + 8), SizeDict(height=tiny.SIDE, width=tiny.SIDE)
+    if crop is None:
+        images.size = SizeDict(height=tiny.SIDE, width=tiny.SIDE)
+    try:
+        photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 50, 3), dtype=np.uint8))
+        stock = inputs_for(model, processor, [([photo], "what ?")])
+        with applied(Row("downscale", tiny.PATCHES), model, processor, {}):
+            same = inputs_for(model, processor, [([photo], "what ?")])
+        with applied(Row("downscale", 9), model, processor, {}):
+            small = inputs_for(model, processor, [([photo], "what ?")])
+        assert torch.equal(stock["pixel_values"], same["pixel_values"])
+        assert small["pixel_values"].shape[-2:] == (3 * tiny.PATCH, 3 * tiny.PATCH)
+    finally:
+        images.size, images.crop_size = kept
+
+
 def test_unreadable_images_are_named_and_left_out(model, processor, tmp_path):
     results = evaluate(
         model, processor, [Words(broken=(0, 4))], [UNTOUCHED], tmp_path / "r.jsonl", batch_size=2, timed=2
@@ -217,12 +310,16 @@ def test_unreadable_images_are_named_and_left_out(model, processor, tmp_path):
     assert list(results.costs["untouched"]) == [("words", 1)]
 
 
+TIMED = {"encoder_ms": 1.0, "prefill_ms": 1.0, "decode_ms_per_token": 1.0, "flops": 1, "cache_bytes": 1}
+
+
 def hand_made() -> Results:
     """Two rows, four questions of two kinds, scores one can add up."""
     rows = [UNTOUCHED, Row("tome", 4, "exact", "constant")]
-    results = Results({"rows": [row.__dict__ for row in rows], "yes_no": {"t": ["yesno"]}})
+    results = Results({"rows": [row.__dict__ for row in rows], "tasks": {"t": {}}, "yes_no": {"t": ["yesno"]}})
     examples = {
-        "kind": ["yesno", "name", "yesno", "name"], "references": [["yes"], ["a"], ["no"], ["b"]],
+        "index": [0, 1, 2, 3], "kind": ["yesno", "name", "yesno", "name"], "skipped": [],
+        "references": [["Yes."], ["a"], ["no"], ["b"]],
         "measures": [{"objects": 1}, {"objects": 2}, {"objects": 3}, {"objects": 4}],
     }  # fmt: skip
     results.take({"task": "t", "start": 0, "examples": examples})
@@ -232,7 +329,9 @@ def hand_made() -> Results:
     results.take({"task": "t", "start": 4, "row": rows[0].key, "answers": answers})
     answers = {"answers": ["yes.", "x", "Yes, it is", "b"], "scores": [1, 0, 0, 1], "kept": [2, 4, 6, 4]}
     results.take({"task": "t", "start": 0, "row": rows[1].key, "answers": answers})
-    for index, ms in enumerate((10.0, 30.0, 80.0)):
+    for index, ms in enumerate((10.0, 30.0, 80.0, 5.0)):
+        if index < 3:
+            results.take({"task": "t", "start": index, "row": rows[0].key, "cost": TIMED})
         timed = {"encoder_ms": ms, "prefill_ms": 1.0, "decode_ms_per_token": 2.0, "flops": 2e12, "cache_bytes": 1000}
         results.take({"task": "t", "start": index, "row": rows[1].key, "cost": timed})
     return results
@@ -248,12 +347,21 @@ def test_the_summary_of_numbers_one_can_add_up():
     assert (merged.tokens_mean, merged.tokens_sd) == (4, pytest.approx(2**0.5))
     assert full.f1 == {"yesno": 1.0}
     assert merged.f1 == {"yesno": pytest.approx(2 / 3)}
-    assert full.costs is None
-    assert merged.costs.encoder_ms == 30
+    assert full.costs.encoder_ms == 1
+    assert (merged.costs.encoder_ms, merged.costs.n) == (30, 3), "the last was not timed in every row"
+    assert merged.costs.tokens == 4
     assert merged.costs.tflops == 2
     few = summarise(hand_made(), lambda measures: measures["objects"] <= 2)
     assert [found.accuracy["all"].n for found in few] == [2, 2]
     assert few[1].tokens_mean == 3
+
+
+def test_differences_are_paired():
+    """Both rows answer half of the questions; the second answers the same half and one more."""
+    results = hand_made()
+    (full, merged), some = results.answers.values(), [1, 0, 1, 0]
+    full["t", 0]["scores"], merged["t", 0]["scores"] = some, some
+    assert summarise(results)[1].difference["all"] == Share(0, 0, 0, 4)
 
 
 def test_intervals_cover_what_they_should():
@@ -328,12 +436,38 @@ def test_a_folder_of_ones_own(tmp_path):
         ({"image": "a.png", "question": "What?", "answer": 3}, "other than text"),
         ({"image": "a.png", "question": "What?", "answers": []}, "no answer"),
         ({"image": "a.png", "question": "What?", "answer": "3", "score": "best"}, "unknown score 'best'"),
+        ({"image": "a.png", "question": "What?", "answer": "3", "score": ["exact"]}, "other than text"),
+        ({"image": "a.png", "question": "What?", "answers": "yes"}, "no \\[list\\]"),
+        ({"images": None, "question": "What?", "answer": "yes"}, "no \\[list\\]"),
+        ({"image": "a.png", "question": "What?", "answers": ["a", "b"], "score": "vqa"}, "at least 4"),
+        ({"image": "a.png", "question": "What?", "answer": "3", "kind": "all"}, "all kinds together"),
     ],
 )
 def test_a_folder_with_a_mistake_is_refused(tmp_path, line, says):
     tiny.photos(1)[0].save(tmp_path / "a.png")
     with pytest.raises(BadPrompt, match=says):
         Folder(lines(tmp_path, line))
+
+
+def test_a_folder_is_another_with_other_images(tmp_path):
+    tiny.photos(1)[0].save(tmp_path / "a.png")
+    lines(tmp_path, {"image": "a.png", "question": "What?", "answer": "3"})
+    before = Folder(tmp_path).describe()
+    tiny.photos(2)[1].save(tmp_path / "a.png")
+    assert Folder(str(tmp_path)).describe() != before
+    assert Folder(tmp_path)[0].kind == tmp_path.name
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_folder_in_another_encoding(tmp_path, encoding):
+    tiny.photos(1)[0].save(tmp_path / "a.png")
+    line = json.dumps({"image": "a.png", "question": "What\u2028now?", "answer": "3"}, ensure_ascii=False)
+    (tmp_path / "questions.jsonl").write_text(line + "\n", encoding=encoding)
+    if encoding == "utf-8-sig":
+        assert Folder(tmp_path)[0].question == "What\u2028now?"
+    else:
+        with pytest.raises(BadPrompt, match="UTF-8"):
+            Folder(tmp_path)
 
 
 def test_a_kind_has_one_score(tmp_path):

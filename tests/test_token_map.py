@@ -70,7 +70,7 @@ def test_first_is_the_first_member(tokens):
 
 @given(st.data(), token_maps())
 def test_then_expands_like_both_in_turn(data, first):
-    second = data.draw(token_maps(first.batch, first.width, padding=False))
+    second = data.draw(token_maps(first.batch, first.width))
     both = first.then(second)
     x = torch.randn(both.batch, both.width, 2)
     assert torch.equal(both.expand(x), first.expand(second.expand(x)))
@@ -108,3 +108,9 @@ def test_drop_forgets_the_prefix():
     assert dropped.group.tolist() == [[0, 1, 0, 1]]
     assert dropped.kept.tolist() == [2]
     assert dropped.width == 2
+
+
+def test_drop_and_after_leave_gone_tokens_gone():
+    tokens = TokenMap(torch.tensor([[0, 1, -1, 1]]), torch.tensor([2]), 2, padded=True)
+    assert tokens.drop(1).group.tolist() == [[0, -1, 0]]
+    assert tokens.drop(1).after(1).group.tolist() == tokens.group.tolist()

@@ -82,6 +82,12 @@ def apply(
     return handle
 
 
+def handle_of(model: PreTrainedModel) -> Handle | None:
+    """The handle of a model of a described family; None where DyMU is not applied to it."""
+    found: Handle | None = resolve(model, FAMILIES).inner.__dict__.get(_MARK)
+    return found
+
+
 def encoder_of(parts: Parts, tokens: int = 0) -> Encoder:
     """Describe the vision encoder that thresholds belong to."""
     config = parts.tower.config

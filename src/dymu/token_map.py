@@ -18,13 +18,14 @@ class TokenMap:
 
     Rows may keep different numbers of tokens; merged tensors are padded to the widest row. Laws, for every map `m`:
     ``m.average(m.expand(x)) == x``, ``m.expand`` then ``m.average`` is idempotent, ``m.size().sum(1)`` is the number of
-    original tokens, and ``a.then(b).expand(x) == a.expand(b.expand(x))``.
+    original tokens that are there, and ``a.then(b).expand(x) == a.expand(b.expand(x))``.
 
     Args:
-        group: int64 [B, N], the merged token behind each original token; -1 where a row has no token (padding).
+        group: int64 [B, N], the merged token behind each original token; -1 where a row has no token (padding), or
+            where a token is gone without a trace.
         kept: int64 [B], merged tokens per row.
         width: M, the largest of `kept`.
-        padded: whether any `group` is -1.
+        padded: whether any `group` may be -1.
     """
 
     group: Tensor
@@ -104,11 +105,14 @@ class TokenMap:
         group = further.group.gather(1, self.group.clamp(min=0))
         if self.padded:
             group = torch.where(self.group < 0, -1, group)
-        return TokenMap(group, further.kept, further.width, self.padded)
+        return TokenMap(group, further.kept, further.width, self.padded or further.padded)
 
     def drop(self, tokens: int) -> TokenMap:
         """The map without its first `tokens` original tokens, each of which must stand for itself in its place."""
-        return TokenMap(self.group[:, tokens:] - tokens, self.kept - tokens, self.width - tokens, self.padded)
+        group = self.group[:, tokens:] - tokens
+        if self.padded:
+            group = group.clamp(min=-1)
+        return TokenMap(group, self.kept - tokens, self.width - tokens, self.padded)
 
     def after(self, tokens: int) -> TokenMap:
         """The inverse of `drop`: the map behind `tokens` more, each of which stands for itself."""

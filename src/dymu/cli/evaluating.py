@@ -166,12 +166,17 @@ def _task(text: str) -> Any:
 def _say(out: Output, read: list[tuple[Path, Any]], quiet: bool = False) -> list[str]:
     """Print what the files say, and return the Markdown of each."""
     from dymu.evaluate import tables
-    from dymu.evaluate.summary import summarise
+    from dymu.evaluate.summary import skipped, summarise
 
     found = [(path, results, summarise(results)) for path, results in read]
-    for path, _, summaries in found:
+    for path, results, summaries in found:
+        left_out = skipped(results)
+        if left_out:
+            out.note(f"{path}: {len(left_out)} questions were left out: {'; '.join(left_out)}")
         if not summaries or not summaries[0].accuracy:
-            raise errors.BadInput(f"{path} holds no question that every row has answered yet: let it run on.")
+            raise errors.BadInput(
+                f"{path} holds no question that every row has answered: let it run on, or mend images."
+            )
     pages = [
         "\n\n".join(
             part
@@ -183,8 +188,12 @@ def _say(out: Output, read: list[tuple[Path, Any]], quiet: bool = False) -> list
     ]  # fmt: skip
     data = {
         "results": [
-            {"file": str(path), "rows": [{"name": tables.series(s.row), **asdict(s)} for s in summaries]}
-            for path, _, summaries in found
+            {
+                "file": str(path),
+                "rows": [{"name": tables.series(s.row), **asdict(s)} for s in summaries],
+                "skipped": skipped(results),
+            }
+            for path, results, summaries in found
         ]
     }
     if out.as_json or not quiet:

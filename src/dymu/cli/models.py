@@ -38,7 +38,7 @@ def demo_model() -> str:
 
 def thresholds_beside(model: str) -> Path:
     """The thresholds that a model folder ships."""
-    path = Path(model).expanduser() / THRESHOLDS_NAME
+    path = Path(_source(model)) / THRESHOLDS_NAME
     if path.is_file():
         return path
     raise BadThresholds(

@@ -97,12 +97,18 @@ def run_for_people(data: dict[str, Any]) -> Iterator[Any]:
     if full:
         yield (
             f"Encoder and prefill take {1 / data['speedup_encoder_prefill']:.2f} of the untouched "
-            f"model's time (medians of {repeats} runs of each, taken in turn after a warm-up)."
+            f"model's time ({_runs(repeats)}, taken in turn after a warm-up)."
         )
     else:
-        yield f"Times are medians of {repeats} runs after a warm-up."
+        yield f"Times: {_runs(repeats)}, after a warm-up."
     if "picture" in data:
         yield f"What merged is drawn in {data['picture']}"
+
+
+def _runs(repeats: int) -> str:
+    if repeats == 1:
+        return "one run each, since they took long: on a busy machine that says little"
+    return f"medians of {repeats} runs each"
 
 
 def _kept(side: dict[str, Any]) -> str:

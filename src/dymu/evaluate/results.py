@@ -24,21 +24,6 @@ class BadResults(DymuError):
     """A result file that cannot be read, or that belongs to another run."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Examples of one task, or a row's answers to them.
-
-    Attributes:
-        task: its name.
-        start: index of the first example within the task.
-        data: lists, one entry per example.
-    """
-
-    task: str
-    start: int
-    data: dict[str, list[Any]]
-
-
 @dataclass
 class Results:
     """What a result file holds so far.
@@ -73,16 +58,14 @@ class Results:
             BadResults: it is none.
         """
         lines = list(_whole_lines(path))
-        if not lines or lines[0].get("dymu_results") != FORMAT:
-            raise BadResults(
-                f"{path} is no result file of this version of dymu evaluate: name one that it wrote, or another -o."
-            )
+        if not lines or lines[0].get("dymu_results") != FORMAT or not {"rows", "tasks", "yes_no"} <= set(lines[0]):
+            raise BadResults(f"{path} is no result file of this version of dymu evaluate; name one that it wrote.")
         results = cls(lines[0])
         try:
             for line in lines[1:]:
                 results.take(line)
         except (KeyError, TypeError) as error:
-            raise BadResults(f"{path} holds a line that dymu evaluate never writes ({error}): delete it.") from error
+            raise BadResults(f"{path} holds a line that dymu evaluate never writes ({error}).") from error
         return results
 
 
@@ -109,7 +92,7 @@ class ResultFile:
             ]
             if differing:
                 raise BadResults(
-                    f"{path} belongs to a run with another {', '.join(sorted(differing))}: "
+                    f"{path} belongs to another run, which differs in {', '.join(sorted(differing))}: "
                     "name another file with -o, or delete it."
                 )
             _cut_torn_line(path)
@@ -146,7 +129,7 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
         try:
             read = json.loads(line)
         except ValueError as error:
-            raise BadResults(f"{path} is damaged in line {number}: delete it, or name another -o.") from error
+            raise BadResults(f"{path} is no result file, or damaged: line {number} is no JSON.") from error
         if not isinstance(read, dict):
             raise BadResults(f"{path} is no result file: line {number} is no object.")
         yield read

@@ -9,18 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from dymu.apply import Handle, apply
 from dymu.errors import BadBudget, UnsupportedModel
 from dymu.families import FAMILIES, resolve
-from dymu.merging import AveragePool, FixedMerge, MergeRule, RandomKeep, Schedule
+from dymu.merging import AveragePool, FixedMerge, MergeRule, RandomKeep, Reduction, Schedule
 from dymu.thresholds import Thresholds
-from dymu.unmerging import Unmerge
+from dymu.unmerging import UNMERGE, Unmerge
 
 Method = Literal["untouched", "dtome", "tome", "pool", "random", "downscale"]
 METHODS: tuple[Method, ...] = get_args(Method)
-
-MERGED: tuple[Method, ...] = ("dtome", "tome")
-"""Methods that merge layer by layer, and so have a schedule."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Row:
         method: `untouched`; `dtome`: merging by threshold; `tome`: merging a fixed number per layer; `pool`: averaging
             the finished tokens over the fields of a grid; `random`: keeping tokens drawn at random; `downscale`: the
             stock model on a smaller image.
-        budget: image tokens to keep; 0 for `untouched`. `pool` and `downscale` take the nearest square.
+        budget: image tokens to keep; 0 for `untouched`. A square for `pool` and `downscale`.
         unmerge: see `dymu.unmerging.Unmerge`.
         schedule: how merges spread over the layers; empty where nothing merges in layers.
     """
@@ -49,8 +48,8 @@ class Row:
 
     @property
     def side(self) -> int:
-        """Tokens along each side of the square nearest to the budget."""
-        return max(round(math.sqrt(self.budget)), 1)
+        """Tokens along each side, where the budget is a square."""
+        return math.isqrt(self.budget)
 
 
 UNTOUCHED = Row("untouched")
@@ -62,24 +61,58 @@ def rows_for(
     unmerge: Iterable[Unmerge] = ("exact",),
     schedules: Iterable[Schedule] = ("reverse_linear",),
 ) -> list[Row]:
-    """The untouched model, and every combination of the others that says something of its own.
+    """The untouched model, and every combination of the others that says something of its own, once.
 
-    ToMe always has its own schedule, `constant`. Tokens that stay in their places are as well off with `compact` as
-    with `exact`, and a smaller image leaves nothing to unmerge.
+    ToMe always has its own schedule, `constant`. `pool` and `downscale` take the square nearest to the budget. Tokens
+    that stay in their places (`random`) are as well off with `compact` as with `exact`, and a smaller image leaves
+    nothing to unmerge.
+
+    Raises:
+        ValueError: an unknown method or way to unmerge.
     """
-    wanted, schedules = list(unmerge), list(schedules)
+    methods, wanted, schedules = list(methods), list(unmerge), list(schedules)
+    for given, known in ((methods, METHODS), (wanted, UNMERGE)):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{name!r} is unknown; choose some of {', '.join(known)}")
     rows = [UNTOUCHED]
     for budget in sorted(set(budgets), reverse=True):
+        square = max(round(math.sqrt(budget)), 1) ** 2
         for method in methods:
-            ways: list[Unmerge] = [way for way in wanted if method != "random" or not way.startswith("compact")]
-            if method == "downscale":
-                ways = ["none"]
-            for way in [] if method == "untouched" else ways:
+            for way in wanted:
                 if method == "dtome":
                     rows += [Row(method, budget, way, schedule) for schedule in schedules]
-                else:
-                    rows.append(Row(method, budget, way, "constant" if method == "tome" else ""))
-    return rows
+                elif method == "tome":
+                    rows.append(Row(method, budget, way, "constant"))
+                elif method == "random":
+                    rows.append(Row(method, budget, "none" if way == "none" else "exact"))
+                elif method == "pool":
+                    rows.append(Row(method, square, way))
+                elif method == "downscale":
+                    rows.append(Row(method, square))
+    return list(dict.fromkeys(rows))
+
+
+def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds]) -> None:
+    """Find out whether a row can be had, before any work.
+
+    Args:
+        tokens: of one picture, unmerged.
+
+    Raises:
+        BadBudget: it keeps more tokens than there are, or fewer than its method can; or there are no thresholds for it.
+        BadThresholds, UnsupportedModel: see `dymu.apply`.
+    """
+    if row.budget > tokens:
+        raise BadBudget(f"a budget of {row.budget} is more than the {tokens} image tokens that there are; take less.")
+    rule = _rule(row, 0)
+    if rule is not None:
+        rule.choosers(tokens, max(resolve(model, FAMILIES).feature_layers()))
+    if isinstance(rule, Reduction):
+        rule.reduction(1, tokens, torch.device("cpu"))
+    if row.method == "dtome":
+        with applied(row, model, None, thresholds):
+            pass
 
 
 @contextmanager
@@ -110,13 +143,17 @@ def applied(
         with apply(model, thresholds[row.schedule], budget=row.budget, unmerge=row.unmerge) as handle:
             yield handle
     else:
-        rules: dict[str, MergeRule] = {
-            "tome": FixedMerge(row.budget, row.schedule or "constant"),
-            "pool": AveragePool(row.side),
-            "random": RandomKeep(row.budget, seed),
-        }
-        with apply(model, merge=rules[row.method], unmerge=row.unmerge) as handle:
+        with apply(model, merge=_rule(row, seed), unmerge=row.unmerge) as handle:
             yield handle
+
+
+def _rule(row: Row, seed: int) -> MergeRule | None:
+    """What `dymu.apply` is to merge by; None where that is thresholds or nothing."""
+    if row.method == "tome":
+        return FixedMerge(row.budget, row.schedule or "constant")
+    if row.method == "pool":
+        return AveragePool(row.side)
+    return RandomKeep(row.budget, seed) if row.method == "random" else None
 
 
 @contextmanager
@@ -136,7 +173,11 @@ def _downscaled(model: Any, processor: Any, side: int) -> Iterator[None]:
 
     hook = parts.tower.register_forward_pre_hook(interpolated, with_kwargs=True) if interpolates else None
     square = {"height": pixels, "width": pixels}
-    images.size = type(size)(**({"shortest_edge": pixels} if "shortest_edge" in dict(size) else square))
+    if "shortest_edge" in dict(size):  # as much is cropped as of the full image
+        shown = crop["height"] if crop is not None else size["shortest_edge"]
+        images.size = type(size)(shortest_edge=round(size["shortest_edge"] * pixels / shown))
+    else:
+        images.size = type(size)(**square)
     if crop is not None:
         images.crop_size = type(crop)(**square)
     try:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
@@ -20,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import PreTrainedModel
 
-from dymu.apply import name_of
+from dymu.apply import Handle, handle_of, name_of
 from dymu.asking import generate, inputs_for
-from dymu.errors import BadImage
+from dymu.errors import AlreadyApplied, BadImage, DymuError
 from dymu.evaluate.costs import cost
-from dymu.evaluate.results import ResultFile, Results
-from dymu.evaluate.rows import Row, applied
+from dymu.evaluate.results import BadResults, ResultFile, Results
+from dymu.evaluate.rows import Row, applied, check
 from dymu.families import FAMILIES, resolve
 from dymu.tasks import Example, Task
 from dymu.thresholds import Thresholds
@@ -54,7 +55,7 @@ def evaluate(
         model: a transformers model of a described family, without DyMU; it is as it was afterwards.
         processor: the model's processor.
         tasks: what to ask.
-        rows: ways to run the model, see `rows_for`.
+        rows: ways to run the model, each once, see `rows_for`.
         output: the result file.
         thresholds: for the rows that need them, one for each schedule.
         limit: questions per task; None: all.
@@ -66,23 +67,33 @@ def evaluate(
     Raises:
         BadResults: `output` belongs to another run.
         BadBudget, BadThresholds, UnsupportedModel: a row cannot be had with this model.
+        AlreadyApplied: DyMU is applied to the model.
+        DymuError: two tasks are of one name.
+        ValueError: a `batch_size` below 1.
     """
-    by_schedule = {found.schedule: found for found in thresholds}
+    if batch_size < 1:
+        raise ValueError("evaluate needs a batch_size of at least 1")
+    if handle_of(model) is not None:
+        raise AlreadyApplied("DyMU is applied to this model, so nothing could be compared; call handle.remove() first.")
+    by_schedule = {found.schedule or "": found for found in thresholds}
     lengths = {task.name: len(task) if limit is None else min(limit, len(task)) for task in tasks}
-    header = _header(model, tasks, rows, by_schedule, lengths, batch_size, timed, seed)
-    for row in rows:  # one that cannot be had is refused before any work
-        with applied(row, model, processor, by_schedule):
-            pass
+    if len(lengths) < len(tasks):
+        raise DymuError(f"two tasks are of one name, of {', '.join(lengths)}; give each once, or rename a folder.")
+    tokens = full_tokens(model, processor)
+    for row in rows:
+        check(row, model, tokens, by_schedule)
+    header = _header(model, processor, tasks, rows, by_schedule, lengths, batch_size, timed, seed)
     with ResultFile(Path(output), header) as file, _bar(progress) as bar:
+        asker = _Asker(file, model, processor, by_schedule, seed)
         todo = bar.add_task("", total=sum(lengths.values()) * len(rows))
         for task in tasks:
             for start in range(0, lengths[task.name], batch_size):
-                run = _Batch(file, model, processor, task, start, min(start + batch_size, lengths[task.name]))
+                batch = _Batch(asker, task, start, min(start + batch_size, lengths[task.name]))
                 for row in rows:
                     bar.update(todo, description=f"{task.name} · {row.key}")
-                    run.answer(row, by_schedule, seed)
-                    bar.advance(todo, run.stop - run.start)
-                run.time(rows, by_schedule, timed, seed)
+                    batch.answer(row)
+                    bar.advance(todo, batch.stop - batch.start)
+                batch.time(rows, timed)
         return file.results
 
 
@@ -93,18 +104,54 @@ def full_tokens(model: PreTrainedModel, processor: Any) -> int:
     return _image_tokens(model, inputs)[0] - max(parts.prefix - parts.dropped(), 0)
 
 
+class _Asker:
+    """What all batches share: the model, and the file that they write."""
+
+    def __init__(
+        self,
+        file: ResultFile,
+        model: PreTrainedModel,
+        processor: Any,
+        thresholds: dict[str, Thresholds],
+        seed: int,
+    ) -> None:
+        self.file, self.model, self.processor = file, model, processor
+        self._thresholds, self._seed = thresholds, seed
+        self._warm: set[Row] = set()
+
+    def inputs(self, examples: Sequence[Example]) -> dict[str, Any]:
+        return inputs_for(self.model, self.processor, [(example.images, example.question) for example in examples])
+
+    def applied(self, row: Row, seed: int) -> AbstractContextManager[Handle | None]:
+        return applied(row, self.model, self.processor, self._thresholds, self._seed + seed)
+
+    def kept(self, handle: Handle | None, inputs: dict[str, Any], examples: Sequence[Example]) -> list[int]:
+        """Image tokens of each prompt, in the last call."""
+        if handle is None:
+            return _image_tokens(self.model, inputs)
+        left = iter(handle.last.kept)
+        return [sum(islice(left, len(example.images))) for example in examples]
+
+    def cost(self, row: Row, example: Example, seed: int) -> dict[str, float]:
+        """What the example costs a row, which is warmed up first."""
+        with self.applied(row, seed):
+            inputs = self.inputs([example])
+            if row not in self._warm:
+                cost(self.model, inputs)
+                self._warm.add(row)
+            return cost(self.model, inputs)
+
+
 class _Batch:
     """Some examples of a task, made when the first row that has not answered them yet asks for them."""
 
-    def __init__(
-        self, file: ResultFile, model: PreTrainedModel, processor: Any, task: Task, start: int, stop: int
-    ) -> None:
+    def __init__(self, asker: _Asker, task: Task, start: int, stop: int) -> None:
         self.start, self.stop = start, stop
-        self._file, self._model, self._processor, self._task = file, model, processor, task
+        self._asker, self._file, self._task = asker, asker.file, task
         self._examples: list[Example] | None = None
         self._inputs: dict[str, Any] | None = None
 
-    def answer(self, row: Row, thresholds: dict[str, Thresholds], seed: int) -> None:
+    def answer(self, row: Row) -> None:
         """Let one row answer, unless it has."""
         place = (self._task.name, self.start)
         if place in self._file.results.answers.get(row.key, {}):
@@ -112,32 +159,31 @@ class _Batch:
         examples = self._made()
         found: dict[str, list[Any]] = {"answers": [], "scores": [], "kept": []}
         if examples:
-            with applied(row, self._model, self._processor, thresholds, seed + self.start) as handle:
+            with self._asker.applied(row, self.start) as handle:
                 inputs = self._prepared(row)
-                texts, _ = generate(self._model, self._processor, inputs, self._task.max_new_tokens)
-                if handle is None:
-                    found["kept"] = _image_tokens(self._model, inputs)
-                else:
-                    found["kept"] = _per_example(handle.last.kept, examples)
-            found["answers"] = texts
-            found["scores"] = [round(self._task.score(e, text), 4) for e, text in zip(examples, texts, strict=True)]
+                found["answers"], _ = generate(
+                    self._asker.model, self._asker.processor, inputs, self._task.max_new_tokens
+                )
+                found["kept"] = self._asker.kept(handle, inputs, examples)
+            found["scores"] = [
+                round(self._task.score(example, text), 4)
+                for example, text in zip(examples, found["answers"], strict=True)
+            ]
         self._file.add({"task": place[0], "start": place[1], "row": row.key, "answers": found})
 
-    def time(self, rows: Sequence[Row], thresholds: dict[str, Thresholds], timed: int, seed: int) -> None:
+    def time(self, rows: Sequence[Row], timed: int) -> None:
         """Time every row on each example among the first `timed`, unless that was done."""
         for index in range(self.start, min(self.stop, timed)):
             turn = index % len(rows)  # so that no row always comes after the same other
-            for row in (*rows[turn:], *rows[:turn]):
-                if (self._task.name, index) in self._file.results.costs.get(row.key, {}):
-                    continue
-                example = self._example(index)
-                if example is None:
-                    continue
-                with applied(row, self._model, self._processor, thresholds, seed + index):
-                    inputs = inputs_for(self._model, self._processor, [(example.images, example.question)])
-                    if index == 0:
-                        generate(self._model, self._processor, inputs, 2)  # warm up
-                    found = cost(self._model, inputs)
+            todo = [
+                row
+                for row in (*rows[turn:], *rows[:turn])
+                if (self._task.name, index) not in self._file.results.costs.get(row.key, {})
+            ]
+            example = self._example(index) if todo else None
+            for row in todo if example is not None else []:
+                assert example is not None
+                found = self._asker.cost(row, example, index)
                 self._file.add({"task": self._task.name, "start": index, "row": row.key, "cost": found})
 
     def _made(self) -> list[Example]:
@@ -156,8 +202,14 @@ class _Batch:
                 found["kind"].append(example.kind)
                 found["references"].append(list(example.references))
                 found["measures"].append({name: round(value, 4) for name, value in example.measures.items()})
-            if (self._task.name, self.start) not in self._file.results.examples:
+            recorded = self._file.results.examples.get((self._task.name, self.start))
+            if recorded is None:
                 self._file.add({"task": self._task.name, "start": self.start, "examples": found})
+            elif recorded != json.loads(json.dumps(found)):
+                raise BadResults(
+                    f"examples {self.start} to {self.stop - 1} of {self._task.name} are not those of the result file, "
+                    "as where an image was mended or replaced: begin a new file with -o."
+                )
         return self._examples
 
     def _example(self, index: int) -> Example | None:
@@ -167,11 +219,10 @@ class _Batch:
             return None
 
     def _prepared(self, row: Row) -> dict[str, Any]:
-        asked = [(example.images, example.question) for example in self._made()]
         if row.method == "downscale":
-            return inputs_for(self._model, self._processor, asked)
+            return self._asker.inputs(self._made())
         if self._inputs is None:
-            self._inputs = inputs_for(self._model, self._processor, asked)
+            self._inputs = self._asker.inputs(self._made())
         return self._inputs
 
 
@@ -182,14 +233,9 @@ def _image_tokens(model: PreTrainedModel, inputs: dict[str, Any]) -> list[int]:
     return counts
 
 
-def _per_example(kept: list[int], examples: Sequence[Example]) -> list[int]:
-    """Counts per image, in the order of the prompts, to counts per prompt."""
-    left = iter(kept)
-    return [sum(islice(left, len(example.images))) for example in examples]
-
-
 def _header(
     model: PreTrainedModel,
+    processor: Any,
     tasks: Sequence[Task],
     rows: Sequence[Row],
     thresholds: dict[str, Thresholds],
@@ -206,7 +252,11 @@ def _header(
             "weights": _fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        "thresholds": {schedule: _hash(found) for schedule, found in thresholds.items()},
+        "processor": _hash([processor.chat_template, processor.image_processor.to_dict()]),
+        "thresholds": {
+            schedule: _hash([[entry.budget, entry.thresholds] for entry in found.calibrated])
+            for schedule, found in thresholds.items()
+        },
         "tasks": {task.name: {**task.describe(), "length": lengths[task.name]} for task in tasks},
         "rows": [row.__dict__ for row in rows],
         "yes_no": {task.name: list(task.yes_no) for task in tasks},
@@ -238,17 +288,17 @@ def _processor() -> str:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """A hash of every parameter's name, shape and first numbers: tells models apart without reading all of them."""
+    """A hash of every parameter's name and shape and of some of its numbers: tells models apart without reading all."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        start = parameter.detach().flatten()[:64].float().cpu().numpy()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + start.tobytes())
+        flat = parameter.detach().flatten()
+        some = flat[:: max(len(flat) // 64, 1)].float().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.tobytes())
     return digest.hexdigest()[:16]
 
 
-def _hash(thresholds: Thresholds) -> str:
-    numbers = [[entry.budget, list(entry.thresholds)] for entry in thresholds.calibrated]
-    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
+def _hash(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _bar(wanted: bool) -> Progress:

@@ -30,8 +30,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a prompt cost a row: medians of milliseconds, means of the rest, over n timed examples."""
+    """What a prompt cost a row: medians of milliseconds, means of the rest, over the n examples that all rows timed."""
 
+    tokens: float
     encoder_ms: float
     prefill_ms: float
     decode_ms_per_token: float
@@ -66,7 +67,7 @@ class Answered:
     """One row's answers to all examples that every row has answered, in the same order for all rows.
 
     Attributes:
-        kinds, references, measures: of the examples.
+        kinds, references, measures: of the examples; where there are several tasks, kinds are named with theirs.
         answers, scores, kept: of the row; kept are image tokens.
     """
 
@@ -96,7 +97,7 @@ def answered(results: Results, row: Row) -> Answered:
 
     own = results.answers.get(row.key, {})
     return Answered(
-        kinds=joined(lambda place: results.examples[place]["kind"]),
+        kinds=joined(lambda place: [_kind(results, place[0], kind) for kind in results.examples[place]["kind"]]),
         references=joined(lambda place: results.examples[place]["references"]),
         measures=joined(lambda place: results.examples[place]["measures"]),
         answers=joined(lambda place: own[place]["answers"]),
@@ -109,9 +110,9 @@ def summarise(results: Results, choose: Callable[[dict[str, float]], bool] | Non
     """Every row's numbers.
 
     Args:
-        choose: takes an example's measures and says whether it counts; None: all do.
+        choose: takes an example's measures and says whether it counts; None: all do. Costs are of all that were timed.
     """
-    yes_no = {kind for kinds in results.header["yes_no"].values() for kind in kinds}
+    yes_no = {_kind(results, task, kind) for task, kinds in results.header["yes_no"].items() for kind in kinds}
     base = answered(results, UNTOUCHED) if UNTOUCHED in rows_of(results) else None
     summaries = []
     for row in rows_of(results):
@@ -132,7 +133,7 @@ def summarise(results: Results, choose: Callable[[dict[str, float]], bool] | Non
                 f1={
                     kind: f1(
                         [yes_or_no(own.answers[i]) for i in np.flatnonzero(of_kind[kind])],
-                        [own.references[i][0].lower() for i in np.flatnonzero(of_kind[kind])],
+                        [yes_or_no(own.references[i][0]) for i in np.flatnonzero(of_kind[kind])],
                     )
                     for kind in of_kind
                     if kind in yes_no
@@ -143,21 +144,39 @@ def summarise(results: Results, choose: Callable[[dict[str, float]], bool] | Non
     return summaries
 
 
+def skipped(results: Results) -> list[str]:
+    """What was left out, and why."""
+    return [why for batch in results.examples.values() for _, why in batch["skipped"]]
+
+
+def _kind(results: Results, task: str, kind: str) -> str:
+    return f"{task}: {kind}" if len(results.header["tasks"]) > 1 else kind
+
+
 def share(scores: np.ndarray) -> Share:
     """Mean and percentile bootstrap interval; the same scores always give the same interval."""
     if len(scores) == 0:
         return Share(float("nan"), float("nan"), float("nan"), 0)
-    draws = np.random.default_rng(0).integers(0, len(scores), (RESAMPLES, len(scores)))
-    low, high = np.quantile(scores[draws].mean(1), (0.025, 0.975))
+    rng = np.random.default_rng(0)
+    means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, (0.025, 0.975))
     return Share(float(scores.mean()), float(low), float(high), len(scores))
 
 
 def _costs(results: Results, row: Row) -> Costs | None:
-    found: Sequence[dict[str, float]] = list(results.costs.get(row.key, {}).values())
-    if not found:
+    rows = [results.costs.get(other.key, {}) for other in rows_of(results)]
+    places = set.intersection(*(set(timed) for timed in rows))
+    if not places:
         return None
+    found: Sequence[dict[str, float]] = [results.costs[row.key][place] for place in sorted(places)]
+    kept = {
+        (task, index): tokens
+        for (task, start), answers in results.answers[row.key].items()
+        for index, tokens in zip(results.examples[task, start]["index"], answers["kept"], strict=True)
+    }
     times = {part.name: median(cost[part.name] for cost in found) for part in fields(Times)}
     return Costs(
+        tokens=float(np.mean([kept[place] for place in places])),
         **times,
         tflops=float(np.mean([cost["flops"] for cost in found])) / 1e12,
         cache_bytes=float(np.mean([cost["cache_bytes"] for cost in found])),

@@ -43,7 +43,7 @@ def accuracy_table(summaries: Sequence[RowSummary]) -> str:
         cells = [series(found.row), f"{found.tokens_mean:.0f} ± {found.tokens_sd:.0f}", _percent(found.accuracy[ALL])]
         cells.append(_points(found.difference[ALL]) if ALL in found.difference else "")
         for kind in kinds:
-            said = f", F1 {100 * found.f1[kind]:.0f}" if kind in found.f1 else ""
+            said = f", F1 of yes {100 * found.f1[kind]:.0f}" if kind in found.f1 else ""
             cells.append(f"{100 * found.accuracy[kind].mean:.1f}{said}")
         lines.append(cells)
     return markdown(header, lines)
@@ -71,7 +71,7 @@ def cost_table(summaries: Sequence[RowSummary]) -> str:
     return markdown(
         header,
         [
-            [series(found.row), f"{found.tokens_mean:.0f}", f"{costs.encoder_ms:.0f}", f"{costs.prefill_ms:.0f}",
+            [series(found.row), f"{costs.tokens:.0f}", f"{costs.encoder_ms:.0f}", f"{costs.prefill_ms:.0f}",
              f"{costs.decode_ms_per_token:.1f}", f"{costs.tflops:.3f}", f"{costs.cache_bytes / 1e6:.2f}"]
             for found, costs in timed
         ],

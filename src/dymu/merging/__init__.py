@@ -2,7 +2,7 @@
 
 from dymu.merging.baselines import AveragePool, RandomKeep
 from dymu.merging.encoder_layer import EncoderLayer, MergedTokens, MergeRun
-from dymu.merging.rule import SCHEDULES, FixedMerge, MergeRule, Schedule, ThresholdMerge, removals
+from dymu.merging.rule import SCHEDULES, FixedMerge, MergeRule, Reduction, Schedule, ThresholdMerge, removals
 
 __all__ = [
     "SCHEDULES",
@@ -13,6 +13,7 @@ __all__ = [
     "MergeRun",
     "MergedTokens",
     "RandomKeep",
+    "Reduction",
     "Schedule",
     "ThresholdMerge",
     "removals",

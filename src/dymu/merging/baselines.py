@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dymu.errors import BadBudget
 from dymu.merging.rule import Chooser
 from dymu.token_map import TokenMap
 
@@ -25,8 +26,8 @@ class AveragePool:
         """Map of [images, tokens] grid tokens to the fields they lie in."""
         rows = round(tokens**0.5)
         if rows * rows != tokens or not 1 <= self.side <= rows:
-            raise ValueError(
-                f"{tokens} tokens are no grid to average over {self.side} × {self.side} fields; take fewer"
+            raise BadBudget(
+                f"{tokens} tokens are no grid to average over {self.side} × {self.side} fields; take fewer."
             )
         field = torch.arange(rows, device=device) * self.side // rows
         group = (field[:, None] * self.side + field).flatten().expand(images, -1)
@@ -47,7 +48,7 @@ class RandomKeep:
     def reduction(self, images: int, tokens: int, device: torch.device) -> TokenMap:
         """Map of [images, tokens] tokens to the kept ones; -1 for those that are gone."""
         if not 1 <= self.keep <= tokens:
-            raise ValueError(f"cannot keep {self.keep} of {tokens} tokens; keep at least 1 and at most all")
+            raise BadBudget(f"cannot keep {self.keep} of {tokens} tokens; keep at least 1 and at most all.")
         draw = torch.rand(images, tokens, generator=torch.Generator().manual_seed(self.seed))
         stays = _lowest(draw, self.keep).to(device)
         group = torch.where(stays, stays.cumsum(1) - 1, -1)

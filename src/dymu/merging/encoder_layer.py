@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,6 @@ class MergeRun:
         if index + 1 == self.depth and isinstance(self.rule, Reduction):
             step = self.rule.reduction(len(x), x.shape[1] - self.prefix, x.device).after(self.prefix)
             x, state = state.take(x, step)
-            state = replace(state, map=replace(state.map, padded=step.padded))
         self.states.append(state)
         return x
 

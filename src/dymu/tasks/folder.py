@@ -3,9 +3,10 @@
 One JSON object per line::
 
     {"image": "street.jpg", "question": "How many cars are there?", "answer": "3", "kind": "counting"}
-    {"images": ["a.png", "b.png"], "question": "Which is newer?", "answers": ["b", "the second"], "score": "vqa"}
+    {"images": ["a.png", "b.png"], "question": "Which is newer?", "answers": ["b", "the second"], "kind": "two"}
 
-`kind` (what accuracies are told apart by) and `score` (which rule decides, see `RULES`) may be left out.
+`kind` (what accuracies are told apart by; the folder's name if it is left out) and `score` (which rule decides, see
+`RULES`; `exact`) may be left out. Questions of one kind are scored by one rule.
 """
 
 from __future__ import annotations
@@ -57,16 +58,21 @@ class Folder:
         BadPrompt: the file is missing or a line of it cannot be used; which, and why.
     """
 
-    def __init__(self, folder: Path, max_new_tokens: int = 32) -> None:
-        self.folder, self.max_new_tokens = folder, max_new_tokens
+    def __init__(self, folder: str | Path, max_new_tokens: int = 32) -> None:
+        self.folder, self.max_new_tokens = (folder := Path(folder).expanduser()), max_new_tokens
         self.name = folder.resolve().name
         path = folder / QUESTIONS
         if not path.is_file():
             raise BadPrompt(
                 f"{folder} holds no {QUESTIONS}, which has a question and its answer on each line: write one."
             )
-        lines = path.read_text(encoding="utf-8").splitlines()
-        asked = [_read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise BadPrompt(f"{path} is not text in UTF-8: save it so.") from error
+        asked = [
+            _read(line, f"{path}, line {number}", self.name) for number, line in enumerate(lines, 1) if line.strip()
+        ]
         if not asked:
             raise BadPrompt(f"{path} is empty: write a question and its answer on each line.")
         for question in asked:
@@ -100,22 +106,33 @@ class Folder:
         return RULES[self._rules[example.kind]](answer, example.references)
 
     def describe(self) -> dict[str, object]:
-        return {"questions": hashlib.sha256((self.folder / QUESTIONS).read_bytes()).hexdigest()[:16]}
+        digest = hashlib.sha256((self.folder / QUESTIONS).read_bytes())
+        for image in dict.fromkeys(image for asked in self._asked for image in asked.images):
+            digest.update((self.folder / image).read_bytes())
+        return {"questions and images": digest.hexdigest()[:16]}
 
 
-def _read(line: str, where: str) -> _Asked:
+def _read(line: str, where: str, folder: str) -> _Asked:
     try:
         data: dict[str, Any] = json.loads(line)
         images = data["images"] if "images" in data else [data["image"]]
         answers = data["answers"] if "answers" in data else [data["answer"]]
-        question, kind = data["question"], data.get("kind", "all")
+        question, kind, rule = data["question"], data.get("kind", folder), data.get("score", "exact")
     except (ValueError, KeyError, TypeError) as error:
         raise BadPrompt(f'{where} is no object with "image", "question" and "answer" ({error}): mend it.') from error
-    rule = data.get("score", "exact")
+    if not isinstance(images, list) or not isinstance(answers, list):
+        raise BadPrompt(f'{where} has "images" or "answers" that are no [list]; one alone is an "image" or "answer".')
+    if not answers or not all(isinstance(text, str) for text in (*images, *answers, question, kind, rule)):
+        raise BadPrompt(f"{where} holds something other than text, or no answer: mend it.")
     if rule not in RULES:
         raise BadPrompt(f"{where} asks for the unknown score {rule!r}: take one of {', '.join(RULES)}.")
-    if not answers or not all(isinstance(text, str) for text in (*images, *answers, question, kind)):
-        raise BadPrompt(f"{where} holds something other than text, or no answer: mend it.")
+    if rule == "vqa" and len(answers) < scoring.VQA_PEOPLE:
+        raise BadPrompt(
+            f"{where} scores {len(answers)} answers by vqa, which weighs those of ten people and needs at least "
+            f"{scoring.VQA_PEOPLE}: score it by exact, which takes any of them."
+        )
+    if kind == "all":
+        raise BadPrompt(f'{where} is of the kind "all", which stands for all kinds together: name it otherwise.')
     return _Asked(tuple(images), question, tuple(answers), kind, rule)
 
 

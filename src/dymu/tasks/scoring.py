@@ -14,19 +14,21 @@ NUMBER_WORDS = (
 NUMBERS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)} | {"none": "0"}
 RELAXED = 0.05
 ANLS_FLOOR = 0.5
+VQA_PEOPLE = 4
 
 
 def normalised(answer: str) -> str:
     """An answer as the VQA evaluation compares it: lower case, without articles and punctuation, numbers as digits.
 
-    A comma or a full stop between two digits stays: 1,000 becomes 1000, and 2.5 stays 2.5.
+    `:`, `%`, `$` and a full stop ahead of a digit stay, 1,000 becomes 1000, and an answer of articles alone stays as it
+    is: "A" may be a choice.
     """
-    text = answer.strip().lower().replace("\n", " ").replace("\t", " ")
+    text = answer.strip().lower()
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
     text = re.sub(r"(?<=\w)['’](?=\w)", "", text)
-    text = re.sub(r"(?!(?<=\d)\.(?=\d))[^\w\s]|_", " ", text)
+    text = re.sub(r"[^\w\s:%$.]|_|\.(?!\d)", " ", text)
     words = [NUMBERS.get(word, word) for word in text.split()]
-    return " ".join(word for word in words if word not in ARTICLES)
+    return " ".join([word for word in words if word not in ARTICLES] or words)
 
 
 def exact(answer: str, references: Sequence[str]) -> float:
@@ -35,9 +37,10 @@ def exact(answer: str, references: Sequence[str]) -> float:
 
 
 def vqa(answer: str, references: Sequence[str]) -> float:
-    """VQA accuracy (arXiv 1505.00468): right when three of ten people said so, averaged over leaving each one out."""
-    if len(references) == 1:
-        return exact(answer, references)
+    """VQA accuracy (arXiv 1505.00468): right when three of ten people said so, averaged over leaving each one out.
+
+    Of fewer than `VQA_PEOPLE` references no answer can reach 1.
+    """
     counts = Counter(normalised(reference) for reference in references)
     mine = counts[normalised(answer)]
     others, total = len(references) - mine, len(references)
@@ -45,34 +48,38 @@ def vqa(answer: str, references: Sequence[str]) -> float:
 
 
 def relaxed(answer: str, references: Sequence[str]) -> float:
-    """Numbers within 5 % are right, anything else must be equal (ChartQA, arXiv 2203.10244)."""
+    """Numbers within 5 % are right, anything else must be equal but for case (ChartQA, arXiv 2203.10244)."""
     return max(_relaxed(answer, reference) for reference in references)
 
 
 def _relaxed(answer: str, reference: str) -> float:
     given, wanted = _number(answer), _number(reference)
     if given is None or wanted is None:
-        return exact(answer, [reference])
+        return float(_plain(answer) == _plain(reference))
     return float(given == wanted if wanted == 0 else abs(given - wanted) <= RELAXED * abs(wanted))
 
 
 def _number(text: str) -> float | None:
-    text = text.strip().rstrip(".").replace(",", "")
+    text = _plain(text).replace(",", "")
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(normalised(text) if text.isalpha() else text)
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
 
 
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
+
+
 def anls(answer: str, references: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity (arXiv 1905.13648): 1 - edits / length, 0 where that is below 0.5."""
+    """Average normalised Levenshtein similarity (arXiv 1905.13648): 1 - edits / length, 0 up to 0.5."""
     return max(_similarity(" ".join(answer.lower().split()), " ".join(r.lower().split())) for r in references)
 
 
 def _similarity(a: str, b: str) -> float:
     longest = max(len(a), len(b))
     similarity = 1.0 if longest == 0 else 1 - edits(a, b) / longest
-    return similarity if similarity >= ANLS_FLOOR else 0.0
+    return similarity if similarity > ANLS_FLOOR else 0.0
 
 
 def edits(a: str, b: str) -> int:
@@ -97,7 +104,7 @@ def yes_no(answer: str, references: Sequence[str]) -> float:
     return float(said is not None and said in {normalised(reference) for reference in references})
 
 
-def f1(said: Sequence[str | None], wanted: Sequence[str], of: str = "yes") -> float:
+def f1(said: Sequence[str | None], wanted: Sequence[str | None], of: str = "yes") -> float:
     """Harmonic mean of precision and recall of one answer; 0 where it was neither said nor wanted."""
     hits = sum(a == of == b for a, b in zip(said, wanted, strict=True))
     total = sum(a == of for a in said) + sum(b == of for b in wanted)

@@ -88,7 +88,7 @@ def prompt_map(leaders: Tensor, present: Tensor | None = None) -> TokenMap:
     if present is not None:
         group = torch.where(present, group, -1)
     kept = leads.sum(1)
-    return TokenMap(group, kept, int(kept.max()), padded=present is not None)
+    return TokenMap(group, kept, max(int(kept.max()), 1), padded=present is not None)
 
 
 def in_mean_order(prompts: TokenMap) -> TokenMap:

@@ -36,6 +36,7 @@ class Step:
         queries: Nq virtual tokens to the Mq merged ones that this forward computes.
         keys: int64 [B, Nk], the cache entry (without a cache: the merged token) behind each virtual key; -1 for none.
         cos, sin: [B, Nk, D], rotary angles of the virtual tokens.
+        place: int64 [B, Nk], what a sliding window counts in: positions, or where merged tokens are virtual ones those.
         expand_queries: whether virtual queries differ from merged ones, in number or order.
         expand_keys: the same of the keys.
         padded: whether some rows have fewer tokens than others.
@@ -46,6 +47,7 @@ class Step:
     keys: Tensor
     cos: Tensor
     sin: Tensor
+    place: Tensor
     expand_queries: bool
     expand_keys: bool
     padded: bool
@@ -59,7 +61,7 @@ class Step:
         the same.
 
         Args:
-            window: sliding window in tokens of the full prompt, or None.
+            window: sliding window in virtual tokens, or None.
         """
         tokens, seen = self.queries.tokens, self.keys.shape[1]
         if window is not None and window >= seen:
@@ -73,15 +75,13 @@ class Step:
         if not self.padded and window is None and (tokens == 1 or (tokens == seen and self.bias is None)):
             return None
         key = torch.arange(seen, device=self.keys.device)
-        query = key[seen - tokens :, None]
-        mask = key <= query
+        mask = (key <= key[seen - tokens :, None])[None]
         if window is not None:
-            mask &= query - key < window
-        mask = mask[None, None]
+            mask = mask & (self.place[:, seen - tokens :, None] - self.place[:, None] < window)
         if self.padded:
-            mask = mask & (self.keys >= 0)[:, None, None]
-            mask = mask | (self.queries.group < 0)[:, None, :, None]
-        return mask
+            mask = mask & (self.keys >= 0)[:, None]
+            mask = mask | (self.queries.group < 0)[:, :, None]
+        return mask[:, None]
 
     def _biased(self, mask: Tensor | None, bias: Tensor) -> Tensor:
         bias = bias[:, None, None]
@@ -113,6 +113,7 @@ def plan_step(
     assert history.slot is not None
     assert history.position is not None
     keys, positions, bias = history.slot, history.position, None
+    place = positions
     padded, expand_keys = history.padded, not history.plain
     if unmerge != "exact" and expand_keys:
         entries = TokenMap(keys, queries.kept, history.entries, padded)
@@ -124,11 +125,12 @@ def plan_step(
         if unmerge == "compact":
             bias = size.clamp(min=1).log()
         keys = torch.where(size > 0, torch.arange(history.entries, device=size.device), -1)
+        place = (keys >= 0).cumsum(1)
         queries = _merged_tokens(queries)
         padded = expand_keys = bool((keys < 0).any())
         plain = not queries.padded
     cos, sin = angles(positions)
-    return Step(queries, keys, cos, sin, not plain, expand_keys, padded, backend, bias)
+    return Step(queries, keys, cos, sin, place, not plain, expand_keys, padded, backend, bias)
 
 
 def _merged_tokens(queries: TokenMap) -> TokenMap:

@@ -48,7 +48,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
                 if merged < 0:
                     continue
                 place = seen - tokens + n
-                seen_keys = [j for j in visible if j <= place and (window is None or place - j < window)]
+                seen_keys = [
+                    j
+                    for j in visible
+                    if j <= place and (window is None or step.place[b, place] - step.place[b, j] < window)
+                ]
                 virtual_query = _rotate(query[b, h, merged], step.cos[b, place], step.sin[b, place])
                 logits = torch.stack([virtual_query @ virtual_keys[j] * scaling for j in seen_keys])
                 if step.bias is not None:
