@@ -220,7 +220,8 @@ def test_run_refuses_models_it_cannot_use(refused, folder, photo, tmp_path, monk
     assert "llava" in refused(*ask, tmp_path / "bert")
     (tmp_path / "bert" / "config.json").write_text('{"model_ty')
     assert "could not be loaded" in refused(*ask, tmp_path / "bert")
-    assert "ships no thresholds.json" in refused("run", photo, "what ?", "--model", tmp_path)
+    assert "config.json" in refused("run", photo, "what ?", "--model", tmp_path)
+    assert "ships no thresholds.json" in refused("run", photo, "what ?", "--model", tmp_path / "bert")
     monkeypatch.setenv("DYMU_DEMO_MODEL", str(tmp_path / "nothing"))
     assert "--model" in refused("run", photo, "what ?")
 
