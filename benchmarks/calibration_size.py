@@ -1,6 +1,6 @@
 """How many images calibration takes, and of which kind.
 
-`python -m benchmarks.calibration_size models/demo` calibrates on 25 to 2,000 composed scenes (several draws of small
+`python -m benchmarks.calibration_size models/demo` calibrates on 25 to 4,000 composed scenes (several draws of small
 sizes) and on photos, and counts what held-out scenes and held-out photos then keep on average beside what was wanted.
 """
 
@@ -23,16 +23,17 @@ from dymu.tasks.composed import Composed, calibration_images
 from dymu.tasks.photos import Photos
 from dymu.thresholds import Thresholds
 
-SIZES = {25: 4, 50: 4, 100: 4, 200: 2, 500: 1, 1000: 1, 2000: 1}
+SIZES = {25: 4, 50: 4, 100: 4, 200: 2, 500: 1, 1000: 1, 2000: 1, 4000: 1}
 """Images, and how many disjoint draws of so many."""
 
-BUDGETS = (0.15, 0.3, 0.5)
-HELD_OUT_SCENES = 180
+BUDGETS = (0.15, 0.3)
+HELD_OUT_SCENES = 135
 BATCH = 10
 
 
 def main(
     model_folder: Annotated[Path, typer.Argument(metavar="MODEL")],
+    most: Annotated[int, typer.Option(help="Leave out larger sets.")] = max(SIZES),
     name: Annotated[str, typer.Option(help="Of the result file.")] = "calibration_size",
 ) -> None:
     """Calibrate on every set and write the result file."""
@@ -40,9 +41,10 @@ def main(
     processor = AutoProcessor.from_pretrained(model_folder)
     photos = _images(Photos())
     tests = {"scenes": _images(Composed(), HELD_OUT_SCENES), "photos": photos[1::2]}
-    pool = calibration_images(max(size * draws for size, draws in SIZES.items()))
+    sizes = {size: draws for size, draws in SIZES.items() if size <= most}
+    pool = calibration_images(max(size * draws for size, draws in sizes.items()))
     sets: list[tuple[str, Sequence[Image.Image]]] = [
-        ("scenes", pool[draw * size : (draw + 1) * size]) for size, draws in SIZES.items() for draw in range(draws)
+        ("scenes", pool[draw * size : (draw + 1) * size]) for size, draws in sizes.items() for draw in range(draws)
     ]
     sets.append(("photos", photos[0::2]))
     sets.append(("both", [*photos[0::2], *pool[: len(photos[0::2])]]))
