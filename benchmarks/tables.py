@@ -19,7 +19,7 @@ from dymu.evaluate import Results, summarise
 from dymu.evaluate.summary import ALL
 from dymu.evaluate.tables import kind_table, provenance, series
 
-PAGES = (ROOT / "README.md", ROOT / "models" / "demo" / "README.md", ROOT / "docs" / "saliency.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "models/demo/README.md", "docs/saliency.md", "docs/evidence.md"))
 EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
 
 
@@ -83,6 +83,25 @@ def accuracy_by_kind() -> str:
     return f"{kind_table(summarise(results))}\n\n<sub>{provenance(results)}</sub>"
 
 
+def calibration_size() -> str:
+    """By how much held-out images miss their budget, for calibration sets of several sizes and kinds."""
+    result = _load(RESULTS / "calibration_size.json")
+    sets: dict[tuple[str, int], list[dict[str, list[float]]]] = {}
+    for row in result["rows"]:
+        sets.setdefault((row["calibrated_on"], row["images"]), []).append(row["kept"])
+    columns = [(test, index) for test in result["tests"] for index in range(len(result["budgets"]))]
+    rows = []
+    for (kind, images), draws in sets.items():
+        cells = []
+        for test, index in columns:
+            missed = [100 * (kept[test][index] / result["budgets"][index] - 1) for kept in draws]
+            cells.append(" ".join(f"{each:+.1f}" for each in missed))
+        rows.append([kind, str(images), *cells])
+    header = ["calibrated on", "images"]
+    header += [f"{result['tests'][test]} {test}, budget {result['budgets'][index]}" for test, index in columns]
+    return _markdown(header, rows) + _made_by(result)
+
+
 def _with_interval(cell: dict[str, float], sign: str = "") -> str:
     return f"{cell['mean']:{sign}.3f} [{cell['low']:{sign}.3f}, {cell['high']:{sign}.3f}]"
 
@@ -144,7 +163,9 @@ def saliency_paired() -> str:
     return _markdown(header, rows) + _made_by(result)
 
 
-FUNCTIONS = (kept_tokens, speed, accuracy, accuracy_by_kind, saliency, saliency_schedules, saliency_paired)
+FUNCTIONS = (
+    kept_tokens, speed, accuracy, accuracy_by_kind, calibration_size, saliency, saliency_schedules, saliency_paired,
+)  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 
 

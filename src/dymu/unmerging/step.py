@@ -20,6 +20,9 @@ Unmerge = Literal["exact", "compact", "compact-unsized", "none"]
   key. Attention is M x M, so it would fit any kernel and any paged cache.
 - `compact-unsized`: the same without log(size).
 - `none`: every merged token is one, at consecutive positions, as if the prompt had been that short.
+
+Only `exact` gives a prompt that is prefilled in chunks the logits of the whole: elsewhere, what merged stands once in
+each chunk.
 """
 UNMERGE: tuple[Unmerge, ...] = get_args(Unmerge)
 COMPACT: tuple[Unmerge, ...] = ("compact", "compact-unsized")
