@@ -17,7 +17,7 @@ import typer
 from benchmarks.record import RESULTS, ROOT
 from dymu.evaluate import Results, summarise
 from dymu.evaluate.summary import ALL
-from dymu.evaluate.tables import kind_table, provenance, series
+from dymu.evaluate.tables import accuracy_table, kind_table, provenance, series
 
 PAGES = tuple(ROOT / page for page in ("README.md", "models/demo/README.md", "docs/saliency.md", "docs/evidence.md"))
 EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
@@ -75,6 +75,12 @@ def accuracy() -> str:
     count = summarise(results)[0].accuracy[ALL].n
     header = ["", "tokens, mean", f"right answers, % of {count}", "95 % interval"]
     return f"{_markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+
+
+def compact() -> str:
+    """Ways to attend to the same merged tokens, and their paired differences from the untouched model."""
+    results = Results.load(EVALUATION.with_name("compact.jsonl"))
+    return f"{accuracy_table(summarise(results))}\n\n<sub>{provenance(results)}</sub>"
 
 
 def accuracy_by_kind() -> str:
@@ -164,7 +170,8 @@ def saliency_paired() -> str:
 
 
 FUNCTIONS = (
-    kept_tokens, speed, accuracy, accuracy_by_kind, calibration_size, saliency, saliency_schedules, saliency_paired,
+    kept_tokens, speed, accuracy, accuracy_by_kind, compact, calibration_size, saliency, saliency_schedules,
+    saliency_paired,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 
