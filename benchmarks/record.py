@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dymu.evaluate.run import device_name
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -26,7 +28,7 @@ def write(name: str, data: dict[str, Any]) -> Path:
         "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "device": _device(),
+        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": {name: version(name) for name in ("dymu", "torch", "transformers")}
         | {"python": platform.python_version()},
         **data,
@@ -42,15 +44,3 @@ def _commit() -> str:
     command = ["git", "describe", "--always", "--exclude=*", "--dirty"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return f"CPU ({names[0] if names else platform.machine()}), {torch.get_num_threads()} threads"
-
-
-def _cpu_lines() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    return info.read_text().splitlines() if info.exists() else []

@@ -399,7 +399,7 @@ def test_tables_and_picture(tmp_path):
     assert "| ToMe + VTU | 4 ± 1 | 50.0 [0.0, 100.0] | -50.0 [-100.0, +0.0] |" in table
     assert "| ToMe + VTU | 4 | 30 | 1 | 2.0 | 2.000 | 0.00 |" in cost_table(found)
     pytest.importorskip("matplotlib")
-    draw_chart(found, tmp_path / "chart.png", "hand made")
+    draw_chart(found, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
         assert min(picture.size) > 200
         assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10

@@ -19,7 +19,7 @@ PANEL_INCHES = (3.4, 2.8)
 COLUMNS = 4
 
 
-def draw_chart(summaries: Sequence[RowSummary], path: Path, title: str = "") -> None:
+def draw_chart(summaries: Sequence[RowSummary], path: Path) -> None:
     """Write the picture; its ending (.png, .svg, .pdf) says how.
 
     Raises:
@@ -55,8 +55,6 @@ def draw_chart(summaries: Sequence[RowSummary], path: Path, title: str = "") -> 
         panel.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False)
-    if title:
-        figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -181,8 +181,9 @@ class _Batch:
                 if (self._task.name, index) not in self._file.results.costs.get(row.key, {})
             ]
             example = self._example(index) if todo else None
-            for row in todo if example is not None else []:
-                assert example is not None
+            if example is None:
+                continue
+            for row in todo:
                 found = self._asker.cost(row, example, index)
                 self._file.add({"task": self._task.name, "start": index, "row": row.key, "cost": found})
 
@@ -265,13 +266,12 @@ def _header(
         "seed": seed,
         "versions": {name: version(name) for name in ("dymu", "torch", "transformers")}
         | {"python": platform.python_version()},
-        "device": device_name(model),
+        "device": device_name(model.device),
     }
 
 
-def device_name(model: nn.Module) -> str:
-    """Where the model runs: the accelerator's name, or how many threads of which processor."""
-    device = next(model.parameters()).device
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or how many threads of which processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

@@ -145,6 +145,7 @@ class Dymu(lmms):
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Demanded by lmms-eval's base class; a limit that docs/lmms-eval.md names."""
         raise NotImplementedError(
             "dymu's plug-in answers one question at a time, so it cannot run tasks of several rounds yet; "
             "leave them out of --tasks."
