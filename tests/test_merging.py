@@ -15,7 +15,7 @@ import dymu
 import tiny
 from dymu.errors import BadBudget
 from dymu.families import FAMILIES, resolve
-from dymu.merging import SCHEDULES, EncoderLayer, FixedMerge, MergeRun, ThresholdMerge, removals
+from dymu.merging import SCHEDULES, EncoderLayer, FixedMerge, MergeRun, ThresholdMerge, above, removals
 from dymu.merging.match import best_partner, similarity_metric
 from dymu.merging.merge import merge_map, merge_tokens
 
@@ -127,7 +127,7 @@ def test_one_merge_equals_plain_loops_in_ragged_batches(tokens, prefix, seed, th
     size = torch.randint(1, 4, (3, total), generator=generator).float()
     size *= torch.arange(total) < length[:, None]
     similarity, partner = best_partner(similarity_metric(keys, prefix), length - prefix)
-    step = merge_map(similarity > threshold, partner, length, total, prefix)
+    step = merge_map(above(threshold, similarity, partner), length, total, prefix)
     merged, merged_size = merge_tokens(x, size, step)
     for row in range(3):
         metric = keys[row, : length[row]].mean(1)
@@ -182,7 +182,8 @@ def test_fixed_merge_keeps_that_many_of_every_image(keep, schedule):
 def test_fixed_merge_merges_the_most_alike():
     choose = FixedMerge(keep=3).choosers(5, 1)[0]
     similarity = torch.tensor([[0.1, 0.9, 0.5], [0.9, -torch.inf, 0.3]])
-    assert choose(similarity).tolist() == [[False, True, True], [True, False, True]]
+    partner = torch.tensor([[0, 1, 2], [1, 0, 0]])
+    assert choose(similarity, partner).tolist() == [[-1, 1, 2], [1, -1, 0]]
 
 
 def test_a_threshold_above_one_merges_nothing_even_among_equals():

@@ -22,7 +22,7 @@ from dymu.apply import encoder_of, name_of
 from dymu.errors import BadImage, DymuError
 from dymu.families import FAMILIES, Parts, resolve
 from dymu.images import load
-from dymu.merging import SCHEDULES, EncoderLayer, MergedTokens, Schedule, removals
+from dymu.merging import SCHEDULES, EncoderLayer, MergedTokens, Schedule, above, removals
 from dymu.shelf import Place, Shelf
 from dymu.thresholds import Calibrated, Thresholds
 from dymu.token_map import TokenMap
@@ -196,7 +196,7 @@ class _Run:
         """Merge, finish layer `index` and go through the next one's attention."""
         x, state = batch.place.get().to(batch.similarity.device), batch.state
         if threshold <= 1:
-            x, state = state.merge(x, batch.similarity > threshold, batch.partner, self._prefix)
+            x, state = state.merge(x, above(threshold, batch.similarity, batch.partner), self._prefix)
         return self._attend(index + 1, self._layers[index].feed_forward(x), state, place)
 
     def _attend(self, index: int, x: Tensor, state: MergedTokens, place: Place) -> _Batch:

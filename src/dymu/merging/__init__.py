@@ -2,11 +2,22 @@
 
 from dymu.merging.baselines import AveragePool, RandomKeep
 from dymu.merging.encoder_layer import EncoderLayer, MergedTokens, MergeRun
-from dymu.merging.rule import SCHEDULES, FixedMerge, MergeRule, Reduction, Schedule, ThresholdMerge, removals
+from dymu.merging.rule import (
+    SCHEDULES,
+    Chooser,
+    FixedMerge,
+    MergeRule,
+    Reduction,
+    Schedule,
+    ThresholdMerge,
+    above,
+    removals,
+)
 
 __all__ = [
     "SCHEDULES",
     "AveragePool",
+    "Chooser",
     "EncoderLayer",
     "FixedMerge",
     "MergeRule",
@@ -16,5 +27,6 @@ __all__ = [
     "Reduction",
     "Schedule",
     "ThresholdMerge",
+    "above",
     "removals",
 ]

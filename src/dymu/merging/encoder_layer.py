@@ -76,9 +76,9 @@ class MergedTokens:
         length = self.map.kept - prefix if self.ragged else None
         return best_partner(similarity_metric(keys, prefix), length)
 
-    def merge(self, x: Tensor, chosen: Tensor, partner: Tensor, prefix: int) -> tuple[Tensor, MergedTokens]:
-        """Merge the chosen A tokens of x [B, T, C] into their partners."""
-        return self.take(x, merge_map(chosen, partner, self.map.kept, x.shape[1], prefix))
+    def merge(self, x: Tensor, into: Tensor, prefix: int) -> tuple[Tensor, MergedTokens]:
+        """Merge the A tokens of x [B, T, C] into their partners `into`, see `merge_map`."""
+        return self.take(x, merge_map(into, self.map.kept, x.shape[1], prefix))
 
     def take(self, x: Tensor, step: TokenMap) -> tuple[Tensor, MergedTokens]:
         """Merge x [B, T, C] as `step` says."""
@@ -116,7 +116,7 @@ class MergeRun:
         chooser = self._choosers[index] if index < self.depth else None
         if chooser is not None:
             similarity, partner = state.match(keys, self.prefix)
-            x, state = state.merge(x, chooser(similarity), partner, self.prefix)
+            x, state = state.merge(x, chooser(similarity, partner), self.prefix)
         x = layer.feed_forward(x)
         if index + 1 == self.depth and isinstance(self.rule, Reduction):
             step = self.rule.reduction(len(x), x.shape[1] - self.prefix, x.device).after(self.prefix)

@@ -8,14 +8,14 @@ from torch import Tensor
 from dymu.token_map import TokenMap
 
 
-def merge_map(chosen: Tensor, partner: Tensor, length: Tensor, tokens: int, prefix: int = 0) -> TokenMap:
+def merge_map(into: Tensor, length: Tensor, tokens: int, prefix: int = 0) -> TokenMap:
     """Where every token goes when the chosen A tokens join their partners.
 
     The new order is [prefix] [A that did not merge, in rising index] [B].
 
     Args:
-        chosen: bool [B, ceil((T - prefix) / 2)], the A tokens that merge.
-        partner: int64, same shape, index within B of each A token's partner.
+        into: int64 [B, ceil((T - prefix) / 2)], index within B of the partner that each A token merges into; -1: it
+            stays.
         length: int64 [B], tokens that each row really has, prefix included.
         tokens: T, tokens of the (padded) input.
         prefix: leading tokens that never merge.
@@ -23,15 +23,15 @@ def merge_map(chosen: Tensor, partner: Tensor, length: Tensor, tokens: int, pref
     Returns:
         TokenMap from T to the tokens that remain. One host synchronisation, to learn the widest row.
     """
-    batch, device = chosen.shape[0], chosen.device
+    batch, device = into.shape[0], into.device
     place = torch.arange(tokens, device=device)
     present = place[None] < length[:, None]
-    stay = present[:, prefix::2] & ~chosen
+    stay = present[:, prefix::2] & (into < 0)
     staying = stay.sum(1)
     b_start = (prefix + staying)[:, None]
 
     group = place.expand(batch, tokens).clone()
-    group[:, prefix::2] = torch.where(stay, prefix + stay.cumsum(1) - 1, b_start + partner)
+    group[:, prefix::2] = torch.where(stay, prefix + stay.cumsum(1) - 1, b_start + into)
     group[:, prefix + 1 :: 2] = b_start + torch.arange((tokens - prefix) // 2, device=device)
     kept = prefix + staying + present[:, prefix + 1 :: 2].sum(1)
     extent = torch.stack([kept.max(), length.min()]).tolist()

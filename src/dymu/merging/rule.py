@@ -16,8 +16,9 @@ from dymu.token_map import TokenMap
 Schedule = Literal["constant", "linear", "reverse_linear"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
-Chooser = Callable[[Tensor], Tensor]
-"""[B, A] similarities of the A tokens to their best partners -> bool [B, A], those that merge."""
+Chooser = Callable[[Tensor, Tensor], Tensor]
+"""Similarities and partners of the A tokens, see `best_partner`, -> int64 [B, A], the partner that each A token merges
+into; -1: it stays."""
 
 
 class MergeRule(Protocol):
@@ -77,13 +78,15 @@ def removals(tokens: int, keep: float, layers: int, schedule: Schedule) -> list[
     return removed_at(high)
 
 
-def _above(threshold: float, similarity: Tensor) -> Tensor:
-    return similarity > threshold
+def above(threshold: float, similarity: Tensor, partner: Tensor) -> Tensor:
+    """A `Chooser`: tokens more similar than `threshold` merge."""
+    return torch.where(similarity > threshold, partner, -1)
 
 
-def _most_similar(count: int, similarity: Tensor) -> Tensor:
+def _most_similar(count: int, similarity: Tensor, partner: Tensor) -> Tensor:
     best = similarity.topk(min(count, similarity.shape[1]), dim=1).indices
-    return torch.zeros_like(similarity, dtype=torch.bool).scatter(1, best, True) & (similarity > -torch.inf)
+    chosen = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, best, True) & (similarity > -torch.inf)
+    return torch.where(chosen, partner, -1)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class ThresholdMerge:
 
     def choosers(self, tokens: int, layers: int) -> list[Chooser | None]:
         used = self.thresholds[:layers] + (2.0,) * (layers - len(self.thresholds))
-        return [None if threshold > 1 else partial(_above, threshold) for threshold in used]
+        return [None if threshold > 1 else partial(above, threshold) for threshold in used]
 
 
 @dataclass(frozen=True)
