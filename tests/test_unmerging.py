@@ -73,7 +73,7 @@ def steps(draw: st.DrawFn, unmerge: str = "exact") -> tuple[Step, Tensor, Tensor
 
 
 def as_float32(step: Step) -> Step:
-    return dataclasses.replace(step, cos=step.cos.float(), sin=step.sin.float(), _masks={})
+    return dataclasses.replace(step, phase=step.phase.to(torch.complex64), _made={})
 
 
 @given(st.data())

@@ -19,7 +19,7 @@ from dymu.language_hooks import LanguageHooks
 from dymu.merging import MergeRule, ThresholdMerge
 from dymu.report import Report
 from dymu.thresholds import Encoder, Thresholds
-from dymu.unmerging import NAME, UNMERGE, Unmerge, choose, no_rotation
+from dymu.unmerging import CACHE_FORMS, NAME, UNMERGE, CacheForm, Unmerge, choose, no_rotation
 from dymu.vision_hooks import VisionHooks
 
 _MARK = "_dymu_handle"
@@ -33,6 +33,7 @@ def apply(
     merge: MergeRule | None = None,
     unmerge: Unmerge = "exact",
     backend: str = "auto",
+    cache: CacheForm = "merged",
 ) -> Handle:
     """Make a stock vision-language model merge image tokens, in place.
 
@@ -46,6 +47,8 @@ def apply(
             it sees each merged token once, at the mean position of its group and as heavy as its size. `none`: it sees
             merged tokens as a shorter prompt. See `dymu.unmerging.Unmerge`.
         backend: how to compute the attention: `auto`, `sdpa` or `reference`.
+        cache: `merged`: the KV cache holds one entry per merged token. `expanded`: one per token of the full prompt, as
+            without DyMU; saves no memory, and the time to unmerge keys and values for each new token.
 
     Returns:
         A handle to change the budget, see what merged, and undo it all.
@@ -71,7 +74,11 @@ def apply(
         raise ValueError(f"unknown unmerge {unmerge!r}; choose {', '.join(UNMERGE)}")
     if thresholds is not None and not isinstance(thresholds, Thresholds):
         thresholds = Thresholds.load(thresholds)
-    handle = Handle(parts, thresholds, merge, unmerge, choose(backend))
+    if cache not in CACHE_FORMS:
+        raise ValueError(f"unknown cache {cache!r}; choose {' or '.join(CACHE_FORMS)}")
+    if cache == "expanded" and (unmerge != "exact" or choose(backend) != "sdpa"):
+        raise ValueError('cache="expanded" needs unmerge="exact" and the backend sdpa')
+    handle = Handle(parts, thresholds, merge, LanguageHooks(parts, unmerge, choose(backend), cache))
     if thresholds is not None:
         thresholds.check_fits(encoder_of(parts))
         handle.budget = budget
@@ -112,10 +119,10 @@ class Handle:
     """A model with DyMU applied. Usable as a context manager, which removes it at the end."""
 
     def __init__(
-        self, parts: Parts, thresholds: Thresholds | None, rule: MergeRule | None, unmerge: Unmerge, backend: str
+        self, parts: Parts, thresholds: Thresholds | None, rule: MergeRule | None, language: LanguageHooks
     ) -> None:
         self._parts, self._thresholds = parts, thresholds
-        self._language = LanguageHooks(parts, unmerge, backend)
+        self._language = language
         self._vision = VisionHooks(parts, rule, self._language.images_encoded)
         self._budget: float | None = None
         self._undo: list[Callable[[], object]] = []
@@ -185,7 +192,7 @@ class Handle:
         self._hook(parts.inner.register_forward_hook(language.after_inner, always_call=True))
         self._hook(parts.language_model.register_forward_pre_hook(language.before_decoder, with_kwargs=True))
         self._hook(parts.language_model.register_forward_hook(language.after_decoder))
-        self._hook(parts.rotary.register_forward_hook(no_rotation))
+        self._set(parts.rotary, "forward", no_rotation)
         if hasattr(parts.model, "_prefill"):
             self._set(parts.model, "_prefill", language.prefill(parts.model._prefill))
         for module in (parts.language_model, *parts.attentions):

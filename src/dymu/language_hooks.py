@@ -17,6 +17,7 @@ from dymu.report import Report
 from dymu.token_map import TokenMap
 from dymu.unmerging import (
     COMPACT,
+    CacheForm,
     History,
     Unmerge,
     adopt,
@@ -69,9 +70,10 @@ class LanguageHooks:
         report: what merged in the last call.
     """
 
-    def __init__(self, parts: Parts, unmerge: Unmerge, backend: str) -> None:
+    def __init__(self, parts: Parts, unmerge: Unmerge, backend: str, cache: CacheForm) -> None:
         self.report = Report()
-        self._parts, self._unmerge, self._backend = parts, unmerge, backend
+        self._parts, self._unmerge, self._backend, self._cache = parts, unmerge, backend, cache
+        self._angles = parts.rotary.forward
         self._inner_signature = inspect.signature(parts.inner.forward)
         self._decoder_signature = inspect.signature(parts.language_model.forward)
         self._call: _Call | None = None
@@ -143,7 +145,7 @@ class LanguageHooks:
         cache, use_cache = given.pop("past_key_values", None), given.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
-        history = History() if cache is None else adopt(cache)
+        history = History() if cache is None else adopt(cache, self._cache)
 
         present = _present(given.pop("attention_mask", None), tokens)
         positions = given.pop("position_ids", None)
@@ -163,7 +165,7 @@ class LanguageHooks:
             self._map,
             positions.expand(batch, tokens),
             history,
-            functools.partial(self._parts.rotary.forward, embeds),
+            functools.partial(self._angles, embeds),
             plain=plain,
             unmerge=self._unmerge,
             backend=self._backend,

@@ -2,7 +2,7 @@
 
 from dymu.unmerging.attention import NAME
 from dymu.unmerging.backends import BACKENDS, choose
-from dymu.unmerging.cache import History, adopt, cache_bytes
+from dymu.unmerging.cache import CACHE_FORMS, CacheForm, History, adopt, cache_bytes
 from dymu.unmerging.prompt import (
     carried_leaders,
     carry_leaders,
@@ -17,9 +17,11 @@ from dymu.unmerging.step import COMPACT, UNMERGE, Step, Unmerge, plan_step
 
 __all__ = [
     "BACKENDS",
+    "CACHE_FORMS",
     "COMPACT",
     "NAME",
     "UNMERGE",
+    "CacheForm",
     "History",
     "Step",
     "Unmerge",

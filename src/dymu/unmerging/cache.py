@@ -1,6 +1,9 @@
-"""The KV cache of merged, un-rotated tokens: it says the length of the full prompt and stores the merged one."""
+"""The KV cache of merged, un-rotated tokens: it says the length of the full prompt and stores the merged one. Or, where
+time is dearer than memory, that of all tokens."""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -8,25 +11,39 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dymu.errors import UnsupportedCache
 from dymu.token_map import TokenMap
+from dymu.unmerging.virtual import virtual_keys, virtual_values
+
+
+CacheForm = Literal["merged", "expanded"]
+"""What the KV cache stores: one un-rotated entry per merged token, or a rotated one per token of the full prompt."""
+CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
 
 class History:
     """What the entries of one cache stand for; shared by its layers.
 
+    Args:
+        expanded: whether the cache stores an entry for every token of the full prompt.
+
     Attributes:
         slot: int64 [B, N], the cache entry behind each token of the full prompt so far; -1 for padding.
         position: int64 [B, N], the rotary position of each of them.
+        phase: complex [B, N, D / 2], their rotary angles; None while nobody needs them.
         entries: entries stored per row (the widest row's).
         plain: whether every entry so far is one token in its place, none merged and none missing.
         padded: whether some row misses tokens.
+        newest: the tokens that came last to their merged ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expanded: bool = False) -> None:
+        self.expanded = expanded
         self.reset()
 
     def reset(self) -> None:
         self.slot: Tensor | None = None
         self.position: Tensor | None = None
+        self.phase: Tensor | None = None
+        self.newest: TokenMap | None = None
         self.entries = 0
         self.plain, self.padded = True, False
 
@@ -35,30 +52,36 @@ class History:
         """Tokens of the full prompt so far."""
         return 0 if self.slot is None else self.slot.shape[1]
 
-    def append(self, tokens: TokenMap, position: Tensor, plain: bool) -> None:
+    def append(self, tokens: TokenMap, position: Tensor, plain: bool, phase: Tensor | None = None) -> None:
         """Add tokens of the full prompt whose merged forms are about to be stored after the present entries."""
-        slot = tokens.group + self.entries
+        group = torch.arange(tokens.tokens, device=tokens.group.device) if self.expanded else tokens.group
+        slot = (group + self.entries).expand_as(tokens.group)
         if tokens.padded:
             slot = torch.where(tokens.group < 0, -1, slot)
-        if self.slot is not None and self.position is not None:
-            slot, position = (
-                torch.cat((self.slot, slot), 1),
-                torch.cat((self.position, position), 1),
-            )
-        self.slot, self.position, self.entries = slot, position, self.entries + tokens.width
+        first = self.slot is None
+        self.slot, self.position = _after(self.slot, slot), _after(self.position, position)
+        self.phase = None if phase is None or (self.phase is None and not first) else _after(self.phase, phase)
+        self.entries += tokens.tokens if self.expanded else tokens.width
         self.plain, self.padded = self.plain and plain, self.padded or tokens.padded
+        self.newest = tokens
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
         if self.slot is not None and self.position is not None:
             rows = rows.to(self.slot.device)
             self.slot, self.position = self.slot[rows], self.position[rows]
+            self.phase = None if self.phase is None else self.phase[rows]
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens, and the entries that only they needed."""
         if self.slot is not None and self.position is not None and length < self.length:
             self.slot, self.position = self.slot[:, :length], self.position[:, :length]
+            self.phase = None if self.phase is None else self.phase[:, :length]
             self.entries = int(self.slot.max()) + 1 if self.slot.numel() else 0
+
+
+def _after(past: Tensor | None, new: Tensor) -> Tensor:
+    return new if past is None else torch.cat((past, new), 1)
 
 
 class MergedLayer(DynamicLayer):
@@ -79,14 +102,17 @@ class MergedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        stored = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
-        if stored + key_states.shape[-2] != self.history.entries:
-            raise UnsupportedCache(
-                "this KV cache stores merged tokens, which the model cannot read while DyMU is removed or disabled; "
-                "start with a new cache or apply DyMU again."
-            )
+        self._expect(key_states.shape[-2])
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values
+
+    def _expect(self, entries: int) -> None:
+        stored = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        if stored + entries != self.history.entries:
+            raise UnsupportedCache(
+                "this KV cache was filled with DyMU, and the model cannot read it while DyMU is removed or disabled; "
+                "start with a new cache or apply DyMU again."
+            )
 
     def get_seq_length(self) -> int:
         return self.history.length
@@ -124,8 +150,23 @@ class MergedLayer(DynamicLayer):
             self.values = self.values[..., : self.history.entries, :]
 
 
-def adopt(cache: Cache) -> History:
-    """Make an empty stock `DynamicCache` store merged tokens; a cache adopted before keeps its history.
+class ExpandedLayer(MergedLayer):
+    """One layer of the cache: keys and values [B, H, tokens, D] of the full prompt, the keys rotated and interleaved
+    (see `dymu.unmerging.rotary.interleaved`)."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        newest, phase = self.history.newest, self.history.phase
+        self._expect(0 if newest is None else newest.tokens)
+        assert newest is not None
+        assert phase is not None
+        keys = virtual_keys(key_states, newest.group, phase[:, -newest.tokens :])
+        return super().update(keys, virtual_values(value_states, newest.group), *args, **kwargs)
+
+
+def adopt(cache: Cache, form: CacheForm = "merged") -> History:
+    """Make an empty stock `DynamicCache` store merged tokens; a cache adopted before keeps its form and its history.
 
     Raises:
         UnsupportedCache: another kind of cache, or one that was filled without DyMU.
@@ -141,12 +182,13 @@ def adopt(cache: Cache) -> History:
         raise UnsupportedCache(
             "this KV cache was filled without DyMU and holds rotated keys of all tokens; start with a new cache."
         )
-    history = History()
+    layer = ExpandedLayer if form == "expanded" else MergedLayer
+    history = History(expanded=form == "expanded")
     if cache.layer_class_to_replicate is None:
-        cache.layers = [MergedLayer(history, leads=index == 0) for index in range(len(cache.layers))]
+        cache.layers = [layer(history, leads=index == 0) for index in range(len(cache.layers))]
     else:
-        cache.layers.append(MergedLayer(history, leads=True))
-        cache.layer_class_to_replicate = lambda: MergedLayer(history, leads=False)
+        cache.layers.append(layer(history, leads=True))
+        cache.layer_class_to_replicate = lambda: layer(history, leads=False)
     return history
 
 

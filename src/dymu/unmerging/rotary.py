@@ -6,14 +6,26 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [B, H, N, D] vectors by the angles [B, N, D] of their positions, in x's dtype as the stock models do."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+def as_phase(cos: Tensor, sin: Tensor) -> Tensor:
+    """Cosines and sines [B, N, D], both halves alike, as complex numbers [B, N, D / 2] of float32 or wider parts."""
+    half = cos.shape[-1] // 2
+    wide = torch.promote_types(cos.dtype, torch.float32)
+    return torch.complex(cos[..., :half].to(wide), sin[..., :half].to(wide))
 
 
-def no_rotation(_module: object, _args: object, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Forward hook of a rotary embedding: answer with the angles that leave queries and keys as they are."""
-    cos, sin = angles
-    return torch.ones_like(cos), torch.zeros_like(sin)
+def as_pairs(x: Tensor) -> Tensor:
+    """[..., D] vectors as complex numbers [..., D / 2]: what RoPE rotates together, elements i and i + D / 2."""
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.complex(first, second)
+
+
+def interleaved(pairs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Complex [..., D / 2] as real [..., D], the parts of each number side by side. Dot products between two such
+    vectors are those of the usual order."""
+    return torch.view_as_real(pairs).flatten(-2).to(dtype)
+
+
+def no_rotation(x: Tensor, position_ids: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    """In place of a rotary embedding's forward: the angles that leave queries and keys as they are."""
+    one = x.new_ones(1, 1, 1)
+    return one, torch.zeros_like(one)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from dymu.token_map import TokenMap
 from dymu.unmerging.cache import History
+from dymu.unmerging.rotary import as_phase
 
 Unmerge = Literal["exact", "compact", "compact-unsized", "none"]
 """How the language model attends to merged tokens.
@@ -30,65 +31,93 @@ COMPACT: tuple[Unmerge, ...] = ("compact", "compact-unsized")
 Angles = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions [B, N] -> cosines and sines of their rotary angles, each [B, N, D]."""
 
+Made = TypeVar("Made")
+
 
 @dataclass(frozen=True)
 class Step:
-    """The virtual tokens of one forward: Nk keys, of which the last Nq are the queries.
+    """The virtual tokens of one forward: Nk keys, of which the last Nq are the queries, in the order in which they see
+    each other.
 
     Attributes:
         queries: Nq virtual tokens to the Mq merged ones that this forward computes.
         keys: int64 [B, Nk], the cache entry (without a cache: the merged token) behind each virtual key; -1 for none.
-        cos, sin: [B, Nk, D], rotary angles of the virtual tokens.
+        phase: complex [B, Nk, D / 2], cos + i sin of the rotary angles of the virtual tokens.
         place: int64 [B, Nk], what a sliding window counts in: positions, or where merged tokens are virtual ones those.
         expand_queries: whether virtual queries differ from merged ones, in number or order.
         expand_keys: the same of the keys.
-        padded: whether some rows have fewer tokens than others.
+        padded: whether absent keys (-1) may stand before present ones; without it they stand after all of them, where
+            causality hides them.
+        rotated: whether the keys and values given are those of the virtual tokens already, the keys rotated (see
+            `dymu.unmerging.cache.ExpandedLayer`).
         bias: float32 [B, Nk], added to the logits of each virtual key; None for 0.
     """
 
     queries: TokenMap
     keys: Tensor
-    cos: Tensor
-    sin: Tensor
+    phase: Tensor
     place: Tensor
     expand_queries: bool
     expand_keys: bool
     padded: bool
     backend: str
+    rotated: bool = False
     bias: Tensor | None = None
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def mask(self, window: int | None = None) -> Tensor | None:
-        """[B or 1, 1, Nq, Nk]: which key each query sees (bool) or, with a bias, what is added to its logit (float32);
-        None where plain causal attention over equally many queries and keys, or one query that sees every key, says
-        the same.
+    def once(self, what: Any, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made in the first decoder layer that asks for `what` and kept for the others."""
+        if what not in self._made:
+            self._made[what] = make()
+        made: Made = self._made[what]
+        return made
+
+    @property
+    def query_phase(self) -> Tensor:
+        """complex [B, Nq, D / 2]"""
+        return self.phase[:, self.phase.shape[1] - self.queries.tokens :]
+
+    @property
+    def cos(self) -> Tensor:
+        """[B, Nk, D], both halves alike."""
+        return torch.cat((self.phase.real, self.phase.real), -1)
+
+    @property
+    def sin(self) -> Tensor:
+        """[B, Nk, D], both halves alike."""
+        return torch.cat((self.phase.imag, self.phase.imag), -1)
+
+    def causal(self, window: int | None = None) -> bool:
+        """Whether plain causal attention over equally many queries and keys, or one query that sees every key, is all
+        that a mask could say.
 
         Args:
             window: sliding window in virtual tokens, or None.
         """
         tokens, seen = self.queries.tokens, self.keys.shape[1]
-        if window is not None and window >= seen:
-            window = None
-        if window not in self._masks:
-            mask = self._mask(tokens, seen, window)
-            self._masks[window] = mask if self.bias is None else self._biased(mask, self.bias)
-        return self._masks[window]
+        whole = window is None or window >= seen
+        return whole and self.bias is None and not self.padded and (tokens == 1 or tokens == seen)
 
-    def _mask(self, tokens: int, seen: int, window: int | None) -> Tensor | None:
-        if not self.padded and window is None and (tokens == 1 or (tokens == seen and self.bias is None)):
-            return None
+    def mask(self, window: int | None = None, start: int = 0, end: int | None = None) -> Tensor:
+        """[B or 1, 1, end - start, Nk]: which key each of the queries from `start` to `end` sees (bool) or, with a
+        bias, what is added to its logit (float32).
+
+        Args:
+            window: sliding window in virtual tokens, or None.
+        """
+        tokens, seen = self.queries.tokens, self.keys.shape[1]
+        end = tokens if end is None else end
         key = torch.arange(seen, device=self.keys.device)
-        mask = (key <= key[seen - tokens :, None])[None]
-        if window is not None:
-            mask = mask & (self.place[:, seen - tokens :, None] - self.place[:, None] < window)
+        first = seen - tokens
+        mask = (key <= key[first + start : first + end, None])[None]
+        if window is not None and window < seen:
+            mask = mask & (self.place[:, first + start : first + end, None] - self.place[:, None] < window)
         if self.padded:
             mask = mask & (self.keys >= 0)[:, None]
-            mask = mask | (self.queries.group < 0)[:, :, None]
+            mask = mask | (self.queries.group[:, start:end] < 0)[:, :, None]
+        if self.bias is not None:
+            mask = self.bias[:, None].masked_fill(~mask, -torch.inf)
         return mask[:, None]
-
-    def _biased(self, mask: Tensor | None, bias: Tensor) -> Tensor:
-        bias = bias[:, None, None]
-        return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
 
 def plan_step(
@@ -112,32 +141,84 @@ def plan_step(
         unmerge: see `Unmerge`. But for `exact`, a sliding window counts merged tokens.
         backend: name of the backend to compute it with.
     """
+    first = history.length == 0
+    if unmerge != "exact" and not (plain and history.plain):
+        return _merged_tokens(queries, positions, history, angles, plain, unmerge, backend)
+    step = _virtual_tokens(queries, positions, history, angles, plain, backend)
+    return _absent_last(step) if first and step.padded and not step.rotated else step
+
+
+def _virtual_tokens(
+    queries: TokenMap, positions: Tensor, history: History, angles: Angles, plain: bool, backend: str
+) -> Step:
+    if history.length and history.phase is None:
+        assert history.position is not None
+        history.phase = as_phase(*angles(history.position))
+    history.append(queries, positions, plain, as_phase(*angles(positions)))
+    assert history.slot is not None
+    assert history.position is not None
+    assert history.phase is not None
+    return Step(
+        queries,
+        keys=history.slot,
+        phase=history.phase,
+        place=history.position,
+        expand_queries=not plain,
+        expand_keys=not (history.plain or history.expanded),
+        padded=history.padded,
+        backend=backend,
+        rotated=history.expanded,
+    )
+
+
+def _merged_tokens(
+    queries: TokenMap,
+    positions: Tensor,
+    history: History,
+    angles: Angles,
+    plain: bool,
+    unmerge: Unmerge,
+    backend: str,
+) -> Step:
+    """Every merged token is one virtual token."""
+    first = history.length == 0
     history.append(queries, positions, plain)
     assert history.slot is not None
     assert history.position is not None
-    keys, positions, bias = history.slot, history.position, None
-    place = positions
-    padded, expand_keys = history.padded, not history.plain
-    if unmerge != "exact" and expand_keys:
-        entries = TokenMap(keys, queries.kept, history.entries, padded)
-        size = entries.size()
-        if unmerge in COMPACT:
-            positions = entries.average(positions.double()).float()
-        else:
-            positions = ((size > 0).cumsum(1) - 1).clamp(min=0)
-        if unmerge == "compact":
-            bias = size.clamp(min=1).log()
-        keys = torch.where(size > 0, torch.arange(history.entries, device=size.device), -1)
-        place = (keys >= 0).cumsum(1)
-        queries = _merged_tokens(queries)
-        padded = expand_keys = bool((keys < 0).any())
-        plain = not queries.padded
-    cos, sin = angles(positions)
-    return Step(queries, keys, cos, sin, place, not plain, expand_keys, padded, backend, bias)
-
-
-def _merged_tokens(queries: TokenMap) -> TokenMap:
-    """Each merged token of `queries` as a token of its own."""
-    own = torch.arange(queries.width, device=queries.group.device).expand(queries.batch, -1)
+    entries = TokenMap(history.slot, queries.kept, history.entries, history.padded)
+    size = entries.size()
+    if unmerge in COMPACT:
+        positions = entries.average(history.position.double()).float()
+    else:
+        positions = ((size > 0).cumsum(1) - 1).clamp(min=0)
+    keys = torch.where(size > 0, torch.arange(history.entries, device=size.device), -1)
+    own = torch.arange(queries.width, device=keys.device).expand(queries.batch, -1)
     group = torch.where(own < queries.kept[:, None], own, -1)
-    return TokenMap(group, queries.kept, queries.width, bool((group < 0).any()))
+    ragged = bool((group < 0).any())
+    return Step(
+        TokenMap(group, queries.kept, queries.width, ragged),
+        keys,
+        as_phase(*angles(positions)),
+        place=(keys >= 0).cumsum(1),
+        expand_queries=ragged,
+        expand_keys=False,
+        padded=not first and bool((keys < 0).any()),
+        backend=backend,
+        bias=size.clamp(min=1).log() if unmerge == "compact" else None,
+    )
+
+
+def _absent_last(step: Step) -> Step:
+    """The same virtual tokens with those that are absent behind the others, so that causality alone hides them."""
+    order = (step.keys < 0).int().argsort(dim=1, stable=True)
+    group = step.queries.group.gather(1, order)
+    return Step(
+        TokenMap(group, step.queries.kept, step.queries.width, step.queries.padded),
+        step.keys.gather(1, order),
+        step.phase.gather(1, order[..., None].expand_as(step.phase)),
+        step.place.gather(1, order),
+        expand_queries=True,
+        expand_keys=True,
+        padded=False,
+        backend=step.backend,
+    )

@@ -32,6 +32,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
     """
     batch, heads, _, size = query.shape
     shared = heads // key.shape[1]
+    cos, sin = step.cos, step.sin
     seen, tokens = step.keys.shape[1], step.queries.tokens
     total = query.new_zeros(batch, step.queries.width, heads, size)
     count = query.new_zeros(batch, step.queries.width)
@@ -42,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
                 count[b, step.queries.group[b, n]] += 1
         for h in range(heads):
             entry = step.keys[b]
-            virtual_keys = {n: _rotate(key[b, h // shared, entry[n]], step.cos[b, n], step.sin[b, n]) for n in visible}
+            virtual_keys = {n: _rotate(key[b, h // shared, entry[n]], cos[b, n], sin[b, n]) for n in visible}
             for n in range(tokens):
                 merged = step.queries.group[b, n]
                 if merged < 0:
@@ -53,7 +54,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
                     for j in visible
                     if j <= place and (window is None or step.place[b, place] - step.place[b, j] < window)
                 ]
-                virtual_query = _rotate(query[b, h, merged], step.cos[b, place], step.sin[b, place])
+                virtual_query = _rotate(query[b, h, merged], cos[b, place], sin[b, place])
                 logits = torch.stack([virtual_query @ virtual_keys[j] * scaling for j in seen_keys])
                 if step.bias is not None:
                     logits = logits + step.bias[b, seen_keys]
