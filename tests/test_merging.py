@@ -10,14 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dymu
 import tiny
 from dymu.errors import BadBudget
 from dymu.families import FAMILIES, resolve
-from dymu.merging import SCHEDULES, EncoderLayer, FixedMerge, MergeRun, ThresholdMerge, above, removals
+from dymu.merging import SCHEDULES, EncoderLayer, FixedMerge, Layout, MergeRun, ThresholdMerge, above, removals
+from dymu.merging.attention import sized_attention
 from dymu.merging.match import best_partner, similarity_metric
-from dymu.merging.merge import merge_map, merge_tokens
+from dymu.merging.merge import merge_step, merge_tokens
 
 
 def reference_encoder(
@@ -117,35 +120,163 @@ def test_token_maps_equal_the_float64_reference(tower, threshold):
     assert compared >= len(images) - 1
 
 
-@given(st.integers(1, 9), st.integers(0, 1), st.integers(0, 2**16), st.floats(-1, 1))
-def test_one_merge_equals_plain_loops_in_ragged_batches(tokens, prefix, seed, threshold):
+@st.composite
+def layouts(draw: st.DrawFn, least: int = 1) -> Layout:
+    """Layouts of one to four images, of equal lengths as often as not."""
+    lengths = st.integers(least, least + 8)
+    count = draw(st.integers(1, 4))
+    equal = draw(st.booleans())
+    length = [draw(lengths)] * count if equal else draw(st.lists(lengths, min_size=count, max_size=count))
+    return Layout(torch.tensor(length), max(length), sum(length))
+
+
+def as_rows(layout: Layout, x: Tensor) -> list[Tensor]:
+    """The tokens of each image, by plain slicing of what travels."""
+    length = layout.length.tolist()
+    if len(set(length)) > 1:
+        assert x.shape[:2] == (1, sum(length))
+        return list(x[0].split(length))
+    assert x.shape[:2] == (len(length), length[0])
+    return list(x)
+
+
+def travelling(rows: list[Tensor]) -> Tensor:
+    """The other way round."""
+    return torch.cat(rows)[None] if len({len(row) for row in rows}) > 1 else torch.stack(rows)
+
+
+@given(layouts())
+def test_what_travels_is_packed_where_lengths_differ(layout):
+    rows = [torch.randn(int(n), 3) for n in layout.length]
+    x = travelling(rows)
+    padded = layout.pad(x)
+    assert padded.shape == (layout.batch, layout.longest, 3)
+    for row, expected, present in zip(padded, rows, layout.present, strict=True):
+        assert torch.equal(row[present], expected)
+        assert torch.equal(row[: len(expected)], expected)
+    assert torch.equal(layout.pack(padded), x)
+    assert all(torch.equal(a, b) for a, b in zip(as_rows(layout, x), rows, strict=True))
+    again = Layout.of(layout.length)
+    assert (again.longest, again.total) == (layout.longest, layout.total)
+
+
+@given(st.data(), st.integers(0, 2), st.integers(0, 2**16), st.floats(-1, 1))
+def test_one_merge_equals_plain_loops_in_ragged_batches(data, prefix, seed, threshold):
+    before = data.draw(layouts(least=1 + prefix))
     generator = torch.Generator().manual_seed(seed)
-    length = torch.randint(1, tokens + 1, (3,), generator=generator) + prefix
-    length[0] = total = tokens + prefix
-    keys = torch.randn(3, total, 2, 4, generator=generator, dtype=torch.float64)
-    x = torch.randn(3, total, 5, generator=generator, dtype=torch.float64)
-    size = torch.randint(1, 4, (3, total), generator=generator).float()
-    size *= torch.arange(total) < length[:, None]
-    similarity, partner = best_partner(similarity_metric(keys, prefix), length - prefix)
-    step = merge_map(above(threshold, similarity, partner), length, total, prefix)
-    merged, merged_size = merge_tokens(x, size, step)
-    for row in range(3):
-        metric = keys[row, : length[row]].mean(1)
+    length = before.length.tolist()
+
+    def random(*shape: int) -> list[Tensor]:
+        return [torch.randn(n, *shape, generator=generator, dtype=torch.float64) for n in length]
+
+    keys, x = random(2, 4), random(5)
+    size = [torch.randint(1, 4, (n,), generator=generator).float() for n in length]
+    similarity, partner = best_partner(similarity_metric(travelling(keys)), before, prefix)
+    step, after = merge_step(above(threshold, similarity, partner), before, prefix)
+    merged, merged_size = merge_tokens(travelling(x), travelling(size), step, before, after)
+    results = zip(as_rows(after, merged), as_rows(after, merged_size), strict=True)
+    for row, (found, found_size) in enumerate(results):
+        metric = keys[row].mean(1)
         metric = metric / metric.norm(dim=1, keepdim=True)
-        a = range(prefix, int(length[row]), 2)
-        b = range(prefix + 1, int(length[row]), 2)
+        a = range(prefix, length[row], 2)
+        b = range(prefix + 1, length[row], 2)
         goes_to = {i: max(b, key=lambda j: float(metric[i] @ metric[j])) for i in a if b}
         goes_to = {i: j for i, j in goes_to.items() if float(metric[i] @ metric[j]) > threshold}
         order = [*range(prefix), *(i for i in a if i not in goes_to), *b]
-        expected_group = [order.index(goes_to.get(i, i)) for i in range(int(length[row]))]
-        assert step.group[row].tolist() == expected_group + [-1] * (total - int(length[row]))
-        assert step.kept[row] == len(order)
+        expected_group = [order.index(goes_to.get(i, i)) for i in range(length[row])]
+        assert step.group[row].tolist() == expected_group + [-1] * (before.longest - length[row])
+        assert step.kept[row] == len(order) == len(found)
         for m in range(len(order)):
             members = [i for i, g in enumerate(expected_group) if g == m]
-            weights = size[row, members].double()
-            torch.testing.assert_close(merged_size[row, m].double(), weights.sum())
-            torch.testing.assert_close(merged[row, m], weights @ x[row, members] / weights.sum())
-        assert merged_size[row, len(order) :].eq(0).all()
+            weights = size[row][members].double()
+            torch.testing.assert_close(found_size[m].double(), weights.sum())
+            torch.testing.assert_close(found[m], weights @ x[row][members] / weights.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("channels", [8, 64, 72])
+def test_sizes_weigh_the_same_in_a_mask_and_in_channels(dtype, channels):
+    """Both equal the formula in float64, as near as the rounded inputs allow; a mask rounds log(size) to the type."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 11, channels, generator=generator).to(dtype) for _ in range(3))
+    size = torch.randint(1, 500, (2, 11), generator=generator).float()
+    size[1, 7:] = 0
+    logits = query.double() @ key.double().mT / channels**0.5 + size.double().log()[:, None, None]
+    exact = logits.softmax(-1) @ value.double()
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+    for way in ("mask", "channels"):
+        found = sized_attention(query, key, value, size.log(), way)
+        assert found.dtype == dtype
+        assert found.shape == exact.shape
+        torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=0)
+
+
+def test_channels_hold_more_of_a_size_than_a_mask_in_bfloat16():
+    """Keys alike in all but size: the weights are the sizes, and values tell them apart."""
+    size = torch.arange(1, 301).float()
+    value = torch.eye(300)[None, None]
+    same = torch.zeros(1, 1, 300, 300)
+    expected = size / size.sum()
+    error = {}
+    for way in ("mask", "channels"):
+        weights = sized_attention(*(part.bfloat16() for part in (same, same, value)), size.log()[None], way)
+        error[way] = ((weights[0, 0, 0].float() - expected).abs() / expected).max()
+    assert error["channels"] < 0.01 < error["mask"]
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host waits for numbers of the device; `tolist` it must be told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        masked = name.startswith("index") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:])
+        )
+        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+        waiting = name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+        self.count += masked or unsized or waiting
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("rule", [ThresholdMerge((0.9, 0.8, 2.0, 0.7)), FixedMerge(keep=9)], ids=["DToMe", "ToMe"])
+def test_a_merging_layer_waits_for_the_device_once(images, rule, monkeypatch):
+    model = tiny.llava(layer=-1)
+    layers, tokens = resolve(model, FAMILIES).encoder_layers, embedded(model, tiny.pictures(images))
+    run = MergeRun(rule, tiny.LAYERS, prefix=1)
+    merging = sum(chooser is not None for chooser in rule.choosers(tiny.PATCHES, tiny.LAYERS))
+    waits, tolist = Waits(), Tensor.tolist
+
+    def counted(tensor: Tensor) -> list:
+        waits.count += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    with torch.no_grad(), waits:
+        tokens[0, 0, 0].item(), tokens[tokens > 0], tokens.nonzero(), tokens[0, 0].tolist()
+        assert waits.count == 4, "the counter should see these four"
+        for index, layer in enumerate(layers):
+            tokens = run.layer(index, layer, tokens)
+    assert waits.count - 4 == merging
+
+
+def test_layers_whose_features_nobody_reads_do_not_run():
+    model = tiny.llava(layer=2)
+    pixels = tiny.pictures(3)
+    stock = model.get_image_features(pixels).pooler_output
+    unread = resolve(model, FAMILIES).encoder_modules[2:]
+    for parameter in (p for module in unread for p in module.parameters()):
+        parameter.data.fill_(torch.nan)
+    with dymu.apply(model, merge=ThresholdMerge((2.0,) * tiny.LAYERS)):
+        found = model.get_image_features(pixels, output_hidden_states=True)
+    torch.testing.assert_close(torch.stack(found.pooler_output), torch.stack(stock), atol=1e-5, rtol=0)
+    assert [hidden is None for hidden in found.hidden_states] == [False] * 3 + [True] * 2
+    assert torch.equal(found.last_hidden_state, found.hidden_states[2])
 
 
 @given(st.integers(2, 729), st.integers(2, 27), st.floats(0.01, 1), st.sampled_from(SCHEDULES))
@@ -200,14 +331,15 @@ def test_merges_of_half_precision_models_are_decided_in_float32():
 
 
 def test_an_image_of_one_token_has_no_partner():
-    similarity, _ = best_partner(torch.ones(2, 1, 4))
+    similarity, _ = best_partner(torch.ones(2, 1, 4), Layout.equal(2, 1))
     assert similarity.eq(-torch.inf).all()
 
 
 def test_merges_under_autocast_are_decided_in_float32():
     metric = similarity_metric(torch.randn(1, 64, 2, 8))
-    expected = best_partner(metric)
+    layout = Layout.equal(1, 64)
+    expected = best_partner(metric, layout)
     with torch.autocast("cpu", torch.bfloat16):
-        found = best_partner(metric)
+        found = best_partner(metric, layout)
     assert found[0].dtype == torch.float32
     assert torch.equal(found[1], expected[1])

@@ -25,7 +25,6 @@ from dymu.images import load
 from dymu.merging import SCHEDULES, EncoderLayer, MergedTokens, Schedule, above, removals
 from dymu.shelf import Place, Shelf
 from dymu.thresholds import Calibrated, Thresholds
-from dymu.token_map import TokenMap
 
 ImageSource = str | os.PathLike[str] | Image.Image
 
@@ -138,7 +137,7 @@ class _Batch:
     """Some images between the attention of a layer and its merging."""
 
     place: Place
-    """Holds their tokens [B, T, C]."""
+    """Holds their tokens, in the state's layout."""
     state: MergedTokens
     similarity: Tensor
     """[B, A] of each A token to its best partner, -inf where a row has no such token; see `best_partner`."""
@@ -153,8 +152,7 @@ class _Run:
 
     def begin(self, embedded: Tensor, place: Place) -> _Batch:
         """Embedded images [B, T, C] through the first attention."""
-        state = MergedTokens(TokenMap.identity(embedded.shape[0], embedded.shape[1], embedded.device))
-        return self._attend(0, embedded, state, place)
+        return self._attend(0, embedded, MergedTokens.unmerged(embedded), place)
 
     def calibrated(
         self,
@@ -200,7 +198,7 @@ class _Run:
         return self._attend(index + 1, self._layers[index].feed_forward(x), state, place)
 
     def _attend(self, index: int, x: Tensor, state: MergedTokens, place: Place) -> _Batch:
-        x, keys = self._layers[index].attend(x, state.bias(x.dtype))
+        x, keys = self._layers[index].attend(x, state)
         similarity, partner = state.match(keys, self._prefix)
         place.put(x)
         return _Batch(place, state, similarity, partner)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,6 +57,17 @@ class TokenMap:
         offset = torch.arange(self.batch, device=group.device)[:, None] * stride
         return (group + offset).flatten(), stride
 
+    @cached_property
+    def _bags(self) -> tuple[Tensor, Tensor]:
+        """The flattened original tokens ordered by slot, and where in that order each slot begins.
+
+        One pass over such bags is many times quicker on a CPU than to add to slots here and there, and on a GPU it
+        adds up in one order.
+        """
+        slot, stride = self._slot()
+        slot, order = slot.sort(stable=True)
+        return order, torch.searchsorted(slot, torch.arange(self.batch * stride, device=slot.device))
+
     def expand(self, merged: Tensor) -> Tensor:
         """Copy each merged token to the tokens it stands for: [B, M, ...] -> [B, N, ...]; padding becomes 0."""
         if merged.shape[:2] != (self.batch, self.width):
@@ -72,11 +85,11 @@ class TokenMap:
             raise ValueError(
                 f"expected original tokens [{self.batch}, {self.tokens}, ...], got {tuple(original.shape)}"
             )
-        slot, stride = self._slot()
+        order, first = self._bags
         rest = original.shape[2:]
-        total = original.new_zeros(self.batch * stride, *rest, dtype=_accumulation_dtype(original.dtype))
-        total = total.index_add(0, slot, original.flatten(0, 1).to(total.dtype))
-        return total.view(self.batch, stride, *rest)[:, : self.width]
+        flat = original.reshape(self.batch * self.tokens, -1)
+        total = embedding_bag(order, flat.to(_accumulation_dtype(original.dtype)), first, mode="sum")
+        return total.view(self.batch, -1, *rest)[:, : self.width]
 
     def average(self, original: Tensor) -> Tensor:
         """Mean of each group: [B, N, ...] -> [B, M, ...], summed in float32 or wider; rows past `kept` are 0."""
@@ -86,7 +99,9 @@ class TokenMap:
 
     def size(self) -> Tensor:
         """float32 [B, M]: how many original tokens each merged token stands for."""
-        return self.sum(torch.ones_like(self.group, dtype=torch.float32))
+        slot, stride = self._slot()
+        count = torch.zeros(self.batch * stride, device=slot.device)
+        return count.index_add_(0, slot, count.new_ones(slot.shape)).view(self.batch, stride)[:, : self.width]
 
     def first(self) -> Tensor:
         """int64 [B, M]: the first original token of each group (0 past `kept`)."""

@@ -53,7 +53,7 @@ class VisionHooks:
         return merging
 
     def layer(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Encoder layer `index` that merges between its attention and its MLP."""
+        """Encoder layer `index` that merges between its attention and its MLP, or that does not run, see `MergeRun`."""
         layer = self._parts.encoder_layers[index]
 
         @functools.wraps(forward)
@@ -65,11 +65,14 @@ class VisionHooks:
         return merging_layer
 
     def after_tower(self, _tower: nn.Module, _args: Any, output: Any) -> None:
-        """Features of several layers are joined token by token, so bring them all to the tokens left at the end."""
+        """Features of several layers are joined token by token, so bring them all to the tokens left at the end.
+
+        The features of layers that did not run, since the language model reads none of them, are None.
+        """
         run = self._run
         if run is not None and output.hidden_states is not None:
             output.hidden_states = tuple(
-                None if hidden is None else run.in_final_tokens(hidden, layers)
+                None if hidden is None or layers > run.depth else run.in_final_tokens(hidden, layers)
                 for layers, hidden in enumerate(output.hidden_states)
             )
 

@@ -2,6 +2,7 @@
 
 from dymu.merging.baselines import AveragePool, RandomKeep
 from dymu.merging.encoder_layer import EncoderLayer, MergedTokens, MergeRun
+from dymu.merging.layout import Layout
 from dymu.merging.rule import (
     SCHEDULES,
     Chooser,
@@ -20,6 +21,7 @@ __all__ = [
     "Chooser",
     "EncoderLayer",
     "FixedMerge",
+    "Layout",
     "MergeRule",
     "MergeRun",
     "MergedTokens",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from dymu.merging.attention import sized_attention
+from dymu.merging.layout import Layout
 from dymu.merging.match import best_partner, similarity_metric
-from dymu.merging.merge import merge_map, merge_tokens
+from dymu.merging.merge import merge_step, merge_tokens, reduce_tokens
 from dymu.merging.rule import Chooser, MergeRule, Reduction
 from dymu.token_map import TokenMap
 
@@ -29,67 +31,67 @@ class EncoderLayer:
     after_mlp: tuple[nn.Module, ...]
     heads: int
 
-    def attend(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, state: MergedTokens) -> tuple[Tensor, Tensor]:
         """The attention half of the layer.
 
         Args:
-            x: [B, T, C] tokens.
-            bias: [B, 1, 1, T] added to every query's logits (the log of each key's size), or None.
+            x: tokens, in the state's layout, with C channels.
+            state: which tokens there are, and how many each stands for.
 
         Returns:
-            [B, T, C] tokens after the residual, and the [B, T, H, D] keys of the attention.
+            Tokens after the residual, and the [..., H, D] keys of the attention, both in the same layout.
         """
-        normed = self.norm1(x)
-        query, key, value = (
-            project(normed).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value)
-        )
-        attended = scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias
-        )
-        update = self.out(attended.transpose(1, 2).flatten(2))
+        normed, layout = self.norm1(x), state.layout
+        query, key, value = (project(normed) for project in (self.query, self.key, self.value))
+        by_head = (layout.pad(part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        attended = sized_attention(*by_head, log_size=state.log_size)
+        update = self.out(layout.pack(attended.transpose(1, 2).flatten(2)))
         for module in self.after_attention:
             update = module(update)
-        return x + update, key
+        return x + update, key.unflatten(-1, (self.heads, -1))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """The MLP half of the layer, [B, T, C] to [B, T, C]."""
+        """The MLP half of the layer, for tokens in any layout."""
         update: Tensor = self.mlp(self.norm2(x))
         for module in self.after_mlp:
             update = module(update)
         return x + update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MergedTokens:
     """A batch of images part way through the encoder: which tokens are left and how many each stands for."""
 
     map: TokenMap
+    layout: Layout
+    """How the tokens travel."""
     size: Tensor | None = None
-    """float32 [B, T]; None while every token stands for itself."""
+    """float32, in that layout; None while every token stands for itself."""
 
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """log(size) as an additive attention bias [B, 1, 1, T]; -inf past a row's end; None when it would be all 0."""
-        return None if self.size is None else self.size.log()[:, None, None].to(dtype)
+    @classmethod
+    def unmerged(cls, embedded: Tensor) -> MergedTokens:
+        """Of [B, T, C] embedded images."""
+        batch, tokens = embedded.shape[:2]
+        return cls(TokenMap.identity(batch, tokens, embedded.device), Layout.equal(batch, tokens, embedded.device))
+
+    @cached_property
+    def log_size(self) -> Tensor | None:
+        """What attention adds to the logits of each key: float32 [B, T], -inf past an image's end; None: all 0."""
+        if self.size is None:
+            return None
+        log_size = self.layout.pad(self.size.log())
+        return log_size.masked_fill(~self.layout.present, -torch.inf) if self.layout.packed else log_size
 
     def match(self, keys: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-        """Similarity and partner of each A token, see `best_partner`; `keys` are [B, T, H, D]."""
-        length = self.map.kept - prefix if self.ragged else None
-        return best_partner(similarity_metric(keys, prefix), length)
+        """Similarity and partner of each A token, see `best_partner`; `keys` are [..., H, D] in the layout."""
+        return best_partner(similarity_metric(keys), self.layout, prefix)
 
     def merge(self, x: Tensor, into: Tensor, prefix: int) -> tuple[Tensor, MergedTokens]:
-        """Merge the A tokens of x [B, T, C] into their partners `into`, see `merge_map`."""
-        return self.take(x, merge_map(into, self.map.kept, x.shape[1], prefix))
-
-    def take(self, x: Tensor, step: TokenMap) -> tuple[Tensor, MergedTokens]:
-        """Merge x [B, T, C] as `step` says."""
-        size = torch.ones(x.shape[:2], device=x.device) if self.size is None else self.size
-        x, size = merge_tokens(x, size, step)
-        return x, MergedTokens(self.map.then(step), size)
-
-    @property
-    def ragged(self) -> bool:
-        """Whether rows may have different lengths."""
-        return self.size is not None and self.map.batch > 1
+        """Merge the A tokens of x, in the layout, into their partners `into`, see `merge_step`."""
+        step, layout = merge_step(into, self.layout, prefix)
+        x, size = merge_tokens(x, self.size, step, self.layout, layout)
+        # All originals are there, also where a row of `step` is padded.
+        return x, MergedTokens(replace(self.map.then(step), padded=False), layout, size)
 
 
 class MergeRun:
@@ -97,7 +99,7 @@ class MergeRun:
 
     Args:
         rule: which tokens merge.
-        depth: encoder layers that merge, from the first on.
+        depth: encoder layers that run and may merge, from the first on.
         prefix: leading tokens that never merge.
     """
 
@@ -107,20 +109,28 @@ class MergeRun:
         self._choosers: list[Chooser | None] = []
 
     def layer(self, index: int, layer: EncoderLayer, x: Tensor) -> Tensor:
-        """Run encoder layer `index` on x [B, T, C]; fewer tokens may come out."""
+        """Run encoder layer `index` on what the layer before it gave.
+
+        Fewer tokens may come out. Between layers they travel as the states' layouts say; the last of `depth` gives
+        [B, T, C] again, and those past it give back what they are given, since nobody reads their features.
+        """
         if index == 0:
-            self.states = [MergedTokens(TokenMap.identity(x.shape[0], x.shape[1], x.device))]
+            self.states = [MergedTokens.unmerged(x)]
             self._choosers = list(self.rule.choosers(x.shape[1] - self.prefix, self.depth))
         state = self.states[-1]
-        x, keys = layer.attend(x, state.bias(x.dtype))
-        chooser = self._choosers[index] if index < self.depth else None
-        if chooser is not None:
-            similarity, partner = state.match(keys, self.prefix)
-            x, state = state.merge(x, chooser(similarity, partner), self.prefix)
-        x = layer.feed_forward(x)
-        if index + 1 == self.depth and isinstance(self.rule, Reduction):
-            step = self.rule.reduction(len(x), x.shape[1] - self.prefix, x.device).after(self.prefix)
-            x, state = state.take(x, step)
+        if index < self.depth:
+            x, keys = layer.attend(x, state)
+            chooser = self._choosers[index]
+            if chooser is not None:
+                similarity, partner = state.match(keys, self.prefix)
+                x, state = state.merge(x, chooser(similarity, partner), self.prefix)
+            x = layer.feed_forward(x)
+        if index + 1 == self.depth:
+            x = state.layout.pad(x)
+            if isinstance(self.rule, Reduction):
+                step = self.rule.reduction(len(x), x.shape[1] - self.prefix, x.device).after(self.prefix)
+                x, _ = reduce_tokens(x, state.map.size(), step)
+                state = MergedTokens(state.map.then(step), Layout.of(step.kept))
         self.states.append(state)
         return x
 
@@ -130,11 +140,13 @@ class MergeRun:
         return self.states[-1].map
 
     def in_final_tokens(self, hidden: Tensor, layers: int) -> Tensor:
-        """Average the [B, T, C] output of the first `layers` layers down to the tokens left at the end."""
-        if self.states[layers] is self.states[-1]:
+        """Average what the first `layers` layers gave down to the tokens left at the end, [B, M, C]."""
+        if layers >= self.depth:
             return hidden
-        early, final = self.states[layers].map, self.map
-        group = final.group.gather(1, early.first())
-        absent = torch.arange(early.width, device=group.device)[None] >= early.kept[:, None]
-        onward = TokenMap(torch.where(absent, -1, group), final.kept, final.width, padded=True)
-        return merge_tokens(hidden, early.size(), onward)[0]
+        state, final = self.states[layers], self.map
+        hidden = state.layout.pad(hidden)
+        if state.map is final:
+            return hidden
+        group = final.group.gather(1, state.map.first())
+        onward = TokenMap(torch.where(state.layout.present, group, -1), final.kept, final.width, padded=True)
+        return reduce_tokens(hidden, state.map.size(), onward)[0]

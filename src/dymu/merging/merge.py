@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
+from dymu.merging.layout import Layout
 from dymu.token_map import TokenMap
 
 
-def merge_map(into: Tensor, length: Tensor, tokens: int, prefix: int = 0) -> TokenMap:
+def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap, Layout]:
     """Where every token goes when the chosen A tokens join their partners.
 
     The new order is [prefix] [A that did not merge, in rising index] [B].
@@ -16,33 +18,55 @@ def merge_map(into: Tensor, length: Tensor, tokens: int, prefix: int = 0) -> Tok
     Args:
         into: int64 [B, ceil((T - prefix) / 2)], index within B of the partner that each A token merges into; -1: it
             stays.
-        length: int64 [B], tokens that each row really has, prefix included.
-        tokens: T, tokens of the (padded) input.
-        prefix: leading tokens that never merge.
+        before: the layout of the tokens.
+        prefix: leading tokens of each image that never merge.
 
     Returns:
-        TokenMap from T to the tokens that remain. One host synchronisation, to learn the widest row.
+        TokenMap from T places to the tokens that remain, and their layout. One host synchronisation.
     """
-    batch, device = into.shape[0], into.device
-    place = torch.arange(tokens, device=device)
-    present = place[None] < length[:, None]
-    stay = present[:, prefix::2] & (into < 0)
-    staying = stay.sum(1)
-    b_start = (prefix + staying)[:, None]
-
-    group = place.expand(batch, tokens).clone()
-    group[:, prefix::2] = torch.where(stay, prefix + stay.cumsum(1) - 1, b_start + into)
+    batch, tokens, device = before.batch, before.longest, into.device
+    rank = (into < 0).cumsum(1)
+    # An image's missing A tokens are its last ones, and none of them merges.
+    staying = rank[:, -1:] - (into.shape[1] - (before.length[:, None] - prefix + 1) // 2)
+    b_start = prefix + staying
+    group = torch.empty(batch, tokens, dtype=torch.long, device=device)
+    group[:, :prefix] = torch.arange(prefix, device=device)
+    group[:, prefix::2] = torch.where(into < 0, rank + (prefix - 1), b_start + into)
     group[:, prefix + 1 :: 2] = b_start + torch.arange((tokens - prefix) // 2, device=device)
-    kept = prefix + staying + present[:, prefix + 1 :: 2].sum(1)
-    extent = torch.stack([kept.max(), length.min()]).tolist()
-    padded = extent[1] < tokens
-    if padded:
-        group = torch.where(present, group, -1)
-    return TokenMap(group, kept, extent[0], padded)
+    if before.packed:
+        group = group.masked_fill_(~before.present, -1)
+    after = Layout.of(b_start[:, 0] + (before.length - prefix) // 2)
+    return TokenMap(group, after.length, after.longest, before.packed), after
 
 
-def merge_tokens(x: Tensor, size: Tensor, step: TokenMap) -> tuple[Tensor, Tensor]:
+def merge_tokens(
+    x: Tensor, size: Tensor | None, step: TokenMap, before: Layout, after: Layout
+) -> tuple[Tensor, Tensor]:
     """Size-weighted mean of every group of `step`: x_j = sum(s x) / sum(s), s_j = sum(s).
+
+    Args:
+        x: tokens, in the layout `before`, with C channels.
+        size: float32, in the layout `before`, how many original tokens each stands for; None: one each.
+        step, after: see `merge_step`.
+
+    Returns:
+        Tokens in x's dtype and their float32 sizes, in the layout `after`.
+    """
+    goal = before.pack(step.group + after.start).flatten()
+    ones = torch.ones(before.total, device=x.device) if size is None else size.flatten()
+    merged_size = ones.new_zeros(after.total).index_add(0, goal, ones)
+    goal, order = goal.sort(stable=True)
+    first = torch.searchsorted(goal, torch.arange(after.total, device=x.device))
+    wide = x if x.dtype == torch.float64 else x.float()
+    weight = (ones[order] / merged_size[goal]).to(wide.dtype)
+    # A bag of one token has weight 1 and is copied. Bags add up in one order, where scattered adds on a GPU do not.
+    merged = embedding_bag(order, wide.flatten(0, 1), first, mode="sum", per_sample_weights=weight).to(x.dtype)
+    shape = (1, after.total) if after.packed else (after.batch, after.longest)
+    return merged.unflatten(0, shape), merged_size.view(shape)
+
+
+def reduce_tokens(x: Tensor, size: Tensor, step: TokenMap) -> tuple[Tensor, Tensor]:
+    """The same for padded tokens and any map, which may leave tokens out.
 
     Args:
         x: [B, T, C] tokens.
