@@ -117,9 +117,10 @@ class TokenMap:
             raise ValueError(
                 f"expected a map of [{self.batch}, {self.width}] tokens, got [{further.batch}, {further.tokens}]"
             )
-        group = further.group.gather(1, self.group.clamp(min=0))
         if self.padded:
-            group = torch.where(self.group < 0, -1, group)
+            group = torch.where(self.group < 0, -1, further.group.gather(1, self.group.clamp(min=0)))
+        else:
+            group = further.group.gather(1, self.group)
         return TokenMap(group, further.kept, further.width, self.padded or further.padded)
 
     def drop(self, tokens: int) -> TokenMap:

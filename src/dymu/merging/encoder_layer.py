@@ -42,9 +42,12 @@ class EncoderLayer:
             Tokens after the residual, and the [..., H, D] keys of the attention, both in the same layout.
         """
         normed, layout = self.norm1(x), state.layout
-        query, key, value = (project(normed) for project in (self.query, self.key, self.value))
-        by_head = (layout.pad(part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
-        attended = sized_attention(*by_head, log_size=state.log_size)
+        key = self.key(normed)
+        queries, keys, values = (
+            layout.pad(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query(normed), key, self.value(normed))
+        )
+        attended = sized_attention(queries, keys, values, state.log_size)
         update = self.out(layout.pack(attended.transpose(1, 2).flatten(2)))
         for module in self.after_attention:
             update = module(update)

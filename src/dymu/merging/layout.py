@@ -1,4 +1,4 @@
-"""How the tokens of a batch lie in memory: images of one length as [B, T, C], of different lengths packed, [1, S, C]."""
+"""How the tokens of a batch lie in memory: images of one length as [B, T, C], of several lengths packed, [1, S, C]."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ class Layout:
         """int64 [B, 1], where each image begins among all S tokens."""
         return (self.length.cumsum(0) - self.length)[:, None]
 
+    def index(self, place: Tensor) -> Tensor:
+        """Places [B, ...] within each image, to those among all S tokens."""
+        return place if self.batch == 1 else place + self.start
+
     @cached_property
     def present(self) -> Tensor:
         """bool [B, T], the places that hold a token."""
@@ -62,7 +66,7 @@ class Layout:
     @cached_property
     def _place(self) -> Tensor:
         """int64 [B * T], the packed token at each padded place; past an image's end, any."""
-        place = self.start + torch.arange(self.longest, device=self.length.device)
+        place = self.index(torch.arange(self.longest, device=self.length.device))
         return place.clamp_(max=self.total - 1).flatten()
 
     @cached_property

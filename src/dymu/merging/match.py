@@ -39,7 +39,7 @@ def best_partner(metric: Tensor, layout: Layout, prefix: int = 0) -> tuple[Tenso
     if b.shape[1] == 0:
         return a.new_full(a.shape[:2], -torch.inf), a.new_zeros(a.shape[:2], dtype=torch.long)
     with torch.autocast(metric.device.type, enabled=False):
-        scores = a @ b.transpose(1, 2)
+        scores = torch.bmm(a, b.mT)
     if not layout.packed:
         similarity, partner = scores.max(-1)
         return similarity, partner

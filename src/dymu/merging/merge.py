@@ -25,17 +25,21 @@ def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap,
         TokenMap from T places to the tokens that remain, and their layout. One host synchronisation.
     """
     batch, tokens, device = before.batch, before.longest, into.device
-    rank = (into < 0).cumsum(1)
-    # An image's missing A tokens are its last ones, and none of them merges.
-    staying = rank[:, -1:] - (into.shape[1] - (before.length[:, None] - prefix + 1) // 2)
-    b_start = prefix + staying
+    b_count = (tokens - prefix) // 2
+    stays = into < 0
+    place = stays.cumsum(1).add_(prefix - 1)
+    b_start = place[:, -1:] + 1
+    if before.packed:  # an image's missing A tokens are its last ones, and stay
+        b_start -= into.shape[1] - (before.length[:, None] - prefix + 1) // 2
     group = torch.empty(batch, tokens, dtype=torch.long, device=device)
     group[:, :prefix] = torch.arange(prefix, device=device)
-    group[:, prefix::2] = torch.where(into < 0, rank + (prefix - 1), b_start + into)
-    group[:, prefix + 1 :: 2] = b_start + torch.arange((tokens - prefix) // 2, device=device)
+    torch.where(stays, place, into + b_start, out=group[:, prefix::2])
+    torch.add(b_start, torch.arange(b_count, device=device), out=group[:, prefix + 1 :: 2])
     if before.packed:
-        group = group.masked_fill_(~before.present, -1)
-    after = Layout.of(b_start[:, 0] + (before.length - prefix) // 2)
+        group.masked_fill_(~before.present, -1)
+        after = Layout.of(b_start[:, 0] + (before.length - prefix) // 2)
+    else:
+        after = Layout.of(b_start[:, 0] + b_count)
     return TokenMap(group, after.length, after.longest, before.packed), after
 
 
@@ -52,7 +56,7 @@ def merge_tokens(
     Returns:
         Tokens in x's dtype and their float32 sizes, in the layout `after`.
     """
-    goal = before.pack(step.group + after.start).flatten()
+    goal = before.pack(after.index(step.group)).flatten()
     ones = torch.ones(before.total, device=x.device) if size is None else size.flatten()
     merged_size = ones.new_zeros(after.total).index_add(0, goal, ones)
     goal, order = goal.sort(stable=True)
