@@ -15,6 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.record import RESULTS, ROOT
+from dymu.bench.results import load as load_bench
+from dymu.bench.tables import overview
+from dymu.bench.tables import provenance as made_by
 from dymu.evaluate import Results, summarise
 from dymu.evaluate.summary import ALL
 from dymu.evaluate.tables import accuracy_table, kind_table, provenance, series
@@ -61,6 +64,12 @@ def speed() -> str:
     ]  # fmt: skip
     header = ["image tokens", "encoder", "prefill", "encoder + prefill", "each token after"]
     return _markdown(header, rows) + _made_by(result)
+
+
+def bench() -> str:
+    """Times and bytes as parts of the untouched model's, of every `bench-….json`."""
+    found = [load_bench(path) for path in sorted(RESULTS.glob("bench-*.json"))]
+    return "\n\n".join(f"{overview(results)}\n\n<sub>{made_by(results)}</sub>" for results in found)
 
 
 def accuracy() -> str:
@@ -170,7 +179,7 @@ def saliency_paired() -> str:
 
 
 FUNCTIONS = (
-    kept_tokens, speed, accuracy, accuracy_by_kind, compact, calibration_size, saliency, saliency_schedules,
+    kept_tokens, speed, bench, accuracy, accuracy_by_kind, compact, calibration_size, saliency, saliency_schedules,
     saliency_paired,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}

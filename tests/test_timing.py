@@ -27,7 +27,7 @@ def inputs(model):
 
 def test_every_part_takes_time_and_none_counts_twice(model, inputs, monkeypatch):
     ticks = iter(range(100))
-    monkeypatch.setattr(timing, "_now", lambda: next(ticks))
+    monkeypatch.setattr(timing, "now", lambda: next(ticks))
     monkeypatch.setattr(timing, "DECODE_STEPS", 1)
     assert measure(model, inputs) == Times(encoder_ms=1000, prefill_ms=1000, decode_ms_per_token=1000)
 

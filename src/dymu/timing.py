@@ -7,6 +7,7 @@ language model begins.
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -47,16 +48,16 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> Times:
     language_model_begins: list[float] = []
 
     def mark(*_: Any) -> None:
-        language_model_begins.append(_now())
+        language_model_begins.append(now())
 
     # The first of its hooks, so that what DyMU does to the prompt counts as prefill.
     hook = resolve(model, FAMILIES).language_model.register_forward_pre_hook(mark, prepend=True)
-    begins = _now()
+    begins = now()
     try:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     finally:
         hook.remove()
-    prefilled = _now()
+    prefilled = now()
     mask = inputs["attention_mask"]
     for _ in range(DECODE_STEPS):
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
@@ -66,7 +67,7 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> Times:
             past_key_values=output.past_key_values,
             use_cache=True,
         )
-    ends = _now()
+    ends = now()
     return Times(
         encoder_ms=1e3 * (language_model_begins[0] - begins),
         prefill_ms=1e3 * (prefilled - language_model_begins[0]),
@@ -84,27 +85,40 @@ def measure_repeatedly(
 ) -> tuple[list[Times], list[Times]]:
     """Time the model as it is and, given its handle, with DyMU disabled: (as it is, untouched).
 
-    The two alternate, each going first every other time, so that a machine growing slower or faster
-    weighs on both alike. Warm up first. It stops after `repeats`, or once `limit_s` seconds have
-    gone by, but never before one of each.
+    The two alternate, see `interleaved`. Warm up first. It stops after `repeats`, or once `limit_s` seconds have gone
+    by, but never before one of each.
     """
-    as_it_is: list[Times] = []
-    untouched: list[Times] = []
-    variants: list[tuple[list[Times], Callable[[], Any]]] = [(as_it_is, nullcontext)]
+
+    def situation(context: Callable[[], Any]) -> Times:
+        with context():
+            return measure(model, inputs)
+
+    variants = {"as it is": partial(situation, nullcontext)}
     if handle is not None:
-        variants.append((untouched, handle.disabled))
+        variants["untouched"] = partial(situation, handle.disabled)
+    runs = interleaved(variants, repeats=repeats, limit_s=limit_s)
+    return runs["as it is"], runs.get("untouched", [])
+
+
+def interleaved(variants: Mapping[str, Callable[[], Times]], *, repeats: int, limit_s: float) -> dict[str, list[Times]]:
+    """Take each variant's times in turn: what the machine does meanwhile weighs on all alike.
+
+    Each goes first in one round and last in another. It stops after `repeats` rounds, or with the round in which
+    `limit_s` seconds have gone by.
+    """
+    runs: dict[str, list[Times]] = {name: [] for name in variants}
+    order = list(variants.items())
     end = perf_counter() + limit_s
     for _ in range(repeats):
-        for times, situation in variants:
-            with situation():
-                times.append(measure(model, inputs))
-        variants.reverse()
+        for name, timed in order:
+            runs[name].append(timed())
+        order = [*order[1:], *order[:1]]
         if perf_counter() > end:
             break
-    return as_it_is, untouched
+    return runs
 
 
-def _now() -> float:
+def now() -> float:
     """Seconds, once the accelerator has finished what it was given."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()

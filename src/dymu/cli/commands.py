@@ -33,7 +33,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The `dymu` command: exit code 0, 1 (it failed) or 2 (it was called wrongly)."""
-    import dymu.cli.evaluating  # noqa: F401, it adds its commands to the app
+    import dymu.cli.benching
+    import dymu.cli.evaluating  # noqa: F401, they add their commands to the app
 
     errors.Traceback.reset()
     try:

@@ -1,0 +1,167 @@
+"""Merges recorded on real photos, and a rule that replays them.
+
+A model with random weights merges nonsense: its group shapes, on which time and memory depend, would be those of no
+real picture. So the merges of a real encoder (the demo model's DINOv2-S, 576 tokens of a 336 px photo) were recorded
+once by `benchmarks/record_merges.py`, and any encoder of 576 tokens and at least as many layers can go through them
+again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from dymu.errors import BadBudget, UnsupportedModel
+from dymu.merging import Chooser
+
+FILE = Path(__file__).with_name("merges.safetensors")
+NEAR = 0.05
+"""A budget this much off a recorded one is taken for it."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The merges of some photos at some budgets.
+
+    Attributes:
+        tokens: of every photo ahead of the first layer, class token not counted.
+        layers: of the recorded encoder; all merge.
+        photos: files of the evaluation pack.
+        thresholds: at each budget, the similarity per layer that decided.
+        into: at each budget, for each photo and layer, int16 [A] as a `Chooser` answers.
+    """
+
+    tokens: int
+    layers: int
+    photos: tuple[str, ...]
+    thresholds: Mapping[int, tuple[float, ...]]
+    into: Mapping[int, tuple[tuple[np.ndarray, ...], ...]]
+
+    def kept(self, budget: int) -> list[int]:
+        """Tokens left of each photo."""
+        return [self.tokens - sum(int((layer >= 0).sum()) for layer in photo) for photo in self.into[budget]]
+
+    def budget_near(self, budget: int | float) -> int:
+        """The recorded budget for one in tokens, or a fraction of all as a float up to 1.
+
+        Raises:
+            BadBudget: none is within 5 % of it.
+        """
+        wanted = budget * self.tokens if isinstance(budget, float) and budget <= 1 else budget
+        nearest = min(self.into, key=lambda recorded: abs(recorded - wanted))
+        if abs(nearest - wanted) > NEAR * nearest:
+            raise BadBudget(
+                f"merges were recorded at {', '.join(map(str, sorted(self.into)))} of {self.tokens} tokens, none of "
+                f"them near {wanted:g}; take one of those, or record more with `python -m benchmarks.record_merges`."
+            )
+        return nearest
+
+    def rule(self, budget: int, photos: Sequence[int]) -> Replay:
+        """The rule that merges a batch as these photos were merged, one per image."""
+        return Replay(self.tokens, tuple(self.into[budget][photo] for photo in photos))
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file of one int16 tensor for each budget: all photos' layers, one after the other."""
+        about = {
+            "tokens": self.tokens,
+            "layers": self.layers,
+            "photos": self.photos,
+            "thresholds": {str(budget): values for budget, values in self.thresholds.items()},
+        }
+        flat = {
+            str(budget): np.concatenate([np.concatenate(p) for p in photos]) for budget, photos in self.into.items()
+        }
+        save_file(flat, path, {"dymu": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: Path) -> Recorded:
+        """Read what `save` wrote."""
+        with safe_open(path, "numpy") as file:
+            about = json.loads(file.metadata()["dymu"])
+            flat = {int(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        return cls(
+            tokens=about["tokens"],
+            layers=about["layers"],
+            photos=tuple(about["photos"]),
+            thresholds={int(budget): tuple(values) for budget, values in about["thresholds"].items()},
+            into={
+                budget: _cut(values, about["tokens"], about["layers"], len(about["photos"]))
+                for budget, values in sorted(flat.items())
+            },
+        )
+
+
+@cache
+def recorded() -> Recorded:
+    """The merges that come with the library."""
+    return Recorded.load(FILE)
+
+
+def _cut(flat: np.ndarray, tokens: int, layers: int, photos: int) -> tuple[tuple[np.ndarray, ...], ...]:
+    """What `save` joined: a layer has as many numbers as tokens at even places reach it."""
+    start = 0
+    cut = []
+    for _ in range(photos):
+        left, of_photo = tokens, []
+        for _ in range(layers):
+            layer = flat[start : start + (left + 1) // 2]
+            start += len(layer)
+            left -= int((layer >= 0).sum())
+            of_photo.append(layer)
+        cut.append(tuple(of_photo))
+    return tuple(cut)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A `MergeRule` that merges as was recorded, one record per image of the batch.
+
+    Over a deeper encoder the recorded layers spread by depth: each merges in the first layer that is as far along, so
+    layer l of L in layer ceil((l + 1) / L x layers) - 1. Similarities are computed as ever and looked at, so that
+    finding partners takes the time that it takes; what they are does not matter.
+
+    Args:
+        tokens: of every image ahead of the first layer.
+        into: for each image and recorded layer, whole numbers [A] as a `Chooser` answers.
+    """
+
+    tokens: int
+    into: tuple[tuple[np.ndarray, ...], ...]
+    _padded: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def choosers(self, tokens: int, layers: int) -> list[Chooser | None]:
+        """See `MergeRule`.
+
+        Raises:
+            UnsupportedModel: the images have another number of tokens, or the encoder has too few layers.
+        """
+        recorded_layers = len(self.into[0])
+        if tokens != self.tokens or layers < recorded_layers:
+            raise UnsupportedModel(
+                f"the recorded merges are of {self.tokens} tokens and {recorded_layers} layers, and do not fit an "
+                f"encoder of {tokens} tokens of which {layers} layers are used; take a shape of {self.tokens} tokens "
+                f"that uses {recorded_layers} layers or more."
+            )
+        choosers: list[Chooser | None] = [None] * layers
+        for layer in range(recorded_layers):
+            choosers[-(-(layer + 1) * layers // recorded_layers) - 1] = partial(self._choose, layer)
+        return choosers
+
+    def _choose(self, layer: int, similarity: Tensor, partner: Tensor) -> Tensor:
+        key = (layer, partner.device)
+        if key not in self._padded:
+            rows = [torch.from_numpy(image[layer].astype(np.int64)) for image in self.into]
+            padded = torch.full(partner.shape, -1)
+            for row, into in zip(padded, rows, strict=True):
+                row[: len(into)] = into
+            self._padded[key] = padded.to(partner.device)
+        return torch.where(similarity > -torch.inf, self._padded[key], -1)
