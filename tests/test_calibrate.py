@@ -135,6 +135,20 @@ def test_equals_a_slow_reference(
     assert [entry.achieved, entry.min, entry.max] == [np.mean(counts), min(counts), max(counts)]
 
 
+@pytest.mark.parametrize("layers", [(0, 2), (3,), (1, 2, 3)], ids=str)
+def test_only_the_chosen_layers_merge(layers, tmp_path, processor, images) -> None:
+    model = tiny.llava("clip", layer=-1)
+    found = dymu.calibrate(model, processor, images, [30], merge_layers=reversed(layers), progress=False)
+    entry = found.calibrated[0]
+    assert {layer for layer, threshold in enumerate(entry.thresholds) if threshold <= 1} == set(layers)
+    assert entry.achieved == pytest.approx(30, rel=0.005)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert sum(kept(model, found, 30, pixels)) / COUNT == entry.achieved
+    assert found.merge_layers == layers
+    found.save(tmp_path / "thresholds.json")
+    assert dymu.Thresholds.load(tmp_path / "thresholds.json") == found
+
+
 def test_does_not_depend_on_the_batch(processor: CLIPImageProcessorPil, images: list[Image.Image]) -> None:
     model = tiny.llava("clip", layer=-1)
     one, *others = (
@@ -306,6 +320,11 @@ def test_refuses_what_cannot_work(processor, images) -> None:
         dymu.calibrate(nn.Linear(1, 1), processor, images, [10], progress=False)
     with pytest.raises(ValueError, match="unknown schedule"):
         dymu.calibrate(model, processor, images, [10], schedule="other", progress=False)
+    for layers in ([], [3], [-1], [0, 7]):
+        with pytest.raises(ValueError, match=r"merge_layers .* not some of the layers 0 to 2"):
+            dymu.calibrate(model, processor, images, [30], merge_layers=layers, progress=False)
+    with pytest.raises(dymu.BadBudget, match="in 1 layers"):
+        dymu.calibrate(model, processor, images, [20], merge_layers=[1], progress=False)
     with pytest.raises(ValueError, match="at least one budget"):
         dymu.calibrate(model, processor, images, [], progress=False)
     with pytest.raises(dymu.DymuError, match=r"ahead of the first encoder layer"):

@@ -310,6 +310,33 @@ def test_fixed_merge_keeps_that_many_of_every_image(keep, schedule):
         assert handle.last.kept == [keep if keep > 1 else 24] * 3
 
 
+@given(st.integers(8, 729), st.sets(st.integers(0, 11), min_size=1), st.floats(0.01, 1), st.sampled_from(SCHEDULES))
+def test_only_the_chosen_layers_remove(tokens, chosen, part, schedule):
+    keep = max(part * tokens, tokens / 2 ** len(chosen))
+    removed = removals(tokens, keep, 12, schedule, chosen)
+    assert {layer for layer, count in enumerate(removed) if count > 1e-9} <= chosen
+    assert sum(removed) == pytest.approx(tokens - keep, abs=1e-6 * tokens)
+
+
+def test_layers_that_are_chosen_keep_their_proportions():
+    assert removals(576, 300, 4, "reverse_linear", [1, 3]) == pytest.approx([0, 92, 0, 184])
+    with pytest.raises(BadBudget, match="in 1 layers"):
+        removals(576, 287, 12, "constant", [3])
+    for wrong in ([], [4], [-1]):
+        with pytest.raises(ValueError, match="name some of 0 to 3"):
+            removals(576, 300, 4, "constant", wrong)
+
+
+def test_fixed_merge_in_some_layers():
+    model = tiny.llava(layer=-1)
+    with dymu.apply(model, merge=FixedMerge(20, layers=(1, 3))) as handle:
+        model.get_image_features(tiny.pictures(2))
+        first, *others = handle.last.layers
+        assert first == [tiny.PATCHES] * 2
+        assert others[0] == others[1] != first
+        assert handle.last.kept == [20, 20]
+
+
 def test_fixed_merge_merges_the_most_alike():
     choose = FixedMerge(keep=3).choosers(5, 1)[0]
     similarity = torch.tensor([[0.1, 0.9, 0.5], [0.9, -torch.inf, 0.3]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,6 +42,7 @@ def calibrate(
     budgets: Iterable[int | float],
     *,
     schedule: Schedule = "reverse_linear",
+    merge_layers: Iterable[int] | None = None,
     batch_size: int = 8,
     memory_limit_bytes: int = 2 * 2**30,
     progress: bool = True,
@@ -61,6 +62,8 @@ def calibrate(
         budgets: image tokens (class token and registers not counted) to keep on average; a float up to 1 is a fraction
             of all of them, rounded to whole tokens.
         schedule: where to merge: `constant`, `linear` or `reverse_linear` (more in later layers; the paper's choice).
+        merge_layers: indices of the encoder layers that merge, at the same budgets; None: all. Fewer merges cost
+            less time but each takes more tokens at once, see docs/encoder.md.
         batch_size: images that go through a layer together; but for rounding, the thresholds do not depend on it.
         memory_limit_bytes: hidden states beyond so many bytes wait in a temporary file, see `Shelf`. An image takes
             tokens * width * bytes per number, twice that where there are several budgets.
@@ -70,7 +73,8 @@ def calibrate(
         UnsupportedModel: the model is of no described family.
         BadBudget: a budget is above the number of tokens, or below what halving them in every layer leaves.
         DymuError: no image could be used, or the processor does not make one picture of one size of each.
-        ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
+        ValueError: an unknown `schedule`, no `budgets`, a `batch_size` below 1, or `merge_layers` that the model does
+            not have or whose features it does not read.
     """
     wanted = list(budgets)
     if schedule not in SCHEDULES:
@@ -81,6 +85,11 @@ def calibrate(
     prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
     if depth == 0:
         raise DymuError("this model reads its image features ahead of the first encoder layer, so no layer can merge.")
+    merging_layers = tuple(range(depth)) if merge_layers is None else tuple(sorted(set(merge_layers)))
+    if not merging_layers or not 0 <= merging_layers[0] <= merging_layers[-1] < depth:
+        raise ValueError(
+            f"merge_layers {list(merging_layers)} are not some of the layers 0 to {depth - 1} that feed the model"
+        )
     pictures = _Pictures(getattr(processor, "image_processor", processor), images)
     batches: list[_Batch] = []
     tokens, targets = 0, list[int | float]()
@@ -88,14 +97,14 @@ def calibrate(
         opened.enter_context(torch.inference_mode())
         bar = opened.enter_context(_bar(progress))
         shelf = opened.enter_context(Shelf(memory_limit_bytes))
-        run = _Run(parts.encoder_layers[:depth], prefix)
+        run = _Run(parts.encoder_layers[:depth], merging_layers, prefix)
 
         reading = bar.add_task("reading images", total=pictures.expected)
         for pixels in pictures.batches(batch_size, lambda: bar.advance(reading)):
             embedded = _embed(parts, pixels)
             if not batches:
                 tokens = embedded.shape[1] - prefix
-                targets = _targets(wanted, tokens, depth, schedule)
+                targets = _targets(wanted, tokens, depth, schedule, merging_layers)
             batches.append(run.begin(embedded, shelf.place(embedded.nbytes)))
         if not batches:
             raise DymuError(f"no image could be used for calibration: {pictures.why_none()}")
@@ -110,7 +119,7 @@ def calibrate(
             calibrated.append(
                 run.calibrated(
                     target,
-                    removals(tokens, target, depth, schedule),
+                    removals(tokens, target, depth, schedule, merging_layers),
                     batches,
                     own if target == merging[-1] else spare,
                     lambda task=task: bar.advance(task),  # type: ignore[misc]
@@ -124,6 +133,7 @@ def calibrate(
         calibrated=tuple(calibrated),
         encoder=encoder_of(parts, tokens),
         schedule=schedule,
+        merge_layers=None if merge_layers is None else merging_layers,
         model=name_of(model),
         images=pictures.used,
         skipped=tuple(pictures.skipped),
@@ -140,15 +150,16 @@ class _Batch:
     """Holds their tokens, in the state's layout."""
     state: MergedTokens
     similarity: Tensor
-    """[B, A] of each A token to its best partner, -inf where a row has no such token; see `best_partner`."""
+    """[B, A] of each A token to its best partner, -inf where a row has no such token; see `best_partner`. [B, 0] where
+    the layer does not merge."""
     partner: Tensor
 
 
 class _Run:
     """All images on their way through the encoder, layer by layer, by the arithmetic of inference."""
 
-    def __init__(self, layers: Sequence[EncoderLayer], prefix: int) -> None:
-        self._layers, self._prefix = layers, prefix
+    def __init__(self, layers: Sequence[EncoderLayer], merging: Collection[int], prefix: int) -> None:
+        self._layers, self._merging, self._prefix = layers, merging, prefix
 
     def begin(self, embedded: Tensor, place: Place) -> _Batch:
         """Embedded images [B, T, C] through the first attention."""
@@ -199,7 +210,10 @@ class _Run:
 
     def _attend(self, index: int, x: Tensor, state: MergedTokens, place: Place) -> _Batch:
         x, keys = self._layers[index].attend(x, state)
-        similarity, partner = state.match(keys, self._prefix)
+        if index in self._merging:
+            similarity, partner = state.match(keys, self._prefix)
+        else:
+            similarity, partner = keys.new_empty(state.map.batch, 0), state.layout.length.new_empty(state.map.batch, 0)
         place.put(x)
         return _Batch(place, state, similarity, partner)
 
@@ -316,7 +330,9 @@ def _by(size: torch.Size) -> str:
     return f"{size[1]} × {size[0]}"
 
 
-def _targets(budgets: Sequence[int | float], tokens: int, depth: int, schedule: Schedule) -> list[int | float]:
+def _targets(
+    budgets: Sequence[int | float], tokens: int, depth: int, schedule: Schedule, merging: Sequence[int]
+) -> list[int | float]:
     """The budgets in tokens, each once, smallest first.
 
     Raises:
@@ -326,7 +342,7 @@ def _targets(budgets: Sequence[int | float], tokens: int, depth: int, schedule: 
         round(budget * tokens) if isinstance(budget, float) and 0 < budget <= 1 else budget for budget in budgets
     }
     for target in targets:
-        removals(tokens, target, depth, schedule)
+        removals(tokens, target, depth, schedule, merging)
     return sorted(targets)
 
 

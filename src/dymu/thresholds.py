@@ -64,6 +64,7 @@ class Thresholds:
         calibrated: one entry per budget, smallest first.
         encoder: what they belong to; None where a file does not say (the authors' checkpoints).
         schedule: how merges spread over the layers.
+        merge_layers: indices of the encoder layers that merge; None: all of them.
         model: the model's name or path at calibration.
         images: how many images they were found on.
         skipped: images that could not be used: `{"image": ..., "why": ...}`.
@@ -73,6 +74,7 @@ class Thresholds:
     calibrated: tuple[Calibrated, ...]
     encoder: Encoder | None = None
     schedule: str = ""
+    merge_layers: tuple[int, ...] | None = None
     model: str = ""
     images: int | None = None
     skipped: tuple[Mapping[str, str], ...] = ()
@@ -227,6 +229,7 @@ def _from_json(body: Any, source: Path) -> Thresholds:
         "calibrated",
         "encoder",
         "skipped",
+        "merge_layers",
     }
     try:
         calibrated = sorted(
@@ -246,6 +249,7 @@ def _from_json(body: Any, source: Path) -> Thresholds:
             calibrated=tuple(calibrated),
             encoder=encoder,
             skipped=tuple(body.get("skipped", ())),
+            merge_layers=None if body.get("merge_layers") is None else tuple(int(i) for i in body["merge_layers"]),
             source=str(source),
             **{key: body[key] for key in known & body.keys()},
         )

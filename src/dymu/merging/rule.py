@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -38,23 +38,35 @@ class Reduction(MergeRule, Protocol):
         ...
 
 
-def removals(tokens: int, keep: float, layers: int, schedule: Schedule) -> list[float]:
+def removals(
+    tokens: int, keep: float, layers: int, schedule: Schedule, merging: Collection[int] | None = None
+) -> list[float]:
     """How many tokens each layer should remove so that `keep` of `tokens` remain.
 
     `constant` removes the same number everywhere, `linear` more in early layers, `reverse_linear` more in late ones
     (paper section 4.3). No layer can remove more than half of what reaches it; what it cannot, the others do in
-    proportion.
+    proportion. Where only some layers are `merging`, they remove everything, in the same proportion to one another.
+
+    Args:
+        tokens: of an image.
+        keep: of them in the end.
+        layers: how many the encoder has.
+        schedule: where to remove.
+        merging: indices of the layers that may; None: all.
 
     Raises:
-        ValueError: `schedule` is unknown.
-        BadBudget: `keep` is more than `tokens`, or less than halving them in every layer leaves.
+        ValueError: `schedule` is unknown, or `merging` names no layer or one that there is not.
+        BadBudget: `keep` is more than `tokens`, or less than halving them in every merging layer leaves.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
-    lowest = tokens / 2**layers
+    chosen = set(range(layers) if merging is None else merging)
+    if not chosen or not chosen <= set(range(layers)):
+        raise ValueError(f"cannot merge in layers {sorted(chosen)}; name some of 0 to {layers - 1}")
+    lowest = tokens / 2 ** len(chosen)
     if not lowest <= keep <= tokens:
         raise BadBudget(
-            f"cannot keep {keep:g} of {tokens} tokens in {layers} layers, each of which at most halves them; "
+            f"cannot keep {keep:g} of {tokens} tokens in {len(chosen)} layers, each of which at most halves them; "
             f"keep between {lowest:.3g} and {tokens}."
         )
     rising = range(1, layers + 1)
@@ -66,7 +78,7 @@ def removals(tokens: int, keep: float, layers: int, schedule: Schedule) -> list[
 
     def removed_at(scale: float) -> list[float]:
         left, removed = float(tokens), []
-        for weight in weights:
+        for weight in (weight if layer in chosen else 0 for layer, weight in enumerate(weights)):
             removed.append(min(scale * weight, left / 2))
             left -= removed[-1]
         return removed
@@ -110,10 +122,12 @@ class FixedMerge:
     Args:
         keep: image tokens left per image, class token and registers not counted; a float up to 1 is a fraction.
         schedule: how the merges spread over the layers; ToMe's own is `constant`.
+        layers: indices of the encoder layers that merge; None: all.
     """
 
     keep: int | float
     schedule: Schedule = "constant"
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.keep > 0:
@@ -125,7 +139,7 @@ class FixedMerge:
         keep = self.keep * tokens if isinstance(self.keep, float) and self.keep <= 1 else self.keep
         choosers: list[Chooser | None] = []
         left, wanted = tokens, 0.0
-        for removed in removals(tokens, round(keep), layers, self.schedule):
+        for removed in removals(tokens, round(keep), layers, self.schedule, self.layers):
             wanted += removed
             count = min(round(wanted) - (tokens - left), left // 2)
             left -= count
