@@ -5,6 +5,8 @@ import os
 # Before anything imports transformers: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before anything imports triton: its kernels run on the CPU here.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -23,6 +23,7 @@ from dymu.unmerging import (
     prompt_leaders,
     prompt_map,
 )
+from dymu.unmerging.backends import IN_FLOAT64
 from dymu.unmerging.step import Step
 
 SIZE = 8
@@ -95,8 +96,9 @@ def test_in_mean_order_keeps_the_groups_and_sorts_them(data):
 def test_backends_equal_the_reference(name, unmerge, data):
     step, query, key, value, window = data.draw(steps(unmerge))
     expected = BACKENDS["reference"](query, key, value, step, 0.3, window)
-    exact = BACKENDS[name](query, key, value, step, 0.3, window)
-    torch.testing.assert_close(exact, expected, atol=1e-12, rtol=1e-12)
+    if name in IN_FLOAT64:
+        exact = BACKENDS[name](query, key, value, step, 0.3, window)
+        torch.testing.assert_close(exact, expected, atol=1e-12, rtol=1e-12)
     single = BACKENDS[name](query.float(), key.float(), value.float(), as_float32(step), 0.3, window)
     error = (single.double() - expected).norm() / expected.norm().clamp(min=1e-3)
     assert error < 1e-5

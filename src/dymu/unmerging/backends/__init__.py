@@ -1,6 +1,8 @@
 """One way each to compute the same attention; all have the signature of `reference.attend`."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 from torch import Tensor
 
@@ -8,7 +10,19 @@ from dymu.unmerging.backends import reference, sdpa
 
 Backend = Callable[..., Tensor]
 
+
+def _triton(*args: Any, **kwargs: Any) -> Tensor:
+    """Triton takes a while to import, so it is when it first computes."""
+    from dymu.unmerging.backends import triton
+
+    return triton.attend(*args, **kwargs)
+
+
 BACKENDS: dict[str, Backend] = {"reference": reference.attend, "sdpa": sdpa.attend}
+if find_spec("triton"):
+    BACKENDS["triton"] = _triton
+IN_FLOAT64 = ("reference", "sdpa")
+"""Backends that compute in float64 too; others in float32 and less."""
 
 
 def choose(name: str) -> str:

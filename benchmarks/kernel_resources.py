@@ -1,0 +1,142 @@
+"""What the Triton kernels take of a GPU's registers and shared memory, compiled ahead of time; no GPU is needed.
+
+`python -m benchmarks.kernel_resources` compiles prefill and decoding for the shapes of real models and prints a table;
+`--json` prints it as data. A kernel that does not compile, or spills registers to memory, shows here first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import triton
+import typer
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dymu.token_map import TokenMap
+from dymu.unmerging import History, plan_step
+from dymu.unmerging.backends.triton import Launch, Tiles, decode, prefill
+
+SHAPES = ((28, 4, 128), (32, 32, 128), (14, 2, 64), (32, 32, 64), (16, 16, 80), (32, 32, 96), (8, 4, 256))
+"""Query heads, key heads and head size: Qwen2-7B, Llama-2-7B (LLaVA-1.5), Qwen2-0.5B, and some of every head size."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one thread: registers, and bytes spilled to memory; of one program: bytes of shared memory, and threads."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    threads: int
+
+
+def compiled(launch: Launch, arch: int = 90) -> Resources:
+    """Compile a launch for an NVIDIA architecture as its first call would.
+
+    Raises:
+        RuntimeError: ptxas refuses the kernel.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(launch.constants)
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        given = launch.arguments.get(name)
+        free = name in launch.kernel.do_not_specialize
+        if name in launch.constants or (isinstance(given, int) and given == 1 and not free):
+            signature[name] = "constexpr"
+            constants[name] = launch.constants.get(name, given)
+        elif isinstance(given, torch.Tensor):
+            signature[name] = "*" + _KINDS[given.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(given, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if given % 16 == 0 and not free:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spilled = _assembled(kernel.asm["ptx"], arch)
+    return Resources(registers, spilled, kernel.metadata.shared, 32 * launch.warps)
+
+
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+def _assembled(ptx: str, arch: int) -> tuple[int, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{arch}a", str(file), "-o", f"{folder}/kernel"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ptxas cannot assemble the kernel: {done.stderr.strip()}")
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    assert registers is not None
+    stores = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    return int(registers[1]), sum(map(int, stores))
+
+
+def launches(
+    heads: int, key_heads: int, size: int, dtype: torch.dtype, new: int, tokens: int = 640, tiles: Tiles | None = None
+) -> list[Launch]:
+    """What a forward of `new` queries over `tokens` virtual tokens launches, half of them merged in pairs."""
+    group = torch.cat((torch.arange(tokens // 2) // 2, torch.arange(tokens // 2) + tokens // 4))
+    history = History()
+    angles = torch.zeros(1, tokens, size), torch.zeros(1, tokens, size)
+    merged = TokenMap(group[None], group[-1:] + 1, int(group[-1]) + 1)
+    step = plan_step(
+        merged,
+        torch.arange(tokens)[None],
+        history,
+        lambda places: (angles[0][:, : places.shape[1]], angles[1][:, : places.shape[1]]),
+        plain=False,
+        unmerge="exact",
+        backend="triton",
+    )
+    if new < tokens:
+        step = plan_step(
+            TokenMap.identity(1, new),
+            torch.arange(tokens, tokens + new)[None],
+            history,
+            lambda places: (torch.zeros(1, places.shape[1], size), torch.zeros(1, places.shape[1], size)),
+            plain=True,
+            unmerge="exact",
+            backend="triton",
+        )
+    query = torch.zeros(1, step.queries.width, heads, size, dtype=dtype).transpose(1, 2)
+    key = value = torch.zeros(1, key_heads, history.entries, size, dtype=dtype)
+    if new < tokens:
+        return list(decode(query, key, value, step, 0.1, None)[1:])
+    return [prefill(query, key, value, step, 0.1, None, tiles)[1]]
+
+
+def main(as_json: Annotated[bool, typer.Option("--json", help="Print data, not a table.")] = False) -> None:
+    """Compile every kernel for every shape for sm_90."""
+    rows = []
+    for name, dtype in DTYPES.items():
+        for heads, key_heads, size in SHAPES:
+            for new in (640, 1, 8):
+                for launch in launches(heads, key_heads, size, dtype, new):
+                    what = {"kernel": launch.kernel.__name__, "new": new, "heads": f"{heads}/{key_heads}", "size": size}
+                    rows.append(what | {"dtype": name} | asdict(compiled(launch)))
+                    if not as_json:
+                        if len(rows) == 1:
+                            print(*(f"{column:>13}" for column in rows[0]))
+                        print(*(f"{entry!s:>13}" for entry in rows[-1].values()), flush=True)
+    if as_json:
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
