@@ -1,0 +1,356 @@
+"""The bench measures what it says, refuses what is wrong, and its merges are those of real photos."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import dymu
+import tiny
+from dymu import timing
+from dymu.bench import measure, results, shapes
+from dymu.bench.chart import draw_chart
+from dymu.bench.check import Reference
+from dymu.bench.layouts import LAYOUTS, ids
+from dymu.bench.replay import Recorded, Replay, recorded
+from dymu.bench.run import bench
+from dymu.bench.subject import Pretrained, Shape, spread
+from dymu.bench.summary import PARTS, Ratio, summarise
+from dymu.bench.tables import left_out, overview, page
+from dymu.bench.variants import AUTHORS, FLOOR, UNTOUCHED, Variant, variants
+from dymu.cli import commands
+from dymu.errors import AlreadyApplied, BadBudget, UnsupportedModel
+from dymu.families import FAMILIES, resolve
+from dymu.merging import ThresholdMerge
+from dymu.tasks.scenes import evaluation_pack
+from dymu.thresholds import Calibrated, Thresholds
+from dymu.unmerging import BACKENDS
+
+DEMO = Path(__file__).parents[1] / "models" / "demo"
+DYMU = "dymu (sdpa)"
+MEASURED = {"encoder_ms", "prefill_ms", "decode_ms_per_token", "peak_bytes", "cache_bytes"}
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Shape("tiny", torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(timing, "DECODE_STEPS", 1)
+
+
+def call(patch, *arguments):
+    """`dymu bench`, as a shell calls it."""
+    patch.setattr(sys, "argv", ["dymu", "bench", *map(str, arguments)])
+    patch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    assert not ended.value.code
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """`dymu bench tiny` once, as a shell calls it: its last line of stdout, and the files."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = {name: folder / name for name in ("bench-tiny.json", "tables.md", "chart.svg")}
+    arguments = [
+        "tiny", "-b", "89", "-b", "0.3", "--batch", "2", "--layout", "image-text", "--backend", "sdpa",
+        "--repeats", "2", "--answer", "5", "-o", files["bench-tiny.json"], "--tables", files["tables.md"],
+        "--chart", files["chart.svg"], "--json",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "DECODE_STEPS", 1)
+        printed = io.StringIO()
+        patch.setattr(sys, "stdout", printed)
+        call(patch, *arguments)
+    return json.loads(printed.getvalue().splitlines()[-1]), files
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not here")
+def test_replaying_gives_the_groups_that_the_real_encoder_gave():
+    real = AutoModelForImageTextToText.from_pretrained(DEMO, dtype=torch.float32).eval()
+    real.config.vision_feature_layer = -1
+    processor = AutoProcessor.from_pretrained(DEMO).image_processor
+    processor.size = {"height": 336, "width": 336}
+    random = shapes.build(shapes.config("tiny"), torch.device("cpu"), torch.float32)
+    found, photo, budget = recorded(), 5, 89
+    picture = evaluation_pack().picture(found.photos[photo]).convert("RGB")
+    with dymu.apply(real, merge=ThresholdMerge(found.thresholds[budget])) as handle:
+        real.get_image_features(**processor(images=[picture], return_tensors="pt"))
+        wanted = handle.last.group(0)
+    with dymu.apply(random, merge=found.rule(budget, [photo, 0])) as handle:
+        random.get_image_features(pixel_values=torch.randn(2, 3, 336, 336))
+        assert torch.equal(handle.last.group(0), wanted)
+        assert handle.last.kept == [found.kept(budget)[photo], found.kept(budget)[0]]
+
+
+def test_the_recorded_photos_keep_about_the_budget_each_its_own():
+    found = recorded()
+    assert len(found.photos) == len(set(found.photos)) == 32
+    assert {44, 89, 173, 195} <= set(found.into)
+    for budget in found.into:
+        kept = found.kept(budget)
+        assert np.mean(kept) == pytest.approx(budget, rel=0.05)
+        assert np.std(kept) > 0.1 * budget
+
+
+def test_recorded_merges_survive_their_file(tmp_path):
+    into = tuple(
+        tuple(np.array(layer, dtype=np.int16) for layer in photo)
+        for photo in (([1, -1, 0], [-1, 0]), ([-1, -1, -1], [1, 1, 1]))
+    )
+    before = Recorded(5, 2, ("a", "b"), {3: (0.5, 0.7)}, {3: into})
+    before.save(tmp_path / "merges.safetensors")
+    after = Recorded.load(tmp_path / "merges.safetensors")
+    assert after.kept(3) == [2, 2]
+    assert (after.tokens, after.layers, after.photos, after.thresholds) == (5, 2, ("a", "b"), {3: (0.5, 0.7)})
+    for one, other in zip(after.into[3], before.into[3], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_layers_spread_by_depth_and_other_encoders_are_refused():
+    rule = Replay(4, ((np.array([0, -1]), np.array([0, -1])),))
+    assert [chooser is None for chooser in rule.choosers(4, 5)] == [True, True, False, True, False]
+    assert [chooser is None for chooser in rule.choosers(4, 2)] == [False, False]
+    for tokens, layers in ((4, 1), (6, 5)):
+        with pytest.raises(UnsupportedModel, match="4 tokens and 2 layers"):
+            rule.choosers(tokens, layers)
+
+
+def test_a_chosen_few_stand_for_all():
+    kept = [10, 90, 30, 50, 20, 40]
+    assert spread(kept, 1) == [5]
+    assert spread(kept, 2) == [4, 3]
+    assert sorted(spread(kept, 6)) == list(range(6))
+    assert sorted(spread(kept, 13)) == sorted([*range(6), *range(6), 5])
+
+
+def test_budgets_near_a_recorded_one_are_that():
+    assert [recorded().budget_near(wanted) for wanted in (89, 0.15, 0.3, 195)] == [89, 89, 173, 195]
+    with pytest.raises(BadBudget, match="none of them near 120"):
+        recorded().budget_near(120)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prompts_hold_their_parts(layout):
+    parts = LAYOUTS[layout]
+    text = sum(part for part in parts if part != "image")
+    with_images = ids(layout, 3, 10, 7, 20, True, 0)
+    assert with_images.shape == (3, text + 10 * parts.count("image"))
+    assert (with_images == 7).sum(1).tolist() == [10 * parts.count("image")] * 3
+    without = ids(layout, 3, 10, 7, 20, False, 0)
+    assert without.shape == with_images.shape
+    assert 7 not in without
+    assert without.max() == 19
+
+
+def test_the_command_measures_every_variant(command):
+    printed, files = command
+    (told,) = printed["results"]
+    assert told["file"] == str(files["bench-tiny.json"])
+    held = json.loads(files["bench-tiny.json"].read_text())
+    assert held["command"].startswith("dymu bench tiny -b 89")
+    assert all(found["error"] < 1e-5 for found in held["checks"].values())
+    assert [cell["budget"] for cell in held["cells"]] == [89, 173]
+    text = sum(part for part in LAYOUTS["image-text"] if part != "image")
+    for cell in held["cells"]:
+        assert list(cell["variants"]) == [UNTOUCHED.name, DYMU, AUTHORS.name, FLOOR.name]
+        for found in cell["variants"].values():
+            assert set(found) >= MEASURED
+            assert np.array([np.min(found[name]) for name in MEASURED]).min() > 0
+            assert len(found["prefill_ms"]) == 2
+        stored = {name: found["cache_bytes"] for name, found in cell["variants"].items()}
+        # The cache is as long as the longest prompt of the batch.
+        merged, full = text + max(cell["kept"]), text + held["full_tokens"]
+        assert stored[DYMU] * full == stored[UNTOUCHED.name] * merged
+        assert stored[AUTHORS.name] == stored[UNTOUCHED.name]
+        assert cell["variants"][FLOOR.name]["peak_bytes"] < cell["variants"][UNTOUCHED.name]["peak_bytes"]
+        assert 0 < cell["variants"][DYMU]["merge_ms"] < cell["variants"][DYMU]["merge_of_ms"]
+        assert cell["flops"]["dymu"]["encoder_flops"] < cell["flops"]["untouched"]["encoder_flops"]
+        assert cell["flops"]["dymu"]["prefill_flops"] < cell["flops"]["untouched"]["prefill_flops"]
+
+
+def test_its_tables_and_chart_say_what_the_file_holds(command):
+    _, files = command
+    text, held = files["tables.md"].read_text(), results.load(files["bench-tiny.json"])
+    assert text == page(held) + "\n"
+    cells = summarise(held)
+    assert [cell.budget for cell in cells] == [173, 89]
+    line = next(line for line in cells[0].lines if line.variant.name == DYMU)
+    runs = held["cells"][1]["variants"]
+    assert line.ratios["prefill"].ratio == pytest.approx(
+        np.median(runs[DYMU]["prefill_ms"]) / np.median(runs[UNTOUCHED.name]["prefill_ms"])
+    )
+    whole = (
+        np.array(runs[DYMU]["encoder_ms"]) + runs[DYMU]["prefill_ms"] + 4 * np.array(runs[DYMU]["decode_ms_per_token"])
+    )
+    assert line.median_ms["end_to_end"] == pytest.approx(np.median(whole))
+    assert f"| {DYMU} | {line.ratios['encoder'].ratio:.2f} [" in text
+    assert set(next(line for line in cells[0].lines if line.variant == FLOOR).ratios) == {"prefill", "decode"}
+    assert overview(held).count("\n") == 1 + 2 * 4
+    drawn = files["chart.svg"].read_text()
+    assert drawn.count("<svg") == 1
+    assert all(len([1 for cell in cells for each in cell.lines if part in each.ratios]) for part in PARTS)
+
+
+def test_the_report_needs_no_model(command, monkeypatch, capsys):
+    printed, files = command
+    call(monkeypatch, "--report", files["bench-tiny.json"], "--json")
+    assert json.loads(capsys.readouterr().out) == printed
+    call(monkeypatch, "--report", files["bench-tiny.json"])
+    shown = capsys.readouterr().out
+    assert "image-text, 2 prompts" in shown
+    assert "FLOPs, counted" in shown
+
+
+def test_a_run_goes_on_where_it_stopped(command, subject, tmp_path, monkeypatch):
+    _, files = command
+    held = json.loads(files["bench-tiny.json"].read_text())
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps({**held, "cells": held["cells"][1:]}))
+    made = []
+    monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
+    monkeypatch.setattr(
+        "dymu.bench.run._cell",
+        lambda _subject, _compared, _checks, layout, batch, budget, *_: (
+            made.append((layout, batch, budget)) or {**held["cells"][0], "budget": budget}
+        ),
+    )
+    found = bench(subject, file, budgets=[89, 173], batches=[2], backends=["sdpa"])
+    assert made == [("image-text", 2, 89)]
+    assert len(found["cells"]) == len(json.loads(file.read_text())["cells"]) == 2
+    bench(subject, file, budgets=[89, 173], batches=[2], backends=["sdpa"])
+    assert len(made) == 1
+    with pytest.raises(results.BadBench, match="differs in seed: name another file"):
+        bench(subject, file, budgets=[89], batches=[2], backends=["sdpa"], seed=1)
+
+
+def test_a_wrong_backend_is_not_timed_and_the_others_are(subject, tmp_path, monkeypatch):
+    right = BACKENDS["sdpa"]
+    monkeypatch.setitem(BACKENDS, "wrong", lambda *given: 1.01 * right(*given))
+    found = bench(subject, tmp_path / "b.json", budgets=[89], backends=["wrong", "sdpa"], repeats=1)
+    assert found["checks"]["dymu (wrong)"]["error"] == pytest.approx(0.01, rel=0.1)
+    (cell,) = summarise(found)
+    timed = [line.variant.name for line in cell.lines if line.rounds]
+    assert timed == [UNTOUCHED.name, DYMU, AUTHORS.name, FLOOR.name]
+    (said,) = left_out(cell)
+    assert said.startswith("dymu (wrong): not timed, since it is off from the reference by 1.1e-02 (allowed: 1e-04)")
+    assert said in page(found)
+
+
+def test_a_backend_that_cannot_run_is_told_of(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such device")
+
+    monkeypatch.setitem(BACKENDS, "broken", broken)
+    reference = Reference(shapes.config("tiny").text_config, torch.device("cpu"), torch.float32)
+    found = reference.check(Variant("dymu (broken)", "broken"))
+    assert not found.right
+    assert found.why == "RuntimeError: no such device"
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])
+def test_half_precision_is_as_near_as_is_allowed(decoder):
+    config = tiny.llava(decoder=decoder).config.text_config
+    found = Reference(config, torch.device("cpu"), torch.bfloat16).check(Variant("", "sdpa"))
+    assert 1e-4 < found.error < found.allowed
+
+
+def test_what_does_not_fit_is_told_of_and_the_rest_goes_on(subject, tmp_path, monkeypatch):
+    real = measure.memory
+
+    def too_large(model, inputs):
+        if inputs["input_ids"].shape[1] > 600 and not dymu.apply.__globals__["handle_of"](model):
+            raise torch.OutOfMemoryError("too large")
+        return real(model, inputs)
+
+    monkeypatch.setattr(measure, "memory", too_large)
+    monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
+    found = bench(subject, tmp_path / "b.json", budgets=[89], backends=["sdpa"], repeats=1)
+    (cell,) = summarise(found)
+    assert left_out(cell) == ["untouched: out of memory"]
+    line = next(line for line in cell.lines if line.variant.name == DYMU)
+    assert line.median_ms["prefill"] > 0
+    assert not line.ratios
+    assert "untouched: out of memory" in page(found)
+
+
+def test_a_cell_that_takes_too_long_says_so(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
+    found = bench(subject, tmp_path / "b.json", budgets=[89], backends=["sdpa"], limit_s=0)
+    (cell,) = summarise(found)
+    assert left_out(cell) == ["not timed: one round takes longer than the limit of 0 s"]
+    assert "not timed" in overview(found)
+    assert "not timed" in page(found)
+    with pytest.raises(dymu.DymuError, match="nothing to draw"):
+        draw_chart([cell], tmp_path / "chart.png")
+
+
+def test_slower_is_said_beyond_noise_only():
+    assert Ratio(1.2, 1.1, 1.3).slower
+    assert not Ratio(1.2, 0.9, 1.3).slower
+    assert not Ratio(0.9, 0.8, 1.0).slower
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def hold(*_, **__):
+        for _ in range(3):
+            tensor = torch.zeros(1000, 1000)
+            del tensor
+        return torch.zeros(1000)
+
+    with measure._peak(torch.device("cpu")) as peak:
+        hold()
+    assert 4_000_000 <= peak() <= 4_100_000
+
+
+def test_a_model_with_weights_of_its_own(tmp_path):
+    model, processor = tiny.llava(), tiny.llava_processor()
+    thresholds = Thresholds((Calibrated(10, (0.0,) * (tiny.LAYERS - 1)), Calibrated(49, (2.0,) * (tiny.LAYERS - 1))))
+    found = bench(
+        Pretrained(model, processor, thresholds), tmp_path / "b.json", budgets=[20], backends=["sdpa"], repeats=1
+    )
+    (cell,) = found["cells"]
+    assert len(cell["kept"]) == 1
+    assert cell["kept"][0] < tiny.PATCHES
+    stored = {name: each["cache_bytes"] for name, each in cell["variants"].items()}
+    assert stored[DYMU] == stored[FLOOR.name] < stored[UNTOUCHED.name]
+    with dymu.apply(model, thresholds, budget=20), pytest.raises(AlreadyApplied):
+        bench(Pretrained(model, processor, thresholds), tmp_path / "c.json", budgets=[20])
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [({"layouts": ["image"]}, "unknown layout image"), ({"backends": ["reference"]}, "cannot time the backend")],
+)
+def test_wrong_names_are_refused(subject, tmp_path, asked, says):
+    with pytest.raises(ValueError, match=says):
+        bench(subject, tmp_path / "b.json", budgets=[89], **asked)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"dymu_bench": 1}', '{"dymu_bench": 2}'])
+def test_other_files_are_no_results(tmp_path, text):
+    (tmp_path / "b.json").write_text(text)
+    with pytest.raises(results.BadBench, match="no result file"):
+        results.load(tmp_path / "b.json")
+
+
+def test_variants_are_each_once():
+    names = [variant.name for variant in variants(["auto", "sdpa", "auto"])]
+    assert names == [UNTOUCHED.name, "dymu (auto)", DYMU, AUTHORS.name, FLOOR.name]
+
+
+@pytest.mark.parametrize("name", shapes.names())
+def test_shapes_are_models_that_dymu_knows(name):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(shapes.config(name))
+    parts = resolve(model, FAMILIES)
+    recorded().rule(89, [0]).choosers(576, max(parts.feature_layers()))
+    assert parts.prefix == parts.dropped() == 1
