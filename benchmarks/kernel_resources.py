@@ -21,12 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dymu.token_map import TokenMap
-from dymu.unmerging import History, plan_step
+from dymu.unmerging import History, Step, plan_step
 from dymu.unmerging.backends.triton import Launch, Tiles, decode, prefill
 
-SHAPES = ((28, 4, 128), (32, 32, 128), (14, 2, 64), (32, 32, 64), (16, 16, 80), (32, 32, 96), (8, 4, 256))
+SHAPES = ["28/4/128", "32/32/128", "14/2/64", "32/32/64", "16/16/80", "32/32/96", "8/4/256"]
 """Query heads, key heads and head size: Qwen2-7B, Llama-2-7B (LLaVA-1.5), Qwen2-0.5B, and some of every head size."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+NAMES = list(DTYPES)
 
 
 @dataclass(frozen=True)
@@ -90,30 +91,13 @@ def _assembled(ptx: str, arch: int) -> tuple[int, int]:
 def launches(
     heads: int, key_heads: int, size: int, dtype: torch.dtype, new: int, tokens: int = 640, tiles: Tiles | None = None
 ) -> list[Launch]:
-    """What a forward of `new` queries over `tokens` virtual tokens launches, half of them merged in pairs."""
-    group = torch.cat((torch.arange(tokens // 2) // 2, torch.arange(tokens // 2) + tokens // 4))
-    history = History()
-    angles = torch.zeros(1, tokens, size), torch.zeros(1, tokens, size)
-    merged = TokenMap(group[None], group[-1:] + 1, int(group[-1]) + 1)
-    step = plan_step(
-        merged,
-        torch.arange(tokens)[None],
-        history,
-        lambda places: (angles[0][:, : places.shape[1]], angles[1][:, : places.shape[1]]),
-        plain=False,
-        unmerge="exact",
-        backend="triton",
-    )
+    """What a prompt of as many `tokens`, half of them merged in pairs, or `new` tokens after it, launch."""
+    pairs = torch.cat((torch.arange(tokens // 2) // 2, torch.arange(tokens // 2) + tokens // 4))
+    kept = pairs[-1:] + 1
+    queries, history = TokenMap(pairs[None], kept, int(kept)), History()
+    step = _planned(queries, history, size)
     if new < tokens:
-        step = plan_step(
-            TokenMap.identity(1, new),
-            torch.arange(tokens, tokens + new)[None],
-            history,
-            lambda places: (torch.zeros(1, places.shape[1], size), torch.zeros(1, places.shape[1], size)),
-            plain=True,
-            unmerge="exact",
-            backend="triton",
-        )
+        step = _planned(TokenMap.identity(1, new), history, size)
     query = torch.zeros(1, step.queries.width, heads, size, dtype=dtype).transpose(1, 2)
     key = value = torch.zeros(1, key_heads, history.entries, size, dtype=dtype)
     if new < tokens:
@@ -121,14 +105,31 @@ def launches(
     return [prefill(query, key, value, step, 0.1, None, tiles)[1]]
 
 
-def main(as_json: Annotated[bool, typer.Option("--json", help="Print data, not a table.")] = False) -> None:
-    """Compile every kernel for every shape for sm_90."""
-    rows = []
-    for name, dtype in DTYPES.items():
-        for heads, key_heads, size in SHAPES:
-            for new in (640, 1, 8):
-                for launch in launches(heads, key_heads, size, dtype, new):
-                    what = {"kernel": launch.kernel.__name__, "new": new, "heads": f"{heads}/{key_heads}", "size": size}
+def _planned(queries: TokenMap, history: History, size: int) -> Step:
+    places = torch.arange(history.length, history.length + queries.tokens)[None]
+    return plan_step(
+        queries,
+        places,
+        history,
+        lambda at: (torch.zeros(*at.shape, size), torch.zeros(*at.shape, size)),
+        plain=False,
+        unmerge="exact",
+        backend="triton",
+    )
+
+
+def main(
+    shape: Annotated[list[str], typer.Option(help="Query heads/key heads/head size. Give several.")] = SHAPES,
+    dtype: Annotated[list[str], typer.Option(help="Give several.")] = NAMES,
+    as_json: Annotated[bool, typer.Option("--json", help="Print data, not a table.")] = False,
+) -> None:
+    """Compile every kernel for every shape for sm_90: prefill of 640 tokens, and decoding one after them."""
+    rows: list[dict[str, Any]] = []
+    for name in dtype:
+        for heads, key_heads, size in (map(int, given.split("/")) for given in shape):
+            for new in (640, 1):
+                for launch in launches(heads, key_heads, size, DTYPES[name], new):
+                    what = {"kernel": launch.kernel.__name__, "heads": f"{heads}/{key_heads}", "size": size}
                     rows.append(what | {"dtype": name} | asdict(compiled(launch)))
                     if not as_json:
                         if len(rows) == 1:
