@@ -79,6 +79,7 @@ class LanguageHooks:
         self._call: _Call | None = None
         self._chunked: tuple[int, Tensor] | None = None
         self._map: TokenMap | None = None
+        self._plain = True
 
     def images_encoded(self, report: Report, features: list[Tensor]) -> None:
         """Take note of images that the vision half has encoded, within a call or ahead of one."""
@@ -88,7 +89,7 @@ class LanguageHooks:
 
     def before_inner(self, inner: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Learn where this call's images stand in the prompt."""
-        given = self._inner_signature.bind(*args, **kwargs).arguments
+        given = self._inner_signature.bind(*args, **kwargs).arguments if args else kwargs
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None and given.get("pixel_values") is None:
             if not _length(given.get("past_key_values")):
@@ -135,8 +136,10 @@ class LanguageHooks:
 
     def before_decoder(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Keep one token of each group, and plan the attention over all."""
-        given = self._decoder_signature.bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = dict(kwargs)
+        if args:
+            given = self._decoder_signature.bind(*args, **kwargs).arguments
+            given |= given.pop("kwargs", {})
         embeds, ids = given.pop("inputs_embeds", None), given.pop("input_ids", None)
         if embeds is None:
             embeds = decoder.get_input_embeddings()(ids)
@@ -152,8 +155,8 @@ class LanguageHooks:
         if positions is None:
             positions = torch.arange(history.length, history.length + tokens, device=embeds.device)[None]
         leaders = self._leaders(history.length, tokens)
-        plain = leaders is None and present is None
-        if plain:
+        self._plain = leaders is None and present is None
+        if self._plain:
             self._map = TokenMap.identity(batch, tokens, embeds.device)
         else:
             own = torch.arange(tokens, device=embeds.device).expand(batch, tokens)
@@ -166,7 +169,7 @@ class LanguageHooks:
             positions.expand(batch, tokens),
             history,
             functools.partial(self._angles, embeds),
-            plain=plain,
+            plain=self._plain,
             unmerge=self._unmerge,
             backend=self._backend,
         )
@@ -187,9 +190,10 @@ class LanguageHooks:
             history = adopt(cache)
             self.report.cache_bytes = stored = cache_bytes(cache)
             self.report.cache_bytes_full = stored * history.length // max(history.entries, 1)
-        output.last_hidden_state = expand(output.last_hidden_state)
-        if output.hidden_states is not None:
-            output.hidden_states = tuple(expand(hidden) for hidden in output.hidden_states)
+        if not self._plain:
+            output.last_hidden_state = expand(output.last_hidden_state)
+            if output.hidden_states is not None:
+                output.hidden_states = tuple(expand(hidden) for hidden in output.hidden_states)
         return output
 
     def _leaders(self, start: int, tokens: int) -> Tensor | None:
@@ -218,5 +222,5 @@ def _present(mask: Any, tokens: int) -> Tensor | None:
             f"DyMU needs an attention_mask [B, N] of 0 and 1, got {what}; "
             "pass the padding mask and leave causality to the model"
         )
-    present = mask[:, -tokens:].bool()
-    return None if bool(present.all()) else present
+    newest = mask[:, -tokens:]
+    return None if bool(newest.all()) else newest.bool()

@@ -11,8 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dymu.errors import UnsupportedCache
 from dymu.token_map import TokenMap
-from dymu.unmerging.virtual import virtual_keys, virtual_values
-
+from dymu.unmerging.virtual import rows_behind, virtual_keys, virtual_values
 
 CacheForm = Literal["merged", "expanded"]
 """What the KV cache stores: one un-rotated entry per merged token, or a rotated one per token of the full prompt."""
@@ -161,8 +160,9 @@ class ExpandedLayer(MergedLayer):
         self._expect(0 if newest is None else newest.tokens)
         assert newest is not None
         assert phase is not None
-        keys = virtual_keys(key_states, newest.group, phase[:, -newest.tokens :])
-        return super().update(keys, virtual_values(value_states, newest.group), *args, **kwargs)
+        rows = rows_behind(newest.group, newest.width, key_states.shape[1])
+        keys = virtual_keys(key_states, rows, phase[:, -newest.tokens :])
+        return super().update(keys, virtual_values(value_states, rows), *args, **kwargs)
 
 
 def adopt(cache: Cache, form: CacheForm = "merged") -> History:

@@ -8,45 +8,39 @@ from torch import Tensor
 from dymu.unmerging.rotary import as_pairs, interleaved
 
 
-def expand(entries: Tensor, slot: Tensor) -> Tensor:
-    """Copy merged entries [B, M, ...] to the tokens [B, N] that read them: [B, N, ...]; any entry for slot -1."""
-    batch, stored = entries.shape[:2]
-    row = torch.arange(batch, device=slot.device)[:, None] * stored + slot.clamp(min=0)
-    taken = entries.reshape(batch * stored, *entries.shape[2:]).index_select(0, row.flatten())
-    return taken.view(batch, slot.shape[1], *entries.shape[2:])
+def rows_behind(slot: Tensor, stored: int, heads: int = 1) -> Tensor:
+    """Rows of the flattened [B * heads * stored, ...] entries that the tokens [B, N] of every head read: int64
+    [B * heads * N]; any row for slot -1."""
+    head = torch.arange(slot.shape[0] * heads, device=slot.device).view(-1, heads, 1) * stored
+    return (head + slot.clamp(min=0)[:, None]).flatten()
 
 
-def virtual_queries(query: Tensor, slot: Tensor | None, phase: Tensor) -> Tensor:
+def virtual_queries(query: Tensor, rows: Tensor | None, phase: Tensor) -> Tensor:
     """Expand and rotate queries.
 
     Args:
         query: [B, H, M, D], un-rotated; best a transposed [B, M, H, D].
-        slot: int64 [B, N], the merged token behind each virtual one; None: they are the same.
-        phase: complex [B, N, D / 2], the angles of the virtual ones.
+        rows: of the flattened [B * M, ...] queries, see `rows_behind`; None: there is one virtual token for each.
+        phase: complex [B, N, D / 2], the angles of the virtual tokens.
 
     Returns:
         [B, H, N, D], interleaved (see `rotary.interleaved`).
     """
     pairs = as_pairs(query.transpose(1, 2))
-    if slot is not None:
-        pairs = expand(pairs, slot)
-    return interleaved(pairs * phase[:, :, None], query.dtype).transpose(1, 2)
+    if rows is not None:
+        pairs = pairs.flatten(0, 1).index_select(0, rows).unflatten(0, phase.shape[:2])
+    return interleaved(pairs.mul_(phase[:, :, None]), query.dtype).transpose(1, 2)
 
 
-def virtual_keys(key: Tensor, slot: Tensor | None, phase: Tensor) -> Tensor:
-    """The same for keys, best contiguous [B, Hkv, M, D]."""
+def virtual_keys(key: Tensor, rows: Tensor | None, phase: Tensor) -> Tensor:
+    """Expand and rotate keys [B, Hkv, M, D] to [B, Hkv, N, D], interleaved; `rows` are those of every head."""
     pairs = as_pairs(key)
-    if slot is not None:
-        pairs = _expand_heads(pairs, slot)
-    return interleaved(pairs * phase[:, None], key.dtype)
+    if rows is not None:
+        pairs = virtual_values(pairs, rows)
+    return interleaved(pairs.mul_(phase[:, None]), key.dtype)
 
 
-def virtual_values(value: Tensor, slot: Tensor | None) -> Tensor:
-    """Expand values [B, Hkv, M, D] to [B, Hkv, N, D]."""
-    return value if slot is None else _expand_heads(value, slot)
-
-
-def _expand_heads(entries: Tensor, slot: Tensor) -> Tensor:
-    batch, heads = entries.shape[:2]
-    slot = slot[:, None].expand(batch, heads, -1).flatten(0, 1)
-    return expand(entries.flatten(0, 1), slot).unflatten(0, (batch, heads))
+def virtual_values(value: Tensor, rows: Tensor) -> Tensor:
+    """Expand values [B, Hkv, M, D] to [B, Hkv, N, D]; `rows` are those of every head."""
+    batch, heads, _, size = value.shape
+    return value.reshape(-1, size).index_select(0, rows).view(batch, heads, -1, size)
