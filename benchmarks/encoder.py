@@ -1,12 +1,16 @@
 """How long the vision encoder takes with DyMU and without, beside how many tokens its layers process.
 
 `python -m benchmarks.encoder clip-l` builds a CLIP-L/336 tower with random weights, `models/demo --side 336` takes the
-demo model's own. Each is calibrated on composed scenes, then encodes held-out photos and scenes, untouched and merged
-in turn. A result file holds every median.
+demo model's own. Each is calibrated on composed scenes, then encodes held-out photos and scenes: untouched, merged, and
+the layers alone on as many tokens, in turn. The result file holds, per budget and batch, the medians and
 
-`count ratio` is what the token counts alone would give: the tokens that every layer of the untouched tower processes,
-over their mean over its layers with DyMU, where a layer counts the tokens of its attention as a third and those of its
-MLP as two thirds, as its weights are, and a layer that is not run counts none.
+* `count_ratio`, what token counts alone would give: the tokens that every layer of the untouched tower processes, over
+  their mean over its layers with DyMU. A layer counts the tokens of its attention as a third, those of its MLP as two
+  thirds, as its weights are; a layer that is not run counts none.
+* `layers_ratio`, what these layers could reach on so many tokens: untouched, over the layers alone with as many tokens
+  in each, equally many in every image, nothing matched, merged or embedded.
+* `merge_share`, the part of the time that matching and merging take, and `cosine`, of the features copied back to all
+  places with the untouched ones.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import typer
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -36,7 +41,7 @@ from transformers import (
 import dymu
 from benchmarks import record
 from dymu.families import FAMILIES, resolve
-from dymu.merging import MergedTokens
+from dymu.merging import MergedTokens, attention
 from dymu.tasks.composed import Composed, calibration_images
 from dymu.tasks.photos import Photos
 
@@ -49,6 +54,8 @@ def main(
     batches: Annotated[str, typer.Option(help="Images at a time.")] = "1,4,16",
     budgets: Annotated[str, typer.Option(help="Parts of the tokens to keep.")] = "0.15,0.3",
     calibrated_on: Annotated[int, typer.Option(help="Composed scenes.")] = 24,
+    every: Annotated[str, typer.Option(help="Merge in every nth layer, counted from the last.")] = "1",
+    way: Annotated[str, typer.Option(help="How sizes reach the attention: auto, mask or channels.")] = "auto",
     repeats: int = 5,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     name: Annotated[str, typer.Option(help="Of the result file.")] = "encoder",
@@ -60,19 +67,26 @@ def main(
     model = model.to(device, getattr(torch, dtype)).eval()
     wanted = [float(budget) for budget in budgets.split(",")]
     sizes = [int(size) for size in batches.split(",")]
-    thresholds = dymu.calibrate(model, processor, calibration_images(calibrated_on), wanted)
-    assert thresholds.encoder is not None
+    if way != "auto":
+        attention.way_for = lambda _: way  # type: ignore[assignment, return-value]
+    depth = max(resolve(model, FAMILIES).feature_layers())
     pictures = _pictures(max(sizes))
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"].to(device, getattr(torch, dtype))
+    scenes = calibration_images(calibrated_on)
     rows = []
-    for budget, size in track([(budget, size) for budget in wanted for size in sizes], description="timing"):
-        with torch.inference_mode(), dymu.apply(model, thresholds, budget=budget) as handle:
-            rows.append({"budget": budget, "batch": size, **_timed(model, handle, pixels[:size], repeats)})
+    for nth in (int(nth) for nth in every.split(",")):
+        thresholds = dymu.calibrate(model, processor, scenes, wanted, merge_layers=range(depth - 1, -1, -nth))
+        for budget, size in track([(b, s) for b in wanted for s in sizes], description=f"timing, every {nth}"):
+            with torch.inference_mode(), dymu.apply(model, thresholds, budget=budget) as handle:
+                timed = _timed(model, handle, pixels[:size], repeats)
+            rows.append({"every": nth, "budget": budget, "batch": size, **timed})
+    assert thresholds.encoder is not None
     found = {
         "tower": tower,
         "layers": thresholds.encoder.layers,
         "full_tokens": thresholds.encoder.tokens,
         "dtype": dtype,
+        "way": way,
         "rows": rows,
     }
     print(record.write(name, found))
@@ -106,43 +120,74 @@ def _pictures(count: int) -> list[Image.Image]:
 
 def _timed(model: Any, handle: dymu.Handle, pixels: Tensor, repeats: int) -> dict[str, Any]:
     """Milliseconds per image, and how they compare with the token counts."""
-    untouched: list[float] = []
-    merged: list[float] = []
-    _encode(model, pixels)
-    for turn in range(repeats):
-        for times in (untouched, merged)[:: 1 if turn % 2 else -1]:
-            if times is merged:
-                times.append(_seconds(lambda: _encode(model, pixels)))
-            else:
-                with handle.disabled():
-                    times.append(_seconds(lambda: _encode(model, pixels)))
-    prefix, processed = _processed(model, handle)
+    merged_features = _features(model, pixels)
+    report = handle.last
+    assert report.map is not None
+    merged_features = report.map.expand(merged_features)
+    processed = _processed(model, handle)
+
+    def untouched() -> None:
+        with handle.disabled():
+            _encode(model, pixels)
+
+    works: dict[str, Callable[[], object]] = {
+        "untouched": untouched,
+        "dymu": lambda: _encode(model, pixels),
+        "layers": lambda: _layers_alone(model, len(pixels), processed),
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(1e3 * _seconds(work) / len(pixels))
+    with handle.disabled():
+        cosine = cosine_similarity(merged_features, _features(model, pixels), dim=-1).mean().item()
     with _clocked() as spent:
-        whole = _seconds(lambda: _encode(model, pixels))
-    ratio = statistics.median(untouched) / statistics.median(merged)
-    full = prefix + handle.last.original[0]
-    per_image = 1e3 / len(pixels)
+        whole = _seconds(works["dymu"])
+    median = {name: statistics.median(each) for name, each in times.items()}
+    ratio = median["untouched"] / median["dymu"]
+    parts = resolve(model, FAMILIES)
+    full = parts.prefix + report.original[0] - report.prefix
+    count_ratio = full * len(parts.encoder_layers) / sum((into + 2 * out) / 3 for into, out in processed)
     return {
-        "kept": statistics.fmean(handle.last.kept),
-        "untouched_ms": per_image * statistics.median(untouched),
-        "dymu_ms": per_image * statistics.median(merged),
-        "dymu_least_ms": per_image * min(merged),
-        "dymu_most_ms": per_image * max(merged),
+        "kept": statistics.fmean(report.kept),
+        **{f"{name}_ms": value for name, value in median.items()},
+        "dymu_least_ms": min(times["dymu"]),
+        "dymu_most_ms": max(times["dymu"]),
         "ratio": ratio,
-        "count_ratio": full / processed,
-        "of_count_ratio": ratio * processed / full,
+        "count_ratio": count_ratio,
+        "of_count_ratio": ratio / count_ratio,
+        "layers_ratio": median["untouched"] / median["layers"],
         "merge_share": sum(spent) / whole,
+        "cosine": cosine,
     }
 
 
-def _processed(model: Any, handle: dymu.Handle) -> tuple[int, float]:
-    """Tokens ahead of the image's, and the mean over images and layers of the tokens that a layer processes."""
-    parts = resolve(model, FAMILIES)
-    prefix = parts.prefix - handle.last.prefix
+def _processed(model: Any, handle: dymu.Handle) -> list[tuple[float, float]]:
+    """Of each layer that runs, the tokens of its attention and of its MLP, the mean over the images."""
+    prefix = resolve(model, FAMILIES).prefix - handle.last.prefix
     after = [prefix + statistics.fmean(kept) for kept in handle.last.layers]
-    before = [prefix + handle.last.original[0], *after[:-1]]
-    tokens = sum((into + 2 * out) / 3 for into, out in zip(before, after, strict=True))
-    return prefix, tokens / len(parts.encoder_layers)
+    return list(zip([prefix + handle.last.original[0], *after[:-1]], after, strict=True))
+
+
+def _layers_alone(model: Any, images: int, processed: list[tuple[float, float]]) -> None:
+    """Run the encoder layers on so many tokens of each of the images."""
+    parts = resolve(model, FAMILIES)
+    parameter = next(parts.tower.parameters())
+    x = parameter.new_zeros(images, round(processed[0][0]), parts.tower.config.hidden_size)
+    for layer, (into, out) in zip(parts.encoder_layers, processed, strict=False):
+        x = x[:, : round(into)]
+        x, _ = layer.attend(x, MergedTokens.unmerged(x))
+        x = layer.feed_forward(x[:, : round(out)])
+
+
+def _features(model: Any, pixels: Tensor) -> Tensor:
+    """What the projector is given, [B, M, C], in float32."""
+    given: list[Tensor] = []
+    projector = resolve(model, FAMILIES).projector
+    hook = projector.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
+    _encode(model, pixels)
+    hook.remove()
+    return given[0].float()
 
 
 def _encode(model: Any, pixels: Tensor) -> Any:

@@ -19,6 +19,7 @@ from dymu.errors import BadBudget
 from dymu.families import FAMILIES, resolve
 from dymu.merging import SCHEDULES, EncoderLayer, FixedMerge, Layout, MergeRun, ThresholdMerge, above, removals
 from dymu.merging.attention import sized_attention
+from dymu.merging.layout import BUCKET
 from dymu.merging.match import best_partner, similarity_metric
 from dymu.merging.merge import merge_step, merge_tokens
 
@@ -122,12 +123,12 @@ def test_token_maps_equal_the_float64_reference(tower, threshold):
 
 @st.composite
 def layouts(draw: st.DrawFn, least: int = 1) -> Layout:
-    """Layouts of one to four images, of equal lengths as often as not."""
+    """Layouts of one to seven images, of equal lengths as often as not."""
     lengths = st.integers(least, least + 8)
-    count = draw(st.integers(1, 4))
+    count = draw(st.integers(1, 7))
     equal = draw(st.booleans())
     length = [draw(lengths)] * count if equal else draw(st.lists(lengths, min_size=count, max_size=count))
-    return Layout(torch.tensor(length), max(length), sum(length))
+    return Layout(torch.tensor(length), tuple(length))
 
 
 def as_rows(layout: Layout, x: Tensor) -> list[Tensor]:
@@ -156,8 +157,21 @@ def test_what_travels_is_packed_where_lengths_differ(layout):
         assert torch.equal(row[: len(expected)], expected)
     assert torch.equal(layout.pack(padded), x)
     assert all(torch.equal(a, b) for a, b in zip(as_rows(layout, x), rows, strict=True))
-    again = Layout.of(layout.length)
-    assert (again.longest, again.total) == (layout.longest, layout.total)
+    assert Layout.of(layout.length).lengths == layout.lengths
+
+
+@given(layouts())
+def test_buckets_hold_every_token_once(layout):
+    x = travelling([torch.randn(int(n), 3) for n in layout.length])
+    buckets, absent = layout.split(x), layout.absent()
+    assert torch.equal(layout.join(buckets), x)
+    present = [
+        bucket.flatten(0, 1) if missing is None else bucket[~missing]
+        for bucket, missing in zip(buckets, absent, strict=True)
+    ]
+    assert sorted(torch.cat(present).tolist()) == sorted(x.flatten(0, 1).tolist())
+    assert sum(len(bucket) for bucket in buckets) == layout.batch
+    assert not layout.packed or max(len(bucket) for bucket in buckets) <= BUCKET
 
 
 @given(st.data(), st.integers(0, 2), st.integers(0, 2**16), st.floats(-1, 1))

@@ -43,12 +43,14 @@ class EncoderLayer:
         """
         normed, layout = self.norm1(x), state.layout
         key = self.key(normed)
-        queries, keys, values = (
-            layout.pad(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (self.query(normed), key, self.value(normed))
-        )
-        attended = sized_attention(queries, keys, values, state.log_size)
-        update = self.out(layout.pack(attended.transpose(1, 2).flatten(2)))
+        buckets = zip(
+            *([rows.unflatten(-1, (self.heads, -1)).transpose(1, 2) for rows in layout.split(part)]
+              for part in (self.query(normed), key, self.value(normed))),
+            state.log_sizes,
+            strict=True,
+        )  # fmt: skip
+        attended = layout.join([sized_attention(*bucket).transpose(1, 2).flatten(2) for bucket in buckets])
+        update = self.out(attended)
         for module in self.after_attention:
             update = module(update)
         return x + update, key.unflatten(-1, (self.heads, -1))
@@ -78,12 +80,13 @@ class MergedTokens:
         return cls(TokenMap.identity(batch, tokens, embedded.device), Layout.equal(batch, tokens, embedded.device))
 
     @cached_property
-    def log_size(self) -> Tensor | None:
-        """What attention adds to the logits of each key: float32 [B, T], -inf past an image's end; None: all 0."""
+    def log_sizes(self) -> list[Tensor | None]:
+        """What attention adds to the logits of each key: float32 [b, t] for each bucket of the layout, -inf past an
+        image's end; None: all 0."""
         if self.size is None:
-            return None
-        log_size = self.layout.pad(self.size.log())
-        return log_size.masked_fill(~self.layout.present, -torch.inf) if self.layout.packed else log_size
+            return [None]
+        buckets = zip(self.layout.split(self.size.log()), self.layout.absent(), strict=True)
+        return [rows if absent is None else rows.masked_fill_(absent, -torch.inf) for rows, absent in buckets]
 
     def match(self, keys: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
         """Similarity and partner of each A token, see `best_partner`; `keys` are [..., H, D] in the layout."""

@@ -2,49 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+BUCKET = 4
+"""Images of similar length that a CPU's attention takes at a time."""
+
+
+def bucket_size(device: torch.device, batch: int) -> int:
+    """How many images attention takes at a time, padded to the longest of them.
+
+    A CPU pays for padding as for tokens: at 16 images buckets of 4 save it a quarter of attention's time, but buckets
+    of 1 lose at 4 images (docs/encoder.md). A GPU takes all at once, since it pays for calls: not yet measured.
+    """
+    return BUCKET if device.type == "cpu" else batch
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Images of a batch that keep different numbers of tokens travel as one row, image after image, without padding.
 
-    Projections, norms and MLPs see that row; attention and matching, which must not mix images, see it padded. That
-    rule, packed wherever the lengths differ, is the faster one on a CPU at every batch, see docs/encoder.md.
+    Projections, norms and MLPs see that row. Matching, which must not mix images, sees it padded, and attention in
+    buckets: padded batches of images of similar length.
 
     Args:
         length: int64 [B], tokens of each image.
-        longest: T, the largest of them.
-        total: S, their sum.
+        lengths: the same, known to the host.
     """
 
     length: Tensor
-    longest: int
-    total: int
+    lengths: tuple[int, ...]
 
     @classmethod
     def equal(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> Layout:
         """Every image has `tokens` tokens."""
-        return cls(torch.full((batch,), tokens, device=device), tokens, batch * tokens)
+        return cls(torch.full((batch,), tokens, device=device), (tokens,) * batch)
 
     @classmethod
     def of(cls, length: Tensor) -> Layout:
         """For int64 [B] lengths. One host synchronisation."""
-        if len(length) == 1:
-            total = longest = int(length)
-        else:
-            total, longest = torch.stack((length.sum(), length.max())).tolist()
-        return cls(length, longest, total)
+        return cls(length, tuple(length.tolist()))
 
     @property
     def batch(self) -> int:
-        return self.length.shape[0]
+        return len(self.lengths)
 
-    @property
+    @cached_property
+    def longest(self) -> int:
+        """T."""
+        return max(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        """S."""
+        return sum(self.lengths)
+
+    @cached_property
     def packed(self) -> bool:
         """Whether the lengths differ, so that tokens travel as [1, S, C]."""
         return self.total < self.batch * self.longest
@@ -61,27 +78,69 @@ class Layout:
     @cached_property
     def present(self) -> Tensor:
         """bool [B, T], the places that hold a token."""
-        return torch.arange(self.longest, device=self.length.device) < self.length[:, None]
-
-    @cached_property
-    def _place(self) -> Tensor:
-        """int64 [B * T], the packed token at each padded place; past an image's end, any."""
-        place = self.index(torch.arange(self.longest, device=self.length.device))
-        return place.clamp_(max=self.total - 1).flatten()
-
-    @cached_property
-    def _slot(self) -> Tensor:
-        """int64 [S], the padded place of each packed token."""
-        behind = torch.arange(self.batch, device=self.length.device) * self.longest - self.start[:, 0]
-        shift = behind.repeat_interleave(self.length, output_size=self.total)
-        return shift + torch.arange(self.total, device=self.length.device)
+        return self._places(self.longest) < self.length[:, None]
 
     def pad(self, x: Tensor) -> Tensor:
         """Tokens as they travel, to [B, T, ...]; past an image's end stands some token, which the reader must mask."""
-        if not self.packed:
-            return x
-        return x[0].index_select(0, self._place).view(self.batch, self.longest, *x.shape[2:])
+        return x if not self.packed else self._rows(x, self.start, self.longest)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to tokens as they travel."""
         return x.flatten(0, 1).index_select(0, self._slot)[None] if self.packed else x
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Tokens as they travel, to [b, t, ...] for each bucket, like `pad`."""
+        if not self.packed:
+            return [x]
+        return [self._rows(x, self.start[images], longest) for images, longest in self._buckets]
+
+    def absent(self) -> list[Tensor | None]:
+        """bool [b, t] for each bucket, the places that hold no token; None: no such place."""
+        if not self.packed:
+            return [None]
+        return [self._places(longest) >= self.length[images, None] for images, longest in self._buckets]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split`."""
+        if not self.packed:
+            return parts[0]
+        return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self._bucket_slot)[None]
+
+    def _places(self, longest: int) -> Tensor:
+        return torch.arange(longest, device=self.length.device)
+
+    def _rows(self, x: Tensor, start: Tensor, longest: int) -> Tensor:
+        place = (start + self._places(longest)).clamp_(max=self.total - 1)
+        return x[0].index_select(0, place.flatten()).view(*place.shape, *x.shape[2:])
+
+    @cached_property
+    def _order(self) -> list[list[int]]:
+        """The images of each bucket, the shortest first."""
+        rising = sorted(range(self.batch), key=self.lengths.__getitem__)
+        size = bucket_size(self.length.device, self.batch)
+        return [rising[first : first + size] for first in range(0, self.batch, size)]
+
+    @cached_property
+    def _buckets(self) -> list[tuple[Tensor, int]]:
+        """The images int64 [b] and the longest of each bucket."""
+        return [(torch.tensor(images, device=self.length.device), self.lengths[images[-1]]) for images in self._order]
+
+    @cached_property
+    def _slot(self) -> Tensor:
+        """int64 [S], the padded place of each packed token."""
+        return self._slots([self.longest * image for image in range(self.batch)])
+
+    @cached_property
+    def _bucket_slot(self) -> Tensor:
+        """int64 [S], the place of each packed token among those of all buckets."""
+        begins, behind = [0] * self.batch, 0
+        for images in self._order:
+            for image in images:
+                begins[image] = behind
+                behind += self.lengths[images[-1]]
+        return self._slots(begins)
+
+    def _slots(self, begins: list[int]) -> Tensor:
+        """int64 [S], the place of each packed token where image b begins at `begins[b]`."""
+        shift = torch.tensor(begins, device=self.length.device) - self.start[:, 0]
+        return shift.repeat_interleave(self.length, output_size=self.total) + self._places(self.total)

@@ -18,7 +18,8 @@ def similarity_metric(keys: Tensor) -> Tensor:
     Returns:
         [..., D], unit vectors.
     """
-    return normalize((keys if keys.dtype == torch.float64 else keys.float()).mean(-2), dim=-1)
+    total = (keys if keys.dtype == torch.float64 else keys.float()).sum(-2)  # as long as the mean, once normalised
+    return normalize(total, dim=-1)
 
 
 def best_partner(metric: Tensor, layout: Layout, prefix: int = 0) -> tuple[Tensor, Tensor]:
