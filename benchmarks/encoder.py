@@ -41,7 +41,7 @@ from transformers import (
 import dymu
 from benchmarks import record
 from dymu.families import FAMILIES, resolve
-from dymu.merging import MergedTokens, attention
+from dymu.merging import MergedTokens, attention, layout
 from dymu.tasks.composed import Composed, calibration_images
 from dymu.tasks.photos import Photos
 
@@ -55,6 +55,7 @@ def main(
     budgets: Annotated[str, typer.Option(help="Parts of the tokens to keep.")] = "0.15,0.3",
     calibrated_on: Annotated[int, typer.Option(help="Composed scenes.")] = 24,
     every: Annotated[str, typer.Option(help="Merge in every nth layer, counted from the last.")] = "1",
+    buckets: Annotated[str, typer.Option(help="Images that attention takes at a time.")] = str(layout.BUCKET),
     way: Annotated[str, typer.Option(help="How sizes reach the attention: auto, mask or channels.")] = "auto",
     repeats: int = 5,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -76,10 +77,12 @@ def main(
     rows = []
     for nth in (int(nth) for nth in every.split(",")):
         thresholds = dymu.calibrate(model, processor, scenes, wanted, merge_layers=range(depth - 1, -1, -nth))
-        for budget, size in track([(b, s) for b in wanted for s in sizes], description=f"timing, every {nth}"):
+        cases = [(int(bucket), budget, size) for bucket in buckets.split(",") for budget in wanted for size in sizes]
+        for bucket, budget, size in track(cases, description=f"timing, every {nth}"):
+            layout.BUCKET = bucket
             with torch.inference_mode(), dymu.apply(model, thresholds, budget=budget) as handle:
                 timed = _timed(model, handle, pixels[:size], repeats)
-            rows.append({"every": nth, "budget": budget, "batch": size, **timed})
+            rows.append({"every": nth, "bucket": bucket, "budget": budget, "batch": size, **timed})
     assert thresholds.encoder is not None
     found = {
         "tower": tower,
@@ -230,7 +233,7 @@ def _clocked() -> Iterator[list[float]]:
         return timed
 
     methods = MergedTokens.match, MergedTokens.merge
-    MergedTokens.match, MergedTokens.merge = map(clocked, methods)  # type: ignore[method-assign]
+    MergedTokens.match, MergedTokens.merge = map(clocked, methods)  # type: ignore[method-assign, arg-type]
     try:
         yield spent
     finally:
