@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks import tables as benchmark_tables
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
@@ -200,6 +201,22 @@ def test_its_tables_and_chart_say_what_the_file_holds(command):
     assert all(len([1 for cell in cells for each in cell.lines if part in each.ratios]) for part in PARTS)
 
 
+def test_the_readme_table_is_made_of_result_files(command, monkeypatch):
+    _, files = command
+    monkeypatch.setattr(benchmark_tables, "RESULTS", files["bench-tiny.json"].parent)
+    made, held = benchmark_tables.bench(), results.load(files["bench-tiny.json"])
+    assert made.startswith(overview(held))
+    assert "`dymu bench tiny -b 89" in made
+
+
+def test_every_variant_goes_first_in_turn():
+    seen = []
+    timed = {name: lambda name=name: seen.append(name) or timing.Times(1, 1, 1) for name in "abc"}
+    runs = timing.interleaved(timed, repeats=4, limit_s=60)
+    assert "".join(seen) == "abcbcacababc"
+    assert {name: len(found) for name, found in runs.items()} == {"a": 4, "b": 4, "c": 4}
+
+
 def test_the_report_needs_no_model(command, monkeypatch, capsys):
     printed, files = command
     call(monkeypatch, "--report", files["bench-tiny.json"], "--json")
@@ -311,8 +328,9 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert 4_000_000 <= peak() <= 4_100_000
 
 
-def test_a_model_with_weights_of_its_own(tmp_path):
-    model, processor = tiny.llava(), tiny.llava_processor()
+@pytest.mark.parametrize("tower", ["clip", "dinov2"])
+def test_a_model_with_weights_of_its_own(tmp_path, tower):
+    model, processor = tiny.llava(tower), tiny.llava_processor()
     thresholds = Thresholds((Calibrated(10, (0.0,) * (tiny.LAYERS - 1)), Calibrated(49, (2.0,) * (tiny.LAYERS - 1))))
     found = bench(
         Pretrained(model, processor, thresholds), tmp_path / "b.json", budgets=[20], backends=["sdpa"], repeats=1
@@ -322,6 +340,7 @@ def test_a_model_with_weights_of_its_own(tmp_path):
     assert cell["kept"][0] < tiny.PATCHES
     stored = {name: each["cache_bytes"] for name, each in cell["variants"].items()}
     assert stored[DYMU] == stored[FLOOR.name] < stored[UNTOUCHED.name]
+    assert 0 < cell["variants"][DYMU]["merge_ms"] < cell["variants"][DYMU]["merge_of_ms"]
     with dymu.apply(model, thresholds, budget=20), pytest.raises(AlreadyApplied):
         bench(Pretrained(model, processor, thresholds), tmp_path / "c.json", budgets=[20])
 

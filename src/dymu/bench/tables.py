@@ -24,16 +24,20 @@ def header(answer_tokens: int) -> list[str]:
     return ["", *parts.values(), "merging", "peak memory", "KV cache"]
 
 
-def lines(cell: CellSummary) -> list[list[str]]:
+def lines(cell: CellSummary, brief: bool = False) -> list[list[str]]:
     """A line for each variant: the untouched model in milliseconds and MiB, the others as parts of that.
 
-    Medians with their quartiles. Merging is told as a part of the variant's own encoder time.
+    Medians with their quartiles or, `brief`, with half of what lies between them. Merging is told as a part of the
+    variant's own encoder time.
     """
     if cell.left_out:
         return []
     base = cell.lines[0]
     counted = [f"{cell.flop_ratios[part]:.2f}" if part in cell.flop_ratios else "" for part in PARTS]
-    return [*(_line(line, base) for line in cell.lines if not line.left_out), ["FLOPs, counted", *counted, "", "", ""]]
+    return [
+        *(_line(line, base, brief) for line in cell.lines if not line.left_out),
+        ["FLOPs, counted", *counted, "", "", ""],
+    ]
 
 
 def left_out(cell: CellSummary) -> list[str]:
@@ -52,9 +56,9 @@ def slower(cell: CellSummary) -> list[str]:
     ]
 
 
-def _line(line: Line, base: Line) -> list[str]:
+def _line(line: Line, base: Line, brief: bool = False) -> list[str]:
     absolute = not line.ratios
-    parts = [_ms(line, part) if absolute else _ratio(line, part) for part in PARTS]
+    parts = [_ms(line, part, brief) if absolute else _ratio(line, part, brief) for part in PARTS]
     share = "" if line.merge_share is None else f"{line.merge_share:.0%}"
     sizes = [
         _bytes(line.peak_bytes, 0 if absolute else base.peak_bytes),
@@ -63,16 +67,24 @@ def _line(line: Line, base: Line) -> list[str]:
     return [line.variant.name, *parts, share, *sizes]
 
 
-def _ms(line: Line, part: str) -> str:
+def _ms(line: Line, part: str, brief: bool) -> str:
     if part not in line.median_ms:
         return ""
+
+    def number(ms: float) -> str:
+        return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
     low, high = line.quartiles_ms[part]
-    return f"{line.median_ms[part]:.4g} ms [{low:.4g}, {high:.4g}]"
+    spread = f"±{(high - low) / 2:.2g}" if brief else f"[{number(low)}, {number(high)}]"
+    return f"{number(line.median_ms[part])} ms {spread}"
 
 
-def _ratio(line: Line, part: str) -> str:
+def _ratio(line: Line, part: str, brief: bool) -> str:
     found = line.ratios.get(part)
-    return f"{found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}]" if found else ""
+    if found is None:
+        return ""
+    spread = f"±{(found.high - found.low) / 2:.2f}" if brief else f"[{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.ratio:.2f} {spread}"
 
 
 def _bytes(count: int, of: int) -> str:

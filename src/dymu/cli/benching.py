@@ -141,7 +141,7 @@ def _say(out: Output, files: Sequence[Path], tables: Path | None, chart: Path | 
         for _, results, cells in found:
             for cell in cells:
                 filled = table(*made.header(results["answer_tokens"]), title=made.title(cell, results["full_tokens"]))
-                for line in made.lines(cell):
+                for line in made.lines(cell, brief=True):
                     filled.add_row(*line)
                 yield filled
                 yield from made.left_out(cell) + made.slower(cell)
