@@ -163,13 +163,13 @@ def _cell(
                 found[variant.name] = {"left_out": _refusal(checked)}
                 continue
             try:
-                found[variant.name] = prompts.run(variant, measure.memory)  # which warms up
+                if subject.model.device.type != "cpu":  # kernels to compile, workspaces to take
+                    prompts.run(variant, time_once)
+                found[variant.name] = prompts.run(variant, measure.memory)
             except _OutOfMemory:
                 found[variant.name] = {"left_out": OUT_OF_MEMORY}
                 continue
-            timed[variant.name] = timing = partial(prompts.run, variant, time_once)
-            if subject.model.device.type != "cpu":
-                timing()  # kernels may be compiled anew for lengths that only decoding reaches
+            timed[variant.name] = partial(prompts.run, variant, time_once)
             if perf_counter() > ends:
                 return {**cell, "left_out": f"one round takes longer than the limit of {limit_s:g} s"}
         for name, runs in interleaved(timed, repeats=repeats, limit_s=ends - perf_counter()).items():

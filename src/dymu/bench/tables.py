@@ -72,10 +72,10 @@ def _ms(line: Line, part: str, brief: bool) -> str:
         return ""
 
     def number(ms: float) -> str:
-        return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+        return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 1 else f"{ms:.2g}"
 
     low, high = line.quartiles_ms[part]
-    spread = f"±{(high - low) / 2:.2g}" if brief else f"[{number(low)}, {number(high)}]"
+    spread = f"±{number((high - low) / 2)}" if brief else f"[{number(low)}, {number(high)}]"
     return f"{number(line.median_ms[part])} ms {spread}"
 
 
