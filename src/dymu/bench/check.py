@@ -19,8 +19,10 @@ from dymu.families import FAMILIES, resolve
 ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """The largest relative error (Frobenius norm) of the attention's outputs, by dtype."""
 
-LAYERS, SIDE, PATCH, HEADS, VOCABULARY = 2, 32, 4, 1, 64
+LAYERS, SIDE, PATCH, VOCABULARY = 2, 32, 4, 64
 TOKENS = (SIDE // PATCH) ** 2
+KEY_HEADS = 2
+"""At most: the reference takes its time."""
 TEXT = (5, 19)
 """Words before and after the image."""
 BATCH, DECODED = 2, 2
@@ -44,8 +46,8 @@ class Reference:
     """A small model with attention of the measured model's shape, and what the reference computes for a prompt.
 
     It keeps the size of a head, how many query heads share a key head, rotary angles and windows, and has two layers
-    and one key head, since the reference takes its time. Two images merge at random, each to another number of tokens,
-    and two tokens are decoded. The reference runs in float32 on the CPU.
+    and up to two key heads. Two images merge at random, each to another number of tokens, and two tokens are decoded.
+    The reference runs in float32 on the CPU.
 
     Args:
         text_config: of the measured model's decoder.
@@ -115,8 +117,9 @@ def _small(text_config: Any) -> LlavaConfig:
     text = copy.deepcopy(text_config)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     shared = text.num_attention_heads // text.num_key_value_heads
-    text.head_dim, text.num_key_value_heads, text.num_attention_heads = head, HEADS, HEADS * shared
-    text.hidden_size = text.intermediate_size = WIDTH_PER_HEAD * HEADS * shared
+    heads = min(text.num_key_value_heads, KEY_HEADS)
+    text.head_dim, text.num_key_value_heads, text.num_attention_heads = head, heads, heads * shared
+    text.hidden_size = text.intermediate_size = WIDTH_PER_HEAD * heads * shared
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = LAYERS, VOCABULARY, None
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:LAYERS]
