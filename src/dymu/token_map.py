@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +33,7 @@ class TokenMap:
     kept: Tensor
     width: int
     padded: bool = False
+    _made: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> TokenMap:
@@ -57,16 +57,18 @@ class TokenMap:
         offset = torch.arange(self.batch, device=group.device)[:, None] * stride
         return (group + offset).flatten(), stride
 
-    @cached_property
     def _bags(self) -> tuple[Tensor, Tensor]:
-        """The flattened original tokens ordered by slot, and where in that order each slot begins.
+        """The flattened original tokens ordered by slot, and where in that order each slot begins; made once.
 
-        One pass over such bags is many times quicker on a CPU than to add to slots here and there, and on a GPU it
+        One pass over such bags is several times quicker on a CPU than to add to slots here and there, and on a GPU it
         adds up in one order.
         """
-        slot, stride = self._slot()
-        slot, order = slot.sort(stable=True)
-        return order, torch.searchsorted(slot, torch.arange(self.batch * stride, device=slot.device))
+        if "bags" not in self._made:
+            slot, stride = self._slot()
+            slot, order = slot.sort(stable=True)
+            first = torch.searchsorted(slot, torch.arange(self.batch * stride, device=slot.device))
+            self._made["bags"] = order, first
+        return self._made["bags"]
 
     def expand(self, merged: Tensor) -> Tensor:
         """Copy each merged token to the tokens it stands for: [B, M, ...] -> [B, N, ...]; padding becomes 0."""
@@ -85,7 +87,7 @@ class TokenMap:
             raise ValueError(
                 f"expected original tokens [{self.batch}, {self.tokens}, ...], got {tuple(original.shape)}"
             )
-        order, first = self._bags
+        order, first = self._bags()
         rest = original.shape[2:]
         flat = original.reshape(self.batch * self.tokens, -1)
         total = embedding_bag(order, flat.to(_accumulation_dtype(original.dtype)), first, mode="sum")

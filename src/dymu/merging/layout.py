@@ -90,20 +90,20 @@ class Layout:
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Tokens as they travel, to [b, t, ...] for each bucket, like `pad`."""
-        if not self.packed:
-            return [x]
+        if self._order is None:
+            return [self.pad(x)]
         return [self._rows(x, self.start[images], longest) for images, longest in self._buckets]
 
     def absent(self) -> list[Tensor | None]:
         """bool [b, t] for each bucket, the places that hold no token; None: no such place."""
-        if not self.packed:
-            return [None]
+        if self._order is None:
+            return [~self.present if self.packed else None]
         return [self._places(longest) >= self.length[images, None] for images, longest in self._buckets]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`."""
-        if not self.packed:
-            return parts[0]
+        if self._order is None:
+            return self.pack(parts[0])
         return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self._bucket_slot)[None]
 
     def _places(self, longest: int) -> Tensor:
@@ -114,33 +114,36 @@ class Layout:
         return x[0].index_select(0, place.flatten()).view(*place.shape, *x.shape[2:])
 
     @cached_property
-    def _order(self) -> list[list[int]]:
-        """The images of each bucket, the shortest first."""
-        rising = sorted(range(self.batch), key=self.lengths.__getitem__)
+    def _order(self) -> list[list[int]] | None:
+        """The images of each bucket, the shortest first; None: one bucket of all, in their order."""
         size = bucket_size(self.length.device, self.batch)
+        if not self.packed or size >= self.batch:
+            return None
+        rising = sorted(range(self.batch), key=self.lengths.__getitem__)
         return [rising[first : first + size] for first in range(0, self.batch, size)]
 
     @cached_property
     def _buckets(self) -> list[tuple[Tensor, int]]:
         """The images int64 [b] and the longest of each bucket."""
-        return [(torch.tensor(images, device=self.length.device), self.lengths[images[-1]]) for images in self._order]
+        order = self._order or []
+        return [(torch.tensor(images, device=self.length.device), self.lengths[images[-1]]) for images in order]
 
     @cached_property
     def _slot(self) -> Tensor:
         """int64 [S], the padded place of each packed token."""
-        return self._slots([self.longest * image for image in range(self.batch)])
+        return self._slots(torch.arange(self.batch, device=self.length.device) * self.longest)
 
     @cached_property
     def _bucket_slot(self) -> Tensor:
         """int64 [S], the place of each packed token among those of all buckets."""
         begins, behind = [0] * self.batch, 0
-        for images in self._order:
+        for images in self._order or []:
             for image in images:
                 begins[image] = behind
                 behind += self.lengths[images[-1]]
-        return self._slots(begins)
+        return self._slots(torch.tensor(begins, device=self.length.device))
 
-    def _slots(self, begins: list[int]) -> Tensor:
+    def _slots(self, begins: Tensor) -> Tensor:
         """int64 [S], the place of each packed token where image b begins at `begins[b]`."""
-        shift = torch.tensor(begins, device=self.length.device) - self.start[:, 0]
+        shift = begins - self.start[:, 0]
         return shift.repeat_interleave(self.length, output_size=self.total) + self._places(self.total)
