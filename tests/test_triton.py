@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import dymu
 import tiny
+from benchmarks.gpu_attention import Case, Shape, blobs, errors
 from dymu.merging import ThresholdMerge
 from dymu.unmerging import BACKENDS, UNMERGE, History, plan_step, prompt_map
 from dymu.unmerging.step import Step
@@ -151,6 +152,18 @@ def test_what_it_cannot_compute_is_refused(monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     with pytest.raises(ValueError, match="this model is on the CPU"):
         BACKENDS["triton"](query.detach(), key, value, step, 0.3)
+
+
+@pytest.mark.parametrize(("window", "unmerge", "new"), [(None, "exact", 1), (30, "exact", 3), (None, "compact", 1)])
+def test_the_gpu_benchmark_checks_by_a_formula_of_its_own(window, unmerge, new):
+    case = Case(Shape(4, 2, 16), "float32", window=window, unmerge=unmerge, side=8, kept=20, new=new)
+    assert max(errors(case, "cpu")) < 1e-6
+
+
+def test_the_gpu_benchmark_merges_to_as_many_groups_as_asked():
+    groups = blobs(images=2, side=10, kept=40, seed=1)
+    assert sorted(set(groups)) == list(range(40))
+    assert max(groups.count(group) for group in range(40)) > 5
 
 
 def run_python(code: str) -> str:

@@ -66,13 +66,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
     if window is not None and window >= step.keys.shape[1]:
         window = None
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    if step.queries.tokens > FEW_QUERIES:
-        out, launch = prefill(query, key, value, step, scaling, window)
-        launch.run()
-        return out.to(query.dtype)
-    out, split, combine = decode(query, key, value, step, scaling, window)
-    split.run()
-    combine.run()
+    with torch.cuda.device_of(query):
+        if step.queries.tokens > FEW_QUERIES:
+            out, launch = prefill(query, key, value, step, scaling, window)
+            launch.run()
+            return out.to(query.dtype)
+        out, split, combine = decode(query, key, value, step, scaling, window)
+        split.run()
+        combine.run()
     return step.queries.average(out) if step.expand_queries else out
 
 
@@ -155,13 +156,13 @@ def decode(
     """What a few queries fill, [B, Nq, H, D], not averaged yet, and what is launched for it, in this order."""
     batch, heads, _, size = query.shape
     shared, new = heads // key.shape[1], step.queries.tokens
-    tiles = decode_tiles(size, query.dtype)
+    rows = max(16, triton.next_power_of_2(new * shared))
+    tiles = decode_tiles(rows, size, query.dtype)
     keys = step.keys
     columns = step.once(("triton", "sorted_keys", tiles.width), lambda: sorted_keys(keys, tiles.width))
     total = columns.place.shape[2]
     splits = _splits(batch * key.shape[1], total, query.device)
     common, flags = _common(query, key, value, step, scaling, window)
-    rows = max(16, triton.next_power_of_2(new * shared))
     tops, totals = query.new_empty(2, batch, key.shape[1], splits, rows, dtype=torch.float32)
     parts = query.new_empty(batch, key.shape[1], splits, rows, 2 * flags["HALF"], dtype=torch.float32)
     out = query.new_empty(batch, new, heads, size)
@@ -186,11 +187,10 @@ def decode(
     return out, split, Launch(kernels.combine, (heads, new, batch), partial | {"out": out}, shape)
 
 
-def decode_tiles(size: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for few queries; their rows are as many as the queries need."""
-    if dtype == torch.float32 or size > 128:
-        return Tiles(rows=16, width=32, sizes=1, warps=4, stages=2)
-    return Tiles(rows=16, width=64, sizes=1, warps=4, stages=2)
+def decode_tiles(rows: int, size: int, dtype: torch.dtype) -> Tiles:
+    """Tiles for few queries, which have so many rows in all."""
+    narrow = dtype == torch.float32 or size > 128
+    return Tiles(rows, width=32 if narrow else 64, sizes=1, warps=4 if rows <= 32 else 8, stages=2)
 
 
 def _splits(programs: int, tiles: int, device: torch.device) -> int:
