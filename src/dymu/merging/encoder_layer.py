@@ -43,12 +43,11 @@ class EncoderLayer:
         """
         normed, layout = self.norm1(x), state.layout
         key = self.key(normed)
-        buckets = zip(
-            *([rows.unflatten(-1, (self.heads, -1)).transpose(1, 2) for rows in layout.split(part)]
-              for part in (self.query(normed), key, self.value(normed))),
-            state.log_sizes,
-            strict=True,
-        )  # fmt: skip
+        by_head = (
+            [rows.unflatten(-1, (self.heads, -1)).transpose(1, 2) for rows in layout.split(part)]
+            for part in (self.query(normed), key, self.value(normed))
+        )
+        buckets = zip(*by_head, state.log_sizes, strict=True)
         attended = layout.join([sized_attention(*bucket).transpose(1, 2).flatten(2) for bucket in buckets])
         update = self.out(attended)
         for module in self.after_attention:
