@@ -20,6 +20,7 @@ import typer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dymu.merging import triton_match
 from dymu.token_map import TokenMap
 from dymu.unmerging import History, Step, plan_step
 from dymu.unmerging.backends.triton import Launch, Tiles, decode, prefill
@@ -105,6 +106,27 @@ def launches(
     return [prefill(query, key, value, step, 0.1, None, tiles)[1]]
 
 
+def matching(channels: int = 64, images: int = 2) -> Launch:
+    """What finding partners among 576 tokens launches."""
+    length = torch.full((images,), 577)
+    arguments = {
+        "metric": torch.zeros(images, 577, channels),
+        "start": length.cumsum(0) - length,
+        "length": length,
+        "similarity": torch.zeros(images, 288),
+        "partner": torch.zeros(images, 288, dtype=torch.long),
+        "prefix": 1,
+        "most": 288,
+    }
+    constants = {
+        "CHANNELS": channels,
+        "PADDED": triton.next_power_of_2(channels),
+        "ROWS": triton_match.ROWS,
+        "COLUMNS": triton_match.COLUMNS,
+    }
+    return Launch(triton_match.match, (9, images, 1), arguments, constants)
+
+
 def _planned(queries: TokenMap, history: History, size: int) -> Step:
     places = torch.arange(history.length, history.length + queries.tokens)[None]
     return plan_step(
@@ -125,18 +147,21 @@ def main(
 ) -> None:
     """Compile every kernel for every shape for sm_90: prefill of 640 tokens, and decoding one after them."""
     rows: list[dict[str, Any]] = []
+    for channels in (64, 72):
+        what = {"kernel": "match", "heads": "", "size": channels, "dtype": "float32"}
+        rows.append(what | asdict(compiled(matching(channels))))
     for name in dtype:
         for heads, key_heads, size in (map(int, given.split("/")) for given in shape):
             for new in (640, 1):
                 for launch in launches(heads, key_heads, size, DTYPES[name], new):
                     what = {"kernel": launch.kernel.__name__, "heads": f"{heads}/{key_heads}", "size": size}
                     rows.append(what | {"dtype": name} | asdict(compiled(launch)))
-                    if not as_json:
-                        if len(rows) == 1:
-                            print(*(f"{column:>13}" for column in rows[0]))
-                        print(*(f"{entry!s:>13}" for entry in rows[-1].values()), flush=True)
     if as_json:
         print(json.dumps(rows))
+        return
+    print(*(f"{column:>13}" for column in rows[0]))
+    for row in rows:
+        print(*(f"{entry!s:>13}" for entry in row.values()))
 
 
 if __name__ == "__main__":
