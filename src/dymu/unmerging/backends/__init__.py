@@ -26,7 +26,7 @@ IN_FLOAT64 = ("reference", "sdpa")
 
 
 def choose(name: str) -> str:
-    """The backend for `name`. `auto` is `sdpa`: the one other than the reference so far.
+    """The backend for `name`. `auto` is `sdpa`: `triton` has yet to be measured on a GPU.
 
     Raises:
         ValueError: there is no backend of that name.
