@@ -19,7 +19,7 @@ import dymu
 import tiny
 from dymu.errors import AlreadyApplied, BadBudget, BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
 from dymu.merging import AveragePool, RandomKeep, ThresholdMerge
-from dymu.unmerging import COMPACT, UNMERGE
+from dymu.unmerging import CACHE_FORMS, COMPACT, UNMERGE
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
@@ -236,6 +236,37 @@ def test_the_cache_of_a_batch_is_as_long_as_its_longest_merged_prompt(some_model
         full = tiny.tokens_per_image(some_model)
         merged = [len(ids) - full + kept for ids, kept in zip(prompts, handle.last.kept, strict=True)]
         assert cache.layers[0].keys.shape[2] == max(merged)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cache_of_all_tokens_says_the_same(model, side):
+    """`cache="expanded"` stores every token of the prompt and changes no logits, whatever is done to the cache."""
+    prompts, images = four_prompts(model), tiny.pictures(4)
+    inputs = {**tiny.pad(prompts, side), "pixel_values": images}
+    tokens = inputs["input_ids"].shape[1]
+    more = torch.arange(3, 11).view(4, 2)
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), 1)
+    logits = []
+    for form in CACHE_FORMS:
+        with dymu.apply(model, merge=SOME, cache=form) as handle:
+            first = model(**inputs)
+            cache = first.past_key_values
+            length = cache.layers[0].keys.shape[2]
+            assert length == tokens if form == "expanded" else length < tokens
+            assert handle.last.cache_bytes_full == handle.last.cache_bytes * tokens // length
+            second = model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+            cache.crop(-1)
+            cache.reorder_cache(torch.tensor([1, 0, 3, 2]))
+            third = model(
+                input_ids=more[[1, 0, 3, 2], 1:], attention_mask=mask[[1, 0, 3, 2]], past_key_values=cache
+            ).logits
+            present = inputs["attention_mask"].bool()
+            logits.append(torch.cat((first.logits[present], second.flatten(0, 1), third.flatten(0, 1))))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"unmerge=\"exact\""):
+        dymu.apply(model, merge=SOME, cache="expanded", unmerge="none")
+    with pytest.raises(ValueError, match="merged or expanded"):
+        dymu.apply(model, merge=SOME, cache="both")
 
 
 @pytest.mark.parametrize("unmerge", UNMERGE)
@@ -606,11 +637,12 @@ def test_embeddings_instead_of_ids(some_model):
         assert by_embeds.past_key_values.layers[0].keys.shape == by_ids.past_key_values.layers[0].keys.shape
 
 
-def test_caches_do_not_cross_over(some_model):
+@pytest.mark.parametrize("form", CACHE_FORMS)
+def test_caches_do_not_cross_over(some_model, form):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     one = ids[:, -1:]
     stock = some_model(input_ids=ids, pixel_values=image).past_key_values
-    handle = dymu.apply(some_model, merge=SOME)
+    handle = dymu.apply(some_model, merge=SOME, cache=form)
     with pytest.raises(UnsupportedCache, match="filled without DyMU"):
         some_model(input_ids=one, past_key_values=stock)
     merged = some_model(input_ids=ids, pixel_values=image).past_key_values

@@ -23,7 +23,7 @@ from dymu.unmerging import (
     prompt_leaders,
     prompt_map,
 )
-from dymu.unmerging.backends import IN_FLOAT64
+from dymu.unmerging.backends import IN_FLOAT64, sdpa
 from dymu.unmerging.step import Step
 
 SIZE = 8
@@ -102,6 +102,19 @@ def test_backends_equal_the_reference(name, unmerge, data):
     single = BACKENDS[name](query.float(), key.float(), value.float(), as_float32(step), 0.3, window)
     error = (single.double() - expected).norm() / expected.norm().clamp(min=1e-3)
     assert error < 1e-5
+
+
+@pytest.mark.parametrize("limits", [{"FEW": 0}, {"FEW": 0, "PIECE": 3}, {"FEW": 0, "MASK": 20}], ids=str)
+@given(data=st.data())
+def test_sdpa_in_pieces_equals_the_reference(limits, data):
+    """What short prompts do not reach by themselves: copied values, causal attention and masks in pieces."""
+    step, query, key, value, window = data.draw(steps(data.draw(st.sampled_from(["exact", "compact"]))))
+    expected = BACKENDS["reference"](query, key, value, step, 0.3, window)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, limit in limits.items():
+            patch.setattr(sdpa, name, limit)
+        found = BACKENDS["sdpa"](query, key, value, step, 0.3, window)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
 @given(st.integers(1, 9), st.integers(0, 2**16), st.sampled_from([None, 2, 5]))

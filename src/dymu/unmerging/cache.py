@@ -194,4 +194,5 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that the cache holds."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    stored = [states for layer in cache.layers if layer.is_initialized for states in (layer.keys, layer.values)]
+    return sum(states.numel() * states.element_size() for states in stored)
