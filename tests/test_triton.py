@@ -21,6 +21,7 @@ from test_unmerging import as_float32, prompts, steps
 
 backend = pytest.importorskip("dymu.unmerging.backends.triton", reason="it needs Triton", exc_type=ImportError)
 gpu = pytest.importorskip("benchmarks.gpu_attention")
+counted = pytest.importorskip("benchmarks.kernel_work")
 tables = backend.tables
 SMALL = backend.Tiles(rows=16, width=32, sizes=2, warps=4, stages=1)
 
@@ -163,6 +164,11 @@ def test_the_gpu_benchmark_merges_to_as_many_groups_as_asked():
     groups = gpu.blobs(images=2, side=10, kept=40, seed=1)
     assert sorted(set(groups)) == list(range(40))
     assert max(groups.count(group) for group in range(40)) > 5
+
+
+def test_chunks_save_products_and_alone_cost_none():
+    assert counted.work(images=4, side=27, kept=408, sizes=1) == counted.Work(1, 1, 1, pytest.approx(0.08, abs=0.02))
+    assert counted.work(images=4, side=27, kept=408).both < 0.75
 
 
 def test_triton_is_optional_and_its_kernels_are_loaded_when_first_used():
