@@ -58,8 +58,10 @@ def _attend_causal(attend: Callable[..., Tensor], query: Tensor, key: Tensor, va
     go through it a few queries at a time, with the keys up to the last of them.
     """
     tokens = query.shape[2]
-    if query.device.type != "cpu" or not PIECE < tokens <= SHORT:
-        return attend(query, key, value, is_causal=tokens > 1)
+    if tokens == 1:
+        return attend(query, key, value)
+    if query.device.type != "cpu" or not PIECE < tokens <= SHORT or torch.compiler.is_compiling():
+        return attend(query, key, value, is_causal=True)
     # Slices of the mask's lower right corner hide the right keys from every piece.
     mask = query.new_zeros(PIECE, tokens)
     mask[:, -PIECE:].masked_fill_(mask.new_ones(PIECE, PIECE, dtype=torch.bool).triu(1), -torch.inf)
