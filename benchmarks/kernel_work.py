@@ -1,6 +1,6 @@
 """How many products the Triton prefill kernel forms, counted from its tables; no GPU is needed.
 
-`python -m benchmarks.kernel_work` counts, for the prompts of `benchmarks.gpu_attention`, the tiles of keys that the
+`python -m benchmarks.kernel_work` counts, for the prompts of `benchmarks.prompts`, the tiles of keys that the
 tiles of queries visit, over those that causal attention to expanded tokens visits in tiles of the same size.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu_attention import QWEN, SIZES, prompts
+from benchmarks.prompts import QWEN, SIZES, prompts
 from dymu.unmerging.backends.triton import prefill_tiles, tables
 
 

@@ -14,15 +14,20 @@ def as_phase(cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def as_pairs(x: Tensor) -> Tensor:
-    """[..., D] vectors as complex numbers [..., D / 2]: what RoPE rotates together, elements i and i + D / 2."""
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.complex(first, second)
+    """[..., D] vectors as complex numbers [..., D / 2] of float32 or wider parts.
+
+    A pair is what RoPE rotates together: elements i and i + D / 2.
+    """
+    half = x.shape[-1] // 2
+    x = x if x.dtype.itemsize >= 4 else x.float()
+    return torch.complex(x[..., :half], x[..., half:])
 
 
 def interleaved(pairs: Tensor, dtype: torch.dtype) -> Tensor:
     """Complex [..., D / 2] as real [..., D], the parts of each number side by side. Dot products between two such
     vectors are those of the usual order."""
-    return torch.view_as_real(pairs).flatten(-2).to(dtype)
+    real = torch.view_as_real(pairs).flatten(-2)
+    return real if real.dtype == dtype else real.to(dtype)
 
 
 def no_rotation(x: Tensor, position_ids: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:

@@ -76,19 +76,20 @@ def _attend_causal(attend: Callable[..., Tensor], query: Tensor, key: Tensor, va
 def _attend_few(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None) -> Tensor:
     """The same, where the weights on all copies of one value are summed before they meet it."""
     batch, shared, entries, size = key.shape
-    tokens = step.queries.tokens
-    wide = torch.promote_types(query.dtype, torch.float32)
+    tokens, seen = step.queries.tokens, step.keys.shape[1]
+    if query.dtype.itemsize < 4:
+        query, key = query.float(), key.float()
     phase = step.once(("scaled phase", scaling), lambda: step.query_phase * scaling)
-    query = virtual_queries(query.to(wide), _query_rows(step), phase)
-    key = virtual_keys(key.to(wide), _key_rows(step, key), step.phase)
-    logits = query.reshape(batch, shared, -1, size) @ key.mT
+    query = virtual_queries(query, _query_rows(step), phase).reshape(batch * shared, -1, size)
+    key = virtual_keys(key, _key_rows(step, key), step.phase).flatten(0, 1)
+    logits = torch.bmm(query, key.mT).view(batch, shared, -1, seen)
     if tokens > 1 or not step.causal(window):
         mask = step.once((window, "added"), lambda: _added(step.mask(window)))
         logits = (logits.unflatten(2, (-1, tokens)) + mask[:, None]).flatten(2, 3)
     weights = logits.softmax(-1)
     slot = step.once("slot", lambda: step.keys.clamp(min=0)[:, None, None]).expand_as(weights)
-    summed = weights.new_zeros(*weights.shape[:3], entries).scatter_add_(3, slot, weights)
-    return (summed.to(value.dtype) @ value).view(batch, -1, tokens, size)
+    summed = weights.new_zeros(*weights.shape[:3], entries).scatter_add_(3, slot, weights).flatten(0, 1)
+    return torch.bmm(summed.to(value.dtype), value.flatten(0, 1)).view(batch, -1, tokens, size)
 
 
 def _query_rows(step: Step) -> Tensor | None:
