@@ -161,7 +161,7 @@ def _authors(query: Tensor, key: Tensor, value: Tensor, step: Any, scaling: floa
 
 
 def main(
-    repeats: int = 7,
+    repeats: int = 15,
     limit_s: Annotated[float, typer.Option(help="Rounds of one prompt stop after so long, but not before two.")] = 60,
     name: Annotated[str, typer.Option(help="Of the result file.")] = "roofline",
 ) -> None:

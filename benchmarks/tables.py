@@ -22,7 +22,10 @@ from dymu.evaluate import Results, summarise
 from dymu.evaluate.summary import ALL
 from dymu.evaluate.tables import accuracy_table, kind_table, provenance, series
 
-PAGES = tuple(ROOT / page for page in ("README.md", "models/demo/README.md", "docs/saliency.md", "docs/evidence.md"))
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "models/demo/README.md", "docs/saliency.md", "docs/evidence.md", "docs/speed.md")
+)
 EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
 
 
@@ -53,23 +56,60 @@ def kept_tokens() -> str:
     return _markdown(header, rows) + _made_by(result)
 
 
-def speed() -> str:
-    """Time ratios, one photo, batch 1."""
-    result = _load(RESULTS / "speed.json")
-    rows = [
-        [f"{row['kept']} of {result['full_tokens']}",
-         f"{row['ratio_encoder']:.2f}", f"{row['ratio_prefill']:.2f}", f"**{row['ratio_first_token']:.2f}**",
-         f"{row['ratio_decode']:.2f}"]
-        for row in reversed(result["rows"])
-    ]  # fmt: skip
-    header = ["image tokens", "encoder", "prefill", "encoder + prefill", "each token after"]
-    return _markdown(header, rows) + _made_by(result)
-
-
 def bench() -> str:
     """Times and bytes as parts of the untouched model's, of every `bench-….json`."""
     found = [load_bench(path) for path in sorted(RESULTS.glob("bench-*.json"))]
     return "\n\n".join(f"{overview(results)}\n\n<sub>{made_by(results)}</sub>" for results in found)
+
+
+def _layer(phase: str, columns: dict[str, str]) -> str:
+    """Milliseconds of a decoder layer's parts, a line for each length of prompt."""
+    result = _load(RESULTS / "roofline.json")
+    rows = []
+    for tokens, kept in dict.fromkeys((row["image_tokens"], row["kept"]) for row in result["rows"]):
+        found = {
+            row["part"]: row
+            for row in result["rows"]
+            if (row["image_tokens"], row["kept"], row["phase"]) == (tokens, kept, phase)
+        }
+        times = [found[part]["ms"] for part in columns]
+        cells = [f"{ms:,.2f}" if ms < 10 else f"{ms:,.0f}" for ms in times]
+        if phase == "prefill":
+            rate = f"{found['attention, DyMU']['gflops']:.0f} G/s"
+        else:
+            rate = f"{found['linear, merged']['gbytes_s']:.0f} GB/s"
+        rows.append([f"{tokens:,}", f"{kept:,}", *cells, rate])
+    last = "operations, DyMU's attention" if phase == "prefill" else "bytes, projections and MLP"
+    header = ["image tokens", "kept", *columns.values(), last]
+    return _markdown(header, rows) + _made_by(result)
+
+
+def layer_prefill() -> str:
+    """One decoder layer's prefill."""
+    return _layer(
+        "prefill",
+        {
+            "linear, untouched": "projections and MLP, all tokens",
+            "linear, merged": "merged tokens",
+            "attention, untouched": "attention, untouched",
+            "attention, DyMU": "DyMU",
+            "attention, expanded first": "authors' way",
+            "attention, untouched on M tokens": "untouched, M tokens",
+        },
+    )
+
+
+def layer_decode() -> str:
+    """One decoder layer for one more token."""
+    return _layer(
+        "decode",
+        {
+            "linear, merged": "projections and MLP",
+            "attention, untouched": "attention, untouched",
+            "attention, DyMU": "DyMU",
+            "attention, untouched on M tokens": "untouched, M tokens",
+        },
+    )
 
 
 def accuracy() -> str:
@@ -179,8 +219,8 @@ def saliency_paired() -> str:
 
 
 FUNCTIONS = (
-    kept_tokens, speed, bench, accuracy, accuracy_by_kind, compact, calibration_size, saliency, saliency_schedules,
-    saliency_paired,
+    kept_tokens, bench, layer_prefill, layer_decode, accuracy, accuracy_by_kind, compact, calibration_size, saliency,
+    saliency_schedules, saliency_paired,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 

@@ -321,7 +321,7 @@ def test_refuses_what_cannot_work(processor, images) -> None:
     with pytest.raises(ValueError, match="unknown schedule"):
         dymu.calibrate(model, processor, images, [10], schedule="other", progress=False)
     for layers in ([], [3], [-1], [0, 7]):
-        with pytest.raises(ValueError, match=r"merge_layers .* not some of the layers 0 to 2"):
+        with pytest.raises(dymu.DymuError, match=r"not some of the layers 0 to 2"):
             dymu.calibrate(model, processor, images, [30], merge_layers=layers, progress=False)
     with pytest.raises(dymu.BadBudget, match="in 1 layers"):
         dymu.calibrate(model, processor, images, [20], merge_layers=[1], progress=False)

@@ -321,12 +321,23 @@ def test_calibrate_then_inspect(dymu_command, folder, photos, tmp_path):
     assert "clip_vision_model" in out
 
 
+def test_calibrate_in_some_layers(dymu_command, folder, photos, tmp_path):
+    file = tmp_path / "t.json"
+    code, out, err = dymu_command("calibrate", folder, photos, "-b", 30, "-o", file, "--merge-layers", "0,2", "--json")
+    assert code == 0, err
+    data = last_object(out)
+    assert data["merge_layers"] == [0, 2]
+    assert [layer for layer, threshold in enumerate(data["budgets"][0]["thresholds"]) if threshold <= 1] == [0, 2]
+    assert "0, 2" in dymu_command("inspect", file)[1]
+
+
 def test_calibrate_refuses(refused, folder, photos, tmp_path):
     end = ("-b", 20, "-o", tmp_path / "t.json")
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused("calibrate", folder, tmp_path / "empty", *end)
     refused("calibrate", folder, photos / "not-an-image.jpg", *end)
     assert "50" in refused("calibrate", folder, photos, "-b", 50, "-o", tmp_path / "t.json")
+    assert "layers 0 to 2" in refused("calibrate", folder, photos, *end, "--merge-layers", "1,7")
     refused("calibrate", folder, photos, "-b", 20, "-o", tmp_path / "no" / "t.json")
 
 
@@ -425,6 +436,7 @@ def test_version(dymu_command):
         ["nonsense"],
         ["run", "a.png", "b", "--nonsense"],
         ["calibrate", "m", "i.png"],
+        ["calibrate", "m", "i.png", "-b", "8", "-o", "t.json", "--merge-layers", "every second"],
         ["calibrate", "m", "i.png", "-b", "8", "-o", "t.json", "--schedule", "square"],
     ],
 )

@@ -72,9 +72,9 @@ def calibrate(
     Raises:
         UnsupportedModel: the model is of no described family.
         BadBudget: a budget is above the number of tokens, or below what halving them in every layer leaves.
-        DymuError: no image could be used, or the processor does not make one picture of one size of each.
-        ValueError: an unknown `schedule`, no `budgets`, a `batch_size` below 1, or `merge_layers` that the model does
-            not have or whose features it does not read.
+        DymuError: no image could be used, the processor does not make one picture of one size of each, or the model
+            has no such `merge_layers` or does not read them.
+        ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
     """
     wanted = list(budgets)
     if schedule not in SCHEDULES:
@@ -87,8 +87,9 @@ def calibrate(
         raise DymuError("this model reads its image features ahead of the first encoder layer, so no layer can merge.")
     merging_layers = tuple(range(depth)) if merge_layers is None else tuple(sorted(set(merge_layers)))
     if not merging_layers or not 0 <= merging_layers[0] <= merging_layers[-1] < depth:
-        raise ValueError(
-            f"merge_layers {list(merging_layers)} are not some of the layers 0 to {depth - 1} that feed the model"
+        raise DymuError(
+            f"the layers to merge in, {list(merging_layers)}, are not some of the layers 0 to {depth - 1} that feed "
+            "this model; name some of those."
         )
     pictures = _Pictures(getattr(processor, "image_processor", processor), images)
     batches: list[_Batch] = []

@@ -60,6 +60,14 @@ def parse_budget(text: str) -> int | float:
         ) from None
 
 
+def parse_layers(text: str) -> list[int]:
+    """'1,3,5', indices of layers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of layers such as 1,3,5.") from None
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if number != number or abs(number) == float("inf"):
@@ -221,6 +229,10 @@ def calibrate(
         Literal["constant", "linear", "reverse_linear"],
         typer.Option(help="How merges spread over the encoder's layers."),
     ] = "reverse_linear",
+    merge_layers: Annotated[
+        str | None,
+        typer.Option(metavar="1,3,5", help="Encoder layers that merge, counted from 0. All, if left out."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -229,6 +241,7 @@ def calibrate(
 
     out = Output(as_json)
     budgets = [parse_budget(text) for text in budget]
+    layers = None if merge_layers is None else parse_layers(merge_layers)
     check_writable(output, "thresholds", (".json",))
     paths = [path for named in images for path in _image_files(named)]
     with out.step("loading torch and transformers"):
@@ -238,7 +251,7 @@ def calibrate(
     began = perf_counter()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        found = dymu.calibrate(loaded.model, loaded.processor, paths, budgets, schedule=schedule)
+        found = dymu.calibrate(loaded.model, loaded.processor, paths, budgets, schedule=schedule, merge_layers=layers)
     seconds = perf_counter() - began
     found.save(output)
     for warning in warned:
@@ -277,6 +290,7 @@ def _thresholds_data(found: Any) -> dict[str, Any]:
         "model": found.model,
         "encoder": None if encoder is None else asdict(encoder),
         "schedule": found.schedule,
+        "merge_layers": found.merge_layers,
         "images": found.images,
         "skipped": [dict(skipped) for skipped in found.skipped],
         "created": found.created,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,10 @@ def _kept(side: dict[str, Any]) -> str:
     return f"{kept} of {original} ({kept / original:.0%})"
 
 
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def thresholds_for_people(data: dict[str, Any]) -> Iterator[Any]:
     """What `dymu inspect` gives as JSON, as tables."""
     yield from facts(
@@ -124,6 +128,7 @@ def thresholds_for_people(data: dict[str, Any]) -> Iterator[Any]:
             "model": data["model"] or "not said",
             "encoder": _encoder_for_people(data["encoder"]),
             "schedule": data["schedule"] or "not said",
+            "merging in": "all layers" if data["merge_layers"] is None else f"layers {_list(data['merge_layers'])}",
             "found on": f"{data['images']} images ({len(data['skipped'])} skipped)"
             if data["images"] is not None
             else "not said",
