@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import dymu
 from dymu.evaluate.run import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +30,12 @@ def write(name: str, data: dict[str, Any]) -> Path:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "versions": {name: version(name) for name in ("dymu", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": {
+            "dymu": dymu.__version__,  # which need not be installed
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
         **data,
     }
     path = RESULTS / f"{name}.json"
