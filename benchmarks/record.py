@@ -47,5 +47,8 @@ def write(name: str, data: dict[str, Any]) -> Path:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--exclude=*", "--dirty"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
     return found.stdout.strip() or "unknown"
