@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dymu.evaluate.costs import _CPU_ATTENTION
+from dymu.evaluate.costs import ATTENTION_FLOPS
 from dymu.families import FAMILIES, resolve
 from dymu.timing import now
 from dymu.unmerging import cache_bytes
@@ -108,7 +108,7 @@ def flops(model: Any, inputs: Inputs) -> dict[str, int]:
 
     Counted as it runs, see `dymu.evaluate.costs.cost`.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     vision: list[int] = []
     hook = resolve(model, FAMILIES).language_model.register_forward_pre_hook(
         lambda *_: vision.append(counter.get_total_flops()), prepend=True

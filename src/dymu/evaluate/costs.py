@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +20,7 @@ def cost(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
     """Times of one prompt (see `dymu.timing.Times`), the FLOPs of its first forward and the bytes of its cache.
 
     FLOPs are those of matrix products, convolutions and attention as they were really run, 2 per multiplication and
-    addition; attention counts every pair of query and key, causal or not.
+    addition; attention counts the pairs of query and key that causality lets see.
     """
     times = measure(model, inputs)
     flops, stored = _count(model, inputs)
@@ -29,15 +29,28 @@ def cost(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
 
 @torch.no_grad()
 def _count(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     return counter.get_total_flops(), cache_bytes(output.past_key_values)
 
 
-def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    batch, heads, queries, size = query
-    return 2 * batch * heads * queries * key[-2] * (size + value[-1])
+def _attention(causal_at: int) -> Callable[..., int]:
+    """FLOPs of an attention operation, whose argument number `causal_at` after query, key and value is `is_causal`."""
+
+    def count(query: Shape, key: Shape, value: Shape, *options: Any, **_: Any) -> int:
+        batch, heads, queries, size = query
+        keys = key[-2]
+        causal = len(options) > causal_at and options[causal_at] is True
+        pairs = queries * (keys + 1) // 2 if causal else queries * keys
+        return 2 * batch * heads * pairs * (size + value[-1])
+
+    return count
 
 
-# torch counts every attention kernel but the CPU's.
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention(1),
+    torch.ops.aten._scaled_dot_product_flash_attention: _attention(1),
+    torch.ops.aten._scaled_dot_product_efficient_attention: _attention(3),
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention(3),
+}
+"""For `FlopCounterMode`, which by itself leaves out the CPU's attention and counts what causality hides."""
