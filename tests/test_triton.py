@@ -21,7 +21,7 @@ from test_unmerging import as_float32, prompts, steps
 
 backend = pytest.importorskip("dymu.unmerging.backends.triton", reason="it needs Triton", exc_type=ImportError)
 gpu = pytest.importorskip("benchmarks.gpu_attention")
-prompts = pytest.importorskip("benchmarks.prompts")
+made = pytest.importorskip("benchmarks.prompts")
 counted = pytest.importorskip("benchmarks.kernel_work")
 tables = backend.tables
 SMALL = backend.Tiles(rows=16, width=32, sizes=2, warps=4, stages=1)
@@ -157,12 +157,12 @@ def test_what_it_cannot_compute_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(("window", "unmerge", "new"), [(None, "exact", 1), (30, "exact", 3), (None, "compact", 1)])
 def test_the_gpu_benchmark_checks_by_a_formula_of_its_own(window, unmerge, new):
-    case = gpu.Case(prompts.Shape(4, 2, 16), "float32", window=window, unmerge=unmerge, side=8, kept=20, new=new)
+    case = gpu.Case(made.Shape(4, 2, 16), "float32", window=window, unmerge=unmerge, side=8, kept=20, new=new)
     assert max(gpu.errors(case, "cpu")) < 1e-6
 
 
 def test_the_gpu_benchmark_merges_to_as_many_groups_as_asked():
-    groups = prompts.blobs(images=2, side=10, kept=40, seed=1)
+    groups = made.blobs(images=2, side=10, kept=40, seed=1)
     assert sorted(set(groups)) == list(range(40))
     assert max(groups.count(group) for group in range(40)) > 5
 
