@@ -30,6 +30,7 @@ SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
 )
 def test_a_compiled_decoder_says_the_same(backend, whole):
     torch._dynamo.reset()
+    counters.clear()
     model = tiny.llava("clip", "qwen2", text={"num_hidden_layers": 1})
     decoder = model.model.language_model
     ids = torch.stack([tiny.prompt(model, 4, "image", 7, seed=seed) for seed in range(2)])

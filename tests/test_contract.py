@@ -658,6 +658,32 @@ def test_caches_do_not_cross_over(some_model, form):
         torch.testing.assert_close(continued, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("other", [{}, {"backend": "reference"}, {"unmerge": "none"}], ids=str)
+def test_a_cache_of_all_tokens_is_continued_by_its_like_only(some_model, other):
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
+    with dymu.apply(some_model, merge=SOME, cache="expanded"):
+        cache = some_model(input_ids=ids, pixel_values=image).past_key_values
+    with dymu.apply(some_model, merge=SOME, **other), pytest.raises(UnsupportedCache, match="holds all tokens"):
+        some_model(input_ids=ids[:, -1:], past_key_values=cache)
+
+
+@pytest.mark.parametrize(("side", "length"), [("right", -2), ("left", 2)])
+@pytest.mark.parametrize("form", CACHE_FORMS)
+def test_a_cache_cropped_within_padding_goes_on(some_model, form, side, length):
+    row = tiny.prompt(some_model, 4, "image", 7)
+    inputs = tiny.pad([torch.cat((row, row[-4:])), row], side)
+    inputs["attention_mask"][0] = inputs["attention_mask"][1]
+    more, image = torch.tensor([[5, 6], [7, 8]]), tiny.pictures(4)[1:3]
+    with dymu.apply(some_model, merge=SOME, cache=form):
+        cache = some_model(**inputs, pixel_values=image).past_key_values
+        keep = length % inputs["input_ids"].shape[1]
+        cache.crop(keep - cache.get_seq_length())
+        assert cache.get_seq_length() == keep
+        mask = torch.cat((inputs["attention_mask"][:, :keep], torch.ones_like(more)), 1)
+        logits = some_model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+        assert torch.isfinite(logits).all()
+
+
 def test_cropping_a_cache_forgets_the_end(some_model):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     with dymu.apply(some_model, merge=SOME):

@@ -155,6 +155,23 @@ def test_gradients_of_ragged_batches_are_finite():
     assert torch.isfinite(query.grad).all()
 
 
+@pytest.mark.parametrize("few", [0, 8])
+def test_gradients_of_ragged_later_turns_are_finite(few, monkeypatch):
+    """There absent tokens stand before present ones, and a mask must leave them something to see."""
+    torch.set_grad_enabled(True)
+    monkeypatch.setattr(sdpa, "FEW", few)
+    history, positions = History(), torch.arange(4).expand(2, 4)
+    for leaders in ([[0, 0, 2, 3], [0, 1, 2, 3]], [[0, 1, 2, 3], [0, 1, 2, 3]]):
+        present = torch.tensor([[True] * 4, [False, False, True, True]])
+        queries = prompt_map(torch.tensor(leaders), present)
+        step = plan_step(queries, positions, history, angles, plain=False, unmerge="exact", backend="sdpa")
+    assert step.padded
+    query = torch.randn(2, 1, queries.width, SIZE, dtype=torch.float64, requires_grad=True)
+    key, value = torch.randn(2, 2, 1, history.entries, SIZE, dtype=torch.float64)
+    BACKENDS["sdpa"](query, key, value, step, 0.3).sum().backward()
+    assert torch.isfinite(query.grad).all()
+
+
 def test_prompt_maps_number_groups_by_their_first_token():
     images = TokenMap(torch.tensor([[1, 0, 1], [0, 0, 0]]), torch.tensor([2, 1]), 2)
     places = torch.tensor([[False, True, True, True, False], [True, True, True, False, False]])

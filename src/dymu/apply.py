@@ -46,7 +46,7 @@ def apply(
         unmerge: `exact`: the language model attends as if no token had been merged (VTU, paper section 3.2). `compact`:
             it sees each merged token once, at the mean position of its group and as heavy as its size. `none`: it sees
             merged tokens as a shorter prompt. See `dymu.unmerging.Unmerge`.
-        backend: how to compute the attention: `auto`, `sdpa` or `reference`.
+        backend: how to compute the attention: `auto`, `sdpa`, `triton` (on a GPU) or `reference` (slow).
         cache: `merged`: the KV cache holds one entry per merged token. `expanded`: one per token of the full prompt, as
             without DyMU; saves no memory, and the time to unmerge keys and values for each new token.
 
@@ -57,7 +57,8 @@ def apply(
         UnsupportedModel: the model is of no described family.
         AlreadyApplied: DyMU is applied to this model already.
         BadThresholds, BadBudget: the thresholds or the budget do not fit.
-        ValueError: an unknown `unmerge` or `backend`, or both or neither of `thresholds` and `merge`.
+        ValueError: an unknown `unmerge`, `backend` or `cache`, both or neither of `thresholds` and `merge`, or
+            `cache="expanded"` with another `unmerge` than `exact` or another backend than `sdpa`.
         TypeError: `merge` is no rule.
     """
     parts = resolve(model, FAMILIES)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dymu.errors import BadPrompt
+from dymu.errors import BadPrompt, UnsupportedCache
 from dymu.families import Parts
 from dymu.report import Report
 from dymu.token_map import TokenMap
@@ -149,6 +149,11 @@ class LanguageHooks:
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
         history = History() if cache is None else adopt(cache, self._cache)
+        if history.expanded and self._cache != "expanded":
+            raise UnsupportedCache(
+                'this KV cache holds all tokens, which only DyMU with cache="expanded" goes on with; '
+                "start with a new cache."
+            )
 
         present = _present(given.pop("attention_mask", None), tokens)
         positions = given.pop("position_ids", None)

@@ -77,7 +77,7 @@ class Reference:
         _cast(model, self._dtype)
         try:
             found = self._attended(model, variant)
-        except (ImportError, RuntimeError, ValueError) as error:
+        except Exception as error:  # compilers of kernels have kinds of their own
             return Checked(None, allowed, f"{type(error).__name__}: {' '.join(str(error).split())}")
         off = float((found - self._wanted).norm() / self._wanted.norm())
         return Checked(off, allowed) if math.isfinite(off) else Checked(None, allowed, "what it gives is not finite")

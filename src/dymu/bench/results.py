@@ -10,9 +10,10 @@ from typing import Any
 from dymu.errors import DymuError
 
 FORMAT = 1
-SAME = ("model", "device", "dtype", "seed", "versions", "variants")
+SAME = ("model", "device", "dtype", "seed", "versions", "variants", "answer_tokens")
 """What a run and its continuation must agree in."""
-NEEDED = (*SAME, "full_tokens", "answer_tokens", "checks", "cells", "date", "command")
+PLACE = ("layout", "batch", "budget", "kept")
+NEEDED = (*SAME, "full_tokens", "checks", "cells", "date", "command")
 
 
 class BadBench(DymuError):
@@ -41,7 +42,7 @@ class BenchFile:
                     f"{path} belongs to another run, which differs in {', '.join(differing)}: name another file with "
                     "-o, or delete it."
                 )
-            self.body["cells"] = before["cells"]
+            self.body["cells"] = [cell for cell in before["cells"] if not cell.get("left_out")]
 
     def has(self, **place: Any) -> bool:
         """Whether the cell at this budget, batch and layout was measured."""
@@ -72,4 +73,7 @@ def load(path: Path) -> dict[str, Any]:
         raise BadBench(f"{path} is no result file: it is no JSON; name one that dymu bench wrote.") from error
     if not isinstance(body, dict) or body.get("dymu_bench") != FORMAT or not set(NEEDED) <= set(body):
         raise BadBench(f"{path} is no result file of this version of dymu bench; name one that it wrote.")
+    for number, cell in enumerate(body["cells"], 1):
+        if not set(PLACE) <= set(cell) or not {"left_out", "variants"} & set(cell):
+            raise BadBench(f"cell {number} of {path} is damaged; delete it there, and dymu bench measures it anew.")
     return body

@@ -12,6 +12,7 @@ from torch import Tensor
 from dymu.apply import apply, encoder_of, name_of
 from dymu.bench import shapes
 from dymu.bench.replay import recorded
+from dymu.evaluate.run import fingerprint, short_hash
 from dymu.families import FAMILIES, resolve
 from dymu.tasks.scenes import evaluation_pack
 from dymu.thresholds import Thresholds
@@ -120,10 +121,11 @@ class Pretrained:
         return {"thresholds": self._thresholds, "budget": budget}
 
     def describe(self) -> dict[str, Any]:
+        decided = [[entry.budget, entry.thresholds] for entry in self._thresholds.calibrated]
         return {
             "name": self.name,
-            "weights": "its own",
-            "merges": f"its own, by thresholds of {self._thresholds.created or 'an unknown day'}",
+            "weights": fingerprint(self.model),
+            "merges": f"its own, by thresholds {short_hash(decided)}",
         }
 
 

@@ -48,13 +48,18 @@ AUTHORS = Variant("authors' way (sdpa, expanded cache)", "sdpa", "expanded")
 """Queries, keys and values are expanded, and the KV cache stores keys and values so: one entry per original token."""
 
 
+def timed_backends() -> list[str]:
+    """Those that can be timed: all but the reference, which they are held against."""
+    return ["auto", *(name for name in BACKENDS if name != "reference")]
+
+
 def variants(backends: Iterable[str]) -> list[Variant]:
     """The untouched model, DyMU by each backend, the authors' way, and the floor; each once.
 
     Raises:
         ValueError: an unknown backend, or the reference, which is what the others are held against.
     """
-    timed = ["auto", *(name for name in BACKENDS if name != "reference")]
+    timed = timed_backends()
     for backend in backends:
         if backend not in timed:
             raise ValueError(f"cannot time the backend {backend!r}; choose some of {', '.join(timed)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,8 @@ from dymu.cli.output import Output, check_writable, table, write_whole
 
 BUDGETS = ["0.15", "0.3"]
 BATCHES = [1]
-LAYOUTS = ["image-text"]
-BACKENDS = ["auto"]
+LAYOUT = ["image-text"]
+BACKEND = ["auto"]
 
 
 @app.command()
@@ -36,8 +36,8 @@ def bench(
     layout: Annotated[
         list[str],
         typer.Option(help="image-text, text-image-text (long text first) or two-images. Give several."),
-    ] = LAYOUTS,
-    backend: Annotated[list[str], typer.Option(help="Of DyMU's attention. Give several.")] = BACKENDS,
+    ] = LAYOUT,
+    backend: Annotated[list[str], typer.Option(help="Of DyMU's attention. Give several.")] = BACKEND,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of the answer in the time from end to end.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, each timing every variant once.")] = 7,
     limit: Annotated[float, typer.Option(min=1, help="Seconds for one budget, batch and layout.")] = 300,
@@ -83,7 +83,11 @@ def bench(
         check_writable(file, "results", (".json",))
         with out.step("loading torch and transformers"):
             quieten_transformers()
+            from dymu.bench.layouts import LAYOUTS
             from dymu.bench.run import bench as run_all
+            from dymu.bench.variants import timed_backends
+        _refuse_unknown("layout", layout, LAYOUTS)
+        _refuse_unknown("backend", backend, timed_backends())
         subject = _subject(out, name, thresholds)
         command = shlex.join(["dymu", *sys.argv[1:]])
         run_all(
@@ -92,6 +96,13 @@ def bench(
         )  # fmt: skip
         files = [file]
     _say(out, files, tables, chart)
+
+
+def _refuse_unknown(what: str, given: Sequence[str], known: Iterable[str]) -> None:
+    """Raises: typer.BadParameter, for the first that is not known."""
+    for name in given:
+        if name not in known:
+            raise typer.BadParameter(f"there is no {what} {name!r} to time; choose some of {', '.join(known)}.")
 
 
 def _subject(out: Output, name: str, thresholds: Path | None) -> Any:

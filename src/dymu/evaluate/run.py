@@ -250,12 +250,12 @@ def _header(
         "model": {
             "name": name_of(model),
             "revision": getattr(model.config, "_commit_hash", None),
-            "weights": _fingerprint(model),
+            "weights": fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        "processor": _hash([processor.chat_template, processor.image_processor.to_dict()]),
+        "processor": short_hash([processor.chat_template, processor.image_processor.to_dict()]),
         "thresholds": {
-            schedule: _hash([[entry.budget, entry.thresholds] for entry in found.calibrated])
+            schedule: short_hash([[entry.budget, entry.thresholds] for entry in found.calibrated])
             for schedule, found in thresholds.items()
         },
         "tasks": {task.name: {**task.describe(), "length": lengths[task.name]} for task in tasks},
@@ -287,7 +287,7 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
     """A hash of every parameter's name and shape and of some of its numbers: tells models apart without reading all."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -297,7 +297,8 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _hash(data: object) -> str:
+def short_hash(data: object) -> str:
+    """16 hexadecimal digits that tell one piece of data, as JSON, from another."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -76,7 +76,8 @@ class History:
         if self.slot is not None and self.position is not None and length < self.length:
             self.slot, self.position = self.slot[:, :length], self.position[:, :length]
             self.phase = None if self.phase is None else self.phase[:, :length]
-            self.entries = int(self.slot.max()) + 1 if self.slot.numel() else 0
+            held = int(self.slot.max()) + 1 if self.slot.numel() else 0
+            self.entries = length if self.expanded else held
 
 
 def _after(past: Tensor | None, new: Tensor) -> Tensor:

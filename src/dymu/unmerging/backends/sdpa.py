@@ -40,6 +40,8 @@ def _attend_many(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling:
     attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     if step.causal(window):
         return _attend_causal(attend, query, key, value)
+    if torch.compiler.is_compiling():  # which would unroll the loop, and compile again for other lengths
+        return attend(query, key, value, attn_mask=_mask(step, window, 0, tokens, query.dtype))
     pieces = range(0, tokens, max(MASK // (len(query) * seen), 1))
     attended = []
     for start in pieces:
