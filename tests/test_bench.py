@@ -247,7 +247,7 @@ def test_a_run_goes_on_where_it_stopped(command, subject, tmp_path, monkeypatch)
     bench(subject, file, budgets=[89, 173], batches=[2], backends=["sdpa"], answer_tokens=5)
     assert len(made) == 1
     file.write_text(json.dumps({**held, "cells": [{"layout": "image-text"}]}))
-    with pytest.raises(results.BadBench, match="cell 1 of .* is damaged"):
+    with pytest.raises(results.BadBench, match=r"cell 1 of .* is damaged"):
         results.load(file)
     file.write_text(json.dumps(held))
     with pytest.raises(results.BadBench, match="differs in seed: name another file"):

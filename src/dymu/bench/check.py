@@ -78,7 +78,7 @@ class Reference:
         try:
             found = self._attended(model, variant)
         except Exception as error:  # compilers of kernels have kinds of their own
-            return Checked(None, allowed, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            return Checked(None, allowed, " ".join(str(error).split()) or type(error).__name__)
         off = float((found - self._wanted).norm() / self._wanted.norm())
         return Checked(off, allowed) if math.isfinite(off) else Checked(None, allowed, "what it gives is not finite")
 

@@ -122,6 +122,8 @@ def _subject(out: Output, name: str, thresholds: Path | None) -> Any:
             if accelerator is None:  # CPUs are slow in bfloat16
                 return Shape(name, torch.device("cpu"), torch.float32)
             return Shape(name, accelerator, torch.bfloat16)
+    if "/" not in name and not Path(name).exists():
+        raise typer.BadParameter(f"{name!r} is neither a shape ({', '.join(shapes.names())}) nor a model's folder.")
     read = Thresholds.load(thresholds or models.thresholds_beside(name))
     with out.step(f"loading {name}"):
         loaded = models.load(name)
