@@ -149,6 +149,16 @@ def test_only_the_chosen_layers_merge(layers, tmp_path, processor, images) -> No
     assert dymu.Thresholds.load(tmp_path / "thresholds.json") == found
 
 
+def test_numbers_of_numpy_are_as_good_as_others(tmp_path, processor, images) -> None:
+    model = tiny.llava("clip", layer=-1)
+    options = {"merge_layers": np.arange(1, 4), "progress": False}
+    found = dymu.calibrate(model, processor, images, np.array([20]), **options)
+    found.save(tmp_path / "thresholds.json")
+    assert dymu.Thresholds.load(tmp_path / "thresholds.json") == found
+    assert (found.merge_layers, found.budgets) == ((1, 2, 3), [20])
+    assert dymu.calibrate(model, processor, images, np.array([0.5], np.float32), **options).budgets == [24]
+
+
 def test_does_not_depend_on_the_batch(processor: CLIPImageProcessorPil, images: list[Image.Image]) -> None:
     model = tiny.llava("clip", layer=-1)
     one, *others = (
@@ -320,11 +330,14 @@ def test_refuses_what_cannot_work(processor, images) -> None:
         dymu.calibrate(nn.Linear(1, 1), processor, images, [10], progress=False)
     with pytest.raises(ValueError, match="unknown schedule"):
         dymu.calibrate(model, processor, images, [10], schedule="other", progress=False)
-    for layers in ([], [3], [-1], [0, 7]):
+    for layers in ([], [3], [-1], [0, 7], [1.5], ["1"]):
         with pytest.raises(dymu.DymuError, match=r"not some of the layers 0 to 2"):
             dymu.calibrate(model, processor, images, [30], merge_layers=layers, progress=False)
     with pytest.raises(dymu.BadBudget, match="in 1 layers"):
         dymu.calibrate(model, processor, images, [20], merge_layers=[1], progress=False)
+    for budget in ("20", None, True):
+        with pytest.raises(dymu.BadBudget, match="a budget is a number"):
+            dymu.calibrate(model, processor, images, [budget], progress=False)
     with pytest.raises(ValueError, match="at least one budget"):
         dymu.calibrate(model, processor, images, [], progress=False)
     with pytest.raises(dymu.DymuError, match=r"ahead of the first encoder layer"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from dymu import __version__
 from dymu.apply import encoder_of, name_of
-from dymu.errors import BadImage, DymuError
+from dymu.errors import BadBudget, BadImage, DymuError
 from dymu.families import FAMILIES, Parts, resolve
 from dymu.images import load
 from dymu.merging import SCHEDULES, EncoderLayer, MergedTokens, Schedule, above, removals
@@ -71,12 +73,12 @@ def calibrate(
 
     Raises:
         UnsupportedModel: the model is of no described family.
-        BadBudget: a budget is above the number of tokens, or below what halving them in every layer leaves.
+        BadBudget: a budget is no number, above the number of tokens, or below what halving them in every layer leaves.
         DymuError: no image could be used, the processor does not make one picture of one size of each, or the model
             has no such `merge_layers` or does not read them.
         ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
     """
-    wanted = list(budgets)
+    wanted = [_number(budget) for budget in budgets]
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if not wanted or batch_size < 1:
@@ -85,12 +87,7 @@ def calibrate(
     prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
     if depth == 0:
         raise DymuError("this model reads its image features ahead of the first encoder layer, so no layer can merge.")
-    merging_layers = tuple(range(depth)) if merge_layers is None else tuple(sorted(set(merge_layers)))
-    if not merging_layers or not 0 <= merging_layers[0] <= merging_layers[-1] < depth:
-        raise DymuError(
-            f"the layers to merge in, {list(merging_layers)}, are not some of the layers 0 to {depth - 1} that feed "
-            "this model; name some of those."
-        )
+    merging_layers = _indices(range(depth) if merge_layers is None else merge_layers, depth)
     pictures = _Pictures(getattr(processor, "image_processor", processor), images)
     batches: list[_Batch] = []
     tokens, targets = 0, list[int | float]()
@@ -329,6 +326,36 @@ class _Pictures:
 
 def _by(size: torch.Size) -> str:
     return f"{size[1]} × {size[0]}"
+
+
+def _number(budget: Any) -> int | float:
+    """A budget as a number of Python's own, which JSON can hold.
+
+    Raises:
+        BadBudget: it is none.
+    """
+    if isinstance(budget, bool) or not hasattr(budget, "__float__"):
+        raise BadBudget(f"a budget is a number of tokens or a fraction of them, not {budget!r}.")
+    return int(budget) if isinstance(budget, numbers.Integral) else float(budget)
+
+
+def _indices(layers: Iterable[int], depth: int) -> tuple[int, ...]:
+    """The layers to merge in, each once, in rising order.
+
+    Raises:
+        DymuError: they are not some of the first `depth` layers.
+    """
+    given = list(layers)
+    try:
+        found = sorted({operator.index(layer) for layer in given})
+    except TypeError:
+        found = []
+    if not found or not 0 <= found[0] <= found[-1] < depth:
+        raise DymuError(
+            f"the layers to merge in, {found or given}, are not some of the layers 0 to {depth - 1} that feed "
+            "this model; name some of those."
+        )
+    return tuple(found)
 
 
 def _targets(
