@@ -204,7 +204,7 @@ def test_one_merge_equals_plain_loops_in_ragged_batches(data, prefix, seed, thre
             members = [i for i, g in enumerate(expected_group) if g == m]
             weights = size[row][members].double()
             torch.testing.assert_close(found_size[m].double(), weights.sum())
-            torch.testing.assert_close(found[m], weights @ x[row][members] / weights.sum())
+            torch.testing.assert_close(found[m], weights @ x[row][members] / weights.sum(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -349,6 +349,16 @@ def test_fixed_merge_in_some_layers():
         assert first == [tiny.PATCHES] * 2
         assert others[0] == others[1] != first
         assert handle.last.kept == [20, 20]
+
+
+def test_fixed_merge_in_layers_that_there_are_not():
+    for wrong in ((), (-1, 2)):
+        with pytest.raises(ValueError, match="name some, counted from 0"):
+            FixedMerge(20, layers=wrong)
+    model = tiny.llava(layer=2)
+    with pytest.raises(ValueError, match=r"layers \[2, 30\], since only 0 to 1 feed this model; name some"):
+        dymu.apply(model, merge=FixedMerge(20, layers=(1, 2, 30)))
+    dymu.apply(model, merge=FixedMerge(30, layers=(1,))).remove()
 
 
 def test_fixed_merge_merges_the_most_alike():

@@ -62,7 +62,7 @@ def merge_tokens(
     goal, order = goal.sort(stable=True)
     first = torch.searchsorted(goal, torch.arange(after.total, device=x.device))
     wide = x if x.dtype == torch.float64 else x.float()
-    weight = (ones[order] / merged_size[goal]).to(wide.dtype)
+    weight = ones[order].to(wide.dtype) / merged_size[goal]
     # A bag of one token has weight 1 and is copied. Bags add up in one order, where scattered adds on a GPU do not.
     merged = embedding_bag(order, wide.flatten(0, 1), first, mode="sum", per_sample_weights=weight).to(x.dtype)
     shape = (1, after.total) if after.packed else (after.batch, after.longest)

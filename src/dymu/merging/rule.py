@@ -123,6 +123,10 @@ class FixedMerge:
         keep: image tokens left per image, class token and registers not counted; a float up to 1 is a fraction.
         schedule: how the merges spread over the layers; ToMe's own is `constant`.
         layers: indices of the encoder layers that merge; None: all.
+
+    Raises:
+        BadBudget: `keep` is not above 0.
+        ValueError: `schedule` is unknown, or `layers` is empty or holds a negative index.
     """
 
     keep: int | float
@@ -134,6 +138,21 @@ class FixedMerge:
             raise BadBudget(f"FixedMerge(keep={self.keep}) would keep nothing; keep at least one token.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        if self.layers is not None and not (len(self.layers) and min(self.layers) >= 0):
+            raise ValueError(f"FixedMerge cannot merge in layers {self.layers}; name some, counted from 0")
+
+    def check_fits(self, layers: int) -> None:
+        """Refuse an encoder of which only the first `layers` run, if another one is to merge.
+
+        Raises:
+            ValueError: naming the layers that there are not.
+        """
+        beyond = [] if self.layers is None else [index for index in self.layers if index >= layers]
+        if beyond:
+            raise ValueError(
+                f"FixedMerge cannot merge in layers {beyond}, since only 0 to {layers - 1} feed this model; "
+                "name some of those."
+            )
 
     def choosers(self, tokens: int, layers: int) -> list[Chooser | None]:
         keep = self.keep * tokens if isinstance(self.keep, float) and self.keep <= 1 else self.keep
