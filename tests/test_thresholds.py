@@ -104,6 +104,8 @@ def test_files_that_are_not_thresholds_are_refused(tmp_path):
     assert "not a finite number" in refusal(json.dumps({**body, "calibrated": nan}))
     odd = [{**body["calibrated"][0], "thresholds": ["a", 1, 2]}]
     assert "calibrate it again" in refusal(json.dumps({**body, "calibrated": odd}))
+    for layers in ("13", [], [1, 3], [-1], [1.0], [True], 1, {"1": 2}):
+        assert "not a list of numbers from 0 to 2" in refusal(json.dumps({**body, "merge_layers": layers}))
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):

@@ -211,6 +211,15 @@ def _check_numbers(budget: object, *thresholds: object) -> None:
         raise ValueError(f"a budget of {budget!r} keeps nothing")
 
 
+def _layers(given: object, depth: int) -> tuple[int, ...] | None:
+    """Raises: ValueError, unless they are a list of indices of `depth` layers, or None."""
+    if given is None:
+        return None
+    if not isinstance(given, list) or not given or not all(type(i) is int and 0 <= i < depth for i in given):
+        raise ValueError(f"the layers that merge are {given!r}, not a list of numbers from 0 to {depth - 1}")
+    return tuple(given)
+
+
 def _between(low: float, high: float, part: float) -> float:
     """Any threshold above 1 means "never", which a similarity of 1 is the nearest to."""
     return high if low > 1 else low + part * (min(high, 1.0) - low)
@@ -249,7 +258,7 @@ def _from_json(body: Any, source: Path) -> Thresholds:
             calibrated=tuple(calibrated),
             encoder=encoder,
             skipped=tuple(body.get("skipped", ())),
-            merge_layers=None if body.get("merge_layers") is None else tuple(int(i) for i in body["merge_layers"]),
+            merge_layers=_layers(body.get("merge_layers"), lengths.pop()),
             source=str(source),
             **{key: body[key] for key in known & body.keys()},
         )
