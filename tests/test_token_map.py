@@ -92,6 +92,15 @@ def test_half_precision_is_summed_in_float32():
     assert tokens.average(ones).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("batch", "tokens", "kept"), [(0, 5, 5), (2, 0, 0), (2, 0, 3)])
+def test_of_no_tokens_sum_and_average_are_zeros(batch, tokens, kept):
+    group = torch.zeros(batch, tokens, dtype=torch.long)
+    empty = TokenMap(group, torch.full((batch,), kept), kept)
+    given = torch.ones(batch, tokens, 2, 3, dtype=torch.bfloat16)
+    for found, dtype in ((empty.sum(given), torch.float32), (empty.average(given), torch.bfloat16)):
+        assert torch.equal(found, torch.zeros(batch, kept, 2, 3, dtype=dtype))
+
+
 def test_shapes_that_do_not_fit_are_refused():
     tokens = TokenMap.identity(2, 5)
     with pytest.raises(ValueError, match=r"\[2, 5"):

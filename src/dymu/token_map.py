@@ -87,10 +87,12 @@ class TokenMap:
             raise ValueError(
                 f"expected original tokens [{self.batch}, {self.tokens}, ...], got {tuple(original.shape)}"
             )
+        rest, dtype = original.shape[2:], _accumulation_dtype(original.dtype)
+        if original.numel() == 0:
+            return original.new_zeros(self.batch, self.width, *rest, dtype=dtype)
         order, first = self._bags()
-        rest = original.shape[2:]
         flat = original.reshape(self.batch * self.tokens, -1)
-        total = embedding_bag(order, flat.to(_accumulation_dtype(original.dtype)), first, mode="sum")
+        total = embedding_bag(order, flat.to(dtype), first, mode="sum")
         return total.view(self.batch, -1, *rest)[:, : self.width]
 
     def average(self, original: Tensor) -> Tensor:
