@@ -8,6 +8,8 @@ times nothing if they differ. Then it measures one layer's attention, prefill an
 - `triton` and `sdpa`: dymu's backends on merged tokens;
 - `floor`: the untouched model's attention on M tokens.
 
+The backends' tables, which the first layer of a forward makes for all, are made before and not in these numbers.
+
 `--sweep` instead times the prefill kernel with many tiles, which is what `prefill_tiles` is chosen from.
 """
 
@@ -74,6 +76,7 @@ CASES = [
     Case(QWEN, "bfloat16", window=200),
     Case(QWEN, "bfloat16", unmerge="compact"),
     Case(QWEN, "bfloat16", images=4, kept=340, new=5),
+    Case(QWEN, "bfloat16", new=16),
 ]
 CELLS = [
     Cell(shape, images, side, kept, batch)
@@ -254,9 +257,9 @@ def _sweep(device: torch.device) -> Iterator[dict[str, Any]]:
     chosen = [
         Tiles(rows, width, sizes, warps, stages)
         for rows, width, sizes, warps, stages in itertools.product(
-            (64, 128), (32, 64, 128), (1, 2, 3, 4), (4, 8), (1, 2, 3)
+            (64, 128), (32, 64, 128), (1, 3, 4), (4, 8), (1, 2, 3)
         )
-        if width >> (sizes - 1) >= 16 and not (rows == 128 and warps == 4) and sizes in (1, 3, 4)
+        if width >> (sizes - 1) >= 16 and not (rows == 128 and warps == 4)
     ]
     for shape in (QWEN, LLAMA):
         cell = Cell(shape, 10, 27, 1021, 1)
@@ -267,7 +270,8 @@ def _sweep(device: torch.device) -> Iterator[dict[str, Any]]:
             if why:
                 yield row | {"why": why}
             else:
-                graph = _graphed(_tiled(cell, tiles, device))
+                attend = _tiled(cell, tiles, device)  # holds the tensors that the graph replays on
+                graph = _graphed(attend)
                 yield row | {"gpu_ms": median(_timed_ms(graph.replay) for _ in range(10))}
 
 

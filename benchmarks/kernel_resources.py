@@ -1,11 +1,13 @@
 """What the Triton kernels take of a GPU's registers and shared memory, compiled ahead of time; no GPU is needed.
 
-`python -m benchmarks.kernel_resources` compiles prefill and decoding for the shapes of real models and prints a table;
-`--json` prints it as data. A kernel that does not compile, or spills registers to memory, shows here first.
+`python -m benchmarks.kernel_resources` compiles prefill and decoding for the shapes of real models, prints a table and
+writes the result file; `--json` prints data instead. A kernel that does not compile, or spills registers to
+memory, shows here first.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -20,23 +22,27 @@ import typer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import record
 from dymu.merging import triton_match
 from dymu.token_map import TokenMap
 from dymu.unmerging import History, Step, plan_step
-from dymu.unmerging.backends.triton import Launch, Tiles, decode, prefill
+from dymu.unmerging.backends.triton import Launch, Tiles, decode, decodes, prefill
 
 SHAPES = ["28/4/128", "32/32/128", "14/2/64", "32/32/64", "16/16/80", "32/32/96", "8/4/256"]
 """Query heads, key heads and head size: Qwen2-7B, Llama-2-7B (LLaVA-1.5), Qwen2-0.5B, and some of every head size."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NAMES = list(DTYPES)
+NEW = [640, 1, 16]
+"""A prompt, and one and as many tokens after it as may be decoded at once."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one thread: registers, and bytes spilled to memory; of one program: bytes of shared memory, and threads."""
+    """Of one thread: registers, and bytes that its spill stores and loads move together, each instruction counted once;
+    of one program: bytes of shared memory, and threads."""
 
     registers: int
-    spilled_bytes: int
+    spill_moved_bytes: int
     shared_bytes: int
     threads: int
 
@@ -68,8 +74,8 @@ def compiled(launch: Launch, arch: int = 90) -> Resources:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spilled = _assembled(kernel.asm["ptx"], arch)
-    return Resources(registers, spilled, kernel.metadata.shared, 32 * launch.warps)
+    registers, moved = _assembled(kernel.asm["ptx"], arch)
+    return Resources(registers, moved, kernel.metadata.shared, 32 * launch.warps)
 
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
@@ -85,14 +91,18 @@ def _assembled(ptx: str, arch: int) -> tuple[int, int]:
         raise RuntimeError(f"ptxas cannot assemble the kernel: {done.stderr.strip()}")
     registers = re.search(r"Used (\d+) registers", done.stderr)
     assert registers is not None
-    stores = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
-    return int(registers[1]), sum(map(int, stores))
+    moved = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    return int(registers[1]), sum(map(int, moved))
 
 
 def launches(
     heads: int, key_heads: int, size: int, dtype: torch.dtype, new: int, tokens: int = 640, tiles: Tiles | None = None
 ) -> list[Launch]:
-    """What a prompt of as many `tokens`, half of them merged in pairs, or `new` tokens after it, launch."""
+    """What a prompt of as many `tokens`, half of them merged in pairs, or `new` tokens after it, launch.
+
+    Args:
+        tiles: of a prefill; None takes the backend's own.
+    """
     pairs = torch.cat((torch.arange(tokens // 2) // 2, torch.arange(tokens // 2) + tokens // 4))
     kept = pairs[-1:] + 1
     queries, history = TokenMap(pairs[None], kept, int(kept)), History()
@@ -101,7 +111,7 @@ def launches(
         step = _planned(TokenMap.identity(1, new), history, size)
     query = torch.zeros(1, step.queries.width, heads, size, dtype=dtype).transpose(1, 2)
     key = value = torch.zeros(1, key_heads, history.entries, size, dtype=dtype)
-    if new < tokens:
+    if decodes(query, key, step):
         return list(decode(query, key, value, step, 0.1, None)[1:])
     return [prefill(query, key, value, step, 0.1, None, tiles)[1]]
 
@@ -143,25 +153,26 @@ def _planned(queries: TokenMap, history: History, size: int) -> Step:
 def main(
     shape: Annotated[list[str], typer.Option(help="Query heads/key heads/head size. Give several.")] = SHAPES,
     dtype: Annotated[list[str], typer.Option(help="Give several.")] = NAMES,
-    as_json: Annotated[bool, typer.Option("--json", help="Print data, not a table.")] = False,
+    new: Annotated[list[int], typer.Option(help="Tokens, 640 for a prompt, fewer for after it. Give several.")] = NEW,
+    as_json: Annotated[bool, typer.Option("--json", help="Print data; write no file.")] = False,
 ) -> None:
-    """Compile every kernel for every shape for sm_90: prefill of 640 tokens, and decoding one after them."""
+    """Compile every kernel for every shape for sm_90."""
     rows: list[dict[str, Any]] = []
     for channels in (64, 72):
-        what = {"kernel": "match", "heads": "", "size": channels, "dtype": "float32"}
+        what = {"kernel": "match", "heads": "", "size": channels, "new": "", "dtype": "float32"}
         rows.append(what | asdict(compiled(matching(channels))))
-    for name in dtype:
-        for heads, key_heads, size in (map(int, given.split("/")) for given in shape):
-            for new in (640, 1):
-                for launch in launches(heads, key_heads, size, DTYPES[name], new):
-                    what = {"kernel": launch.kernel.__name__, "heads": f"{heads}/{key_heads}", "size": size}
-                    rows.append(what | {"dtype": name} | asdict(compiled(launch)))
+    for name, given, count in itertools.product(dtype, shape, new):
+        heads, key_heads, size = map(int, given.split("/"))
+        for launch in launches(heads, key_heads, size, DTYPES[name], count):
+            what = {"kernel": launch.kernel.__name__, "heads": f"{heads}/{key_heads}", "size": size, "new": count}
+            rows.append(what | {"dtype": name} | asdict(compiled(launch)))
     if as_json:
         print(json.dumps(rows))
         return
-    print(*(f"{column:>13}" for column in rows[0]))
+    print(*(f"{column:>17}" for column in rows[0]))
     for row in rows:
-        print(*(f"{entry!s:>13}" for entry in row.values()))
+        print(*(f"{entry!s:>17}" for entry in row.values()))
+    print(record.write("kernel_resources", {"compiled_for": "sm_90", "triton": triton.__version__, "rows": rows}))
 
 
 if __name__ == "__main__":

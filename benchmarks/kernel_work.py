@@ -6,10 +6,11 @@ tiles of queries visit, over those that causal attention to expanded tokens visi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from benchmarks import record
 from benchmarks.prompts import QWEN, SIZES, prompts
 from dymu.unmerging.backends.triton import prefill_tiles, tables
 
@@ -43,7 +44,8 @@ def work(images: int, side: int, kept: int, sizes: int | None = None) -> Work:
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table and write the result file."""
+    rows = []
     print("| tokens | kept | queries x keys | weights x values | both | visits with a mask |")
     print("| --- | --- | --- | --- | --- | --- |")
     for images, side, kept in SIZES:
@@ -51,6 +53,8 @@ def main() -> None:
         tokens = prompts(images, side, kept, batch=1).tokens
         parts = (f"{found.logits:.2f}", f"{found.values:.2f}", f"{found.both:.2f}", f"{found.masked:.0%}")
         print("|", " | ".join((f"{tokens:,}", f"{kept:,}", *parts)), "|")
+        rows.append({"tokens": tokens, "kept": kept, **asdict(found)})
+    print(record.write("kernel_work", {"rows": rows}))
 
 
 if __name__ == "__main__":

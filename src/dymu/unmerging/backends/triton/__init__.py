@@ -21,10 +21,11 @@ from dymu.unmerging.step import Step
 
 LOG2E = 1.4426950408889634
 FEW_QUERIES = 16
-"""Up to so many virtual queries are a decoding step, whose work is split over the keys."""
+"""Up to so many virtual queries are a decoding step, whose work is split over the keys, if `decode_rows` holds them."""
 INTERPRETED = not isinstance(kernels.prefill, triton.runtime.JITFunction)
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-"""What it computes in; sums are float32 in all of them. Triton's interpreter cannot multiply bfloat16 matrices."""
+"""What it computes in. Sums are float32 in all of them, but where prefill averages, each row is rounded to the tensors'
+type before its group is summed. Triton's interpreter cannot multiply bfloat16 matrices."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
         window = None
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     with torch.cuda.device_of(query):
-        if step.queries.tokens > FEW_QUERIES:
+        if not decodes(query, key, step):
             out, launch = prefill(query, key, value, step, scaling, window)
             launch.run()
             return out.to(query.dtype)
@@ -93,6 +94,12 @@ def _refuse(query: Tensor, key: Tensor, value: Tensor) -> None:
             "the triton backend computes on a GPU, but this model is on the CPU; choose backend='sdpa', or to check "
             "results slowly set TRITON_INTERPRET=1 before Triton is imported."
         )
+
+
+def decodes(query: Tensor, key: Tensor, step: Step) -> bool:
+    """Whether the queries are few enough to split the work over the keys; more are prefilled."""
+    new, shared = step.queries.tokens, query.shape[1] // key.shape[1]
+    return new <= FEW_QUERIES and new * shared <= decode_rows(query.shape[-1], query.dtype)
 
 
 def prefill_tiles(size: int, dtype: torch.dtype) -> Tiles:
@@ -187,10 +194,25 @@ def decode(
     return out, split, Launch(kernels.combine, (heads, new, batch), partial | {"out": out}, shape)
 
 
+def decode_rows(size: int, dtype: torch.dtype) -> int:
+    """How many rows, virtual queries times the query heads of a key head, decoding takes at most: as many as an H100's
+    registers hold, by what the compiler says."""
+    return min(128, 8192 // (2 * _half(size))) if dtype == torch.float32 else 128
+
+
 def decode_tiles(rows: int, size: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for few queries, which have so many rows in all."""
-    narrow = dtype == torch.float32 or size > 128
-    return Tiles(rows, width=32 if narrow else 64, sizes=1, warps=4 if rows <= 32 else 8, stages=2)
+    """Tiles for few queries, which have so many rows in all; what spills least of the tried ones."""
+    if dtype == torch.float32:
+        held = rows * 2 * _half(size)
+        narrow = size > 128 or held > 4096
+        return Tiles(rows, width=16 if narrow else 32, sizes=1, warps=8 if held > 2048 else 4, stages=2)
+    return Tiles(rows, width=64 if size <= 128 else 32, sizes=1, warps=4 if rows <= 32 else 8, stages=2)
+
+
+def _half(size: int) -> int:
+    """Half a head, as wide as a tile of it is."""
+    half: int = max(16, triton.next_power_of_2(size // 2))
+    return half
 
 
 def _splits(programs: int, tiles: int, device: torch.device) -> int:
@@ -231,7 +253,7 @@ def _common(
     constants = {
         "SHARED": query.shape[1] // key.shape[1],
         "SIZE": size,
-        "HALF": max(16, triton.next_power_of_2(size // 2)),
+        "HALF": _half(size),
         "WINDOWED": window is not None,
         "BIASED": step.bias is not None,
         "PRECISION": "ieee",
