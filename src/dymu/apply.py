@@ -57,8 +57,9 @@ def apply(
         UnsupportedModel: the model is of no described family.
         AlreadyApplied: DyMU is applied to this model already.
         BadThresholds, BadBudget: the thresholds or the budget do not fit.
-        ValueError: an unknown `unmerge`, `backend` or `cache`, both or neither of `thresholds` and `merge`, or
-            `cache="expanded"` with another `unmerge` than `exact` or another backend than `sdpa`.
+        ValueError: an unknown `unmerge`, `backend` or `cache`, a rule that does not fit the encoder, both or neither of
+            `thresholds` and `merge`, or `cache="expanded"` with another `unmerge` than `exact` or another backend than
+            `sdpa`.
         TypeError: `merge` is no rule.
     """
     parts = resolve(model, FAMILIES)
