@@ -275,7 +275,7 @@ def test_a_backend_that_cannot_run_is_told_of(monkeypatch):
     reference = Reference(shapes.config("tiny").text_config, torch.device("cpu"), torch.float32)
     found = reference.check(Variant("dymu (broken)", "broken"))
     assert not found.right
-    assert found.why == "RuntimeError: no such device"
+    assert found.why == "no such device"
 
 
 @pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])

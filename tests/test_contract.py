@@ -652,7 +652,7 @@ def test_caches_do_not_cross_over(some_model, form):
     handle.remove()
     with pytest.raises(UnsupportedCache, match="apply DyMU again"):
         some_model(input_ids=one, past_key_values=merged)
-    with dymu.apply(some_model, merge=SOME):
+    with dymu.apply(some_model, merge=SOME, cache=form):
         expected = some_model(input_ids=torch.cat((ids, one), 1), pixel_values=image).logits[:, -1:]
         continued = some_model(input_ids=one, past_key_values=merged).logits
         torch.testing.assert_close(continued, expected, atol=1e-4, rtol=0)
