@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dymu.errors import AlreadyApplied, BadBudget, DymuError
 from dymu.families import FAMILIES, Parts, resolve
 from dymu.language_hooks import LanguageHooks
-from dymu.merging import MergeRule, ThresholdMerge
+from dymu.merging import FixedMerge, MergeRule, ThresholdMerge
 from dymu.report import Report
 from dymu.thresholds import Encoder, Thresholds
 from dymu.unmerging import CACHE_FORMS, NAME, UNMERGE, CacheForm, Unmerge, choose, no_rotation
@@ -72,6 +72,8 @@ def apply(
         raise ValueError("give either thresholds (and a budget) or merge=, not both and not neither")
     if merge is not None and not hasattr(merge, "choosers"):
         raise TypeError(f"merge= takes a rule such as dymu.FixedMerge(keep=94), not {merge!r}")
+    if isinstance(merge, FixedMerge):
+        merge.check_fits(max(parts.feature_layers()))
     if unmerge not in UNMERGE:
         raise ValueError(f"unknown unmerge {unmerge!r}; choose {', '.join(UNMERGE)}")
     if thresholds is not None and not isinstance(thresholds, Thresholds):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dymu.families import Parts
-from dymu.merging import FixedMerge, MergeRule, MergeRun
+from dymu.merging import MergeRule, MergeRun
 from dymu.report import Report
 from dymu.unmerging import carry_leaders, image_leaders
 
@@ -23,14 +23,9 @@ class VisionHooks:
         parts: of the model.
         rule: which tokens merge; may be set anew between calls.
         encoded: called with every batch of images that was encoded: its report and the features of each image.
-
-    Raises:
-        ValueError: the rule is to merge in layers that this model does not read.
     """
 
     def __init__(self, parts: Parts, rule: MergeRule | None, encoded: Callable[[Report, list[Tensor]], object]) -> None:
-        if isinstance(rule, FixedMerge):
-            rule.check_fits(max(parts.feature_layers()))
         self.rule = rule
         self._parts, self._encoded = parts, encoded
         self._run: MergeRun | None = None

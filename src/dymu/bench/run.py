@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dymu import __version__
 from dymu.apply import handle_of
 from dymu.bench import measure
 from dymu.bench.check import Checked, Reference
@@ -251,8 +252,8 @@ def _refusal(checked: Checked) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("dymu", "torch", "transformers", "triton"):
+    found = {"python": platform.python_version(), "dymu": __version__}
+    for name in ("torch", "transformers", "triton"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -51,18 +51,26 @@ class History:
         """Tokens of the full prompt so far."""
         return 0 if self.slot is None else self.slot.shape[1]
 
-    def append(self, tokens: TokenMap, position: Tensor, plain: bool, phase: Tensor | None = None) -> None:
-        """Add tokens of the full prompt whose merged forms are about to be stored after the present entries."""
+    def append(
+        self, tokens: TokenMap, position: Tensor, plain: bool, phase: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens of the full prompt whose merged forms are about to be stored after the present entries.
+
+        Returns:
+            `slot` and `position` of all tokens so far.
+        """
         group = torch.arange(tokens.tokens, device=tokens.group.device) if self.expanded else tokens.group
         slot = (group + self.entries).expand_as(tokens.group)
         if tokens.padded:
             slot = torch.where(tokens.group < 0, -1, slot)
         first = self.slot is None
-        self.slot, self.position = _after(self.slot, slot), _after(self.position, position)
+        slot, position = _after(self.slot, slot), _after(self.position, position)
+        self.slot, self.position = slot, position
         self.phase = None if phase is None or (self.phase is None and not first) else _after(self.phase, phase)
         self.entries += tokens.tokens if self.expanded else tokens.width
         self.plain, self.padded = self.plain and plain, self.padded or tokens.padded
         self.newest = tokens
+        return slot, position
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""

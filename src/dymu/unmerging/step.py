@@ -154,15 +154,13 @@ def _virtual_tokens(
     if history.length and history.phase is None:
         assert history.position is not None
         history.phase = as_phase(*angles(history.position))
-    history.append(queries, positions, plain, as_phase(*angles(positions)))
-    assert history.slot is not None
-    assert history.position is not None
+    slot, place = history.append(queries, positions, plain, as_phase(*angles(positions)))
     assert history.phase is not None
     return Step(
         queries,
-        keys=history.slot,
+        keys=slot,
         phase=history.phase,
-        place=history.position,
+        place=place,
         expand_queries=not plain,
         expand_keys=not (history.plain or history.expanded),
         padded=history.padded,
@@ -182,13 +180,11 @@ def _merged_tokens(
 ) -> Step:
     """Every merged token is one virtual token."""
     first = history.length == 0
-    history.append(queries, positions, plain)
-    assert history.slot is not None
-    assert history.position is not None
-    entries = TokenMap(history.slot, queries.kept, history.entries, history.padded)
+    slot, stood = history.append(queries, positions, plain)
+    entries = TokenMap(slot, queries.kept, history.entries, history.padded)
     size = entries.size()
     if unmerge in COMPACT:
-        positions = entries.average(history.position.double()).float()
+        positions = entries.average(stood.double()).float()
     else:
         positions = ((size > 0).cumsum(1) - 1).clamp(min=0)
     keys = torch.where(size > 0, torch.arange(history.entries, device=size.device), -1)
