@@ -172,7 +172,7 @@ def _timed(model: Any, handle: dymu.Handle, pixels: Tensor, repeats: int) -> dic
 
 def _processed(model: Any, handle: dymu.Handle) -> list[tuple[float, float]]:
     """Of each layer that runs, the tokens of its attention and of its MLP, the mean over the images."""
-    prefix = resolve(model, FAMILIES).prefix - handle.last.prefix
+    prefix = resolve(model, FAMILIES).prefix - int((~handle.last.items[0].patch).sum())
     after = [prefix + statistics.fmean(kept) for kept in handle.last.layers]
     return list(zip([prefix + handle.last.original[0], *after[:-1]], after, strict=True))
 

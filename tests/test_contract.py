@@ -585,10 +585,10 @@ def test_random_keep_is_the_stock_model_on_the_tokens_that_stay(some_model, unme
 
 def test_average_pool_merges_the_fields_of_a_grid(some_model):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
-    tokens, prefix = tiny.tokens_per_image(some_model), 0
+    tokens = tiny.tokens_per_image(some_model)
     with dymu.apply(some_model, merge=AveragePool(side=2)) as handle:
         some_model(input_ids=ids, pixel_values=image)
-        group, prefix = handle.last.group(0), handle.last.prefix
+        group, prefix = handle.last.group(0), int((~handle.last.items[0].patch).sum())
         hidden = some_model.get_image_features(image).last_hidden_state
     side = round((tokens - prefix) ** 0.5)
     grid = group[prefix:].view(side, side) - prefix
@@ -749,8 +749,10 @@ def test_the_grid_is_that_of_the_patches():
             model = tiny.llava(tower, strategy=strategy)
             with dymu.apply(model, merge=SOME) as handle:
                 model.get_image_features(tiny.pictures(2))
-                assert handle.last.grid == (7, 7)
-                assert handle.last.seen.shape == (2, 3, 7, 7)
+                for item in handle.last.items:
+                    (view,) = item.views
+                    assert view.place.shape == (7, 7)
+                    assert view.seen.shape == (7, 7, 3)
 
 
 @pytest.mark.parametrize("layer", [[1, -1], [-2, 3, 2]], ids=str)

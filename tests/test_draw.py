@@ -16,8 +16,8 @@ from dymu.drawing import LONGEST, SHORTEST, fits, likeness
 from dymu.families import FAMILIES, resolve
 from dymu.images import load
 from dymu.merging import FixedMerge
+from dymu.placed import Placed
 from dymu.report import Report
-from dymu.token_map import TokenMap
 
 GRID = 8
 MEAN, STD = np.array([0.48, 0.46, 0.41]), np.array([0.27, 0.26, 0.28])
@@ -40,14 +40,30 @@ def as_seen(image: Image.Image, side: int = 112) -> torch.Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(normal[None], GRID)
 
 
-def report(seen: torch.Tensor, group: torch.Tensor | None = None, **more: object) -> Report:
-    """A report in which the left half of the patches is one group, and each patch on the right is its own."""
+def report(seen: torch.Tensor, group: torch.Tensor | None = None, prefix: int = 0, dropped: int = 0) -> Report:
+    """A report in which the left half of the patches is one group, and each patch on the right is its own.
+
+    Args:
+        prefix: tokens ahead of the patches.
+        dropped: patches that the language model does not get.
+    """
     if group is None:
         group = torch.arange(GRID * GRID).view(GRID, GRID)
         group[:, : GRID // 2] = 0
-        group = group.unique(return_inverse=True)[1]
-    kept = int(group.max()) + 1
-    return Report(map=TokenMap(group.view(1, -1), torch.tensor([kept]), kept), grid=(GRID, GRID), seen=seen, **more)
+    group = group.flatten()
+    first = torch.stack([(group == number).nonzero()[0, 0] for number in group])
+    patch = torch.arange(prefix + len(group)) >= prefix
+    at = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).double()
+    placed = Placed(
+        leaders=torch.cat((torch.arange(prefix), first + prefix)),
+        patch=patch,
+        picture=torch.zeros(len(patch)),
+        at=torch.cat((torch.zeros(prefix, 2), at[dropped:])),
+        seen=torch.cat((torch.zeros(prefix, 3), seen[0].flatten(1).T[dropped:])),
+        pictures=1,
+        video=False,
+    )
+    return Report([placed])
 
 
 def crop(image: Image.Image) -> Image.Image:
@@ -206,14 +222,14 @@ def test_a_large_image_is_drawn_smaller() -> None:
 def test_tokens_that_are_no_patches() -> None:
     image = photo(672, 672)
     plain = report(as_seen(image))
-    assert plain.map is not None
-    group = plain.map.group[0]
-    with_registers = torch.cat([torch.tensor([0, 1]), group + 2])
-    assert np.array_equal(report(as_seen(image), with_registers, prefix=2).draw(image), plain.draw(image))
-    first_dropped = np.asarray(report(as_seen(image), group[1:]).draw(image)).astype(int)
+    group = plain.group()
+    assert np.array_equal(report(as_seen(image), group, prefix=2).draw(image), plain.draw(image))
+    first_dropped = np.asarray(report(as_seen(image), group[1:], dropped=1).draw(image)).astype(int)
     assert first_dropped[:80, :80].mean() < np.asarray(image)[:80, :80].mean() * 0.7  # the encoder's first patch
     with pytest.raises(ValueError, match=r"no grid of 8 × 8 patches"):
-        report(as_seen(image), torch.arange(GRID * GRID + 1)).draw(image)
+        shuffled = report(as_seen(image))
+        shuffled.items[0].at[5] = 0
+        shuffled.draw(image)
     with pytest.raises(IndexError, match="no image 1"):
         plain.draw(image, 1)
     with pytest.raises(IndexError, match="0 images"):

@@ -16,11 +16,10 @@ from dymu.unmerging import (
     UNMERGE,
     History,
     choose,
-    image_leaders,
     in_mean_order,
     leaders_within,
+    place_leaders,
     plan_step,
-    prompt_leaders,
     prompt_map,
 )
 from dymu.unmerging.backends import IN_FLOAT64, sdpa
@@ -173,9 +172,9 @@ def test_gradients_of_ragged_later_turns_are_finite(few, monkeypatch):
 
 
 def test_prompt_maps_number_groups_by_their_first_token():
-    images = TokenMap(torch.tensor([[1, 0, 1], [0, 0, 0]]), torch.tensor([2, 1]), 2)
+    images = torch.tensor([[0, 1, 0], [0, 0, 0]])
     places = torch.tensor([[False, True, True, True, False], [True, True, True, False, False]])
-    leaders = prompt_leaders(places, list(image_leaders(images)))
+    leaders = place_leaders(torch.arange(5).expand(2, 5), places, list(images))
     assert leaders.tolist() == [[0, 1, 2, 1, 4], [0, 0, 0, 3, 4]]
     present = torch.tensor([[True] * 5, [True, True, True, True, False]])
     tokens = prompt_map(leaders, present)

@@ -127,7 +127,7 @@ class Handle:
     ) -> None:
         self._parts, self._thresholds = parts, thresholds
         self._language = language
-        self._vision = VisionHooks(parts, rule, self._language.images_encoded)
+        self._vision = VisionHooks(parts, rule, self._language.encoded)
         self._budget: float | None = None
         self._undo: list[Callable[[], object]] = []
         self._disabled = 0
@@ -186,10 +186,14 @@ class Handle:
     def _install(self) -> None:
         parts, vision, language = self._parts, self._vision, self._language
         # The encoder merges.
-        self._set(parts.inner, "get_image_features", vision.image_features(parts.inner.get_image_features))
+        for modality in parts.placeholders:
+            name = f"get_{modality}_features"
+            self._set(parts.inner, name, vision.features(modality, getattr(parts.inner, name)))
         for index, module in enumerate(parts.encoder_modules):
             self._set(module, "forward", vision.layer(index, module.forward))
-        self._hook(parts.tower.register_forward_hook(vision.after_tower))
+        self._hook(parts.tower.register_forward_hook(vision.after_tower, with_kwargs=True))
+        if parts.pooler is not None:
+            self._hook(parts.pooler.register_forward_pre_hook(vision.before_pooler))
         self._hook(parts.projector.register_forward_hook(vision.after_projector))
         # The language model unmerges.
         self._hook(parts.inner.register_forward_pre_hook(language.before_inner, with_kwargs=True))
@@ -197,8 +201,9 @@ class Handle:
         self._hook(parts.language_model.register_forward_pre_hook(language.before_decoder, with_kwargs=True))
         self._hook(parts.language_model.register_forward_hook(language.after_decoder))
         self._set(parts.rotary, "forward", no_rotation)
-        if hasattr(parts.model, "_prefill"):
-            self._set(parts.model, "_prefill", language.prefill(parts.model._prefill))
+        for name, hook in (("_prefill", language.prefill), ("_expand_multimodal_outputs", language.repeat)):
+            if hasattr(parts.model, name):
+                self._set(parts.model, name, hook(getattr(parts.model, name)))
         for module in (parts.language_model, *parts.attentions):
             config = copy.copy(module.config)
             config._attn_implementation = NAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,59 +12,75 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dymu.errors import BadPrompt, UnsupportedCache
-from dymu.families import Parts
+from dymu.families import Modality, Parts
+from dymu.placed import Placed
 from dymu.report import Report
 from dymu.token_map import TokenMap
 from dymu.unmerging import (
     COMPACT,
     CacheForm,
+    Features,
     History,
     Unmerge,
     adopt,
     cache_bytes,
     carried_leaders,
+    carry_leaders,
     in_mean_order,
     leaders_within,
+    place_leaders,
     plan_step,
-    prompt_leaders,
     prompt_map,
 )
 
 
 class _Call:
-    """The images of one call of the model.
+    """The images and videos of one call of the model.
 
     Args:
-        places: bool [B, N], their placeholders in the prompts.
+        places: bool [B, N] for each kind of item, their placeholders in the prompts.
 
     Attributes:
-        leaders: int64 [B, N], see `prompt_leaders`; None until images came that DyMU merged.
+        leaders: int64 [B, N], see `place_leaders`; None until items came that DyMU merged.
     """
 
-    def __init__(self, places: Tensor) -> None:
+    def __init__(self, places: Mapping[Modality, Tensor]) -> None:
         self.places = places
         self.leaders: Tensor | None = None
 
-    def show(self, features: Sequence[Tensor]) -> None:
-        """Put the images' features, [N, C] each, in their places.
+    def show(self, modality: Modality, features: Features) -> None:
+        """Put the features of the images, or of the videos, in their places.
 
         Raises:
-            BadPrompt: the prompts have more or fewer placeholders than the images have tokens.
+            BadPrompt: the prompts have more or fewer placeholders than the items have tokens.
         """
-        places, tokens = int(self.places.sum()), sum(len(feature) for feature in features)
-        if places != tokens:
+        mask = self.places[modality]
+        places, tokens = int(mask.sum()), sum(feature.shape[0] for feature in features)
+        # Before transformers 5.18, LLaVA-OneVision adds the newline at the end of a video later.
+        later = int(modality == "video" and places == tokens + len(features))
+        if places != tokens + later * len(features):
             raise BadPrompt(
-                f"the prompts have {places} image placeholders, but the {len(features)} images given need {tokens}; "
-                "write one placeholder per image into the text, let the processor expand it, and give an image only "
-                "once, with the turn that shows it."
+                f"the prompts have {places} {modality} placeholders, but the {len(features)} {modality}s given need "
+                f"{tokens}; write one placeholder per {modality} into the text, let the processor expand it, and give "
+                f"{'an image' if modality == 'image' else 'a video'} only once, with the turn that shows it."
             )
         carried = carried_leaders(features)
         if carried is not None:
-            self.leaders = prompt_leaders(self.places, carried)
+            if later:
+                carried = [torch.cat((item, item.new_tensor([len(item)]))) for item in carried]
+            if self.leaders is None:
+                self.leaders = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+            self.leaders = place_leaders(self.leaders, mask, carried)
+
+    def show_encoded(self, outputs: Mapping[str, Any]) -> None:
+        """The same for whatever was encoded ahead of the call."""
+        for modality in self.places:
+            if outputs.get(modality) is not None:
+                self.show(modality, outputs[modality].pooler_output)
 
 
 class LanguageHooks:
-    """Hooks for the module that holds both halves, for the language model, and for chunked prefill.
+    """Hooks for the module that holds both halves, for the language model, and for how generation takes features about.
 
     Attributes:
         report: what merged in the last call.
@@ -81,36 +97,40 @@ class LanguageHooks:
         self._map: TokenMap | None = None
         self._plain = True
 
-    def images_encoded(self, report: Report, features: list[Tensor]) -> None:
-        """Take note of images that the vision half has encoded, within a call or ahead of one."""
-        self.report = report
+    def encoded(self, modality: Modality, items: list[Placed], kept: list[Tensor], features: Features) -> None:
+        """Take note of items that the vision half has encoded, within a call or ahead of one."""
+        new = Report(items, kept)
+        # A call may have images and videos, which are encoded one after the other.
+        together = modality == "video" and self.report.images_only and not self.report.read
+        self.report = self.report.with_more(new) if together else new
         if self._call is not None:
-            self._call.show(features)
+            self._call.show(modality, features)
 
     def before_inner(self, inner: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Learn where this call's images stand in the prompt."""
+        """Learn where this call's images and videos stand in the prompt."""
         given = self._inner_signature.bind(*args, **kwargs).arguments if args else kwargs
-        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is None and given.get("pixel_values") is None:
+        encoded = given.get("mm_encoder_outputs") or {}
+        if not any(encoded.values()) and given.get("pixel_values") is None and given.get("pixel_values_videos") is None:
             if not _length(given.get("past_key_values")):
                 self.report = Report()
             return
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        token = self._parts.image_token_id
         if ids is not None:
-            self._call = _Call(ids == token)
+            self._call = _Call(self._places(ids))
         elif embeds is not None:
-            of_token = inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-            self._call = _Call((embeds == of_token).all(-1))
-        if self._call is not None and encoded is not None:
-            self._call.show(encoded.pooler_output)
+            table = inner.get_input_embeddings()
+            tokens = torch.tensor(list(self._parts.placeholders.values()), device=embeds.device)
+            masks = [(embeds == of_token).all(-1) for of_token in table(tokens)]
+            self._call = _Call(dict(zip(self._parts.placeholders, masks, strict=True)))
+        if self._call is not None:
+            self._call.show_encoded(encoded)
 
     def after_inner(self, *_: Any) -> None:
-        """Forget this call's images, also where it failed."""
+        """Forget this call's items, also where it failed."""
         self._call = None
 
     def prefill(self, prefill: Callable[..., Any]) -> Callable[..., Any]:
-        """Chunked prefill cuts the features of encoded images into pieces that no longer carry their token maps, so
+        """Chunked prefill cuts the features of encoded items into pieces that no longer carry their token maps, so
         remember those of the whole prompt meanwhile."""
         signature = inspect.signature(prefill)
 
@@ -118,14 +138,14 @@ class LanguageHooks:
         def prefilling(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
             inputs = given["model_kwargs"]
-            encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-            if given["generation_config"].prefill_chunk_size is not None and encoded is not None:
+            encoded = inputs.get("mm_encoder_outputs") or {}
+            if given["generation_config"].prefill_chunk_size is not None and any(encoded.values()):
                 ids, mask = given["input_ids"], inputs.get("attention_mask")
                 past = _length(inputs.get("past_key_values"))
                 if mask is None or mask.shape[1] == ids.shape[1]:
                     ids = ids[:, past:]
-                whole = _Call(ids == self._parts.image_token_id)
-                whole.show(encoded.pooler_output)
+                whole = _Call(self._places(ids))
+                whole.show_encoded(encoded)
                 self._chunked = None if whole.leaders is None else (past, whole.leaders)
             try:
                 return prefill(*args, **kwargs)
@@ -133,6 +153,30 @@ class LanguageHooks:
                 self._chunked = None
 
         return prefilling
+
+    def repeat(self, repeat: Callable[..., Any]) -> Callable[..., Any]:
+        """Beams repeat encoded items; where those are rows of one tensor, the repeated one must carry their maps."""
+
+        @functools.wraps(repeat)
+        def repeating(ids: Any, outputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            whole = [o for o in outputs.values() if isinstance(getattr(o, "pooler_output", None), Tensor)]
+            for output in whole:
+                carried, rows = carried_leaders(output.pooler_output), list(output.pooler_output)
+                if carried is not None:
+                    carry_leaders(rows, carried)
+                output.pooler_output = rows
+            outputs = repeat(ids, outputs, *args, **kwargs)
+            for output in whole:
+                rows = output.pooler_output
+                carried, output.pooler_output = carried_leaders(rows), torch.stack(rows)
+                if carried is not None:
+                    carry_leaders(output.pooler_output, carried)
+            return outputs
+
+        return repeating
+
+    def _places(self, ids: Tensor) -> dict[Modality, Tensor]:
+        return {modality: ids == token for modality, token in self._parts.placeholders.items()}
 
     def before_decoder(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Keep one token of each group, and plan the attention over all."""
@@ -143,6 +187,7 @@ class LanguageHooks:
         embeds, ids = given.pop("inputs_embeds", None), given.pop("input_ids", None)
         if embeds is None:
             embeds = decoder.get_input_embeddings()(ids)
+        self.report.read = True
         batch, tokens = embeds.shape[:2]
 
         cache, use_cache = given.pop("past_key_values", None), given.get("use_cache")

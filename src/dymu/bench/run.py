@@ -219,7 +219,7 @@ class _Prompts:
     ) -> None:
         self._model, self._merging = subject.model, merging
         config = resolve(self._model, FAMILIES).language_model.config
-        token = resolve(self._model, FAMILIES).image_token_id
+        token = resolve(self._model, FAMILIES).placeholders["image"]
 
         def prompt(tokens: int, placeholder: bool) -> Inputs:
             words = ids(layout, batch, tokens, token, config.vocab_size, placeholder, seed).to(self._model.device)

@@ -229,7 +229,7 @@ class _Batch:
 
 def _image_tokens(model: PreTrainedModel, inputs: dict[str, Any]) -> list[int]:
     """Image tokens of each prompt, none merged."""
-    placeholder = resolve(model, FAMILIES).image_token_id
+    placeholder = resolve(model, FAMILIES).placeholders["image"]
     counts: list[int] = (inputs["input_ids"] == placeholder).sum(1).tolist()
     return counts
 

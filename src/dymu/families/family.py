@@ -43,16 +43,26 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Family:
-    """A vision-language model: paths from the model to its parts, and the kinds of towers and decoders it may hold."""
+    """A vision-language model: paths from the model to its parts, and the kinds of towers and decoders it may hold.
+
+    What follows `inner` starts from there; `tower`, `projector` and `learned` are plain names in it.
+    """
 
     model_type: str
     inner: str = "model"
     """The module that places image features among the text embeddings and calls the language model."""
     tower: str = "vision_tower"
     projector: str = "multi_modal_projector"
+    pooler: str | None = None
+    """What pools the frames of a video ahead of the projector, if anything does."""
     language_model: str = "language_model"
     image_token: str = "image_token_id"
+    video_token: str | None = None
+    """Where the family takes videos."""
     feature_layer: str = "vision_feature_layer"
     select_strategy: str = "vision_feature_select_strategy"
+    """Where the config has none, the encoder's first token is dropped."""
+    learned: tuple[str, ...] = ()
+    """Parameters that stand among image features, such as the newline after a row of tiles."""
     towers: tuple[Tower, ...] = ()
     decoders: tuple[Decoder, ...] = ()

@@ -1,7 +1,11 @@
-"""LLaVA-1.5: one square picture, features of one or several encoder layers, an MLP, a decoder."""
+"""One square picture per image: LLaVA-1.5, and ViP-LLaVA, which reads several encoder layers at once."""
+
+from dataclasses import replace
 
 from dymu.families.decoders import DECODERS
 from dymu.families.family import Family
 from dymu.families.towers import TOWERS
 
 LLAVA = Family(model_type="llava", towers=TOWERS, decoders=DECODERS)
+
+VIPLLAVA = replace(LLAVA, model_type="vipllava")

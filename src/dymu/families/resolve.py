@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +14,8 @@ from dymu.families.family import Decoder, Family, Tower
 from dymu.merging import EncoderLayer
 
 Kind = TypeVar("Kind", Tower, Decoder)
+
+Modality = Literal["image", "video"]
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Kinds whose cached keys keep the angles of a shorter prompt in the stock models."""
@@ -31,6 +33,7 @@ class Parts:
     inner: PreTrainedModel
     tower: PreTrainedModel
     projector: nn.Module
+    pooler: nn.Module | None
     language_model: PreTrainedModel
     encoder_modules: tuple[nn.Module, ...]
     encoder_layers: tuple[EncoderLayer, ...]
@@ -40,9 +43,10 @@ class Parts:
     """Class and register tokens ahead of the image's."""
 
     @property
-    def image_token_id(self) -> int:
-        """Id of the placeholder that stands for one image token in `input_ids`."""
-        return int(getattr(self.config, self.family.image_token))
+    def placeholders(self) -> dict[Modality, int]:
+        """Ids of the placeholders that stand for one token of an image, or of a video, in `input_ids`."""
+        names: dict[Modality, str | None] = {"image": self.family.image_token, "video": self.family.video_token}
+        return {modality: int(getattr(self.config, name)) for modality, name in names.items() if name is not None}
 
     def feature_layers(self, requested: int | list[int] | None = None) -> list[int]:
         """Encoder layers that each used feature went through, for a call's `vision_feature_layer` or the config's."""
@@ -53,7 +57,7 @@ class Parts:
 
     def dropped(self, strategy: str | None = None) -> int:
         """Leading encoder tokens that the language model does not get: 1 for the strategy `default`, 0 for `full`."""
-        return int((strategy or getattr(self.config, self.family.select_strategy)) == "default")
+        return int((strategy or getattr(self.config, self.family.select_strategy, "default")) == "default")
 
 
 def find(root: nn.Module, path: str) -> Any:
@@ -140,6 +144,7 @@ def resolve(model: PreTrainedModel, families: dict[str, Family]) -> Parts:
         inner=inner,
         tower=tower,
         projector=find(inner, family.projector),
+        pooler=None if family.pooler is None else find(inner, family.pooler),
         language_model=language_model,
         encoder_modules=modules,
         encoder_layers=tuple(

@@ -4,12 +4,12 @@ from dymu.unmerging.attention import NAME
 from dymu.unmerging.backends import BACKENDS, choose
 from dymu.unmerging.cache import CACHE_FORMS, CacheForm, History, adopt, cache_bytes
 from dymu.unmerging.prompt import (
+    Features,
     carried_leaders,
     carry_leaders,
-    image_leaders,
     in_mean_order,
     leaders_within,
-    prompt_leaders,
+    place_leaders,
     prompt_map,
 )
 from dymu.unmerging.rotary import no_rotation
@@ -22,6 +22,7 @@ __all__ = [
     "NAME",
     "UNMERGE",
     "CacheForm",
+    "Features",
     "History",
     "Step",
     "Unmerge",
@@ -30,11 +31,10 @@ __all__ = [
     "carried_leaders",
     "carry_leaders",
     "choose",
-    "image_leaders",
     "in_mean_order",
     "leaders_within",
     "no_rotation",
+    "place_leaders",
     "plan_step",
-    "prompt_leaders",
     "prompt_map",
 ]

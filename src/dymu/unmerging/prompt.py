@@ -13,43 +13,44 @@ from dymu.token_map import TokenMap
 _CARRIED = "_dymu_leaders"
 
 
-def image_leaders(images: TokenMap) -> Tensor:
-    """int64 [B, N]: for every token of an image the first token of its group, its leader; -1 for one that is gone."""
-    leaders = images.first().gather(1, images.group.clamp(min=0))
-    return torch.where(images.group < 0, -1, leaders) if images.padded else leaders
+Features = Tensor | Sequence[Tensor]
+"""Of the images or videos of a call: [N, C] each, or where all have as many tokens [items, N, C]."""
 
 
-def carry_leaders(features: Sequence[Tensor], leaders: Tensor) -> None:
-    """Let each image's features [N, C] carry its leaders, a row of [B, N], wherever generation takes them."""
+def carry_leaders(features: Features, leaders: Sequence[Tensor]) -> None:
+    """Let each item's features carry its leaders, int64 [N], wherever generation takes them."""
+    if isinstance(features, Tensor):
+        setattr(features, _CARRIED, list(leaders))
+        return
     for feature, own in zip(features, leaders, strict=True):
         setattr(feature, _CARRIED, own)
 
 
-def carried_leaders(features: Sequence[Tensor]) -> list[Tensor] | None:
-    """The leaders that each image's features carry; None for features that were not merged."""
+def carried_leaders(features: Features) -> list[Tensor] | None:
+    """The leaders that the items' features carry; None for features that were not merged."""
+    if isinstance(features, Tensor):
+        return getattr(features, _CARRIED, None)
     if not all(hasattr(feature, _CARRIED) for feature in features):
         return None
     return [getattr(feature, _CARRIED) for feature in features]
 
 
-def prompt_leaders(image_tokens: Tensor, leaders: Sequence[Tensor]) -> Tensor:
-    """Leaders of all prompt tokens: text tokens lead themselves, image tokens follow their image.
+def place_leaders(leaders: Tensor, places: Tensor, items: Sequence[Tensor]) -> Tensor:
+    """Leaders of all prompt tokens: those at `places` follow the leaders of their item, the others stay as they are.
 
     Args:
-        image_tokens: bool [B, N], the image placeholders of the prompts.
-        leaders: for every image in the order of the placeholders, int64 [its tokens], see `image_leaders`.
+        leaders: int64 [B, N], places within the row; of a prompt without items, each token its own.
+        places: bool [B, N], the placeholders of the items in the prompts.
+        items: for every item in the order of the placeholders, int64 [its tokens], its leaders; -1 for tokens gone.
 
     Returns:
-        int64 [B, N], places within the row; -1 for image tokens that are gone.
+        int64 [B, N]; -1 for tokens that are gone.
     """
-    batch, tokens = image_tokens.shape
-    own = torch.arange(tokens, device=image_tokens.device).expand(batch, tokens)
-    starts = torch.tensor([0] + [len(leader) for leader in leaders[:-1]]).cumsum(0).tolist()
-    flat = torch.cat(
-        [torch.where(leader < 0, -1, leader + start) for leader, start in zip(leaders, starts, strict=True)]
-    )
+    own = torch.arange(places.shape[1], device=places.device).expand_as(places)
+    starts = torch.tensor([0] + [len(item) for item in items[:-1]]).cumsum(0).tolist()
+    flat = torch.cat([torch.where(item < 0, -1, item + start) for item, start in zip(items, starts, strict=True)])
     flat = flat.to(own.device)
-    return own.masked_scatter(image_tokens, torch.where(flat < 0, -1, own[image_tokens][flat]))
+    return leaders.masked_scatter(places, torch.where(flat < 0, -1, own[places][flat]))
 
 
 def leaders_within(leaders: Tensor, start: int, tokens: int) -> Tensor:
@@ -57,7 +58,7 @@ def leaders_within(leaders: Tensor, start: int, tokens: int) -> Tensor:
     token here leads.
 
     Args:
-        leaders: int64 [B, N], see `prompt_leaders`.
+        leaders: int64 [B, N], see `place_leaders`.
 
     Returns:
         int64 [B, tokens], places counted from `start`.
@@ -74,7 +75,7 @@ def prompt_map(leaders: Tensor, present: Tensor | None = None) -> TokenMap:
     """Number the groups of each prompt by their first token; padding and image tokens that are gone belong to none.
 
     Args:
-        leaders: int64 [B, N], see `prompt_leaders`.
+        leaders: int64 [B, N], see `place_leaders`.
         present: bool [B, N], the attention mask; None: every token is there but for those that are gone.
     """
     own = torch.arange(leaders.shape[1], device=leaders.device).expand_as(leaders)

@@ -1,0 +1,103 @@
+"""How one image or video lies in the prompt: what stands at every place, and where in the picture that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A grid of patches that shows an image, its tiles put together, or a frame of a video.
+
+    Attributes:
+        place: int64 [rows, columns], the item's token at each patch; -1 where the language model does not get it.
+        seen: float [rows, columns, 3], each patch as the encoder saw it.
+    """
+
+    place: Tensor
+    seen: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """One item, an image or a video, of N tokens in the prompt.
+
+    A patch is a token that shows a place in a picture (the image itself, a tile of it, a frame). Class and register
+    tokens and those that the model learned, such as the newline of tiles, are none: they stand for themselves, and no
+    budget counts them.
+
+    Attributes:
+        leaders: int64 [N], for every token the first one of its group; -1 for one that is gone.
+        patch: bool [N].
+        picture: float [N], which of the pictures that the encoder got with this item's is its; between two where a
+            token shows a bit of both.
+        at: float [N, 2], row and column of the picture's patches that it shows.
+        seen: float [N, 3], what the encoder saw there.
+        pictures: how many pictures the item was cut into.
+        video: whether they are frames.
+    """
+
+    leaders: Tensor
+    patch: Tensor
+    picture: Tensor
+    at: Tensor
+    seen: Tensor
+    pictures: int
+    video: bool
+
+    @cached_property
+    def group(self) -> Tensor:
+        """int64 [N], the merged token behind every token, numbered by first appearance; -1 for one that is gone."""
+        own = torch.arange(len(self.leaders), device=self.leaders.device)
+        number = (self.leaders == own).cumsum(0) - 1
+        return torch.where(self.leaders < 0, -1, number[self.leaders.clamp(min=0)])
+
+    @cached_property
+    def kept(self) -> int:
+        """Merged tokens."""
+        return int(self.group.max()) + 1 if len(self.group) else 0
+
+    @cached_property
+    def views(self) -> list[View]:
+        """The whole image, and where it was cut into tiles these put together; or every frame of a video.
+
+        Raises:
+            ValueError: the tokens are no grids.
+        """
+        picture = torch.where(self.patch, self.picture, -1).round()
+        own = [picture == number for number in picture.unique().tolist() if number >= 0]
+        if self.video or len(own) == 1:
+            return [self._grid(tokens) for tokens in own]
+        whole = own[0]
+        return [self._grid(whole), self._rows(~whole & (torch.arange(len(whole), device=whole.device) > 0))]
+
+    def _grid(self, tokens: Tensor) -> View:
+        """The view of the tokens [N] of one picture."""
+        index = tokens.nonzero()[:, 0]
+        at = (self.at[index] * 1024).round()
+        rows, row = at[:, 0].unique(return_inverse=True)
+        columns, column = at[:, 1].unique(return_inverse=True)
+        place = torch.full((len(rows), len(columns)), -1, device=index.device)
+        place[row, column] = index
+        if int((place >= 0).sum()) != len(index):
+            raise ValueError(f"{len(index)} image tokens are no grid of {len(rows)} × {len(columns)} patches")
+        return View(place, self._seen(place))
+
+    def _rows(self, tokens: Tensor) -> View:
+        """The view of the tokens [N] of several pictures, of which every row ends with a learned token."""
+        index = tokens.nonzero()[:, 0]
+        patch = self.patch[index]
+        rows = int((~patch).sum())
+        grid = index.view(rows, -1) if rows and len(index) % rows == 0 else index[None]
+        if not torch.equal(patch.view_as(grid).sum(1), patch.new_full((rows,), grid.shape[1] - 1, dtype=torch.long)):
+            raise ValueError(f"{len(index)} image tokens are no rows of tiles put together")
+        place = grid[:, :-1]
+        return View(place, self._seen(place))
+
+    def _seen(self, place: Tensor) -> Tensor:
+        mean = self.seen[place[place >= 0]].mean(0)
+        return torch.where((place < 0)[..., None], mean, self.seen[place.clamp(min=0)])

@@ -1,0 +1,145 @@
+"""Where merged tokens stand in the prompt, in any family's layout.
+
+Families cut images into tiles, take padding off, add learned tokens at the ends of rows, shrink what is too large and
+pool the frames of videos. None of that is written again here: the family's own code runs a second time, on signatures
+instead of features. A merged token's signature is a few random numbers, so what comes out tells what stands where:
+equal signatures are equal features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from dymu.errors import UnsupportedModel
+from dymu.families import Modality, Parts
+from dymu.placed import Placed
+from dymu.token_map import TokenMap
+
+RANDOM = 56
+"""Random numbers in a signature. Means over different tokens differ in the first, largest values after a few more."""
+STEPS = 2**14
+"""Steps of a random number between 0 and 1 that count as different: rounding errors are far below, and weights of a
+mean that differ by less make no difference to features either."""
+
+PATCH, PRESENT, PICTURE, ROW, COLUMN, SEEN = 0, 1, 2, 3, 4, slice(5, 8)
+"""What the channels of a signature say ahead of the random ones."""
+_KNOWN = 8
+
+
+def place(
+    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], tokens: TokenMap, pixels: Tensor
+) -> list[Placed]:
+    """How the items of one call lie in the prompt.
+
+    A token that shows one merged token is of its group. One that is a mean over several, where the family pools or
+    shrinks, is a new group; equal means over the same ones share it.
+
+    Args:
+        parts: of the model.
+        modality: what the items are.
+        args, kwargs: what the inner module's `get_image_features` or `get_video_features` was called with.
+        tokens: the encoder's tokens of each picture, prefix included, to the merged ones.
+        pixels: [pictures, 3, height, width], as the encoder got them.
+    """
+    if modality == "video" and parts.pooler is not None and any(True for _ in parts.pooler.parameters()):
+        raise UnsupportedModel(
+            "this model pools the frames of videos with learned weights, which dymu cannot follow; "
+            "spatial_pool_mode average and max are known."
+        )
+    signatures = _signatures(tokens, pixels, parts.prefix)
+    stand_in = _StandIn(parts, signatures)
+    output = getattr(type(parts.inner), f"get_{modality}_features")(stand_in, *args, **{**kwargs, "return_dict": True})
+    items = list(output.pooler_output)
+    leaders = _leaders(items)
+    starts = [int(item[item[:, PATCH] > 0.5, PICTURE].min().round()) for item in items] + [len(pixels)]
+    return [
+        Placed(
+            leaders=own.to(pixels.device),
+            patch=item[:, PATCH] > 0.5,
+            picture=item[:, PICTURE] - start,
+            at=item[:, ROW : COLUMN + 1],
+            seen=item[:, SEEN],
+            pictures=end - start,
+            video=modality == "video",
+        )
+        for item, own, start, end in zip(items, leaders, starts[:-1], starts[1:], strict=True)
+    ]
+
+
+def _signatures(tokens: TokenMap, pixels: Tensor, prefix: int) -> Tensor:
+    """float64 [pictures, encoder tokens, channels]"""
+    device = torch.device("cpu") if pixels.device.type == "mps" else pixels.device  # it has no float64
+    pictures, patches = tokens.batch, tokens.tokens - prefix
+    rows, columns = grid(patches, pixels)
+    own = torch.arange(patches, device=device)
+    signatures = torch.zeros(pictures, tokens.tokens, _KNOWN + RANDOM, dtype=torch.float64, device=device)
+    shows = signatures[:, prefix:]
+    shows[..., PATCH] = 1
+    shows[..., PICTURE] = torch.arange(pictures, device=device)[:, None]
+    shows[..., ROW], shows[..., COLUMN] = own // columns, own % columns
+    shows[..., SEEN] = adaptive_avg_pool2d(pixels.detach().float(), (rows, columns)).flatten(2).mT.to(shows)
+    generator = torch.Generator(device).manual_seed(0)
+    random = torch.rand(pictures, tokens.width, RANDOM, generator=generator, dtype=torch.float64, device=device)
+    group = tokens.group.to(device)
+    signatures[..., PRESENT] = group >= 0
+    random = random.gather(1, group.clamp(min=0)[..., None].expand(-1, -1, RANDOM))
+    signatures[..., _KNOWN:] = random * signatures[..., PRESENT, None]
+    return signatures
+
+
+def grid(patches: int, pixels: Tensor) -> tuple[int, int]:
+    """Rows and columns of `patches` patches over pictures [B, 3, height, width]."""
+    height, width = pixels.shape[-2:]
+    rows = max(round((patches * height / width) ** 0.5), 1)
+    return rows, patches // rows
+
+
+def _leaders(items: Sequence[Tensor]) -> list[Tensor]:
+    """int64 [N] for the signatures [N, channels] of each item: the first token with the same; -1: it is gone."""
+    channels = torch.Generator().manual_seed(1)
+    factors = torch.randint(-(2**62), 2**62, (RANDOM,), generator=channels).to(items[0].device)
+    hashes = pad_sequence([((item[:, _KNOWN:] * STEPS).round().long() * factors).sum(1) for item in items], True)
+    hashes, order = hashes.sort(dim=1, stable=True)
+    first = torch.arange(hashes.shape[1], device=hashes.device).expand_as(hashes)
+    begins = torch.ones_like(hashes, dtype=torch.bool)
+    begins[:, 1:] = hashes[:, 1:] != hashes[:, :-1]
+    first = torch.where(begins, first, 0).cummax(1).values
+    padded = torch.empty_like(order).scatter_(1, order, order.gather(1, first))
+    found = []
+    for item, leaders in zip(items, padded, strict=True):
+        own = torch.arange(len(item), device=item.device)
+        leaders = torch.where(item[:, PATCH] > 0.5, leaders[: len(item)], own)
+        gone = (item[:, PATCH] > 0.5) & (item[:, PRESENT] < 0.5 / STEPS)
+        found.append(torch.where(gone, -1, leaders))
+    return found
+
+
+class _StandIn:
+    """A model's inner module whose encoder answers signatures, and whose projector lets them through."""
+
+    def __init__(self, parts: Parts, signatures: Tensor) -> None:
+        self._inner = parts.inner
+        layers = len(parts.encoder_layers)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=signatures, hidden_states=(signatures,) * (layers + 1)
+        )
+        channels = signatures.shape[-1]
+        setattr(self, parts.family.tower, lambda *_, **__: output)
+        # Features of several layers come joined.
+        setattr(self, parts.family.projector, lambda features: features[..., :channels])
+        for name in parts.family.learned:
+            setattr(self, name, signatures.new_zeros(channels))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if isinstance(value, MethodType) and value.__self__ is self._inner:
+            return MethodType(value.__func__, self)
+        return value
