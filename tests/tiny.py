@@ -16,15 +16,28 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-VOCAB, PAD, IMAGE_TOKEN = 64, 0, 63
+VOCAB, PAD, VIDEO_TOKEN, IMAGE_TOKEN = 64, 0, 62, 63
 SIDE, PATCH, LAYERS = 28, 4, 4
 PATCHES = (SIDE // PATCH) ** 2
 
@@ -66,30 +79,52 @@ DECODERS = {
 }
 
 
+ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
+"""Families that cut an image into tiles. Their tests show images twice as wide as high: two tiles of `SIDE` pixels."""
+PINPOINTS = [[rows * SIDE, columns * SIDE] for rows in range(1, 7) for columns in range(1, 7)]
+
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration, {}),
+    "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration, {"vision_feature_layer": (-2, 1, 2)}),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration, {"image_grid_pinpoints": PINPOINTS}),
+    "llava_next_video": (
+        LlavaNextVideoConfig,
+        LlavaNextVideoForConditionalGeneration,
+        {"image_grid_pinpoints": PINPOINTS, "video_token_index": VIDEO_TOKEN},
+    ),
+    "llava_onevision": (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        {"image_grid_pinpoints": PINPOINTS, "video_token_index": VIDEO_TOKEN, "vision_feature_layer": -1},
+    ),
+}
+
+
 def llava(
     tower: str = "clip",
     decoder: str = "llama",
+    family: str = "llava",
     *,
-    layer: int | list[int] = -2,
+    layer: int | list[int] | None = None,
     strategy: str | None = None,
     seed: int = 0,
     text: dict[str, Any] | None = None,
-) -> LlavaForConditionalGeneration:
-    """A LLaVA of two tiny random models; SigLIP, which has no class token to drop, uses the strategy `full`."""
+) -> Any:
+    """A model of two tiny random models; SigLIP, which has no class token to drop, uses the strategy `full`."""
     torch.manual_seed(seed)
     text_config = DECODERS[decoder]()
     for name, value in (text or {}).items():
         setattr(text_config, name, value)
     vision_config = TOWERS[tower]()
     vision_config.initializer_range = 0.2
-    config = LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=strategy or ("full" if tower == "siglip" else "default"),
-    )
-    model = LlavaForConditionalGeneration(config).eval()
+    make_config, make_model, own = FAMILIES[family]
+    more = {"vision_feature_layer": -2, **own}
+    if layer is not None:
+        more["vision_feature_layer"] = layer
+    if family != "vipllava":
+        more["vision_feature_select_strategy"] = strategy or ("full" if tower == "siglip" else "default")
+    config = make_config(vision_config=vision_config, text_config=text_config, image_token_index=IMAGE_TOKEN, **more)
+    model = make_model(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -98,12 +133,33 @@ def llava(
     return model
 
 
-def tokens_per_image(model: LlavaForConditionalGeneration) -> int:
-    """Placeholders that the model expects for one image."""
+def cuts_tiles(model: Any) -> bool:
+    return model.config.model_type in ANYRES
+
+
+def tokens_per_picture(model: Any) -> int:
+    """Tokens of one picture that the language model gets."""
     tower = model.config.vision_config
     prefix = {"clip_vision_model": 1, "siglip_vision_model": 0}.get(tower.model_type, 1)
     prefix += getattr(tower, "num_register_tokens", 0)
-    return PATCHES + prefix - (model.config.vision_feature_select_strategy == "default")
+    return PATCHES + prefix - (getattr(model.config, "vision_feature_select_strategy", "default") == "default")
+
+
+def tokens_per_image(model: Any) -> int:
+    """Placeholders that the model expects for one image of `shown`: two tiles, newlines, and the whole image."""
+    side = SIDE // PATCH
+    return tokens_per_picture(model) + (side * (2 * side + 1) if cuts_tiles(model) else 0)
+
+
+def shown(model: Any, pictures: Tensor | None) -> dict[str, Any]:
+    """What the model takes to see images of [B, 3, SIDE, SIDE] pixels, or of twice their width where it cuts tiles."""
+    if pictures is None:
+        return {}
+    if not cuts_tiles(model):
+        return {"pixel_values": pictures}
+    wide = torch.nn.functional.interpolate(pictures, size=(SIDE, 2 * SIDE), mode="bilinear")
+    tiles = torch.stack((pictures, wide[..., :SIDE], wide[..., SIDE:]), 1)
+    return {"pixel_values": tiles, "image_sizes": torch.tensor([[SIDE, 2 * SIDE]] * len(pictures))}
 
 
 def pictures(count: int, seed: int = 0) -> Tensor:
@@ -117,32 +173,63 @@ def pictures(count: int, seed: int = 0) -> Tensor:
     return torch.stack(images)
 
 
-def processor() -> CLIPImageProcessorPil:
-    """An image processor that neither resizes nor crops `photos`."""
+def processor(family: str = "llava") -> Any:
+    """The family's image processor. That of `llava` and `vipllava` neither resizes nor crops `photos`."""
     side = {"height": SIDE, "width": SIDE}
+    if family == "llava_onevision":
+        return LlavaOnevisionImageProcessorPil(size=side, image_grid_pinpoints=PINPOINTS)
+    if family in ANYRES:
+        return LlavaNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side, image_grid_pinpoints=PINPOINTS)
     return CLIPImageProcessorPil(size=side, crop_size=side)
 
 
 def llava_processor() -> LlavaProcessor:
     """With a tokenizer of a few words, one per token."""
-    words = ["<pad>", "<unk>", *"USER : ASSISTANT what is this ? a red cat".split()]  # noqa: SIM905
-    words += [f"word{i}" for i in range(len(words), IMAGE_TOKEN)] + ["<image>"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-    )
-    side = {"height": SIDE, "width": SIDE}
-    return LlavaProcessor(
-        CLIPImageProcessorPil(size=side, crop_size=side),
-        tokenizer,
+    return full_processor("llava")
+
+
+def full_processor(family: str) -> Any:
+    """The family's processor, for a tower with a class token that is dropped; llava_onevision's for one without.
+
+    The families' own video processors need torchvision, so it takes no videos.
+    """
+    if family == "llava_onevision":
+        return _no_videos(LlavaOnevisionProcessor)(
+            image_processor=processor(family),
+            tokenizer=_tokenizer(),
+            num_image_tokens=PATCHES,
+            vision_feature_select_strategy="full",
+        )
+    kind = {"llava_next": LlavaNextProcessor, "llava_next_video": _no_videos(LlavaNextVideoProcessor)}.get(family)
+    return (kind or LlavaProcessor)(
+        image_processor=processor(family),
+        tokenizer=_tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<unk>", *"USER : ASSISTANT what is this ? a red cat".split()]  # noqa: SIM905
+    words += [f"word{i}" for i in range(len(words), VIDEO_TOKEN)] + ["<video>", "<image>"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=["<video>", "<image>"],
+    )
+
+
+def _no_videos(kind: Any) -> Any:
+    """A processor's class that works without a video processor."""
+
+    def check(self: Any, name: str, argument: object) -> Any:
+        return None if name == "video_processor" else kind.check_argument_for_proper_class(self, name, argument)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check, "__init__": kind.__init__})
 
 
 def photos(count: int, seed: int = 0) -> list[Image.Image]:
@@ -151,7 +238,7 @@ def photos(count: int, seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def prompt(model: LlavaForConditionalGeneration, *parts: int | str, seed: int = 0) -> Tensor:
+def prompt(model: Any, *parts: int | str, seed: int = 0) -> Tensor:
     """Ids [N] of a prompt: a number is that many random words, "image" the placeholders of one image."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[Tensor] = []
@@ -159,7 +246,7 @@ def prompt(model: LlavaForConditionalGeneration, *parts: int | str, seed: int = 
         if part == "image":
             ids.append(torch.full((tokens_per_image(model),), IMAGE_TOKEN))
         else:
-            ids.append(torch.randint(3, IMAGE_TOKEN, (int(part),), generator=generator))
+            ids.append(torch.randint(3, VIDEO_TOKEN, (int(part),), generator=generator))
     return torch.cat(ids)
 
 
