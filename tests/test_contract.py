@@ -18,6 +18,7 @@ from transformers.cache_utils import StaticCache
 import dymu
 import tiny
 from dymu.errors import AlreadyApplied, BadBudget, BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
+from dymu.families import FAMILIES, resolve
 from dymu.merging import AveragePool, RandomKeep, ThresholdMerge
 from dymu.unmerging import CACHE_FORMS, COMPACT, UNMERGE
 
@@ -27,15 +28,23 @@ NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
 SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
 """Merges to different counts for each of `tiny.pictures`."""
 
-FAMILIES = [(tower, decoder) for tower in tiny.TOWERS for decoder in tiny.DECODERS]
+MODELS = [(tower, decoder, "llava") for tower in tiny.TOWERS for decoder in tiny.DECODERS] + [
+    ("clip", "llama", "vipllava"),
+    ("clip", "mistral", "llava_next"),
+    ("dinov2", "llama", "llava_next_video"),
+    ("siglip", "qwen2", "llava_onevision"),
+]
 
 
-@pytest.fixture(params=FAMILIES, ids="-".join)
+@pytest.fixture(params=MODELS, ids="-".join)
 def model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
     return tiny.llava(*request.param)
 
 
-@pytest.fixture(params=[("clip", "llama"), ("dinov2_with_registers", "mistral")], ids="-".join)
+@pytest.fixture(
+    params=[("clip", "llama"), ("dinov2_with_registers", "mistral"), ("siglip", "qwen2", "llava_onevision")],
+    ids="-".join,
+)
 def some_model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
     return tiny.llava(*request.param)
 
@@ -56,7 +65,7 @@ def four_prompts(model: LlavaForConditionalGeneration) -> list[Tensor]:
 
 @pytest.mark.parametrize("rule", [NOTHING, NOTHING_ALIKE], ids=["never", "none-alike"])
 def test_nothing_merged_equals_the_untouched_model(model, rule):
-    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(1)}
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], **tiny.shown(model, tiny.pictures(1))}
     logits, text = model(**inputs).logits, answer(model, **inputs)
     with dymu.apply(model, merge=rule) as handle:
         torch.testing.assert_close(model(**inputs).logits, logits, atol=1e-5, rtol=0)
@@ -68,7 +77,7 @@ def test_nothing_merged_equals_the_untouched_model_in_bfloat16(model):
     model = model.to(torch.bfloat16)
     inputs = {
         "input_ids": tiny.prompt(model, 4, "image", 7)[None],
-        "pixel_values": tiny.pictures(1).to(torch.bfloat16),
+        **tiny.shown(model, tiny.pictures(1).to(torch.bfloat16)),
     }
     logits = model(**inputs).logits
     with dymu.apply(model, merge=NOTHING):
@@ -78,7 +87,7 @@ def test_nothing_merged_equals_the_untouched_model_in_bfloat16(model):
 
 @pytest.mark.parametrize("rule", [NOTHING, SOME], ids=["nothing", "some"])
 def test_shapes_are_the_untouched_models(model, rule):
-    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[3:]}
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], **tiny.shown(model, tiny.pictures(4)[3:])}
     labels = inputs["input_ids"].clone()
     labels[labels == tiny.IMAGE_TOKEN] = -100
     stock = model(**inputs, labels=labels, output_hidden_states=True)
@@ -104,17 +113,19 @@ def test_shapes_are_the_untouched_models(model, rule):
 def test_a_lower_budget_keeps_no_more_tokens(model):
     """On average over the calibration images for every budget, of each unseen image for budgets well apart."""
     samples = tiny.photos(8, seed=1) + tiny.photos(8, seed=2)
-    budgets = [8, 11, 15, 20, 25, 30, 35, 40, 45]
-    thresholds = dymu.calibrate(model, tiny.processor(), samples, budgets=budgets)
-    seen = tiny.processor()(images=samples, return_tensors="pt")["pixel_values"]
-    unseen = tiny.processor()(images=tiny.photos(8, seed=3), return_tensors="pt")["pixel_values"]
+    processor = tiny.processor(model.config.model_type)
+    thresholds = dymu.calibrate(model, processor, samples, [0.16, 0.22, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    budgets = thresholds.budgets
+    seen = processor(images=samples, return_tensors="pt")
+    unseen = processor(images=tiny.photos(8, seed=3), return_tensors="pt")
     kept, totals = [], []
     with dymu.apply(model, thresholds, budget=budgets[0]) as handle:
         for budget in budgets:
             handle.budget = budget
-            model.get_image_features(seen)
-            totals.append(sum(handle.last.kept))
-            model.get_image_features(unseen)
+            model.get_image_features(**seen)
+            totals.append(sum(item.budgeted for item in handle.last.items))
+            assert totals[-1] == pytest.approx(budget * len(samples), rel=0.01, abs=len(samples))
+            model.get_image_features(**unseen)
             kept.append(handle.last.kept)
     assert totals == sorted(totals)
     for few, many in pairwise(kept[::2]):
@@ -127,12 +138,12 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(model, side, unmerge):
     prompts, images = four_prompts(model), tiny.pictures(4)
     batch = tiny.pad(prompts, side)
     with dymu.apply(model, merge=SOME, unmerge=unmerge) as handle:
-        together = model(**batch, pixel_values=images).logits
+        together = model(**batch, **tiny.shown(model, images)).logits
         maps = [handle.last.group(i) for i in range(4)]
         kept = handle.last.kept
         assert len(set(kept)) > 2, "the pictures should merge differently, or this test shows little"
         for i, ids in enumerate(prompts):
-            alone = model(input_ids=ids[None], pixel_values=images[i : i + 1]).logits[0]
+            alone = model(input_ids=ids[None], **tiny.shown(model, images[i : i + 1])).logits[0]
             assert torch.equal(handle.last.group(0), maps[i])
             assert handle.last.kept == [kept[i]]
             row = together[i][batch["attention_mask"][i].bool()]
@@ -145,10 +156,10 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone_in_bfloat16(model):
     prompts, images = four_prompts(model), tiny.pictures(4).to(torch.bfloat16)
     batch = tiny.pad(prompts)
     with dymu.apply(model, merge=SOME) as handle:
-        together = model(**batch, pixel_values=images).logits.float()
+        together = model(**batch, **tiny.shown(model, images)).logits.float()
         maps = [handle.last.group(i) for i in range(4)]
         for i, ids in enumerate(prompts):
-            alone = model(input_ids=ids[None], pixel_values=images[i : i + 1]).logits[0].float()
+            alone = model(input_ids=ids[None], **tiny.shown(model, images[i : i + 1])).logits[0].float()
             assert torch.equal(handle.last.group(0), maps[i])
             row = together[i][batch["attention_mask"][i].bool()]
             assert (row - alone).norm() < 0.03 * alone.norm()
@@ -157,9 +168,9 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone_in_bfloat16(model):
 def test_a_row_of_a_generated_batch_gets_what_it_gets_alone(model):
     prompts, images = four_prompts(model), tiny.pictures(4)
     with dymu.apply(model, merge=SOME):
-        together = answer(model, **tiny.pad(prompts), pixel_values=images)[:, -6:]
+        together = answer(model, **tiny.pad(prompts), **tiny.shown(model, images))[:, -6:]
         for i, ids in enumerate(prompts):
-            alone = answer(model, input_ids=ids[None], pixel_values=images[i : i + 1])[0, -6:]
+            alone = answer(model, input_ids=ids[None], **tiny.shown(model, images[i : i + 1]))[0, -6:]
             assert torch.equal(together[i], alone)
 
 
@@ -174,7 +185,7 @@ def test_padding_is_no_distance_in_a_sliding_window(unmerge):
 
     def decoded(ids: Tensor, mask: Tensor, pixels: Tensor, more: Tensor) -> Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=pixels)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, **tiny.shown(model, pixels))
         logits = []
         for n in range(more.shape[1]):
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
@@ -197,7 +208,7 @@ def test_padding_is_no_distance_in_a_sliding_window(unmerge):
 def test_chunks_of_a_prompt_may_hold_gone_tokens_alone(some_model, unmerge):
     """Chunked prefill of an image of which next to nothing stays gives the logits of the whole prompt."""
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
-    options = {"input_ids": ids, "pixel_values": image, "max_new_tokens": 3, "do_sample": False}
+    options = {"input_ids": ids, **tiny.shown(some_model, image), "max_new_tokens": 3, "do_sample": False}
     with dymu.apply(some_model, merge=RandomKeep(keep=2, seed=1), unmerge=unmerge):
         whole = some_model.generate(**options)
         assert torch.equal(some_model.generate(**options, prefill_chunk_size=4), whole)
@@ -205,9 +216,9 @@ def test_chunks_of_a_prompt_may_hold_gone_tokens_alone(some_model, unmerge):
 
 def test_gone_tokens_are_drawn_dimmed(some_model):
     photo = tiny.photos(3)[2]
-    pixels = tiny.processor()(images=photo, return_tensors="pt")["pixel_values"]
+    seen = tiny.processor(some_model.config.model_type)(images=photo, return_tensors="pt")
     with dymu.apply(some_model, merge=RandomKeep(keep=9)) as handle:
-        some_model.get_image_features(pixels)
+        some_model.get_image_features(**seen)
         group = handle.last.group(0)
         assert set(group.tolist()) == {-1, *range(handle.last.kept[0])}
         drawn = np.asarray(handle.last.draw(photo).convert("L"), dtype=float)
@@ -218,7 +229,7 @@ def test_the_cache_stores_merged_tokens(model):
     ids = tiny.prompt(model, 4, "image", 7)[None]
     tokens = ids.shape[1]
     with dymu.apply(model, merge=SOME) as handle:
-        cache = model(input_ids=ids, pixel_values=tiny.pictures(4)[3:]).past_key_values
+        cache = model(input_ids=ids, **tiny.shown(model, tiny.pictures(4)[3:])).past_key_values
         kept = handle.last.kept[0]
         merged = 4 + kept + 7
         assert kept < tiny.tokens_per_image(model) // 2
@@ -232,7 +243,7 @@ def test_the_cache_stores_merged_tokens(model):
 def test_the_cache_of_a_batch_is_as_long_as_its_longest_merged_prompt(some_model):
     prompts = four_prompts(some_model)
     with dymu.apply(some_model, merge=SOME) as handle:
-        cache = some_model(**tiny.pad(prompts), pixel_values=tiny.pictures(4)).past_key_values
+        cache = some_model(**tiny.pad(prompts), **tiny.shown(some_model, tiny.pictures(4))).past_key_values
         full = tiny.tokens_per_image(some_model)
         merged = [len(ids) - full + kept for ids, kept in zip(prompts, handle.last.kept, strict=True)]
         assert cache.layers[0].keys.shape[2] == max(merged)
@@ -242,7 +253,7 @@ def test_the_cache_of_a_batch_is_as_long_as_its_longest_merged_prompt(some_model
 def test_a_cache_of_all_tokens_says_the_same(model, side):
     """`cache="expanded"` stores every token of the prompt and changes no logits, whatever is done to the cache."""
     prompts, images = four_prompts(model), tiny.pictures(4)
-    inputs = {**tiny.pad(prompts, side), "pixel_values": images}
+    inputs = {**tiny.pad(prompts, side), **tiny.shown(model, images)}
     tokens = inputs["input_ids"].shape[1]
     more = torch.arange(3, 11).view(4, 2)
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), 1)
@@ -274,9 +285,9 @@ def test_decoding_equals_forwarding_the_whole(model, unmerge):
     """A cache of merged tokens changes nothing: each step's logits are those of one forward without a cache."""
     ids, image = tiny.prompt(model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     with dymu.apply(model, merge=SOME, unmerge=unmerge):
-        whole = answer(model, new_tokens=5, input_ids=ids, pixel_values=image)
-        full = model(input_ids=whole, pixel_values=image, use_cache=False).logits
-        out = model(input_ids=ids, pixel_values=image)
+        whole = answer(model, new_tokens=5, input_ids=ids, **tiny.shown(model, image))
+        full = model(input_ids=whole, **tiny.shown(model, image), use_cache=False).logits
+        out = model(input_ids=ids, **tiny.shown(model, image))
         cache, steps = out.past_key_values, [out.logits[:, -1]]
         for place in range(ids.shape[1], whole.shape[1]):
             out = model(input_ids=whole[:, place : place + 1], past_key_values=cache)
@@ -290,20 +301,20 @@ def test_text_and_images_in_pieces_equal_the_whole(model):
     images = tiny.pictures(4)[1:3]
     cuts = [0, 2, 4 + tiny.tokens_per_image(model) + 3, ids.shape[1] - 2, ids.shape[1]]
     with dymu.apply(model, merge=SOME):
-        whole = model(input_ids=ids, pixel_values=images).logits
+        whole = model(input_ids=ids, **tiny.shown(model, images)).logits
         cache, pieces, shown = DynamicCache(config=model.config), [], 0
         for start, end in pairwise(cuts):
             piece = ids[:, start:end]
             count = int((piece == tiny.IMAGE_TOKEN).sum()) // tiny.tokens_per_image(model)
             pixels = images[shown : shown + count] if count else None
             shown += count
-            pieces.append(model(input_ids=piece, pixel_values=pixels, past_key_values=cache).logits)
+            pieces.append(model(input_ids=piece, **tiny.shown(model, pixels), past_key_values=cache).logits)
         torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=0)
 
 
 def test_generate_in_chunks_reads_the_whole_prompt(model):
     """Chunks cut through images; tokens of one group that fall into two chunks are stored once in each."""
-    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[3:]}
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], **tiny.shown(model, tiny.pictures(4)[3:])}
     if not hasattr(model, "_prepare_multimodal_encoder_kwargs_for_generation"):
         pytest.skip("this transformers does not chunk prompts with images")
     text = answer(model, prefill_chunk_size=17, **inputs)
@@ -319,7 +330,7 @@ def test_generate_in_chunks_reads_the_whole_prompt(model):
 
 
 def test_removing_gives_the_model_back(model, tmp_path):
-    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(1)}
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], **tiny.shown(model, tiny.pictures(1))}
     before, names, attributes = model(**inputs).logits, list(model.state_dict()), _attributes(model)
     handle = dymu.apply(model, merge=SOME)
     assert list(model.state_dict()) == names
@@ -331,7 +342,7 @@ def test_removing_gives_the_model_back(model, tmp_path):
     handle.remove()
     assert torch.equal(model(**inputs).logits, before)
     assert _attributes(model) == attributes
-    again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
     torch.testing.assert_close(again(**inputs).logits, before, atol=1e-6, rtol=0)
     handle.remove()
 
@@ -353,7 +364,7 @@ def test_two_models_do_not_meet():
     """Even two that share one config object."""
     merged = tiny.llava(seed=1)
     other = LlavaForConditionalGeneration(merged.config).eval()
-    inputs = {"input_ids": tiny.prompt(merged, 4, "image", 7)[None], "pixel_values": tiny.pictures(1)}
+    inputs = {"input_ids": tiny.prompt(merged, 4, "image", 7)[None], **tiny.shown(merged, tiny.pictures(1))}
     before = other(**inputs).logits
     with dymu.apply(merged, merge=SOME):
         assert torch.equal(other(**inputs).logits, before)
@@ -375,7 +386,7 @@ def test_applying_twice_says_how_to_change_the_budget():
 
 
 def test_sampling_is_reproducible_and_nothing_merged_samples_the_same(model):
-    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(1)}
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], **tiny.shown(model, tiny.pictures(1))}
 
     def sample() -> Tensor:
         torch.manual_seed(5)
@@ -392,29 +403,31 @@ def test_sampling_is_reproducible_and_nothing_merged_samples_the_same(model):
 
 def test_beams(model):
     prompts = [tiny.prompt(model, 3, "image", 4), tiny.prompt(model, 3, "image", 2, "image", 6, seed=1)]
-    inputs = {**tiny.pad(prompts), "pixel_values": tiny.pictures(3)}
+    inputs = {**tiny.pad(prompts), **tiny.shown(model, tiny.pictures(3))}
     stock = answer(model, num_beams=3, **inputs)
     with dymu.apply(model, merge=NOTHING):
         assert torch.equal(answer(model, num_beams=3, **inputs), stock)
     with dymu.apply(model, merge=SOME) as handle:
         one_each = torch.stack([tiny.prompt(model, 3, "image", 4, seed=seed) for seed in range(2)])
         images = tiny.pictures(4)[2:]
-        out = answer(model, num_beams=3, return_dict_in_generate=True, input_ids=one_each, pixel_values=images)
+        out = answer(model, num_beams=3, return_dict_in_generate=True, input_ids=one_each, **tiny.shown(model, images))
         kept = handle.last.kept[:: len(handle.last.kept) // 2]
         assert stored(out) == 7 + max(kept) + 5
         together = answer(model, num_beams=3, **inputs)[:, -6:]
-        alone = answer(model, num_beams=3, input_ids=prompts[1][None], pixel_values=tiny.pictures(3)[1:])[0, -6:]
+        alone = answer(model, num_beams=3, input_ids=prompts[1][None], **tiny.shown(model, tiny.pictures(3)[1:]))[
+            0, -6:
+        ]
         assert torch.equal(together[1], alone)
 
 
 def test_several_images_in_a_prompt(model):
     ids = tiny.prompt(model, 3, "image", "image", 2, "image", 6)[None]
     images = tiny.pictures(4)[[3, 0, 2]]
-    stock = model(input_ids=ids, pixel_values=images).logits
+    stock = model(input_ids=ids, **tiny.shown(model, images)).logits
     with dymu.apply(model, merge=NOTHING):
-        torch.testing.assert_close(model(input_ids=ids, pixel_values=images).logits, stock, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(input_ids=ids, **tiny.shown(model, images)).logits, stock, atol=1e-5, rtol=0)
     with dymu.apply(model, merge=SOME) as handle:
-        out = model(input_ids=ids, pixel_values=images)
+        out = model(input_ids=ids, **tiny.shown(model, images))
         assert out.past_key_values.layers[0].keys.shape[2] == 11 + sum(handle.last.kept)
         places = (ids[0] == tiny.IMAGE_TOKEN).nonzero()[:, 0].view(3, -1)
         for i in range(3):
@@ -428,9 +441,9 @@ def test_several_images_in_a_prompt(model):
 def test_the_same_image_twice_is_two_images(model):
     ids = tiny.prompt(model, 3, "image", 2, "image", 6)[None]
     images = tiny.pictures(1).expand(2, -1, -1, -1)
-    stock = model(input_ids=ids, pixel_values=images).logits
+    stock = model(input_ids=ids, **tiny.shown(model, images)).logits
     with dymu.apply(model, merge=NOTHING) as handle:
-        out = model(input_ids=ids, pixel_values=images)
+        out = model(input_ids=ids, **tiny.shown(model, images))
         torch.testing.assert_close(out.logits, stock, atol=1e-5, rtol=0)
         assert out.past_key_values.layers[0].keys.shape[2] == ids.shape[1]
         assert handle.last.kept == [tiny.tokens_per_image(model)] * 2
@@ -440,7 +453,7 @@ def test_text_only_prompts(model):
     batch = tiny.pad([tiny.prompt(model, 9), tiny.prompt(model, 5, seed=1)])
     stock = answer(model, **batch)
     with dymu.apply(model, merge=SOME) as handle:
-        model(**tiny.pad([tiny.prompt(model, 2, "image", 3)]), pixel_values=tiny.pictures(1))
+        model(**tiny.pad([tiny.prompt(model, 2, "image", 3)]), **tiny.shown(model, tiny.pictures(1)))
         assert torch.equal(answer(model, **batch), stock)
         assert handle.last.kept == handle.last.original == []
         assert handle.last.cache_bytes > 0
@@ -455,12 +468,12 @@ def test_a_second_turn_on_the_same_cache(model, rule):
         out = answer(
             model,
             input_ids=first,
-            pixel_values=images[:1],
+            **tiny.shown(model, images[:1]),
             past_key_values=DynamicCache(config=model.config),
             return_dict_in_generate=True,
         )
         more = torch.cat((out.sequences, tiny.prompt(model, 5, seed=3)[None]), 1)
-        fresh = answer(model, input_ids=more, pixel_values=images[:1])
+        fresh = answer(model, input_ids=more, **tiny.shown(model, images[:1]))
         continued = answer(model, input_ids=more, past_key_values=out.past_key_values)
         return fresh, continued
 
@@ -477,15 +490,15 @@ def test_a_second_turn_brings_another_image(model):
     second = torch.cat((first, tiny.prompt(model, 2, "image", 5, seed=3)[None]), 1)
     images = tiny.pictures(4)[2:]
     with dymu.apply(model, merge=SOME):
-        whole = model(input_ids=second, pixel_values=images).logits[:, first.shape[1] :]
-        cache = model(input_ids=first, pixel_values=images[:1]).past_key_values
-        more = model(input_ids=second[:, first.shape[1] :], pixel_values=images[1:], past_key_values=cache)
+        whole = model(input_ids=second, **tiny.shown(model, images)).logits[:, first.shape[1] :]
+        cache = model(input_ids=first, **tiny.shown(model, images[:1])).past_key_values
+        more = model(input_ids=second[:, first.shape[1] :], **tiny.shown(model, images[1:]), past_key_values=cache)
         torch.testing.assert_close(more.logits, whole, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rule", [NOTHING, SOME], ids=["nothing", "some"])
 def test_assisted_decoding_gives_the_greedy_text(model, rule):
-    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[2:3]}
+    inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], **tiny.shown(model, tiny.pictures(4)[2:3])}
     draft = copy.deepcopy(model)
     with torch.no_grad():
         draft.lm_head.weight += 0.05 * torch.randn_like(draft.lm_head.weight)
@@ -501,7 +514,10 @@ def test_assisted_decoding_gives_the_greedy_text(model, rule):
 
 def test_gradients_reach_the_encoder(some_model):
     torch.set_grad_enabled(True)
-    inputs = {"input_ids": tiny.prompt(some_model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[2:3]}
+    inputs = {
+        "input_ids": tiny.prompt(some_model, 4, "image", 7)[None],
+        **tiny.shown(some_model, tiny.pictures(4)[2:3]),
+    }
     with dymu.apply(some_model, merge=SOME):
         some_model(**inputs, labels=inputs["input_ids"]).loss.backward()
     gradient = some_model.model.vision_tower.get_parameter(
@@ -519,35 +535,35 @@ def test_any_feature_layers_and_strategy(layer, strategy):
         model = tiny.llava(tower, layer=layer, strategy=strategy)
         prompts, images = [tiny.prompt(model, 3, "image", n, seed=n) for n in (4, 6)], tiny.pictures(3)[1:]
         batch = tiny.pad(prompts)
-        stock = model(**batch, pixel_values=images).logits[batch["attention_mask"].bool()]
+        stock = model(**batch, **tiny.shown(model, images)).logits[batch["attention_mask"].bool()]
         with dymu.apply(model, merge=NOTHING):
-            out = model(**batch, pixel_values=images).logits[batch["attention_mask"].bool()]
+            out = model(**batch, **tiny.shown(model, images)).logits[batch["attention_mask"].bool()]
             torch.testing.assert_close(out, stock, atol=1e-5, rtol=0)
         with dymu.apply(model, merge=SOME) as handle:
-            out = model(**batch, pixel_values=images).logits
+            out = model(**batch, **tiny.shown(model, images)).logits
             assert max(handle.last.kept) < tiny.tokens_per_image(model)
             for i, ids in enumerate(prompts):
-                alone = model(input_ids=ids[None], pixel_values=images[i : i + 1]).logits[0]
+                alone = model(input_ids=ids[None], **tiny.shown(model, images[i : i + 1])).logits[0]
                 torch.testing.assert_close(out[i, batch["attention_mask"][i].bool()], alone, atol=1e-4, rtol=0)
 
 
 def test_the_feature_layer_of_a_call_counts(some_model):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(2)[1:]
     with dymu.apply(some_model, merge=SOME) as handle:
-        some_model(input_ids=ids, pixel_values=image, vision_feature_layer=1)
+        some_model(input_ids=ids, **tiny.shown(some_model, image), vision_feature_layer=1)
         assert len(handle.last.layers) == 1
-        some_model(input_ids=ids, pixel_values=image)
-        assert len(handle.last.layers) == 3
+        some_model(input_ids=ids, **tiny.shown(some_model, image))
+        assert len(handle.last.layers) == max(resolve(some_model, FAMILIES).feature_layers())
 
 
 def test_without_unmerging_the_prompt_is_as_short_as_it_is_merged(some_model):
     """`unmerge="none"` is what the untouched language model does with the merged features alone."""
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     with dymu.apply(some_model, merge=SOME, unmerge="none") as handle:
-        out = some_model(input_ids=ids, pixel_values=image)
-        features = some_model.get_image_features(image).pooler_output[0]
+        out = some_model(input_ids=ids, **tiny.shown(some_model, image))
+        features = some_model.get_image_features(**tiny.shown(some_model, image)).pooler_output[0]
         group = handle.last.group(0)
-        grown = answer(some_model, input_ids=ids, pixel_values=image)[:, ids.shape[1] :]
+        grown = answer(some_model, input_ids=ids, **tiny.shown(some_model, image))[:, ids.shape[1] :]
     first = [int((group == g).nonzero()[0]) for g in dict.fromkeys(group.tolist())]
     embed = some_model.get_input_embeddings()
     short = torch.cat((embed(ids[:, :4]), features[first][None], embed(ids[:, -7:])), 1)
@@ -563,12 +579,12 @@ def test_random_keep_is_the_stock_model_on_the_tokens_that_stay(some_model, unme
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     tokens = tiny.tokens_per_image(some_model)
     with dymu.apply(some_model, merge=RandomKeep(keep=9, seed=5), unmerge=unmerge) as handle:
-        logits = some_model(input_ids=ids, pixel_values=image).logits[:, -7:]
-        grown = answer(some_model, input_ids=ids, pixel_values=image)[:, ids.shape[1] :]
+        logits = some_model(input_ids=ids, **tiny.shown(some_model, image)).logits[:, -7:]
+        grown = answer(some_model, input_ids=ids, **tiny.shown(some_model, image))[:, ids.shape[1] :]
         kept, group = handle.last.kept[0], handle.last.group(0)
     stays = (group >= 0).nonzero()[:, 0]
     assert len(stays) == kept < tokens
-    features = some_model.get_image_features(image).pooler_output[0]
+    features = some_model.get_image_features(**tiny.shown(some_model, image)).pooler_output[0]
     embed = some_model.get_input_embeddings()
     short = torch.cat((embed(ids[:, :4]), features[stays][None], embed(ids[:, -7:])), 1)
     places = torch.cat((torch.arange(4), 4 + stays, torch.arange(4 + tokens, 11 + tokens)))
@@ -585,11 +601,11 @@ def test_random_keep_is_the_stock_model_on_the_tokens_that_stay(some_model, unme
 
 def test_average_pool_merges_the_fields_of_a_grid(some_model):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
-    tokens = tiny.tokens_per_image(some_model)
+    tokens = tiny.tokens_per_picture(some_model)
     with dymu.apply(some_model, merge=AveragePool(side=2)) as handle:
-        some_model(input_ids=ids, pixel_values=image)
-        group, prefix = handle.last.group(0), int((~handle.last.items[0].patch).sum())
-        hidden = some_model.get_image_features(image).last_hidden_state
+        some_model(input_ids=ids, **tiny.shown(some_model, image))
+        group, prefix = handle.last.group(0)[:tokens], int((~handle.last.items[0].patch[:tokens]).sum())
+        hidden = some_model.get_image_features(**tiny.shown(some_model, image)).last_hidden_state
     side = round((tokens - prefix) ** 0.5)
     grid = group[prefix:].view(side, side) - prefix
     half = (torch.arange(side) >= (side + 1) // 2).long()
@@ -598,7 +614,10 @@ def test_average_pool_merges_the_fields_of_a_grid(some_model):
 
 
 def test_a_pool_larger_than_the_grid_is_refused(some_model):
-    inputs = {"input_ids": tiny.prompt(some_model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[2:3]}
+    inputs = {
+        "input_ids": tiny.prompt(some_model, 4, "image", 7)[None],
+        **tiny.shown(some_model, tiny.pictures(4)[2:3]),
+    }
     with dymu.apply(some_model, merge=AveragePool(side=1000)), pytest.raises(BadBudget, match="take fewer"):
         some_model(**inputs)
 
@@ -608,8 +627,8 @@ def test_compact_is_stock_attention_between_merged_tokens(some_model, unmerge):
     """What the untouched language model does with the merged features, given their positions and log sizes."""
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     with dymu.apply(some_model, merge=SOME, unmerge=unmerge) as handle:
-        logits = some_model(input_ids=ids, pixel_values=image).logits[:, -7:]
-        features = some_model.get_image_features(image).pooler_output[0]
+        logits = some_model(input_ids=ids, **tiny.shown(some_model, image)).logits[:, -7:]
+        features = some_model.get_image_features(**tiny.shown(some_model, image)).pooler_output[0]
         group = handle.last.group(0)
     members = sorted(
         ([int(n) for n in (group == g).nonzero()] for g in set(group.tolist())), key=lambda own: sum(own) / len(own)
@@ -631,8 +650,8 @@ def test_embeddings_instead_of_ids(some_model):
     """Image places are found by the placeholder's embedding, as transformers does."""
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     with dymu.apply(some_model, merge=SOME):
-        by_ids = some_model(input_ids=ids, pixel_values=image)
-        by_embeds = some_model(inputs_embeds=some_model.get_input_embeddings()(ids), pixel_values=image)
+        by_ids = some_model(input_ids=ids, **tiny.shown(some_model, image))
+        by_embeds = some_model(inputs_embeds=some_model.get_input_embeddings()(ids), **tiny.shown(some_model, image))
         assert torch.equal(by_ids.logits, by_embeds.logits)
         assert by_embeds.past_key_values.layers[0].keys.shape == by_ids.past_key_values.layers[0].keys.shape
 
@@ -641,19 +660,19 @@ def test_embeddings_instead_of_ids(some_model):
 def test_caches_do_not_cross_over(some_model, form):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     one = ids[:, -1:]
-    stock = some_model(input_ids=ids, pixel_values=image).past_key_values
+    stock = some_model(input_ids=ids, **tiny.shown(some_model, image)).past_key_values
     handle = dymu.apply(some_model, merge=SOME, cache=form)
     with pytest.raises(UnsupportedCache, match="filled without DyMU"):
         some_model(input_ids=one, past_key_values=stock)
-    merged = some_model(input_ids=ids, pixel_values=image).past_key_values
+    merged = some_model(input_ids=ids, **tiny.shown(some_model, image)).past_key_values
     static = StaticCache(config=some_model.config, max_cache_len=99)
     with pytest.raises(UnsupportedCache, match="StaticCache"):
-        some_model(input_ids=ids, pixel_values=image, past_key_values=static)
+        some_model(input_ids=ids, **tiny.shown(some_model, image), past_key_values=static)
     handle.remove()
     with pytest.raises(UnsupportedCache, match="apply DyMU again"):
         some_model(input_ids=one, past_key_values=merged)
     with dymu.apply(some_model, merge=SOME, cache=form):
-        expected = some_model(input_ids=torch.cat((ids, one), 1), pixel_values=image).logits[:, -1:]
+        expected = some_model(input_ids=torch.cat((ids, one), 1), **tiny.shown(some_model, image)).logits[:, -1:]
         continued = some_model(input_ids=one, past_key_values=merged).logits
         torch.testing.assert_close(continued, expected, atol=1e-4, rtol=0)
 
@@ -662,7 +681,7 @@ def test_caches_do_not_cross_over(some_model, form):
 def test_a_cache_of_all_tokens_is_continued_by_its_like_only(some_model, other):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     with dymu.apply(some_model, merge=SOME, cache="expanded"):
-        cache = some_model(input_ids=ids, pixel_values=image).past_key_values
+        cache = some_model(input_ids=ids, **tiny.shown(some_model, image)).past_key_values
     with dymu.apply(some_model, merge=SOME, **other), pytest.raises(UnsupportedCache, match="holds all tokens"):
         some_model(input_ids=ids[:, -1:], past_key_values=cache)
 
@@ -675,7 +694,7 @@ def test_a_cache_cropped_within_padding_goes_on(some_model, form, side, length):
     inputs["attention_mask"][0] = inputs["attention_mask"][1]
     more, image = torch.tensor([[5, 6], [7, 8]]), tiny.pictures(4)[1:3]
     with dymu.apply(some_model, merge=SOME, cache=form):
-        cache = some_model(**inputs, pixel_values=image).past_key_values
+        cache = some_model(**inputs, **tiny.shown(some_model, image)).past_key_values
         keep = length % inputs["input_ids"].shape[1]
         cache.crop(keep - cache.get_seq_length())
         assert cache.get_seq_length() == keep
@@ -687,8 +706,8 @@ def test_a_cache_cropped_within_padding_goes_on(some_model, form, side, length):
 def test_cropping_a_cache_forgets_the_end(some_model):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     with dymu.apply(some_model, merge=SOME):
-        expected = some_model(input_ids=ids, pixel_values=image).logits[:, -3:]
-        cache = some_model(input_ids=ids, pixel_values=image).past_key_values
+        expected = some_model(input_ids=ids, **tiny.shown(some_model, image)).logits[:, -3:]
+        cache = some_model(input_ids=ids, **tiny.shown(some_model, image)).past_key_values
         cache.crop(-3)
         assert cache.get_seq_length() == ids.shape[1] - 3
         out = some_model(input_ids=ids[:, -3:], past_key_values=cache).logits
@@ -698,11 +717,11 @@ def test_cropping_a_cache_forgets_the_end(some_model):
 def test_a_reset_cache_starts_over(some_model):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     with dymu.apply(some_model, merge=SOME):
-        out = some_model(input_ids=ids, pixel_values=image)
+        out = some_model(input_ids=ids, **tiny.shown(some_model, image))
         cache, expected = out.past_key_values, out.logits
         cache.reset()
         assert cache.get_seq_length() == 0
-        out = some_model(input_ids=ids, pixel_values=image, past_key_values=cache).logits
+        out = some_model(input_ids=ids, **tiny.shown(some_model, image), past_key_values=cache).logits
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
@@ -728,12 +747,12 @@ def test_an_unknown_model_is_refused_by_name():
 def test_an_error_half_way_leaves_nothing_open(some_model):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(2)
     with dymu.apply(some_model, merge=SOME):
-        expected = some_model(input_ids=ids, pixel_values=image[:1]).logits
+        expected = some_model(input_ids=ids, **tiny.shown(some_model, image[:1])).logits
         with pytest.raises(BadPrompt, match="the 2 images given need"):
-            some_model(input_ids=ids, pixel_values=image)
+            some_model(input_ids=ids, **tiny.shown(some_model, image))
         with pytest.raises(BadPrompt, match="have 0 image placeholders"):
-            answer(some_model, input_ids=tiny.prompt(some_model, 4)[None], pixel_values=image)
-        assert torch.equal(some_model(input_ids=ids, pixel_values=image[:1]).logits, expected)
+            answer(some_model, input_ids=tiny.prompt(some_model, 4)[None], **tiny.shown(some_model, image))
+        assert torch.equal(some_model(input_ids=ids, **tiny.shown(some_model, image[:1])).logits, expected)
 
 
 def test_saving_while_applied_saves_the_stock_model(some_model):
@@ -761,14 +780,16 @@ def test_features_of_several_layers_stay_in_step_where_little_merges(layer):
     for tower in tiny.TOWERS:
         model = tiny.llava(tower, layer=layer)
         ids, images = tiny.prompt(model, 3, "image", 5)[None], torch.cat((tiny.pictures(1), tiny.pictures(4)[3:]))
-        stock = model(input_ids=ids, pixel_values=images[:1]).logits
+        stock = model(input_ids=ids, **tiny.shown(model, images[:1])).logits
         with dymu.apply(model, merge=NOTHING_ALIKE):
-            torch.testing.assert_close(model(input_ids=ids, pixel_values=images[:1]).logits, stock, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                model(input_ids=ids, **tiny.shown(model, images[:1])).logits, stock, atol=1e-5, rtol=0
+            )
         with dymu.apply(model, merge=ThresholdMerge((0.98,) * tiny.LAYERS)) as handle:
-            together = model(input_ids=ids.expand(2, -1), pixel_values=images).logits
+            together = model(input_ids=ids.expand(2, -1), **tiny.shown(model, images)).logits
             assert handle.last.kept[0] > handle.last.kept[1] + 10
             for i in range(2):
-                alone = model(input_ids=ids, pixel_values=images[i : i + 1]).logits[0]
+                alone = model(input_ids=ids, **tiny.shown(model, images[i : i + 1])).logits[0]
                 torch.testing.assert_close(together[i], alone, atol=1e-4, rtol=0)
 
 
@@ -826,8 +847,8 @@ def test_merged_logits_equal_an_independent_implementation(model):
     """Virtual tokens at every place of the full prompt, each rotated by its own position, averaged over each group."""
     ids, image = tiny.prompt(model, 4, "image", 7), tiny.pictures(4)[2:3]
     with dymu.apply(model, merge=SOME) as handle:
-        logits = model(input_ids=ids[None], pixel_values=image).logits[0]
-        features = model.get_image_features(image).pooler_output[0]
+        logits = model(input_ids=ids[None], **tiny.shown(model, image)).logits[0]
+        features = model.get_image_features(**tiny.shown(model, image)).pooler_output[0]
         group = handle.last.group(0)
         assert handle.last.kept[0] < len(group) // 2
     expected = unmerged_by_hand(model, ids, features, group)
@@ -835,7 +856,10 @@ def test_merged_logits_equal_an_independent_implementation(model):
 
 
 def test_disabled_and_remove_in_any_order(some_model):
-    inputs = {"input_ids": tiny.prompt(some_model, 4, "image", 7)[None], "pixel_values": tiny.pictures(4)[2:3]}
+    inputs = {
+        "input_ids": tiny.prompt(some_model, 4, "image", 7)[None],
+        **tiny.shown(some_model, tiny.pictures(4)[2:3]),
+    }
     stock, attributes = some_model(**inputs).logits, _attributes(some_model)
     handle = dymu.apply(some_model, merge=SOME)
     merged = some_model(**inputs).logits
@@ -868,8 +892,8 @@ def test_a_model_is_not_copied_while_applied(some_model):
 def test_image_features_as_a_tuple(some_model):
     with dymu.apply(some_model, merge=SOME):
         images = tiny.pictures(2)
-        expected = some_model.get_image_features(images)
-        found = some_model.get_image_features(images, return_dict=False)
+        expected = some_model.get_image_features(**tiny.shown(some_model, images))
+        found = some_model.get_image_features(**tiny.shown(some_model, images), return_dict=False)
         assert isinstance(found, tuple)
         assert len(found) == len(expected.to_tuple())
 

@@ -150,7 +150,8 @@ class Handle:
     def budget(self, budget: int | float | None) -> None:
         if self._thresholds is None:
             raise BadBudget("this model merges by a fixed rule, which has no budget; apply thresholds instead.")
-        self._vision.rule = ThresholdMerge(tuple(self._thresholds.per_layer(budget)))
+        entry = self._thresholds.at(budget)
+        self._vision.rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames)
         self._budget = self._thresholds.tokens_for(budget)
 
     @contextmanager

@@ -62,6 +62,17 @@ class Placed:
         return int(self.group.max()) + 1 if len(self.group) else 0
 
     @cached_property
+    def budgeted(self) -> int:
+        """Merged tokens that a budget counts: those of patches."""
+        return self.kept - int((~self.patch).sum())
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether the family's layout makes means over several of the encoder's tokens."""
+        shows = torch.cat((self.at, self.picture[:, None]), 1)[self.patch]
+        return bool(((shows - shows.round()).abs() > 1e-6).any())
+
+    @cached_property
     def views(self) -> list[View]:
         """The whole image, and where it was cut into tiles these put together; or every frame of a video.
 

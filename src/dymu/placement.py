@@ -13,7 +13,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -35,11 +35,11 @@ _KNOWN = 8
 
 
 def place(
-    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], tokens: TokenMap, pixels: Tensor
+    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], tokens: TokenMap, seen: Tensor
 ) -> list[Placed]:
     """How the items of one call lie in the prompt.
 
-    A token that shows one merged token is of its group. One that is a mean over several, where the family pools or
+    A place that shows one merged token is of its group. One that shows a mean over several, where the family pools or
     shrinks, is a new group; equal means over the same ones share it.
 
     Args:
@@ -47,22 +47,27 @@ def place(
         modality: what the items are.
         args, kwargs: what the inner module's `get_image_features` or `get_video_features` was called with.
         tokens: the encoder's tokens of each picture, prefix included, to the merged ones.
-        pixels: [pictures, 3, height, width], as the encoder got them.
+        seen: [pictures, 3, rows, columns], each patch as the encoder saw it.
+
+    Raises:
+        UnsupportedModel: the family pools with learned weights.
     """
-    if modality == "video" and parts.pooler is not None and any(True for _ in parts.pooler.parameters()):
+    if modality == "video" and parts.pools_with_weights:
         raise UnsupportedModel(
             "this model pools the frames of videos with learned weights, which dymu cannot follow; "
             "spatial_pool_mode average and max are known."
         )
-    signatures = _signatures(tokens, pixels, parts.prefix)
-    stand_in = _StandIn(parts, signatures)
-    output = getattr(type(parts.inner), f"get_{modality}_features")(stand_in, *args, **{**kwargs, "return_dict": True})
-    items = list(output.pooler_output)
+    signatures = _signatures(tokens, seen, parts.prefix)
+    channels = signatures.shape[-1]
+    # Features of several layers come joined.
+    own: dict[str, Any] = {parts.family.projector: lambda features: features[..., :channels]}
+    own |= {name: signatures.new_zeros(channels) for name in parts.family.learned}
+    items = list(_packed(parts, modality, args, kwargs, signatures, own))
     leaders = _leaders(items)
-    starts = [int(item[item[:, PATCH] > 0.5, PICTURE].min().round()) for item in items] + [len(pixels)]
+    starts = [int(item[item[:, PATCH] > 0.5, PICTURE].min().round()) for item in items] + [len(seen)]
     return [
         Placed(
-            leaders=own.to(pixels.device),
+            leaders=leader.to(seen.device),
             patch=item[:, PATCH] > 0.5,
             picture=item[:, PICTURE] - start,
             at=item[:, ROW : COLUMN + 1],
@@ -70,22 +75,51 @@ def place(
             pictures=end - start,
             video=modality == "video",
         )
-        for item, own, start, end in zip(items, leaders, starts[:-1], starts[1:], strict=True)
+        for item, leader, start, end in zip(items, leaders, starts[:-1], starts[1:], strict=True)
     ]
 
 
-def _signatures(tokens: TokenMap, pixels: Tensor, prefix: int) -> Tensor:
+def features_of(
+    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], tokens: TokenMap, hidden: Tensor
+) -> Any:
+    """Features as the family packs them, of what its encoder leaves.
+
+    Args:
+        parts, modality, args, kwargs, tokens: see `place`.
+        hidden: [pictures, M, C], the encoder's merged tokens in the one layer that the model reads.
+    """
+    expand = tokens.drop(parts.dropped()).expand
+    pools = modality == "video" and parts.pooler is not None
+    own = {parts.family.projector: parts.projector if pools else lambda merged: expand(parts.projector(merged))}
+    if pools and parts.family.pooler is not None:
+        own[parts.family.pooler] = lambda merged: parts.pooler(expand(merged))  # type: ignore[misc]
+    return _packed(parts, modality, args, kwargs, hidden, own)
+
+
+def _packed(
+    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], hidden: Tensor, own: dict[str, Any]
+) -> Any:
+    """What the family's code makes of encoder tokens [pictures, tokens, C], with some parts of the model's `own`."""
+    output = BaseModelOutputWithPooling(
+        last_hidden_state=hidden, hidden_states=(hidden,) * (len(parts.encoder_layers) + 1)
+    )
+    stand_in = _StandIn(parts.inner, {parts.family.tower: lambda *_, **__: output, **own})
+    get_features = getattr(type(parts.inner), f"get_{modality}_features")
+    return get_features(stand_in, *args, **{**kwargs, "return_dict": True}).pooler_output
+
+
+def _signatures(tokens: TokenMap, seen: Tensor, prefix: int) -> Tensor:
     """float64 [pictures, encoder tokens, channels]"""
-    device = torch.device("cpu") if pixels.device.type == "mps" else pixels.device  # it has no float64
+    device = torch.device("cpu") if seen.device.type == "mps" else seen.device  # it has no float64
     pictures, patches = tokens.batch, tokens.tokens - prefix
-    rows, columns = grid(patches, pixels)
+    columns = seen.shape[-1]
     own = torch.arange(patches, device=device)
     signatures = torch.zeros(pictures, tokens.tokens, _KNOWN + RANDOM, dtype=torch.float64, device=device)
     shows = signatures[:, prefix:]
     shows[..., PATCH] = 1
     shows[..., PICTURE] = torch.arange(pictures, device=device)[:, None]
     shows[..., ROW], shows[..., COLUMN] = own // columns, own % columns
-    shows[..., SEEN] = adaptive_avg_pool2d(pixels.detach().float(), (rows, columns)).flatten(2).mT.to(shows)
+    shows[..., SEEN] = seen.flatten(2).mT
     generator = torch.Generator(device).manual_seed(0)
     random = torch.rand(pictures, tokens.width, RANDOM, generator=generator, dtype=torch.float64, device=device)
     group = tokens.group.to(device)
@@ -95,9 +129,13 @@ def _signatures(tokens: TokenMap, pixels: Tensor, prefix: int) -> Tensor:
     return signatures
 
 
-def grid(patches: int, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of `patches` patches over pictures [B, 3, height, width]."""
-    height, width = pixels.shape[-2:]
+def seen_by(pixels: Tensor, patches: int) -> Tensor:
+    """Pictures [pictures, 3, height, width] averaged over each of `patches` patches: [pictures, 3, rows, columns]."""
+    return adaptive_avg_pool2d(pixels.detach().float(), grid(patches, *pixels.shape[-2:]))
+
+
+def grid(patches: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the patches of a picture."""
     rows = max(round((patches * height / width) ** 0.5), 1)
     return rows, patches // rows
 
@@ -123,20 +161,11 @@ def _leaders(items: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _StandIn:
-    """A model's inner module whose encoder answers signatures, and whose projector lets them through."""
+    """A model's inner module with some parts of its own."""
 
-    def __init__(self, parts: Parts, signatures: Tensor) -> None:
-        self._inner = parts.inner
-        layers = len(parts.encoder_layers)
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=signatures, hidden_states=(signatures,) * (layers + 1)
-        )
-        channels = signatures.shape[-1]
-        setattr(self, parts.family.tower, lambda *_, **__: output)
-        # Features of several layers come joined.
-        setattr(self, parts.family.projector, lambda features: features[..., :channels])
-        for name in parts.family.learned:
-            setattr(self, name, signatures.new_zeros(channels))
+    def __init__(self, inner: nn.Module, own: dict[str, Any]) -> None:
+        self._inner = inner
+        self.__dict__.update(own)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)

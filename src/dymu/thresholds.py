@@ -46,6 +46,8 @@ class Calibrated:
         budget: wanted average number of image tokens.
         thresholds: cosine similarity above which tokens merge, one per merging layer; above 1: no merging there.
         achieved, sd, min, max: image tokens that the calibration images kept; None where a file does not say.
+        images, frames: the same per round of merging where an image, or a frame of a video, stands in the prompt; see
+            `dymu.settling`. Empty where the family's layout needs none.
     """
 
     budget: float
@@ -54,6 +56,8 @@ class Calibrated:
     sd: float | None = None
     min: int | None = None
     max: int | None = None
+    images: tuple[float, ...] = ()
+    frames: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Thresholds:
         schedule: how merges spread over the layers.
         merge_layers: indices of the encoder layers that merge; None: all of them.
         model: the model's name or path at calibration.
+        image_tokens: tokens of an untouched image, on average over those they were found on, where images are cut into
+            tiles; None: every image is one picture.
         images: how many images they were found on.
         skipped: images that could not be used: `{"image": ..., "why": ...}`.
         created: ISO 8601 date; dymu: version of this library.
@@ -76,6 +82,7 @@ class Thresholds:
     schedule: str = ""
     merge_layers: tuple[int, ...] | None = None
     model: str = ""
+    image_tokens: float | None = None
     images: int | None = None
     skipped: tuple[Mapping[str, str], ...] = ()
     created: str = ""
@@ -106,8 +113,10 @@ class Thresholds:
         if not _whole(budget) and 0 < wanted <= 1:
             if self.encoder is None:
                 raise BadBudget(f"{self} does not say how many tokens an image has; give the budget in tokens: {span}.")
-            wanted *= self.encoder.tokens
-        # A fraction is rounded to whole tokens on calibration, so allow as much on use.
+            wanted *= self.image_tokens or self.encoder.tokens
+            # A fraction was rounded to whole tokens on calibration.
+            near = min(self.budgets, key=lambda calibrated: abs(calibrated - wanted))
+            wanted = near if abs(near - wanted) <= 0.5 else wanted
         if not lowest - 0.5 <= wanted <= highest + 0.5:
             raise BadBudget(
                 f"a budget of {budget:g} ({wanted:g} image tokens) is outside {span}, for which {self} was calibrated; "
@@ -124,14 +133,31 @@ class Thresholds:
         Raises:
             BadBudget: see `tokens_for`.
         """
+        return list(self.at(budget).thresholds)
+
+    def at(self, budget: int | float | None = None) -> Calibrated:
+        """Everything for one budget, see `per_layer`.
+
+        Raises:
+            BadBudget: see `tokens_for`.
+        """
         wanted = self.tokens_for(budget)
         above = next(index for index, entry in enumerate(self.calibrated) if entry.budget >= wanted)
         upper = self.calibrated[above]
         if upper.budget == wanted or above == 0:
-            return list(upper.thresholds)
+            return upper
         lower = self.calibrated[above - 1]
         part = (wanted - lower.budget) / (upper.budget - lower.budget)
-        return [_between(low, high, part) for low, high in zip(lower.thresholds, upper.thresholds, strict=True)]
+
+        def between(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(_between(*pair, part) for pair in zip(low, high, strict=True))
+
+        return Calibrated(
+            budget=wanted,
+            thresholds=between(lower.thresholds, upper.thresholds),
+            images=between(lower.images, upper.images),
+            frames=between(lower.frames, upper.frames),
+        )
 
     def check_fits(self, encoder: Encoder) -> None:
         """Refuse a model with another encoder; the number of tokens (the image size) may differ.
@@ -225,6 +251,11 @@ def _between(low: float, high: float, part: float) -> float:
     return high if low > 1 else low + part * (min(high, 1.0) - low)
 
 
+def _calibrated(entry: Mapping[str, Any]) -> Calibrated:
+    given = {"images": (), "frames": (), **entry}
+    return Calibrated(**given | {name: tuple(map(float, given[name])) for name in ("thresholds", "images", "frames")})
+
+
 def _from_json(body: Any, source: Path) -> Thresholds:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise BadThresholds(f"{source} is JSON but not a dymu thresholds file; make one with `dymu calibrate`.")
@@ -241,17 +272,13 @@ def _from_json(body: Any, source: Path) -> Thresholds:
         "merge_layers",
     }
     try:
-        calibrated = sorted(
-            (
-                Calibrated(**{**entry, "thresholds": tuple(float(value) for value in entry["thresholds"])})
-                for entry in body["calibrated"]
-            ),
-            key=lambda entry: entry.budget,
-        )
+        calibrated = sorted((_calibrated(entry) for entry in body["calibrated"]), key=lambda entry: entry.budget)
         encoder = Encoder(**body["encoder"]) if body.get("encoder") else None
         for entry in calibrated:
-            _check_numbers(entry.budget, *entry.thresholds)
+            _check_numbers(entry.budget, *entry.thresholds, *entry.images, *entry.frames)
         lengths = {len(entry.thresholds) for entry in calibrated}
+        if len({(len(entry.images), len(entry.frames)) for entry in calibrated}) != 1:
+            raise ValueError("every budget needs as many rounds of merging in the prompt")
         if len(lengths) != 1 or (encoder is not None and lengths != {encoder.depth}):
             raise ValueError("every budget needs one threshold per merging layer")
         return Thresholds(

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from dymu.families import Modality, Parts
-from dymu.merging import MergeRule, MergeRun
+from dymu.merging import MergeRule, MergeRun, Settling
 from dymu.placed import Placed
-from dymu.placement import place
+from dymu.placement import place, seen_by
+from dymu.settling import settle
 from dymu.unmerging import carry_leaders
 
 Encoded = Callable[[Modality, list[Placed], list[Tensor], Sequence[Tensor]], object]
@@ -73,7 +74,11 @@ class VisionHooks:
             finally:
                 self._call = None
             assert call.pixels is not None
-            placed = place(self._parts, modality, args, kwargs, call.run.map, call.pixels)
+            seen = seen_by(call.pixels, call.run.map.tokens - self._parts.prefix)
+            placed = place(self._parts, modality, args, kwargs, call.run.map, seen)
+            if isinstance(self.rule, Settling):
+                rounds = self.rule.rounds(modality == "video")
+                placed, output.pooler_output = settle(placed, output.pooler_output, rounds, self.rule.over_time)
             carry_leaders(output.pooler_output, [item.leaders for item in placed])
             kept = [state.map.kept - dropped for state in call.run.states[1 : call.run.depth + 1]]
             self._encoded(modality, placed, kept, output.pooler_output)

@@ -48,6 +48,11 @@ class Parts:
         names: dict[Modality, str | None] = {"image": self.family.image_token, "video": self.family.video_token}
         return {modality: int(getattr(self.config, name)) for modality, name in names.items() if name is not None}
 
+    @property
+    def pools_with_weights(self) -> bool:
+        """Whether what pools the frames of a video was learned."""
+        return self.pooler is not None and any(True for _ in self.pooler.parameters())
+
     def feature_layers(self, requested: int | list[int] | None = None) -> list[int]:
         """Encoder layers that each used feature went through, for a call's `vision_feature_layer` or the config's."""
         if requested is None:

@@ -3,6 +3,8 @@
 from dymu.merging.baselines import AveragePool, RandomKeep
 from dymu.merging.encoder_layer import EncoderLayer, MergedTokens, MergeRun
 from dymu.merging.layout import Layout
+from dymu.merging.match import best_partner
+from dymu.merging.merge import merge_step
 from dymu.merging.rule import (
     SCHEDULES,
     Chooser,
@@ -10,6 +12,7 @@ from dymu.merging.rule import (
     MergeRule,
     Reduction,
     Schedule,
+    Settling,
     ThresholdMerge,
     above,
     removals,
@@ -28,7 +31,10 @@ __all__ = [
     "RandomKeep",
     "Reduction",
     "Schedule",
+    "Settling",
     "ThresholdMerge",
     "above",
+    "best_partner",
+    "merge_step",
     "removals",
 ]

@@ -95,8 +95,8 @@ class MergedTokens:
         """Merge the A tokens of x, in the layout, into their partners `into`, see `merge_step`."""
         step, layout = merge_step(into, self.layout, prefix)
         x, size = merge_tokens(x, self.size, step, self.layout, layout)
-        # All originals are there, also where a row of `step` is padded.
-        return x, MergedTokens(replace(self.map.then(step), padded=False), layout, size)
+        # No original goes, also where a row of `step` is padded.
+        return x, MergedTokens(replace(self.map.then(step), padded=self.map.padded), layout, size)
 
 
 class MergeRun:

@@ -38,6 +38,21 @@ class Reduction(MergeRule, Protocol):
         ...
 
 
+@runtime_checkable
+class Settling(MergeRule, Protocol):
+    """A rule that also merges tokens where they stand in the prompt, see `dymu.settling`.
+
+    Attributes:
+        over_time: similarity above which tokens of a video go on from frame to frame; None: frames stay apart.
+    """
+
+    over_time: float | None
+
+    def rounds(self, video: bool) -> tuple[float, ...]:
+        """For images or videos, the similarity above which tokens of one picture merge, round after round."""
+        ...
+
+
 def removals(
     tokens: int, keep: float, layers: int, schedule: Schedule, merging: Collection[int] | None = None
 ) -> list[float]:
@@ -106,9 +121,20 @@ class ThresholdMerge:
     """DToMe: in layer l, tokens more similar than `thresholds[l]` merge, so simple images merge more.
 
     A threshold above 1 means that the layer does not merge; so does a layer past the end of the list.
+
+    Args:
+        thresholds: one per layer.
+        images, frames: one per round of merging after an image, or the frames of a video, was placed in the prompt.
+        over_time: see `Settling`.
     """
 
     thresholds: tuple[float, ...]
+    images: tuple[float, ...] = ()
+    frames: tuple[float, ...] = ()
+    over_time: float | None = None
+
+    def rounds(self, video: bool) -> tuple[float, ...]:
+        return self.frames if video else self.images
 
     def choosers(self, tokens: int, layers: int) -> list[Chooser | None]:
         used = self.thresholds[:layers] + (2.0,) * (layers - len(self.thresholds))
