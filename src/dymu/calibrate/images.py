@@ -1,0 +1,194 @@
+"""Sample images -> Thresholds: at which similarity tokens merge so that a wanted number of them stays on average."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import nn
+
+from dymu import __version__
+from dymu.apply import encoder_of, name_of
+from dymu.calibrate.progress import bar_of
+from dymu.calibrate.run import Batch, Layout, Run
+from dymu.calibrate.samples import ImageSource, Samples
+from dymu.errors import BadBudget, DymuError
+from dymu.families import FAMILIES, resolve
+from dymu.merging import SCHEDULES, Schedule, removals
+from dymu.shelf import Shelf
+from dymu.thresholds import Calibrated, Thresholds
+
+TRIES = 4
+"""At a budget for images whose tiles are partly padding."""
+
+TOLERANCE = 0.005
+"""Part of a budget by which the achieved average may miss it before a warning says so."""
+
+
+def calibrate(
+    model: nn.Module,
+    processor: Any,
+    images: Iterable[ImageSource],
+    budgets: Iterable[int | float],
+    *,
+    schedule: Schedule = "reverse_linear",
+    merge_layers: Iterable[int] | None = None,
+    batch_size: int = 8,
+    memory_limit_bytes: int = 2 * 2**30,
+    progress: bool = True,
+) -> Thresholds:
+    """Find the thresholds at which a model keeps the wanted number of tokens on sample images.
+
+    It goes layer by layer (paper section 3.1 averages per-batch thresholds instead, and misses its budgets): all
+    images' tokens wait at layer l, its threshold is put where exactly as many edges of all images lie above it as the
+    schedule asks for, they merge, and all go on to layer l + 1. So each budget is met on these images but for ties,
+    and on others of their kind but for chance. It costs one forward pass of the merging layers per budget, of which
+    the embedding and the first attention are shared.
+
+    Args:
+        model: a transformers model of a described family, with or without DyMU applied; it is not changed.
+        processor: the model's processor or image processor.
+        images: paths or PIL images, gone through once. What cannot be read is skipped, and named in a warning.
+        budgets: image tokens (class token and registers not counted) to keep on average; a float up to 1 is a fraction
+            of all of them, rounded to whole tokens.
+        schedule: where to merge: `constant`, `linear` or `reverse_linear` (more in later layers; the paper's choice).
+        merge_layers: indices of the encoder layers that merge, at the same budgets; None: all. Fewer merges cost
+            less time but each takes more tokens at once, see docs/encoder.md.
+        batch_size: images that go through a layer together; but for rounding, the thresholds do not depend on it.
+        memory_limit_bytes: hidden states beyond so many bytes wait in a temporary file, see `Shelf`. An image takes
+            tokens * width * bytes per number, twice that where there are several budgets.
+        progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+        UnsupportedModel: the model is of no described family.
+        BadBudget: a budget is no number, above the number of tokens, or below what halving them in every layer leaves.
+        DymuError: no image could be used, the processor does not make one picture of one size of each, or the model
+            has no such `merge_layers` or does not read them.
+        ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
+    """
+    wanted = [_number(budget) for budget in budgets]
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if not wanted or batch_size < 1:
+        raise ValueError("calibrate needs at least one budget, and a batch_size of at least 1")
+    parts = resolve(model, FAMILIES)
+    prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
+    if depth == 0:
+        raise DymuError("this model reads its image features ahead of the first encoder layer, so no layer can merge.")
+    merging_layers = _indices(range(depth) if merge_layers is None else merge_layers, depth)
+    samples = Samples(getattr(processor, "image_processor", processor), images, parts)
+    batches: list[Batch] = []
+    with ExitStack() as opened:
+        opened.enter_context(torch.inference_mode())
+        bar = opened.enter_context(bar_of(progress))
+        shelf = opened.enter_context(Shelf(memory_limit_bytes))
+        run = Run(parts, merging_layers, prefix)
+
+        def spread(layout: Layout, keep: float) -> list[float]:
+            return removals(layout.tokens, keep, depth, schedule, merging_layers)
+
+        def possible(layout: Layout) -> list[int | float]:
+            targets = layout.targets(wanted)
+            for target in targets:
+                spread(layout, layout.per_picture(target))
+            return targets
+
+        reading = bar.add_task("reading images", total=samples.expected)
+        for embedded, inputs in samples.batches(batch_size, lambda: bar.advance(reading)):
+            batches.append(run.begin(embedded, inputs, shelf.place(embedded.nbytes)))
+            if len(batches) == 1 and (first := run.layout(batches)).plain:
+                possible(first)  # so that what cannot be met is refused before all are read
+        if not batches:
+            raise DymuError(f"no image could be used for calibration: {samples.why_none()}")
+        layout = run.layout(batches)
+        targets = possible(layout)
+
+        merging = [target for target in targets if target < layout.full]
+        own = [batch.place for batch in batches]
+        if len(merging) > 1 or not layout.plain:
+            spare = [shelf.place(place.capacity_bytes) for place in own]
+        calibrated = []
+        for target in merging:
+            aim = layout.per_picture(target)
+            for _ in range(TRIES):
+                task = bar.add_task(f"budget {target:g}", total=(depth - 1) * len(batches))
+                thresholds, ended = run.thresholds(
+                    spread(layout, aim),
+                    batches,
+                    own if layout.plain and target == merging[-1] else spare,
+                    lambda task=task: bar.advance(task),  # type: ignore[misc]
+                )
+                found = run.calibrated(target, thresholds, ended, layout, shelf)
+                achieved = found.achieved or 0.0
+                if layout.plain or layout.mixes or abs(achieved - target) <= TOLERANCE * target:
+                    break
+                # Merged tokens of a tile may show nothing but padding, which the language model never gets.
+                aim = min(max(aim * target / achieved, layout.tokens / 2 ** len(merging_layers)), layout.tokens)
+            calibrated.append(found)
+        if len(merging) < len(targets):
+            calibrated.append(layout.untouched(depth))
+
+    _warn(samples, calibrated)
+    return Thresholds(
+        calibrated=tuple(calibrated),
+        encoder=encoder_of(parts, layout.tokens),
+        schedule=schedule,
+        merge_layers=None if merge_layers is None else merging_layers,
+        model=name_of(model),
+        image_tokens=None if layout.plain else layout.full,
+        images=samples.used,
+        skipped=tuple(samples.skipped),
+        created=datetime.now(UTC).date().isoformat(),
+        dymu=__version__,
+    )
+
+
+def _number(budget: Any) -> int | float:
+    """A budget as a number of Python's own, which JSON can hold.
+
+    Raises:
+        BadBudget: it is none.
+    """
+    if isinstance(budget, bool) or not hasattr(budget, "__float__"):
+        raise BadBudget(f"a budget is a number of tokens or a fraction of them, not {budget!r}.")
+    return int(budget) if isinstance(budget, numbers.Integral) else float(budget)
+
+
+def _indices(layers: Iterable[int], depth: int) -> tuple[int, ...]:
+    """The layers to merge in, each once, in rising order.
+
+    Raises:
+        DymuError: they are not some of the first `depth` layers.
+    """
+    given = list(layers)
+    try:
+        found = sorted({operator.index(layer) for layer in given})
+    except TypeError:
+        found = []
+    if not found or not 0 <= found[0] <= found[-1] < depth:
+        raise DymuError(
+            f"the layers to merge in, {found or given}, are not some of the layers 0 to {depth - 1} that feed "
+            "this model; name some of those."
+        )
+    return tuple(found)
+
+
+def _warn(samples: Samples, calibrated: Sequence[Calibrated]) -> None:
+    if samples.skipped:
+        total = len(samples.skipped) + samples.used
+        named = "; ".join(f"{skipped['image']} {skipped['why']}" for skipped in samples.skipped)
+        warnings.warn(f"skipped {len(samples.skipped)} of {total} images: {named}", stacklevel=3)
+    for entry in calibrated:
+        assert entry.achieved is not None
+        if abs(entry.achieved - entry.budget) > max(TOLERANCE * entry.budget, 0.5 / samples.used):
+            warnings.warn(
+                f"for a budget of {entry.budget:g} tokens the images keep {entry.achieved:.2f} on average: too many of "
+                "their tokens are exactly alike, or too few are left to merge; calibrate on more varied images.",
+                stacklevel=3,
+            )
