@@ -30,6 +30,7 @@ def apply(
     thresholds: Thresholds | str | os.PathLike[str] | None = None,
     *,
     budget: int | float | None = None,
+    per_second: int | float | None = None,
     merge: MergeRule | None = None,
     unmerge: Unmerge = "exact",
     backend: str = "auto",
@@ -41,7 +42,10 @@ def apply(
         model: a transformers model of a described family (`dymu families`).
         thresholds: a `Thresholds`, or a file of them.
         budget: wanted average of image tokens per image, class token and registers not counted; a float up to 1 is a
-            fraction of the full count. May be left out where the thresholds hold one budget only.
+            fraction of the full count. May be left out where the thresholds hold one budget only. The frames of a video
+            keep the same fraction each.
+        per_second: wanted average of tokens per second of video. Tokens that stay alike then go on from frame to
+            frame. None: every frame is merged by itself, as in the paper.
         merge: another rule instead of thresholds, such as `FixedMerge(keep=94)`.
         unmerge: `exact`: the language model attends as if no token had been merged (VTU, paper section 3.2). `compact`:
             it sees each merged token once, at the mean position of its group and as heavy as its size. `none`: it sees
@@ -85,8 +89,8 @@ def apply(
     handle = Handle(parts, thresholds, merge, LanguageHooks(parts, unmerge, choose(backend), cache))
     if thresholds is not None:
         thresholds.check_fits(encoder_of(parts))
-        handle.budget = budget
-    elif budget is not None:
+        handle._set_budget(budget, per_second)
+    elif budget is not None or per_second is not None:
         raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
     parts.inner.__dict__[_MARK] = handle
     handle._install()
@@ -129,6 +133,7 @@ class Handle:
         self._language = language
         self._vision = VisionHooks(parts, rule, self._language.encoded)
         self._budget: float | None = None
+        self._per_second: float | None = None
         self._undo: list[Callable[[], object]] = []
         self._disabled = 0
 
@@ -148,11 +153,28 @@ class Handle:
 
     @budget.setter
     def budget(self, budget: int | float | None) -> None:
+        self._set_budget(budget, self._per_second)
+
+    @property
+    def per_second(self) -> float | None:
+        """Wanted average of tokens per second of video; None: every frame is merged by itself. Set it likewise.
+
+        Raises:
+            BadBudget: on setting, one for which nothing was calibrated.
+        """
+        return self._per_second
+
+    @per_second.setter
+    def per_second(self, per_second: int | float | None) -> None:
+        self._set_budget(self._budget, per_second)
+
+    def _set_budget(self, budget: int | float | None, per_second: int | float | None) -> None:
         if self._thresholds is None:
             raise BadBudget("this model merges by a fixed rule, which has no budget; apply thresholds instead.")
         entry = self._thresholds.at(budget)
-        self._vision.rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames)
-        self._budget = self._thresholds.tokens_for(budget)
+        over_time = None if per_second is None else self._thresholds.over_time_at(budget, per_second)
+        self._vision.rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames, over_time)
+        self._budget, self._per_second = entry.budget, per_second
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -166,11 +166,12 @@ def settle(
     Returns:
         The items as they lie then, and their features in the form that was given.
     """
-    if not items or not items[0].video:
-        over_time = None
-    if over_time is None and all(threshold > 1 for threshold in rounds):
-        return items, features
-    standing = Standing.of(items, list(features)).settle(rounds)
-    joins = None if over_time is None else standing.over_time(over_time, [item.pictures for item in items])
-    items, settled = standing.placed(items, list(features), joins)
-    return items, torch.stack(settled) if isinstance(features, Tensor) else settled
+    given = isinstance(features, Tensor)
+    features = list(features)
+    if any(threshold <= 1 for threshold in rounds):
+        items, features = Standing.of(items, features).settle(rounds).placed(items, features)
+    if over_time is not None and items[0].video:
+        standing = Standing.of(items, features)
+        joins = standing.over_time(over_time, [item.pictures for item in items])
+        items, features = standing.placed(items, features, joins)
+    return items, torch.stack(features) if given else features

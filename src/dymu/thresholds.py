@@ -61,6 +61,26 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
+class OverTime:
+    """A similarity for tokens of a video to go on from frame to frame, and what it did to the calibration videos.
+
+    Attributes:
+        budget: of the frames, as for images.
+        per_second: wanted average number of tokens for each second of video.
+        threshold: cosine similarity above which a token is part of one in the frame before.
+        achieved: tokens per second that the calibration videos kept.
+        videos: how many they were; seconds: how long together.
+    """
+
+    budget: float
+    per_second: float
+    threshold: float
+    achieved: float
+    videos: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Thresholds:
     """When to merge, for every budget between the calibrated ones; a JSON file with its provenance.
 
@@ -69,6 +89,7 @@ class Thresholds:
         encoder: what they belong to; None where a file does not say (the authors' checkpoints).
         schedule: how merges spread over the layers.
         merge_layers: indices of the encoder layers that merge; None: all of them.
+        over_time: one entry per budget and tokens per second, see `dymu.calibrate_videos`.
         model: the model's name or path at calibration.
         image_tokens: tokens of an untouched image, on average over those they were found on, where images are cut into
             tiles; None: every image is one picture.
@@ -81,6 +102,7 @@ class Thresholds:
     encoder: Encoder | None = None
     schedule: str = ""
     merge_layers: tuple[int, ...] | None = None
+    over_time: tuple[OverTime, ...] = ()
     model: str = ""
     image_tokens: float | None = None
     images: int | None = None
@@ -158,6 +180,34 @@ class Thresholds:
             images=between(lower.images, upper.images),
             frames=between(lower.frames, upper.frames),
         )
+
+    def over_time_at(self, budget: int | float | None, per_second: int | float) -> float:
+        """The similarity over time for so many tokens per second, at a calibrated budget; interpolated between those
+        calibrated.
+
+        Raises:
+            BadBudget: nothing near was calibrated.
+        """
+        wanted = self.tokens_for(budget)
+        entries = sorted((e for e in self.over_time if e.budget == wanted), key=lambda entry: entry.per_second)
+        if not entries:
+            known = ", ".join(f"{known:g}" for known in sorted({entry.budget for entry in self.over_time})) or "none"
+            raise BadBudget(
+                f"{self} were calibrated for tokens per second of video at other budgets than {wanted:g} ({known}); "
+                "choose one of those, or calibrate for it with `dymu calibrate-videos`."
+            )
+        if not entries[0].per_second <= per_second <= entries[-1].per_second:
+            raise BadBudget(
+                f"{per_second:g} tokens per second is outside {entries[0].per_second:g} to "
+                f"{entries[-1].per_second:g}, for which {self} was calibrated at a budget of {wanted:g}; "
+                "choose one within, or calibrate for it with `dymu calibrate-videos`."
+            )
+        above = next(index for index, entry in enumerate(entries) if entry.per_second >= per_second)
+        upper, lower = entries[above], entries[max(above - 1, 0)]
+        if upper.per_second == per_second:
+            return upper.threshold
+        part = (per_second - lower.per_second) / (upper.per_second - lower.per_second)
+        return _between(lower.threshold, upper.threshold, part)
 
     def check_fits(self, encoder: Encoder) -> None:
         """Refuse a model with another encoder; the number of tokens (the image size) may differ.
@@ -270,12 +320,15 @@ def _from_json(body: Any, source: Path) -> Thresholds:
         "encoder",
         "skipped",
         "merge_layers",
+        "over_time",
     }
     try:
         calibrated = sorted((_calibrated(entry) for entry in body["calibrated"]), key=lambda entry: entry.budget)
         encoder = Encoder(**body["encoder"]) if body.get("encoder") else None
         for entry in calibrated:
             _check_numbers(entry.budget, *entry.thresholds, *entry.images, *entry.frames)
+        for over_time in body.get("over_time", ()):
+            _check_numbers(*over_time.values())
         lengths = {len(entry.thresholds) for entry in calibrated}
         if len({(len(entry.images), len(entry.frames)) for entry in calibrated}) != 1:
             raise ValueError("every budget needs as many rounds of merging in the prompt")
@@ -285,6 +338,7 @@ def _from_json(body: Any, source: Path) -> Thresholds:
             calibrated=tuple(calibrated),
             encoder=encoder,
             skipped=tuple(body.get("skipped", ())),
+            over_time=tuple(OverTime(**entry) for entry in body.get("over_time", ())),
             merge_layers=_layers(body.get("merge_layers"), lengths.pop()),
             source=str(source),
             **{key: body[key] for key in known & body.keys()},

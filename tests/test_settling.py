@@ -1,0 +1,188 @@
+"""Merging where tokens stand in the prompt, within a picture and over time, against the formulas written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dymu
+import tiny
+from dymu.merging import ThresholdMerge
+from dymu.placed import Placed
+from dymu.settling import Standing, settle
+
+CHANNELS = 6
+
+
+def items(counts: list[list[int]], video: bool, seed: int) -> tuple[list[Placed], list[Tensor]]:
+    """Items of pictures of so many places each, some alike, with a learned token at the end of every item."""
+    generator = torch.Generator().manual_seed(seed)
+    placed, features = [], []
+    for pictures in counts:
+        picture = torch.tensor([number for number, count in enumerate(pictures) for _ in range(count)] + [0])
+        tokens = len(picture)
+        leaders = torch.arange(tokens)
+        for n in range(1, tokens - 1):
+            if picture[n] == picture[n - 1] and torch.rand((), generator=generator) < 0.3:
+                leaders[n] = leaders[n - 1]
+        feature = torch.randn(tokens, CHANNELS, generator=generator, dtype=torch.float64)
+        feature += torch.randn(CHANNELS, generator=generator, dtype=torch.float64) * 1.5
+        patch = torch.arange(tokens) < tokens - 1
+        at = torch.zeros(tokens, 2)
+        placed.append(Placed(leaders, patch, picture.double(), at, at, len(pictures), video))
+        features.append(feature[leaders])
+    return placed, features
+
+
+def slowly(
+    item: Placed, feature: Tensor, rounds: list[float], over_time: float | None
+) -> tuple[list[int], dict[int, Tensor]]:
+    """For every place the places that it shares a token with (by the first of them), and that token's features."""
+    groups: list[list[tuple[list[int], Tensor]]] = []
+    for number in range(item.pictures):
+        here: dict[int, list[int]] = {}
+        for n in range(len(item.leaders)):
+            if item.patch[n] and item.picture[n] == number:
+                here.setdefault(int(item.leaders[n]), []).append(n)
+        tokens = [(places, feature[first]) for first, places in here.items()]
+        for threshold in rounds:
+            if threshold > 1:
+                continue
+            a, b = tokens[0::2], tokens[1::2]
+            goals: dict[int, list[int]] = {}
+            for i, (_, x) in enumerate(a):
+                if b:
+                    cosines = [torch.cosine_similarity(x, y, dim=0).item() for _, y in b]
+                    best = max(range(len(b)), key=lambda j: cosines[j])
+                    if cosines[best] > threshold:
+                        goals.setdefault(best, []).append(i)
+            gone = {i for chosen in goals.values() for i in chosen}
+            left = [token for i, token in enumerate(a) if i not in gone]
+            for j, (places, y) in enumerate(b):
+                members = [(places, y), *(a[i] for i in goals.get(j, []))]
+                size = sum(len(own) for own, _ in members)
+                mean = sum(len(own) * x for own, x in members) / size
+                left.append(([n for own, _ in members for n in own], mean))
+            tokens = left
+        groups.append(tokens)
+    joined: list[tuple[list[int], Tensor, list[tuple[list[int], Tensor]]]] = []
+    before: list[int] = []
+    for tokens in groups:
+        now = []
+        for places, x in tokens:
+            cosines = [torch.cosine_similarity(x, joined[k][1], dim=0).item() for k in before]
+            if over_time is not None and cosines and max(cosines) > over_time:
+                k = before[max(range(len(cosines)), key=lambda i: cosines[i])]
+                joined[k][2].append((places, x))
+            else:
+                k = len(joined)
+                joined.append((places, x, [(places, x)]))
+            now.append(k)
+        before = now if over_time is not None else []
+    leader, features = list(range(len(item.leaders))), {}
+    for _, _, members in joined:
+        places = [n for own, _ in members for n in own]
+        mean = sum(len(own) * x for own, x in members) / len(places)
+        for n in places:
+            leader[n] = min(places)
+            features[n] = mean
+    return leader, features
+
+
+counts = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)
+thresholds = st.lists(st.sampled_from([2.0, 0.9, 0.6, 0.3, -1.0]), max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts=counts, rounds=thresholds, over_time=st.sampled_from([None, 0.8, 0.5, -1.0]), seed=st.integers(0, 99))
+def test_settling_equals_the_formulas(counts, rounds, over_time, seed):
+    placed, features = items(counts, True, seed)
+    found, settled = settle(placed, features, rounds, over_time)
+    for item, feature, now, changed in zip(placed, features, found, settled, strict=True):
+        leaders, expected = slowly(item, feature, rounds, over_time)
+        assert now.leaders.tolist() == leaders
+        for n in range(len(leaders)):
+            torch.testing.assert_close(changed[n], expected.get(n, feature[n]))
+
+
+def test_images_do_not_go_on_from_tile_to_tile():
+    placed, features = items([[5, 5]], False, 0)
+    same = settle(placed, features, (), -1.0)
+    assert same == (placed, features)
+
+
+def test_features_keep_the_form_that_they_had():
+    placed, features = items([[3, 4], [4, 3]], True, 1)
+    _, settled = settle(placed, torch.stack(features).float(), (0.2,), 0.5)
+    assert isinstance(settled, Tensor)
+    assert settled.dtype == torch.float32
+    _, listed = settle(placed, features, (0.2,), 0.5)
+    assert isinstance(listed, list)
+
+
+def test_pictures_whose_tokens_are_all_gone_take_no_part():
+    (item,), features = items([[4, 3, 4]], True, 2)
+    item.leaders[4:7] = -1
+    (now,), _ = settle([item], features, (0.3,), None)
+    assert (now.leaders[4:7] == -1).all()
+    standing = Standing.of([item], features)
+    assert standing.state.layout.batch == 2
+
+
+def still(frames: int) -> Tensor:
+    """[1, frames, 3, SIDE, SIDE] of a scene in which nothing moves."""
+    return tiny.pictures(1)[None].expand(-1, frames, -1, -1, -1)
+
+
+@pytest.fixture(params=["llava_onevision", "llava_next_video"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny.llava("siglip" if request.param == "llava_onevision" else "clip", "qwen2", request.param)
+
+
+def test_a_still_scene_costs_one_frame(model):
+    """And its features, maps and logits are those of a video in which every frame keeps its own."""
+    rule = ThresholdMerge((0.9,) * tiny.LAYERS, frames=(0.95,))
+    with dymu.apply(model, merge=rule) as handle:
+        one = model.get_image_features  # the untouched name keeps working
+        assert callable(one)
+        model.get_video_features(still(1))
+        alone = handle.last.items[0].budgeted
+        apart = model.get_video_features(still(8)).pooler_output
+        assert handle.last.items[0].budgeted == 8 * alone
+    with dymu.apply(model, merge=ThresholdMerge(rule.thresholds, frames=rule.frames, over_time=0.99)) as handle:
+        together = model.get_video_features(still(8)).pooler_output
+        assert handle.last.items[0].budgeted == alone
+        torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+
+
+def test_what_changes_is_kept_and_what_stays_is_not(model):
+    video = still(4).clone()
+    video[:, 2:, :, :, tiny.SIDE // 2 :] = tiny.pictures(2, seed=5)[1][:, :, tiny.SIDE // 2 :]
+    rule = ThresholdMerge((2.0,) * tiny.LAYERS, over_time=0.999)
+    with dymu.apply(model, merge=rule) as handle:
+        model.get_video_features(video)
+        item = handle.last.items[0]
+        frames = [item.group[(item.picture.round() == number) & item.patch] for number in range(4)]
+        assert torch.equal(frames[0], frames[1])
+        assert torch.equal(frames[2], frames[3])
+        fresh = len(set(frames[2].tolist()) - set(frames[0].tolist()))
+        assert 0 < fresh <= len(frames[0])
+
+
+def test_the_language_model_sees_every_frame_in_its_place(model):
+    """Logits of a still scene are those of the untouched model, where merging over time is all that happens."""
+    video = still(3)
+    tokens = model.get_video_features(video).pooler_output.shape[1]
+    ids = torch.cat((torch.tensor([5, 6]), torch.full((tokens,), tiny.VIDEO_TOKEN), torch.tensor([7, 8])))[None]
+    stock = model(input_ids=ids, pixel_values_videos=video).logits
+    with dymu.apply(model, merge=ThresholdMerge((2.0,) * tiny.LAYERS, over_time=0.9999)) as handle:
+        out = model(input_ids=ids, pixel_values_videos=video)
+        stored = out.past_key_values.layers[0].keys.shape[2]
+        assert stored == handle.last.kept[0] + 4 < tokens
+    # Exact for one layer only: each merged token gets the mean of what it would get in each frame.
+    assert (out.logits[:, -1] - stock[:, -1]).norm() < 0.5 * stock[:, -1].norm()
