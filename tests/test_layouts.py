@@ -26,6 +26,8 @@ from dymu.merging import AveragePool, MergeRule, RandomKeep, ThresholdMerge
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
 SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
+SETTLED = ThresholdMerge((0.95,) * tiny.LAYERS, images=(0.9, 0.8), frames=(0.9,), over_time=0.7)
+"""Merges once more where tokens stand in the prompt, and from frame to frame."""
 
 MODELS = [
     ("clip", "llama", "llava_next"),
@@ -176,6 +178,7 @@ def merged_length(rows: Sequence[Row], inputs: dict[str, Any], kept: Sequence[in
 
 # ------------------------------------------------------------------------------------------------ prompts of all kinds
 
+TILES, VIDEO = Photo(50, 90, 2), Video(5, 1)
 TALL, WIDE, HUGE = Photo(130, 23, 3), Photo(31, 170, 2), Photo(300, 260, 4)
 """HUGE fills 30 to 36 tiles, which LLaVA-OneVision shrinks to about 9."""
 
@@ -255,10 +258,10 @@ def check_nothing_merged(model: Any, rows: Sequence[Row], side: str) -> None:
     assert torch.equal(model(**inputs).logits, stock.logits)
 
 
-def check_rows_alone(model: Any, rows: Sequence[Row], side: str) -> None:
+def check_rows_alone(model: Any, rows: Sequence[Row], side: str, rule: MergeRule) -> None:
     inputs = scene(model, rows, side)
     there = inputs["attention_mask"].bool()
-    with dymu.apply(model, merge=SOME) as handle:
+    with dymu.apply(model, merge=rule) as handle:
         out = model(**inputs)
         together = handle.last
         assert stored(out) == merged_length(rows, inputs, together.kept)
@@ -284,12 +287,12 @@ def test_nothing_merged_gives_the_same_text(shown):
     assert torch.equal(answer(model, **inputs), text)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_row_of_a_batch_gets_what_it_gets_alone(shown, side):
+@pytest.mark.parametrize(("side", "rule"), [("left", SOME), ("right", SOME), ("left", SETTLED)])
+def test_a_row_of_a_batch_gets_what_it_gets_alone(shown, side, rule):
     model, rows = shown
     if len(rows) == 1:
         rows = [*rows, (7, *rows[0][1:-1], 2), (4, Photo(28, 50, 9), 5)]
-    check_rows_alone(model, rows, side)
+    check_rows_alone(model, rows, side, rule)
 
 
 @given(data=st.data())
@@ -303,7 +306,8 @@ def test_any_batch_without_merging(model, data):
 @settings(max_examples=6)
 def test_any_batch_with_merging(model, data):
     videos = model.config.model_type != "llava_next"
-    check_rows_alone(model, data.draw(batches(videos)), data.draw(st.sampled_from(["left", "right"])))
+    side, rule = data.draw(st.sampled_from(["left", "right"])), data.draw(st.sampled_from([SOME, SETTLED]))
+    check_rows_alone(model, data.draw(batches(videos)), side, rule)
 
 
 def test_shapes_are_the_untouched_models(shown):
@@ -504,24 +508,24 @@ def check_videos(model: Any, videos: Sequence[Video], rule: MergeRule) -> None:
 # ----------------------------------------------------------------------------------------------- the language model
 
 
+@pytest.mark.parametrize("rule", [SOME, SETTLED], ids=["some", "settled"])
 @pytest.mark.parametrize("item", [Photo(50, 90, 2), Photo(170, 165, 1)], ids=["tiles", "many-tiles"])
-def test_merged_logits_of_tiles_equal_an_independent_implementation(model, item):
-    check_by_hand(model, [(4, item, 7)])
+def test_merged_logits_of_tiles_equal_an_independent_implementation(model, item, rule):
+    check_by_hand(model, (4, item, 7), rule)
 
 
-def test_merged_logits_of_a_video_equal_an_independent_implementation(video_model):
-    check_by_hand(video_model, [(4, Video(5, 1), 7)])
+@pytest.mark.parametrize("rule", [SOME, SETTLED], ids=["some", "settled"])
+@pytest.mark.parametrize(
+    "row", [(4, VIDEO, 7), (4, TILES, 3, VIDEO, 7), (4, VIDEO, 3, TILES, 7)], ids=["video", "both", "video-first"]
+)
+def test_merged_logits_of_a_video_equal_an_independent_implementation(video_model, row, rule):
+    check_by_hand(video_model, row, rule)
 
 
-@pytest.mark.parametrize("row", [(4, Photo(50, 90, 2), 3, Video(5, 1), 7), (4, Video(5, 1), 3, Photo(50, 90, 2), 7)])
-def test_merged_logits_of_both_equal_an_independent_implementation(video_model, row):
-    check_by_hand(video_model, [row])
-
-
-def check_by_hand(model: Any, rows: Sequence[Row]) -> None:
-    inputs = scene(model, rows)
+def check_by_hand(model: Any, row: Row, rule: MergeRule) -> None:
+    inputs = scene(model, [row])
     ids = inputs["input_ids"][0]
-    with dymu.apply(model, merge=SOME) as handle:
+    with dymu.apply(model, merge=rule) as handle:
         out = model(**inputs)
         groups = [handle.last.group(i) for i in range(len(handle.last.items))]
         assert sum(handle.last.kept) < sum(handle.last.original)
@@ -570,26 +574,31 @@ def test_sampling(video_model):
         assert sampled().shape == stock.shape
 
 
-CHUNKED: list[Row] = [
-    (3, Photo(50, 90, 2), 5),
-    (3, Photo(50, 90, 2), 2, Photo(28, 60, 1), 5),
-    (3, Video(4, 1), 5),
-    (3, Video(4, 1), 2, Video(4, 2), 5),
-    (3, Photo(50, 90, 2), 2, Video(4, 2), 5),
-]
+CHUNKED: dict[str, Row] = {
+    "tiles": (3, TILES, 5),
+    "images": (3, TILES, 2, Photo(28, 60, 1), 5),
+    "video": (3, VIDEO, 5),
+    "videos": (3, VIDEO, 2, Video(5, 2), 5),
+    "both": (3, TILES, 2, VIDEO, 5),
+}
+ROWS = [(name, row) for name in MODELS for row in list(CHUNKED)[: 2 if name[2] == "llava_next" else None]]
 
 
-@pytest.mark.parametrize("row", CHUNKED, ids=["tiles", "images", "video", "videos", "both"])
-@pytest.mark.parametrize("size", [11, 40])
-def test_generate_in_chunks_reads_the_whole_prompt(model, row, size):
+@pytest.fixture(params=ROWS, ids=lambda case: f"{case[0][2]}-{case[1]}")
+def one_row(request: pytest.FixtureRequest) -> tuple[Any, Row]:
+    name, row = request.param
+    return made(name), CHUNKED[row]
+
+
+@pytest.mark.parametrize(("size", "rule"), [(11, SOME), (40, SOME), (24, SETTLED)])
+def test_generate_in_chunks_reads_the_whole_prompt(one_row, size, rule):
     """Chunks cut through images and videos; tokens of one group that fall into two chunks are stored in each."""
-    if model.config.model_type == "llava_next" and any(isinstance(part, Video) for part in row):
-        pytest.skip("this family takes no videos")
+    model, row = one_row
     inputs = scene(model, [row])
     text = answer(model, prefill_chunk_size=size, **inputs)
     with dymu.apply(model, merge=NOTHING):
         assert torch.equal(answer(model, prefill_chunk_size=size, **inputs), text)
-    with dymu.apply(model, merge=SOME) as handle:
+    with dymu.apply(model, merge=rule) as handle:
         out = answer(model, prefill_chunk_size=size, return_dict_in_generate=True, **inputs)
         ids = inputs["input_ids"][0]
         label = torch.arange(len(ids)) + 10**6
@@ -600,11 +609,9 @@ def test_generate_in_chunks_reads_the_whole_prompt(model, row, size):
         assert stored(out) == sum(len(set(chunk.tolist())) for chunk in label.split(size)) + 3
 
 
-@pytest.mark.parametrize("rule", [NOTHING, SOME], ids=["nothing", "some"])
-@pytest.mark.parametrize("row", CHUNKED, ids=["tiles", "images", "video", "videos", "both"])
-def test_a_second_turn_on_the_same_cache(model, row, rule):
-    if model.config.model_type == "llava_next" and any(isinstance(part, Video) for part in row):
-        pytest.skip("this family takes no videos")
+@pytest.mark.parametrize("rule", [NOTHING, SOME, SETTLED], ids=["nothing", "some", "settled"])
+def test_a_second_turn_on_the_same_cache(one_row, rule):
+    model, row = one_row
     inputs = scene(model, [row])
     seen = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
 
@@ -660,6 +667,30 @@ def test_reductions(shown, rule):
         assert stored(out) == merged_length(rows, inputs, handle.last.kept)
         assert handle.last.layers[-1] == [item.pictures * left for item in handle.last.items]
         assert torch.isfinite(answer(model, **inputs)).all()
+
+
+@pytest.mark.parametrize("row", [(1, TILES, 1), (1, HUGE, 1), (1, VIDEO, 1)], ids=["tiles", "huge", "video"])
+def test_what_merges_where_it_stands_is_the_mean_of_its_places(model, row):
+    """Groups of the encoder's merging join whole, and learned tokens never."""
+    if model.config.model_type == "llava_next" and row[1] is VIDEO:
+        pytest.skip("this family takes no videos")
+    inputs, found = scene(model, [row]), []
+    encoder_alone = ThresholdMerge(SETTLED.thresholds)
+    for rule in (encoder_alone, SETTLED):
+        with dymu.apply(model, merge=rule) as handle:
+            out = model(**inputs)
+            features = out.video_hidden_states if row[1] is VIDEO else out.image_hidden_states
+            found.append((handle.last.group(0), features.view(handle.last.original[0], -1), handle.last.items[0]))
+    (before, ahead, item), (after, features, _) = found
+    assert int(after.max()) < int(before.max())
+    assert len(torch.stack((before, after)).unique(dim=1).T) == int(before.max()) + 1
+    assert (after.bincount()[after[~item.patch]] == 1).all()
+    assert torch.equal(features[~item.patch], ahead[~item.patch])
+    own = torch.nn.functional.one_hot(after).float()
+    torch.testing.assert_close(features, own @ ((own.T @ ahead) / own.sum(0)[:, None]), atol=1e-5, rtol=0)
+    if not item.video:
+        shared = own.T @ torch.nn.functional.one_hot(item.picture.round().long().clamp(min=0)).float()
+        assert ((shared > 0).sum(1) == 1).all()
 
 
 def test_a_pool_larger_than_the_grid_is_refused(model):
