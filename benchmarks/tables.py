@@ -22,10 +22,8 @@ from dymu.evaluate import Results, summarise
 from dymu.evaluate.summary import ALL
 from dymu.evaluate.tables import accuracy_table, kind_table, provenance, series
 
-PAGES = tuple(
-    ROOT / page
-    for page in ("README.md", "models/demo/README.md", "docs/saliency.md", "docs/evidence.md", "docs/speed.md")
-)
+DOCS = ("saliency", "evidence", "speed", "memory")
+PAGES = tuple(ROOT / page for page in ("README.md", "models/demo/README.md", *(f"docs/{page}.md" for page in DOCS)))
 EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
 
 
@@ -110,6 +108,23 @@ def layer_decode() -> str:
             "attention, untouched on M tokens": "untouched, M tokens",
         },
     )
+
+
+def memory() -> str:
+    """Peak megabytes of one layer's attention beside what it is given, a line for each way, and how they grow."""
+    result = _load(RESULTS / "memory.json")
+    lengths = list(dict.fromkeys(row["tokens"] for row in result["rows"]))
+    rows = []
+    for fit in result["fits"]:
+        peaks = {
+            row["tokens"]: row["peak_bytes"]
+            for row in result["rows"]
+            if (row["model"], row["way"]) == (fit["model"], fit["way"])
+        }
+        cells = [f"{peaks[tokens] / 1e6:,.0f}" if tokens in peaks else "" for tokens in lengths]
+        rows.append([fit["model"], fit["way"], *cells, f"{fit['exponent']:.2f}"])
+    header = ["layer of", "", *(f"{tokens:,}" for tokens in lengths), "exponent"]
+    return _markdown(header, rows) + _made_by(result)
 
 
 def accuracy() -> str:
@@ -219,8 +234,8 @@ def saliency_paired() -> str:
 
 
 FUNCTIONS = (
-    kept_tokens, bench, layer_prefill, layer_decode, accuracy, accuracy_by_kind, compact, calibration_size, saliency,
-    saliency_schedules, saliency_paired,
+    kept_tokens, bench, layer_prefill, layer_decode, memory, accuracy, accuracy_by_kind, compact, calibration_size,
+    saliency, saliency_schedules, saliency_paired,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 

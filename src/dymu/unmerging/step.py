@@ -99,24 +99,24 @@ class Step:
         return whole and self.bias is None and not self.padded and (tokens == 1 or tokens == seen)
 
     def mask(self, window: int | None = None, start: int = 0, end: int | None = None) -> Tensor:
-        """[B or 1, 1, end - start, Nk]: which key each of the queries from `start` to `end` sees (bool) or, with a
-        bias, what is added to its logit (float32).
+        """[B or 1, 1, end - start, keys]: which key each of the queries from `start` to `end` sees (bool) or, with a
+        bias, what is added to its logit (float32). Of the keys, those up to the last that any of these queries sees.
 
         Args:
             window: sliding window in virtual tokens, or None.
         """
         tokens, seen = self.queries.tokens, self.keys.shape[1]
         end = tokens if end is None else end
-        key = torch.arange(seen, device=self.keys.device)
-        first = seen - tokens
-        mask = (key <= key[first + start : first + end, None])[None]
+        first, last = seen - tokens + start, seen - tokens + end
+        key = torch.arange(last, device=self.keys.device)
+        mask = (key <= key[first:, None])[None]
         if window is not None and window < seen:
-            mask = mask & (self.place[:, first + start : first + end, None] - self.place[:, None] < window)
+            mask = mask & (self.place[:, None, :last] > self.place[:, first:last, None] - window)
         if self.padded:
-            mask = mask & (self.keys >= 0)[:, None]
+            mask = mask & (self.keys[:, None, :last] >= 0)
             mask = mask | (self.queries.group[:, start:end] < 0)[:, :, None]
         if self.bias is not None:
-            mask = self.bias[:, None].masked_fill(~mask, -torch.inf)
+            mask = self.bias[:, None, :last].masked_fill(~mask, -torch.inf)
         return mask[:, None]
 
 

@@ -1,4 +1,8 @@
-"""Virtual token unmerging on torch's scaled_dot_product_attention."""
+"""Virtual token unmerging on torch's scaled_dot_product_attention.
+
+Memory grows with the prompt, not with its square: torch's kernels form no logits of all pairs, and where a mask is
+needed it is formed for a few queries at a time.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,9 @@ from dymu.unmerging.virtual import rows_behind, virtual_keys, virtual_queries, v
 FEW = 8
 """Up to so many virtual queries, weights are summed over each group instead of copying the group's value."""
 
-MASK = 2**24
-"""Elements of the largest mask that is formed at once."""
+MASK = 128
+"""Queries whose mask is formed at once. A fixed number, so that masks grow with the keys as the keys themselves do, and
+stay small beside the queries."""
 
 PIECE, SHORT = 64, 1024
 """Queries at a time, and the longest prompts that gain by it: a fifth at 640 tokens, nothing from 1,536 on."""
@@ -25,32 +30,50 @@ PIECE, SHORT = 64, 1024
 def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None) -> Tensor:
     """See `dymu.unmerging.backends.reference.attend`."""
     few = step.expand_keys and step.queries.tokens <= FEW
-    attended = (_attend_few if few else _attend_many)(query, key, value, step, scaling, window).transpose(1, 2)
+    attended = (_attend_few if few else _attend_many)(query, key, value, step, scaling, window)
     return step.queries.average(attended) if step.expand_queries else attended
 
 
 def _attend_many(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None) -> Tensor:
-    """Attention between expanded tokens, [B, H, Nq, D]."""
-    tokens, seen = step.queries.tokens, step.keys.shape[1]
+    """Attention between expanded tokens, [B, Nq, H, D]."""
     query = virtual_queries(query, _query_rows(step), step.query_phase)
     if not step.rotated:
         rows = _key_rows(step, key) if step.expand_keys else None
         key = virtual_keys(key, rows, step.phase)
         value = value if rows is None else virtual_values(value, rows)
+    causal = step.causal(window)
+    if not _heads_may_differ(query, causal):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-    if step.causal(window):
+    if causal:
         return _attend_causal(attend, query, key, value)
-    if torch.compiler.is_compiling():  # which would unroll the loop, and compile again for other lengths
-        return attend(query, key, value, attn_mask=_mask(step, window, 0, tokens, query.dtype))
-    pieces = range(0, tokens, max(MASK // (len(query) * seen), 1))
+    if torch.compiler.is_compiling() and step.queries.tokens > MASK:
+        attended: Tensor = _attend_masked_uncompiled(attend, query, key, value, step, window)
+        return attended
+    return _attend_masked(attend, query, key, value, step, window)
+
+
+def _attend_masked(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, step: Step, window: int | None
+) -> Tensor:
+    """Attention that a mask must limit, a few queries at a time, with the keys up to the last of them."""
+    tokens, seen = step.queries.tokens, step.keys.shape[1]
+    if tokens <= MASK:
+        mask = step.once((window, "mask"), lambda: _mask(step, window, 0, tokens, query.dtype))
+        return attend(query, key, value, attn_mask=mask).transpose(1, 2)
     attended = []
-    for start in pieces:
-        end = min(start + pieces.step, tokens)
-        make = partial(_mask, step, window, start, end, query.dtype)
-        # What takes several pieces is too large to keep for the other layers.
-        mask = step.once((window, "mask"), make) if len(pieces) == 1 else make()
-        attended.append(attend(query[:, :, start:end], key, value, attn_mask=mask))
-    return torch.cat(attended, 2)
+    for start in range(0, tokens, MASK):
+        end = min(start + MASK, tokens)
+        last = seen - tokens + end
+        # Too much to keep for the other layers.
+        mask = _mask(step, window, start, end, query.dtype)
+        piece = attend(query[:, :, start:end], key[:, :, :last], value[:, :, :last], attn_mask=mask)
+        attended.append(piece.transpose(1, 2))
+    return torch.cat(attended, 1)
+
+
+# Compiled, its loop would be unrolled, and compiled again for other lengths.
+_attend_masked_uncompiled = torch.compiler.disable(_attend_masked)
 
 
 def _attend_causal(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -61,9 +84,9 @@ def _attend_causal(attend: Callable[..., Tensor], query: Tensor, key: Tensor, va
     """
     tokens = query.shape[2]
     if tokens == 1:
-        return attend(query, key, value)
+        return attend(query, key, value).transpose(1, 2)
     if query.device.type != "cpu" or not PIECE < tokens <= SHORT or torch.compiler.is_compiling():
-        return attend(query, key, value, is_causal=True)
+        return attend(query, key, value, is_causal=True).transpose(1, 2)
     # Slices of the mask's lower right corner hide the right keys from every piece.
     mask = query.new_zeros(PIECE, tokens)
     mask[:, -PIECE:].masked_fill_(mask.new_ones(PIECE, PIECE, dtype=torch.bool).triu(1), -torch.inf)
@@ -71,12 +94,13 @@ def _attend_causal(attend: Callable[..., Tensor], query: Tensor, key: Tensor, va
     for start in range(0, tokens, PIECE):
         end = min(start + PIECE, tokens)
         hidden = mask[start - end :, tokens - end :]
-        attended.append(attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], attn_mask=hidden))
-    return torch.cat(attended, 2)
+        piece = attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], attn_mask=hidden)
+        attended.append(piece.transpose(1, 2))
+    return torch.cat(attended, 1)
 
 
 def _attend_few(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None) -> Tensor:
-    """The same, where the weights on all copies of one value are summed before they meet it."""
+    """The same of a few queries, where the weights on all copies of one value are summed before they meet it."""
     batch, shared, entries, size = key.shape
     tokens, seen = step.queries.tokens, step.keys.shape[1]
     if query.dtype.itemsize < 4:
@@ -91,7 +115,17 @@ def _attend_few(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: 
     weights = logits.softmax(-1)
     slot = step.once("slot", lambda: step.keys.clamp(min=0)[:, None, None]).expand_as(weights)
     summed = weights.new_zeros(*weights.shape[:3], entries).scatter_add_(3, slot, weights).flatten(0, 1)
-    return torch.bmm(summed.to(value.dtype), value.flatten(0, 1)).view(batch, -1, tokens, size)
+    return torch.bmm(summed.to(value.dtype), value.flatten(0, 1)).view(batch, -1, tokens, size).transpose(1, 2)
+
+
+def _heads_may_differ(query: Tensor, causal: bool) -> bool:
+    """Whether torch has a kernel for fewer key heads than query heads; without one it forms the logits of all pairs.
+
+    On a GPU only FlashAttention takes them, and that takes neither masks nor float32 nor large heads.
+    """
+    if query.device.type == "cpu" or query.shape[2] <= FEW:
+        return True
+    return causal and query.dtype.itemsize == 2 and query.shape[-1] <= 256
 
 
 def _query_rows(step: Step) -> Tensor | None:
