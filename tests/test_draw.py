@@ -60,7 +60,7 @@ def report(seen: torch.Tensor, group: torch.Tensor | None = None, prefix: int = 
         picture=torch.zeros(len(patch)),
         at=torch.cat((torch.zeros(prefix, 2), at[dropped:])),
         seen=torch.cat((torch.zeros(prefix, 3), seen[0].flatten(1).T[dropped:])),
-        pictures=1,
+        shown=seen,
         video=False,
     )
     return Report([placed])
@@ -226,9 +226,9 @@ def test_tokens_that_are_no_patches() -> None:
     assert np.array_equal(report(as_seen(image), group, prefix=2).draw(image), plain.draw(image))
     first_dropped = np.asarray(report(as_seen(image), group[1:], dropped=1).draw(image)).astype(int)
     assert first_dropped[:80, :80].mean() < np.asarray(image)[:80, :80].mean() * 0.7  # the encoder's first patch
+    shuffled = report(as_seen(image))
+    shuffled.items[0].at[5] = 0
     with pytest.raises(ValueError, match=r"no grid of 8 × 8 patches"):
-        shuffled = report(as_seen(image))
-        shuffled.items[0].at[5] = 0
         shuffled.draw(image)
     with pytest.raises(IndexError, match="no image 1"):
         plain.draw(image, 1)

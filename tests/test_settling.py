@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 import dymu
 import tiny
+from dymu.errors import BadBudget, BadVideo, DymuError
 from dymu.merging import ThresholdMerge
 from dymu.placed import Placed
 from dymu.settling import Standing, settle
@@ -34,7 +37,7 @@ def items(counts: list[list[int]], video: bool, seed: int) -> tuple[list[Placed]
         feature += torch.randn(CHANNELS, generator=generator, dtype=torch.float64) * 1.5
         patch = torch.arange(tokens) < tokens - 1
         at = torch.zeros(tokens, 2)
-        placed.append(Placed(leaders, patch, picture.double(), at, at, len(pictures), video))
+        placed.append(Placed(leaders, patch, picture.double(), at, at, torch.zeros(len(pictures), 3, 1, 1), video))
         features.append(feature[leaders])
     return placed, features
 
@@ -148,14 +151,12 @@ def test_a_still_scene_costs_one_frame(model):
     """And its features, maps and logits are those of a video in which every frame keeps its own."""
     rule = ThresholdMerge((0.9,) * tiny.LAYERS, frames=(0.95,))
     with dymu.apply(model, merge=rule) as handle:
-        one = model.get_image_features  # the untouched name keeps working
-        assert callable(one)
         model.get_video_features(still(1))
         alone = handle.last.items[0].budgeted
-        apart = model.get_video_features(still(8)).pooler_output
+        apart = torch.stack(list(model.get_video_features(still(8)).pooler_output))
         assert handle.last.items[0].budgeted == 8 * alone
     with dymu.apply(model, merge=ThresholdMerge(rule.thresholds, frames=rule.frames, over_time=0.99)) as handle:
-        together = model.get_video_features(still(8)).pooler_output
+        together = torch.stack(list(model.get_video_features(still(8)).pooler_output))
         assert handle.last.items[0].budgeted == alone
         torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
 
@@ -177,12 +178,110 @@ def test_what_changes_is_kept_and_what_stays_is_not(model):
 def test_the_language_model_sees_every_frame_in_its_place(model):
     """Logits of a still scene are those of the untouched model, where merging over time is all that happens."""
     video = still(3)
-    tokens = model.get_video_features(video).pooler_output.shape[1]
+    newlines = int(model.config.model_type == "llava_onevision")
+    tokens = 3 * 16 + 1 if newlines else 3 * 9
     ids = torch.cat((torch.tensor([5, 6]), torch.full((tokens,), tiny.VIDEO_TOKEN), torch.tensor([7, 8])))[None]
     stock = model(input_ids=ids, pixel_values_videos=video).logits
     with dymu.apply(model, merge=ThresholdMerge((2.0,) * tiny.LAYERS, over_time=0.9999)) as handle:
         out = model(input_ids=ids, pixel_values_videos=video)
         stored = out.past_key_values.layers[0].keys.shape[2]
-        assert stored == handle.last.kept[0] + 4 < tokens
+        assert stored == handle.last.items[0].budgeted + newlines + 4 < tokens
     # Exact for one layer only: each merged token gets the mean of what it would get in each frame.
     assert (out.logits[:, -1] - stock[:, -1]).norm() < 0.5 * stock[:, -1].norm()
+
+
+class VideoProcessor:
+    """What the families' video processors do, without torchvision."""
+
+    def __call__(self, videos: list[list[Image.Image]], return_tensors: str) -> dict[str, Tensor]:
+        frames = [tiny.processor()(images=video, return_tensors="pt")["pixel_values"] for video in videos]
+        return {"pixel_values_videos": torch.stack(frames)}
+
+
+def clips(count: int, seed: int = 0) -> list[list[Image.Image]]:
+    """Videos of 6 frames, in which a smaller and smaller part changes from frame to frame."""
+    made = []
+    for number in range(count):
+        first, *others = tiny.photos(4, seed + 10 * number)
+        frames = []
+        for n in range(6):
+            frame = first.copy()
+            frame.paste(others[n % 3].crop((0, 0, 7 * (n % 4), 28)), (0, 0))
+            frames.append(frame)
+        made.append(frames)
+    return made
+
+
+@pytest.fixture
+def thresholds(model) -> dymu.Thresholds:
+    processor = tiny.processor(model.config.model_type)
+    return dymu.calibrate(model, processor, tiny.photos(8, seed=3), [0.4, 1.0], progress=False)
+
+
+def test_tokens_per_second_are_met_and_inference_repeats_them(model, thresholds, tmp_path):
+    processor, videos = VideoProcessor(), clips(5)
+    found = dymu.calibrate_videos(model, processor, videos, thresholds, [10, 15], budget=0.4, fps=3, progress=False)
+    assert [(entry.per_second, entry.videos, entry.seconds) for entry in found.over_time] == [(10, 5, 10), (15, 5, 10)]
+    found.save(tmp_path / "t.json")
+    found = dymu.Thresholds.load(tmp_path / "t.json")
+    for entry in found.over_time:
+        assert entry.achieved == pytest.approx(entry.per_second, rel=0.1)
+        with dymu.apply(model, found, budget=0.4, per_second=entry.per_second) as handle:
+            kept = 0
+            for video in videos:
+                model.get_video_features(processor(videos=[video], return_tensors="pt")["pixel_values_videos"])
+                kept += handle.last.items[0].budgeted
+            assert kept / entry.seconds == entry.achieved
+            handle.per_second = None
+            model.get_video_features(processor(videos=videos, return_tensors="pt")["pixel_values_videos"])
+            assert sum(item.budgeted for item in handle.last.items) / entry.seconds > entry.achieved
+
+
+def test_what_videos_cannot_keep_is_refused(model, thresholds):
+    processor = VideoProcessor()
+    with pytest.raises(BadBudget, match="tokens per second at a budget"):
+        dymu.calibrate_videos(model, processor, clips(2), thresholds, [1000], budget=0.4, fps=3, progress=False)
+    with pytest.raises(BadVideo, match="give fps="):
+        dymu.calibrate_videos(model, processor, clips(2), thresholds, [10], budget=0.4, progress=False)
+    with pytest.raises(DymuError, match="no video was given"):
+        dymu.calibrate_videos(model, processor, [], thresholds, [10], budget=0.4, fps=3, progress=False)
+    with pytest.raises(DymuError, match="takes no videos"):
+        dymu.calibrate_videos(tiny.llava(), processor, clips(2), thresholds, [10], budget=0.4, fps=3, progress=False)
+    found = dymu.calibrate_videos(model, processor, clips(2), thresholds, [10, 15], budget=0.4, fps=3, progress=False)
+    with pytest.raises(BadBudget, match="10 to 15"):
+        dymu.apply(model, found, budget=0.4, per_second=30)
+    with dymu.apply(model, found, budget=0.4, per_second=12) as handle:
+        assert handle.per_second == 12
+        with pytest.raises(BadBudget, match="at other budgets"):
+            handle.budget = 1.0
+        assert handle.budget == found.budgets[0]
+
+
+def test_frames_keep_the_budget_of_images(model, thresholds):
+    photos = tiny.photos(8, seed=3)
+    pixels = VideoProcessor()(videos=[photos], return_tensors="pt")["pixel_values_videos"]
+    with dymu.apply(model, thresholds, budget=0.4) as handle:
+        model.get_video_features(pixels)
+        item = handle.last.items[0]
+        assert item.budgeted == pytest.approx(0.4 * int(item.patch.sum()), rel=0.25)
+        assert sum(item.fresh) == item.budgeted
+
+
+def test_a_video_is_drawn_frame_by_frame(model):
+    photos = [photo.resize((200, 200)) for photo in tiny.photos(3, seed=1)]
+    frames = [photos[0], photos[0], photos[1], photos[2]]
+    pixels = VideoProcessor()(videos=[frames], return_tensors="pt")["pixel_values_videos"]
+    with dymu.apply(model, merge=ThresholdMerge((2.0,) * tiny.LAYERS, over_time=0.99999)) as handle:
+        model.get_video_features(pixels)
+        report = handle.last
+    drawn = report.draw_frames(frames)
+    brightness = [np.asarray(frame.convert("L"), dtype=float).mean() for frame in drawn]
+    assert len(drawn) == 4
+    assert report.items[0].fresh[1] == 0
+    assert brightness[1] < 0.6 * brightness[0]
+    sheet = report.draw(frames)
+    assert sheet.width > sheet.height * 0.6
+    with pytest.raises(ValueError, match="the model saw 4"):
+        report.draw(frames[:3])
+    with pytest.raises(ValueError, match="not the image"):
+        report.draw(frames[::-1])

@@ -85,7 +85,7 @@ PINPOINTS = [[rows * SIDE, columns * SIDE] for rows in range(1, 7) for columns i
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration, {}),
-    "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration, {"vision_feature_layer": (-2, 1, 2)}),
+    "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration, {"vision_feature_layers": (-2, 1, 2)}),
     "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration, {"image_grid_pinpoints": PINPOINTS}),
     "llava_next_video": (
         LlavaNextVideoConfig,
@@ -118,7 +118,7 @@ def llava(
     vision_config = TOWERS[tower]()
     vision_config.initializer_range = 0.2
     make_config, make_model, own = FAMILIES[family]
-    more = {"vision_feature_layer": -2, **own}
+    more = dict(own) if family == "vipllava" else {"vision_feature_layer": -2, **own}
     if layer is not None:
         more["vision_feature_layer"] = layer
     if family != "vipllava":

@@ -14,6 +14,7 @@ _HOME = {
     "apply": "dymu.apply",
     "Handle": "dymu.apply",
     "calibrate": "dymu.calibrate",
+    "calibrate_videos": "dymu.calibrate",
     "evaluate": "dymu.evaluate",
     "FixedMerge": "dymu.merging",
     "Report": "dymu.report",
@@ -25,19 +26,21 @@ _HOME = {
     "BadImage": "dymu.errors",
     "BadPrompt": "dymu.errors",
     "BadThresholds": "dymu.errors",
+    "BadVideo": "dymu.errors",
     "UnsupportedCache": "dymu.errors",
     "UnsupportedModel": "dymu.errors",
 }
 
 if TYPE_CHECKING:
     from dymu.apply import Handle, apply
-    from dymu.calibrate import calibrate
+    from dymu.calibrate import calibrate, calibrate_videos
     from dymu.errors import (
         AlreadyApplied,
         BadBudget,
         BadImage,
         BadPrompt,
         BadThresholds,
+        BadVideo,
         DymuError,
         UnsupportedCache,
         UnsupportedModel,
@@ -54,6 +57,7 @@ __all__ = [
     "BadImage",
     "BadPrompt",
     "BadThresholds",
+    "BadVideo",
     "DymuError",
     "FixedMerge",
     "Handle",
@@ -65,6 +69,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "calibrate_videos",
     "evaluate",
 ]
 

@@ -55,7 +55,7 @@ class _Call:
             BadPrompt: the prompts have more or fewer placeholders than the items have tokens.
         """
         mask = self.places[modality]
-        places, tokens = int(mask.sum()), sum(feature.shape[0] for feature in features)
+        places, tokens = int(mask.sum()), sum(feature.shape[:-1].numel() for feature in features)
         # Before transformers 5.18, LLaVA-OneVision adds the newline at the end of a video later.
         later = int(modality == "video" and places == tokens + len(features))
         if places != tokens + later * len(features):

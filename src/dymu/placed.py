@@ -37,7 +37,7 @@ class Placed:
             token shows a bit of both.
         at: float [N, 2], row and column of the picture's patches that it shows.
         seen: float [N, 3], what the encoder saw there.
-        pictures: how many pictures the item was cut into.
+        shown: float [pictures, 3, rows, columns], what it saw of each picture that the item was cut into.
         video: whether they are frames.
     """
 
@@ -46,8 +46,13 @@ class Placed:
     picture: Tensor
     at: Tensor
     seen: Tensor
-    pictures: int
+    shown: Tensor
     video: bool
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the item was cut into."""
+        return len(self.shown)
 
     @cached_property
     def group(self) -> Tensor:
@@ -66,6 +71,14 @@ class Placed:
         """Merged tokens that a budget counts: those of patches."""
         return self.kept - int((~self.patch).sum())
 
+    @property
+    def fresh(self) -> list[int]:
+        """Of each picture, the merged tokens that stand in none before."""
+        own = torch.arange(len(self.leaders), device=self.leaders.device)
+        leads = self.patch & (self.leaders == own)
+        counts: list[int] = torch.bincount(self.picture[leads].round().long(), minlength=self.pictures).tolist()
+        return counts
+
     @cached_property
     def mixes(self) -> bool:
         """Whether the family's layout makes means over several of the encoder's tokens."""
@@ -80,23 +93,26 @@ class Placed:
             ValueError: the tokens are no grids.
         """
         picture = torch.where(self.patch, self.picture, -1).round()
-        own = [picture == number for number in picture.unique().tolist() if number >= 0]
-        if self.video or len(own) == 1:
-            return [self._grid(tokens) for tokens in own]
-        whole = own[0]
-        return [self._grid(whole), self._rows(~whole & (torch.arange(len(whole), device=whole.device) > 0))]
+        if self.video or self.pictures == 1:
+            return [self._grid(picture == number, shown) for number, shown in enumerate(self.shown)]
+        whole = picture == 0
+        return [self._grid(whole, self.shown[0]), self._rows(~whole & (whole.cumsum(0) > 0))]
 
-    def _grid(self, tokens: Tensor) -> View:
-        """The view of the tokens [N] of one picture."""
+    def _grid(self, tokens: Tensor, shown: Tensor) -> View:
+        """The view of the tokens [N] of one picture, each of which may show several of its patches."""
         index = tokens.nonzero()[:, 0]
-        at = (self.at[index] * 1024).round()
-        rows, row = at[:, 0].unique(return_inverse=True)
-        columns, column = at[:, 1].unique(return_inverse=True)
-        place = torch.full((len(rows), len(columns)), -1, device=index.device)
-        place[row, column] = index
-        if int((place >= 0).sum()) != len(index):
+        (rows, row), (columns, column) = (
+            (self.at[index, axis] * 1024).round().unique(return_inverse=True) for axis in range(2)
+        )
+        small = torch.full((len(rows), len(columns)), -1, device=index.device)
+        small[row, column] = index
+        if int((small >= 0).sum()) != len(index):
             raise ValueError(f"{len(index)} image tokens are no grid of {len(rows)} × {len(columns)} patches")
-        return View(place, self._seen(place))
+        of_row, of_column = (
+            _nearest(there / 1024, size) for there, size in zip((rows, columns), shown.shape[1:], strict=True)
+        )
+        place = torch.where((of_row[:, None] < 0) | (of_column < 0), -1, small[of_row[:, None], of_column])
+        return View(place, shown.permute(1, 2, 0))
 
     def _rows(self, tokens: Tensor) -> View:
         """The view of the tokens [N] of several pictures, of which every row ends with a learned token."""
@@ -106,9 +122,12 @@ class Placed:
         grid = index.view(rows, -1) if rows and len(index) % rows == 0 else index[None]
         if not torch.equal(patch.view_as(grid).sum(1), patch.new_full((rows,), grid.shape[1] - 1, dtype=torch.long)):
             raise ValueError(f"{len(index)} image tokens are no rows of tiles put together")
-        place = grid[:, :-1]
-        return View(place, self._seen(place))
+        return View(grid[:, :-1], self.seen[grid[:, :-1]])
 
-    def _seen(self, place: Tensor) -> Tensor:
-        mean = self.seen[place[place >= 0]].mean(0)
-        return torch.where((place < 0)[..., None], mean, self.seen[place.clamp(min=0)])
+
+def _nearest(places: Tensor, size: int) -> Tensor:
+    """int64 [size]: for each of so many rows or columns of patches, which of the rising `places` shows it; -1: none."""
+    own = torch.arange(size, device=places.device)
+    apart, nearest = (own[:, None] - places).abs().min(1)
+    step = (places[1:] - places[:-1]).median() if len(places) > 1 else places.new_tensor(float(size))
+    return torch.where(apart > step / 2 + 1e-3, -1, nearest)

@@ -62,7 +62,8 @@ def place(
     # Features of several layers come joined.
     own: dict[str, Any] = {parts.family.projector: lambda features: features[..., :channels]}
     own |= {name: signatures.new_zeros(channels) for name in parts.family.learned}
-    items = list(_packed(parts, modality, args, kwargs, signatures, own))
+    # Before transformers 5.18 some videos come frame by frame.
+    items = [item.flatten(0, -2) for item in _packed(parts, modality, args, kwargs, signatures, own)]
     leaders = _leaders(items)
     starts = [int(item[item[:, PATCH] > 0.5, PICTURE].min().round()) for item in items] + [len(seen)]
     return [
@@ -72,7 +73,7 @@ def place(
             picture=item[:, PICTURE] - start,
             at=item[:, ROW : COLUMN + 1],
             seen=item[:, SEEN],
-            pictures=end - start,
+            shown=seen[start:end],
             video=modality == "video",
         )
         for item, leader, start, end in zip(items, leaders, starts[:-1], starts[1:], strict=True)

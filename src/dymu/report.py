@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -10,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from dymu.drawing import draw
-from dymu.placed import Placed
+from dymu.placed import Placed, View
+from dymu.sheets import contact_sheet
 
 
 @dataclass
@@ -71,11 +73,12 @@ class Report:
         """
         return self._item(i).group
 
-    def draw(self, image: Image.Image, i: int = 0, *, view: int = -1) -> Image.Image:
-        """Image i with every group of merged patches outlined and filled with its mean colour.
+    def draw(self, image: Image.Image | Sequence[Image.Image], i: int = 0, *, view: int = -1) -> Image.Image:
+        """Item i with every group of merged patches outlined and filled with its mean colour.
 
         Args:
-            image: the image that was image i of the last call, of any mode and size.
+            image: the image that was item i of the last call, of any mode and size; of a video its frames, which are
+                drawn on a contact sheet.
             view: of an image that was cut into tiles, -1 draws the tiles put together, 0 the whole image that the
                 model sees beside them.
 
@@ -84,16 +87,42 @@ class Report:
             did not see of the image is dimmed.
 
         Raises:
-            IndexError: the call had no image i, or it no such view.
+            IndexError: the call had no item i, or it no such view.
             BadImage: `image` cannot be used at all.
-            ValueError: `image` is another image, or the call's image tokens are no grid.
+            ValueError: `image` is another image or not as many frames, or the call's image tokens are no grid.
         """
         item = self._item(i)
-        shown = item.views[view]
-        group = torch.where(shown.place < 0, -1, item.group[shown.place.clamp(min=0)])
-        return draw(image, group.cpu().numpy(), shown.seen.float().cpu().numpy())
+        if item.video:
+            drawn = self.draw_frames(image if isinstance(image, Sequence) else [image], i)
+            return contact_sheet(drawn, labels=[f"{fresh} new" for fresh in item.fresh])
+        if isinstance(image, Sequence):
+            raise ValueError(f"item {i} of the last call is an image, and several were given to draw")
+        return _drawn(image, item.views[view], item.group)
+
+    def draw_frames(self, frames: Sequence[Image.Image], i: int = 0) -> list[Image.Image]:
+        """The frames of item i, a video, drawn like images; patches whose token stood in a frame before are dimmed.
+
+        Raises:
+            IndexError, BadImage, ValueError: see `draw`.
+        """
+        item = self._item(i)
+        if not item.video:
+            raise ValueError(f"item {i} of the last call is no video")
+        if len(frames) != item.pictures:
+            raise ValueError(
+                f"{len(frames)} frames were given of a video of which the model saw {item.pictures}; give those"
+            )
+        first = torch.where(item.leaders < 0, -1, item.picture.round()[item.leaders.clamp(min=0)])
+        group = torch.where(first < item.picture.round(), -1, item.group)
+        return [_drawn(frame, view, group) for frame, view in zip(frames, item.views, strict=True)]
 
     def _item(self, i: int) -> Placed:
         if not -len(self.items) <= i < len(self.items):
             raise IndexError(f"the last call had {len(self.items)} images, so there is no image {i}")
         return self.items[i]
+
+
+def _drawn(image: Image.Image, view: View, group: Tensor) -> Image.Image:
+    """One view, whose tokens [N] belong to the groups `group`."""
+    here = torch.where(view.place < 0, -1, group[view.place.clamp(min=0)])
+    return draw(image, here.cpu().numpy(), view.seen.float().cpu().numpy())

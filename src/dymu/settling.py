@@ -159,19 +159,23 @@ def settle(
 
     Args:
         items: images, or videos.
-        features: of each item, [N, C], in a list or as one tensor.
+        features: of each item, [..., C], in a list or as one tensor.
         rounds: see `Standing.settle`.
         over_time: see `Standing.over_time`; None: frames stay apart.
 
     Returns:
         The items as they lie then, and their features in the form that was given.
     """
-    given = isinstance(features, Tensor)
-    features = list(features)
-    if any(threshold <= 1 for threshold in rounds):
-        items, features = Standing.of(items, features).settle(rounds).placed(items, features)
-    if over_time is not None and items[0].video:
-        standing = Standing.of(items, features)
+    merges, joins_frames = any(threshold <= 1 for threshold in rounds), over_time is not None and items[0].video
+    if not merges and not joins_frames:
+        return items, features
+    settled = [feature.flatten(0, -2) for feature in features]
+    if merges:
+        items, settled = Standing.of(items, settled).settle(rounds).placed(items, settled)
+    if over_time is not None and joins_frames:
+        standing = Standing.of(items, settled)
         joins = standing.over_time(over_time, [item.pictures for item in items])
-        items, features = standing.placed(items, features, joins)
-    return items, torch.stack(features) if given else features
+        items, settled = standing.placed(items, settled, joins)
+    if isinstance(features, Tensor):
+        return items, torch.stack(settled).view_as(features)
+    return items, [now.view_as(feature) for now, feature in zip(settled, features, strict=True)]

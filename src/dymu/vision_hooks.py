@@ -65,7 +65,7 @@ class VisionHooks:
             given = signature.bind(*args, **kwargs).arguments
             as_dict = kwargs.pop("return_dict", None)
             dropped = self._parts.dropped(given.get(family.select_strategy))
-            layers = self._parts.feature_layers(given.get(family.feature_layer))
+            layers = self._parts.feature_layers(given)
             assert self.rule is not None
             call = _Call(MergeRun(self.rule, max(layers), max(self._parts.prefix, dropped)), dropped)
             self._call = call

@@ -3,5 +3,6 @@
 from dymu.calibrate.edges import NEVER, threshold_for
 from dymu.calibrate.images import calibrate
 from dymu.calibrate.samples import ImageSource
+from dymu.calibrate.videos import calibrate_videos
 
-__all__ = ["NEVER", "ImageSource", "calibrate", "threshold_for"]
+__all__ = ["NEVER", "ImageSource", "calibrate", "calibrate_videos", "threshold_for"]

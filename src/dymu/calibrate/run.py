@@ -178,13 +178,13 @@ class Run:
         if layout.videos:
             standing, patches = [], 0
             for batch, tokens, states in zip(batches, maps, hidden, strict=True):
-                given = {"pixel_values_videos": hollow(len(batch.images), 1, 3, *batch.images[0].size)}
+                frames_alone = hollow(len(batch.images), 1, 3, *batch.images[0].size)
                 first = torch.tensor([start for start, _ in spans(batch.images)], device=states.device)
                 tokens = TokenMap(tokens.group[first], tokens.kept[first], tokens.width)
                 placed = place(
-                    self._parts, "video", (), given, tokens, self._unseen(batch.images[0], len(first), tokens)
+                    self._parts, "video", (frames_alone,), {}, tokens, self._unseen(batch.images[0], len(first), tokens)
                 )
-                features = features_of(self._parts, "video", (), given, tokens, states[first])
+                features = features_of(self._parts, "video", (frames_alone,), {}, tokens, states[first])
                 standing.append(Shelved.put(Standing.of(placed, list(features)), shelf))
                 patches += sum(int(item.patch.sum()) for item in placed)
             frames, _ = rounds(standing, round(target / layout.full * patches))

@@ -8,4 +8,4 @@ from dymu.families.towers import TOWERS
 
 LLAVA = Family(model_type="llava", towers=TOWERS, decoders=DECODERS)
 
-VIPLLAVA = replace(LLAVA, model_type="vipllava")
+VIPLLAVA = replace(LLAVA, model_type="vipllava", feature_layer="vision_feature_layer|vision_feature_layers")

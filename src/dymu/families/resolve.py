@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -53,10 +55,11 @@ class Parts:
         """Whether what pools the frames of a video was learned."""
         return self.pooler is not None and any(True for _ in self.pooler.parameters())
 
-    def feature_layers(self, requested: int | list[int] | None = None) -> list[int]:
-        """Encoder layers that each used feature went through, for a call's `vision_feature_layer` or the config's."""
-        if requested is None:
-            requested = getattr(self.config, self.family.feature_layer)
+    def feature_layers(self, given: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
+        """Encoder layers that each used feature went through, by the arguments of a call or else by the config."""
+        names = self.family.feature_layer.split("|")
+        named = [given[name] for name in names if given.get(name) is not None]
+        requested = named[0] if named else find(self.config, self.family.feature_layer)
         layers = [requested] if isinstance(requested, int) else list(requested)
         return [layer % (len(self.encoder_layers) + 1) for layer in layers]
 

@@ -1,0 +1,131 @@
+"""Sample videos -> Thresholds that also say when tokens go on from frame to frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from dymu.apply import apply
+from dymu.calibrate.edges import NEVER
+from dymu.calibrate.progress import bar_of
+from dymu.errors import BadBudget, BadVideo, DymuError
+from dymu.families import FAMILIES, resolve
+from dymu.settling import Standing
+from dymu.thresholds import OverTime, Thresholds
+from dymu.videos import LoadedVideo, load
+
+VideoSource = str | Path | LoadedVideo | Sequence[Image.Image]
+
+HALVINGS = 40
+"""Of the range of similarities, to find one."""
+
+
+def calibrate_videos(
+    model: PreTrainedModel,
+    processor: Any,
+    videos: Iterable[VideoSource],
+    thresholds: Thresholds,
+    per_second: Iterable[int | float],
+    *,
+    budget: int | float | None = None,
+    frames: int = 32,
+    fps: float | None = None,
+    progress: bool = True,
+) -> Thresholds:
+    """Find the similarities at which videos keep the wanted number of tokens per second, on sample videos.
+
+    The paper merges every frame by itself and names merging over time as future work (section 6). Here a token that is
+    alike to one of the frame before is part of it, so that what stands still is stored once; every frame keeps its
+    positions, since the language model unmerges them all.
+
+    Args:
+        model: a transformers model of a family that takes videos, without DyMU applied; it is not changed.
+        processor: the model's processor.
+        videos: files, folders of frames, or frames, gone through once.
+        thresholds: of the model, for images.
+        per_second: tokens per second of video to keep on average.
+        budget: of the frames, one of those in the thresholds; may be left out where there is one only.
+        frames: of each video, at most, spread over its length. It should be as dense as on use.
+        fps: frames per second of videos that do not say how long they are, as folders and lists of frames do not.
+        progress: show a bar on stderr, if that is a terminal.
+
+    Returns:
+        The thresholds, with an entry in `over_time` for each wanted number, smallest first.
+
+    Raises:
+        AlreadyApplied: DyMU is applied to the model; remove it first.
+        BadVideo: one cannot be used, or does not say how long it is.
+        BadBudget: a number of tokens that the videos cannot keep.
+        DymuError: no video was given, or the model's family takes none.
+    """
+    wanted = sorted({float(number) for number in per_second})
+    if "video" not in resolve(model, FAMILIES).placeholders:
+        raise DymuError(f"a {type(model).__name__} takes no videos; take a model that does, see `dymu families`.")
+    samples: list[_Sample] = []
+    with torch.inference_mode(), bar_of(progress) as bar, apply(model, thresholds, budget=budget) as handle:
+        task = bar.add_task("reading videos", total=len(videos) if isinstance(videos, Sized) else None)
+        for number, source in enumerate(videos, 1):
+            video = source if isinstance(source, LoadedVideo) else load(source, frames=frames)
+            seconds = video.seconds or (len(video.frames) / fps if fps else 0)
+            if not seconds:
+                raise BadVideo(f"video {number} does not say how long it is: give fps=, its frames per second.")
+            pixels = _pixels(processor, video.frames).to(model.device, model.dtype)
+            features = resolve(model, FAMILIES).inner.get_video_features(pixels).pooler_output
+            standing = Standing.of(handle.last.items, list(features))
+            samples.append(_Sample(standing, len(video.frames), seconds))
+            bar.advance(task)
+        found = thresholds.at(handle.budget).budget
+    if not samples:
+        raise DymuError("no video was given for calibration; give files, folders of frames, or frames.")
+    entries = [_over_time(samples, found, number) for number in wanted]
+    others = [e for e in thresholds.over_time if (e.budget, e.per_second) not in {(found, n) for n in wanted}]
+    over_time = sorted([*others, *entries], key=lambda entry: (entry.budget, entry.per_second))
+    return replace(thresholds, over_time=tuple(over_time))
+
+
+def _pixels(processor: Any, frames: Sequence[Image.Image]) -> torch.Tensor:
+    """[1, frames, 3, height, width]"""
+    make = getattr(processor, "video_processor", processor)
+    pixels: torch.Tensor = make(videos=[list(frames)], return_tensors="pt")["pixel_values_videos"]
+    return pixels
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The tokens of a video, every frame merged by itself."""
+
+    standing: Standing
+    frames: int
+    seconds: float
+
+    def kept(self, threshold: float) -> int:
+        """Tokens once those above the threshold go on from frame to frame."""
+        return int(self.standing.over_time(threshold, [self.frames]).unique().numel())
+
+
+def _over_time(samples: Sequence[_Sample], budget: float, per_second: float) -> OverTime:
+    """The similarity at which the samples keep the wanted number of tokens per second."""
+    seconds = sum(sample.seconds for sample in samples)
+
+    def achieved(threshold: float) -> float:
+        return sum(sample.kept(threshold) for sample in samples) / seconds
+
+    fewest, most = achieved(-NEVER), achieved(NEVER)
+    if not fewest <= per_second <= most:
+        raise BadBudget(
+            f"the videos keep {fewest:.1f} to {most:.1f} tokens per second at a budget of {budget:g}, and cannot keep "
+            f"{per_second:g}; choose a number within, or another budget."
+        )
+    low, high = -1.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if achieved(middle) <= per_second else (low, middle)
+    if per_second == most:
+        low = NEVER
+    return OverTime(budget, per_second, low, achieved(low), len(samples), seconds)
