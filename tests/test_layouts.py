@@ -20,8 +20,9 @@ from transformers import DynamicCache
 import dymu
 import tiny
 from by_hand import unmerged_by_hand
-from dymu.errors import BadBudget, BadPrompt
+from dymu.errors import BadBudget, BadPrompt, UnsupportedModel
 from dymu.merging import AveragePool, MergeRule, RandomKeep, ThresholdMerge
+from dymu.placed import Placed
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
@@ -451,10 +452,24 @@ def check_images(model: Any, shots: Sequence[Photo], rule: MergeRule, together: 
     with dymu.apply(model, merge=rule) as handle, what_is_laid_out(model) as laid_out:
         features = model.get_image_features(**inputs).pooler_output
         found = [handle.last.group(i) for i in range(len(shots))]
-        kept = handle.last.kept
+        kept, items = handle.last.kept, handle.last.items
     expected = expected_images(model, laid_out[-1], shots, [len(shots) if together else 1] * len(shots))
     check_groups(model, found, expected, features)
     assert kept == [int(group.max()) + 1 for group in expected]
+    for item, shot in zip(items, shots, strict=True):
+        check_views(item)
+        whole = item.views[0].place
+        assert whole.shape == (GRID, GRID)
+        assert torch.equal(whole.flatten(), torch.arange(GRID**2))
+        if item.pictures > 1:
+            rows, columns = item.views[1].place.shape
+            assert rows == pytest.approx(columns * shot.height / shot.width, rel=0.2, abs=2)
+
+
+def check_views(item: Placed) -> None:
+    """The views show every patch, and nothing else."""
+    places = torch.cat([view.place[view.place >= 0] for view in item.views])
+    assert torch.equal(places.unique(), item.patch.nonzero()[:, 0])
 
 
 @given(shot=photos(200))
@@ -497,12 +512,95 @@ def check_videos(model: Any, videos: Sequence[Video], rule: MergeRule) -> None:
     with dymu.apply(model, merge=rule) as handle, what_is_laid_out(model) as laid_out:
         features = model.get_video_features(pixel_values_videos=pixels).pooler_output
         found = [handle.last.group(i) for i in range(len(videos))]
-        kept = handle.last.kept
+        kept, items = handle.last.kept, handle.last.items
     # Where frames are pooled ahead of the projector, they are laid out there.
     given = laid_out[0].split(videos[0].frames)
     expected = [expected_video(model, own) for own in given]
     check_groups(model, found, expected, list(features))
     assert kept == [int(group.max()) + 1 for group in expected]
+    for item in items:
+        check_views(item)
+        assert len(item.views) == item.pictures == videos[0].frames
+
+
+@pytest.mark.parametrize("layer", [[-2, 1], [1, -1, 2]], ids=str)
+def test_features_of_several_layers(model, layer):
+    tower, decoder, family = next(name for name in MODELS if name[2] == model.config.model_type)
+    several = tiny.llava(tower, decoder, family, layer=layer)
+    check_images(several, [TILES, HUGE], SOME)
+    rows: list[Row] = [(3, TILES, 5), (4, Photo(28, 50, 9), 2)]
+    check_nothing_merged(several, rows, "left")
+    check_rows_alone(several, rows, "left", SOME)
+    if family != "llava_next":
+        check_videos(several, [VIDEO], SOME)
+        check_rows_alone(several, [(3, VIDEO, 5), (2, TILES, 1, Video(5, 2), 4)], "left", SOME)
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+def test_frames_pooled_by_their_largest_values(stride):
+    model = tiny.llava("clip", "llama", "llava_next_video")
+    model.model.vision_resampler.pool = torch.nn.MaxPool2d(stride, stride)
+    for rule in (NOTHING_ALIKE, SOME, dymu.FixedMerge(20), AveragePool(3)):
+        check_videos(model, [VIDEO, Video(5, 2)], rule)
+
+
+def test_frames_pooled_with_weights_are_refused():
+    model = tiny.llava("clip", "llama", "llava_next_video")
+    model.model.vision_resampler.pool = torch.nn.Conv2d(32, 32, 2, 2)
+    stock = model(**scene(model, [(3, TILES, 4)])).logits
+    with dymu.apply(model, merge=NOTHING):
+        with pytest.raises(UnsupportedModel, match="learned weights"):
+            model(**scene(model, [(3, VIDEO, 4)]))
+        torch.testing.assert_close(model(**scene(model, [(3, TILES, 4)])).logits, stock, atol=1e-5, rtol=0)
+
+
+def test_tiles_in_one_list(model):
+    """Families also take the tiles of all images one after the other, without padding."""
+    shots = [TILES, Photo(28, 28, 1), Photo(90, 30, 2)]
+    inputs = scene(model, [(1, shot) for shot in shots])
+    del inputs["input_ids"], inputs["attention_mask"]
+    with dymu.apply(model, merge=SOME) as handle:
+        padded = model.get_image_features(**inputs).pooler_output
+        groups = [handle.last.group(i) for i in range(len(shots))]
+        of = [tiles(model, shot, 1) for shot in shots]
+        inputs["pixel_values"] = torch.cat([own[:count] for own, count in zip(inputs["pixel_values"], of, strict=True)])
+        features = model.get_image_features(**inputs).pooler_output
+        for i, group in enumerate(groups):
+            assert torch.equal(handle.last.group(i), group)
+            torch.testing.assert_close(features[i], padded[i], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("aspect", ["anyres_max_2", "anyres_max_4", "anyres_max_36"])
+def test_images_shrunk_to_other_sizes(aspect):
+    model = tiny.llava("siglip", "qwen2", "llava_onevision")
+    model.config.vision_aspect_ratio = model.model.config.vision_aspect_ratio = aspect
+    for shot in (TILES, HUGE, Photo(84, 100, 3)):
+        check_images(model, [shot], SOME)
+
+
+@pytest.mark.parametrize("row", [(3, TILES, 2, Photo(28, 60, 1), 4), (3, VIDEO, 4), (3, TILES, 2, VIDEO, 4)])
+def test_embeddings_instead_of_ids_and_features_ahead(video_model, row):
+    inputs = scene(video_model, [row])
+    with dymu.apply(video_model, merge=SOME) as handle:
+        out = video_model(**inputs)
+        groups = [handle.last.group(i) for i in range(len(handle.last.items))]
+        given = {name: value for name, value in inputs.items() if name != "input_ids"}
+        embeds = video_model.get_input_embeddings()(inputs["input_ids"])
+        by_embeds = video_model(inputs_embeds=embeds, **given)
+        assert torch.equal(by_embeds.logits, out.logits)
+        ahead = {}
+        if "pixel_values" in given:
+            of_images = {name: given[name] for name in given if name not in ("attention_mask", "pixel_values_videos")}
+            ahead["image"] = video_model.get_image_features(**of_images)
+        if "pixel_values_videos" in given:
+            ahead["video"] = video_model.get_video_features(pixel_values_videos=given["pixel_values_videos"])
+        ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        by_features = video_model(**ids, mm_encoder_outputs=ahead)
+        assert torch.equal(by_features.logits, out.logits)
+        assert stored(by_features) == stored(by_embeds) == stored(out)
+        assert len(handle.last.items) == len(groups)
+        for i, group in enumerate(groups):
+            assert torch.equal(handle.last.group(i), group)
 
 
 # ----------------------------------------------------------------------------------------------- the language model
