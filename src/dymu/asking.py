@@ -11,30 +11,30 @@ from torch import nn
 
 from dymu.errors import BadPrompt
 
-_LLAVA_PROMPT = "USER: {images}\n{question} ASSISTANT:"
+_LLAVA_PROMPT = "USER: {items}\n{question} ASSISTANT:"
 
 
-def prompt(processor: Any, question: str, images: int = 1) -> str:
-    """The question in the words that the model was trained on, with a placeholder for each image ahead of it.
+def prompt(processor: Any, question: str, items: int = 1, kind: str = "image") -> str:
+    """The question in the words that the model was trained on, with a placeholder for each image or video ahead of it.
 
     Raises:
-        BadPrompt: the question holds a placeholder of its own, or the chat template places other than `images`.
+        BadPrompt: the question holds a placeholder of its own, or the chat template places other than `items`.
     """
-    placeholder = processor.image_token
+    placeholder = getattr(processor, f"{kind}_token")
     if placeholder in question:
         raise BadPrompt(
-            f"the question holds {placeholder}, which stands for an image, and each image gets its place by itself: "
-            "ask without it."
+            f"the question holds {placeholder}, which stands for {'an' if kind == 'image' else 'a'} {kind}, and each "
+            f"{kind} gets its place by itself: ask without it."
         )
     if processor.chat_template is None:
-        return _LLAVA_PROMPT.format(images=placeholder * images, question=question)
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        return _LLAVA_PROMPT.format(items=placeholder * items, question=question)
+    content = [{"type": kind}] * items + [{"type": "text", "text": question}]
     text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     places = text.count(placeholder)
-    if places != images:
+    if places != items:
         raise BadPrompt(
-            f"this model's chat template gives {places} image placeholders ({placeholder}) for {images} "
-            f"image{'s' * (images > 1)}: use a model whose template gives each image its own."
+            f"this model's chat template gives {places} {kind} placeholders ({placeholder}) for {items} "
+            f"{kind}{'s' * (items > 1)}: use a model whose template gives each {kind} its own."
         )
     return text
 
@@ -43,9 +43,18 @@ def inputs_for(model: nn.Module, processor: Any, asked: Sequence[tuple[Sequence[
     """What the model takes for a batch of (images, question), padded on the left, on the model's device."""
     texts = [prompt(processor, question, len(images)) for images, question in asked]
     images = [image for images, _ in asked for image in images]
+    return _inputs(model, processor, texts, images=images or None)
+
+
+def video_inputs_for(model: nn.Module, processor: Any, frames: Sequence[Image.Image], question: str) -> dict[str, Any]:
+    """What the model takes for a question about a video."""
+    return _inputs(model, processor, [prompt(processor, question, kind="video")], videos=[list(frames)])
+
+
+def _inputs(model: nn.Module, processor: Any, texts: list[str], **items: Any) -> dict[str, Any]:
     inputs = processor(
-        images=images or None, text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
-        add_special_tokens=adds_special_tokens(processor.tokenizer, texts[0]),
+        text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
+        add_special_tokens=adds_special_tokens(processor.tokenizer, texts[0]), **items,
     )  # fmt: skip
     like: Any = model
     return dict(inputs.to(like.device, dtype=like.dtype))

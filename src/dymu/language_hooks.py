@@ -39,13 +39,15 @@ class _Call:
 
     Args:
         places: bool [B, N] for each kind of item, their placeholders in the prompts.
+        later: whether the model may add a newline to every video after this, as LLaVA-OneVision does where forwards
+            take no `mm_encoder_outputs` (transformers 5.17).
 
     Attributes:
         leaders: int64 [B, N], see `place_leaders`; None until items came that DyMU merged.
     """
 
-    def __init__(self, places: Mapping[Modality, Tensor]) -> None:
-        self.places = places
+    def __init__(self, places: Mapping[Modality, Tensor], later: bool) -> None:
+        self.places, self._later = places, later
         self.leaders: Tensor | None = None
 
     def show(self, modality: Modality, features: Features) -> None:
@@ -56,8 +58,7 @@ class _Call:
         """
         mask = self.places[modality]
         places, tokens = int(mask.sum()), sum(feature.shape[:-1].numel() for feature in features)
-        # Before transformers 5.18, LLaVA-OneVision adds the newline at the end of a video later.
-        later = int(modality == "video" and places == tokens + len(features))
+        later = int(self._later and modality == "video" and places == tokens + len(features))
         if places != tokens + later * len(features):
             raise BadPrompt(
                 f"the prompts have {places} {modality} placeholders, but the {len(features)} {modality}s given need "
@@ -92,6 +93,7 @@ class LanguageHooks:
         self._angles = parts.rotary.forward
         self._inner_signature = inspect.signature(parts.inner.forward)
         self._decoder_signature = inspect.signature(parts.language_model.forward)
+        self._later = "mm_encoder_outputs" not in self._inner_signature.parameters
         self._call: _Call | None = None
         self._chunked: tuple[int, Tensor] | None = None
         self._map: TokenMap | None = None
@@ -116,12 +118,12 @@ class LanguageHooks:
             return
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if ids is not None:
-            self._call = _Call(self._places(ids))
+            self._call = self._call_of(ids)
         elif embeds is not None:
             table = inner.get_input_embeddings()
             tokens = torch.tensor(list(self._parts.placeholders.values()), device=embeds.device)
             masks = [(embeds == of_token).all(-1) for of_token in table(tokens)]
-            self._call = _Call(dict(zip(self._parts.placeholders, masks, strict=True)))
+            self._call = _Call(dict(zip(self._parts.placeholders, masks, strict=True)), self._later)
         if self._call is not None:
             self._call.show_encoded(encoded)
 
@@ -144,7 +146,7 @@ class LanguageHooks:
                 past = _length(inputs.get("past_key_values"))
                 if mask is None or mask.shape[1] == ids.shape[1]:
                     ids = ids[:, past:]
-                whole = _Call(self._places(ids))
+                whole = self._call_of(ids)
                 whole.show_encoded(encoded)
                 self._chunked = None if whole.leaders is None else (past, whole.leaders)
             try:
@@ -159,6 +161,8 @@ class LanguageHooks:
 
         @functools.wraps(repeat)
         def repeating(ids: Any, outputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if ids is not None and ids.numel():  # of items that do not fit, some would be left out in silence
+                self._call_of(ids).show_encoded(outputs)
             whole = [o for o in outputs.values() if isinstance(getattr(o, "pooler_output", None), Tensor)]
             for output in whole:
                 carried, rows = carried_leaders(output.pooler_output), list(output.pooler_output)
@@ -175,8 +179,8 @@ class LanguageHooks:
 
         return repeating
 
-    def _places(self, ids: Tensor) -> dict[Modality, Tensor]:
-        return {modality: ids == token for modality, token in self._parts.placeholders.items()}
+    def _call_of(self, ids: Tensor) -> _Call:
+        return _Call({modality: ids == token for modality, token in self._parts.placeholders.items()}, self._later)
 
     def before_decoder(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Keep one token of each group, and plan the attention over all."""

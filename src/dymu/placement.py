@@ -62,7 +62,7 @@ def place(
     # Features of several layers come joined.
     own: dict[str, Any] = {parts.family.projector: lambda features: features[..., :channels]}
     own |= {name: signatures.new_zeros(channels) for name in parts.family.learned}
-    # Before transformers 5.18 some videos come frame by frame.
+    # In transformers 5.17 some videos come frame by frame.
     items = [item.flatten(0, -2) for item in _packed(parts, modality, args, kwargs, signatures, own)]
     leaders = _leaders(items)
     starts = [int(item[item[:, PATCH] > 0.5, PICTURE].min().round()) for item in items] + [len(seen)]

@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,9 @@ from dymu.cli.output import Output, check_writable, facts, run_for_people, table
 
 MAX_NEW_TOKENS = 64
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+ANIMATED = (".gif", ".webp")
+MOVING = (*PICTURES, ".gif")
+FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv")
 IN_FOLDERS = (*PICTURES, ".gif", ".avif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm")
 
 app = typer.Typer(
@@ -34,7 +37,8 @@ app = typer.Typer(
 def main() -> None:
     """The `dymu` command: exit code 0, 1 (it failed) or 2 (it was called wrongly)."""
     import dymu.cli.benching
-    import dymu.cli.evaluating  # noqa: F401, they add their commands to the app
+    import dymu.cli.evaluating
+    import dymu.cli.videos  # noqa: F401, they add their commands to the app
 
     errors.Traceback.reset()
     try:
@@ -104,7 +108,12 @@ def _dymu(
 
 @app.command()
 def run(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A photo or drawing.")],
+    image: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGE|VIDEO", help="A photo or drawing; a video or a folder of frames, if the model takes videos."
+        ),
+    ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
     model: Annotated[
         str | None,
@@ -125,20 +134,47 @@ def run(
         ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Ask the untouched model as well, and time both.")] = False,
-    draw: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw what merged into this picture.")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Show the model so many frames of a video, spread over its length; also of an animated GIF or WebP.",
+            show_default="32",
+        ),
+    ] = None,
+    per_second: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Let what stays alike go on from frame to frame, at this average of tokens per second of video.",
+            show_default="every frame by itself",
+        ),
+    ] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.png",
+            help="Draw what merged into this picture: of a video all frames, as .gif or .webp moving.",
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Ask a model about an image with merged image tokens."""
-    from dymu import images
+    """Ask a model about an image, or a video, with merged image tokens."""
+    from dymu import images, videos
     from dymu.cli import models
     from dymu.thresholds import Thresholds
 
     out = Output(as_json)
     wanted = None if budget is None else parse_budget(budget)
+    moves = frames is not None or Path(image).expanduser().is_dir() or Path(image).suffix.lower() in FILMS
     if draw is not None:
-        check_writable(draw, "the picture", PICTURES)
-    picture = images.load(image)
+        check_writable(draw, "the picture", MOVING if moves else PICTURES)
+    if per_second is not None and not moves:
+        raise typer.BadParameter("--per-second is for videos: leave it out for an image.")
+    picture: Any = videos.load(image, frames=frames or 32) if moves else images.load(image)
+    shown = picture.frames if moves else picture.image
     if draw is not None and draw.exists() and draw.samefile(Path(image).expanduser()):
         raise errors.BadOutput(f"{draw} is the image itself: name another file for the picture.")
     for note in picture.notes:
@@ -150,18 +186,20 @@ def run(
     thresholds_file = thresholds or models.thresholds_beside(model)
     read = Thresholds.load(thresholds_file)
     read.tokens_for(wanted)  # a budget that cannot be had is refused before the model is loaded
+    if per_second is not None:
+        read.over_time_at(wanted, per_second)
 
     with out.step("loading torch and transformers"):
         quieten_transformers()
         from dymu.timing import Times, measure_repeatedly
     with out.step(f"loading {model}"):
         loaded = models.load(model)
-    with dymu.apply(loaded.model, read, budget=wanted) as handle:
-        inputs = models.ask(loaded, picture.image, question)
+    with dymu.apply(loaded.model, read, budget=wanted, per_second=per_second) as handle:
+        inputs = models.ask(loaded, shown, question)
         with out.step("answering"):
             answer, cache_bytes = models.answer(loaded, inputs, MAX_NEW_TOKENS)
         report = handle.last
-        drawing = None if draw is None else _drawing(report, picture.image)
+        drawing = None if draw is None else _drawing(report, shown, draw, picture.fps if moves else None)
         full_answer, full_cache_bytes = "", 0
         if compare:
             with out.step("answering with all image tokens"), handle.disabled():
@@ -179,19 +217,28 @@ def run(
         "repeats": len(runs),
         "notes": list(picture.notes),
     }
+    if moves:
+        data |= {"frames": len(shown), "seconds": picture.seconds, "per_second": per_second}
     if compare:
         full_times = Times.medians(full_runs)
         data["untouched"] = _side(full_answer, original, original, full_times, full_cache_bytes)
         data["speedup_encoder_prefill"] = full_times.first_token_ms / times.first_token_ms
     if draw is not None and drawing is not None:
-        write_whole(draw, drawing.save)
+        write_whole(draw, drawing)
         data["picture"] = str(draw)
     out.result(data, lambda: run_for_people(data))
 
 
-def _drawing(report: Any, image: Any) -> Any:
+def _drawing(report: Any, shown: Any, path: Path, fps: float | None) -> Callable[[Path], None]:
+    """What writes the picture, or the animation, that `path` asks for."""
+    from dymu.sheets import save_animation
+
     try:
-        return report.draw(image)
+        if isinstance(shown, list) and path.suffix.lower() in ANIMATED:
+            frames = report.draw_frames(shown)
+            return lambda target: save_animation(frames, target, fps or 2.0)
+        drawn = report.draw(shown)
+        return lambda target: drawn.save(target)
     except ValueError as error:  # it finds each patch in the image by its colours, and there may be none
         raise errors.BadOutput(f"what merged cannot be drawn: {errors.one_line(error)}.") from error
 
@@ -295,7 +342,9 @@ def _thresholds_data(found: Any) -> dict[str, Any]:
         "skipped": [dict(skipped) for skipped in found.skipped],
         "created": found.created,
         "dymu": found.dymu,
+        "image_tokens": found.image_tokens,
         "budgets": [asdict(entry) for entry in found.calibrated],
+        "over_time": [asdict(entry) for entry in found.over_time],
     }
 
 
@@ -304,9 +353,10 @@ def families(as_json: Json = False, debug: Debug = False) -> None:
     """List the model families that dymu knows."""
     from dymu.families import FAMILIES
 
-    known = [
+    known: list[dict[str, Any]] = [
         {
             "model_type": model_type,
+            "videos": family.video_token is not None,
             "towers": [name for tower in family.towers for name in tower.model_types],
             "decoders": [name for decoder in family.decoders for name in decoder.model_types],
         }
@@ -314,10 +364,11 @@ def families(as_json: Json = False, debug: Debug = False) -> None:
     ]
 
     def for_people() -> Iterator[Any]:
-        made = table("model type", "vision towers", "language models", numbers=False)
+        made = table("model type", "videos", "vision towers", "language models", numbers=False)
         for family in known:
             made.add_row(
                 str(family["model_type"]),
+                "yes" if family["videos"] else "–",
                 ", ".join(family["towers"]),
                 ", ".join(family["decoders"]),
             )

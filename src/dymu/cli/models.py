@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dymu.cli.errors import BadModel, one_line
-from dymu.errors import BadThresholds, UnsupportedModel
+from dymu.errors import BadThresholds, BadVideo, UnsupportedModel
 
 DEMO_BUDGET = 0.30
 THRESHOLDS_NAME = "thresholds.json"
@@ -72,11 +72,25 @@ def load(name: str) -> Loaded:
     return Loaded(model.eval(), processor)
 
 
-def ask(loaded: Loaded, image: Any, question: str) -> dict[str, Any]:
-    """What the model takes for one image and one question."""
-    from dymu.asking import inputs_for
+def ask(loaded: Loaded, shown: Any, question: str) -> dict[str, Any]:
+    """What the model takes for one image, or the frames of a video, and one question."""
+    from dymu.asking import inputs_for, video_inputs_for
+    from dymu.families import FAMILIES, resolve
 
-    return inputs_for(loaded.model, loaded.processor, [([image], question)])
+    if not isinstance(shown, list):
+        return inputs_for(loaded.model, loaded.processor, [([shown], question)])
+    if "video" not in resolve(loaded.model, FAMILIES).placeholders:
+        raise BadModel(
+            "this model takes no videos: take one that does, such as a llava_onevision, or show it an image."
+        )
+    inputs = video_inputs_for(loaded.model, loaded.processor, shown, question)
+    tokens, limit = inputs["input_ids"].shape[1], loaded.model.config.get_text_config().max_position_embeddings
+    if tokens > limit:
+        raise BadVideo(
+            f"{len(shown)} frames make a prompt of {tokens:,} tokens, more than the {limit:,} that the language model "
+            "was made for: take fewer with --frames."
+        )
+    return inputs
 
 
 def answer(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> tuple[str, int]:

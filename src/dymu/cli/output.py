@@ -148,6 +148,20 @@ def thresholds_for_people(data: dict[str, Any]) -> Iterator[Any]:
         values = ("–" if value > 1 else f"{value:.3f}" for value in entry["thresholds"])
         layers.add_row(_number(entry["budget"]), "  ".join(values))
     yield layers
+    if data["over_time"]:
+        yield ""
+        yield from over_time_for_people(data["over_time"])
+
+
+def over_time_for_people(entries: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    """Similarities over time, as a table."""
+    made = table("budget", "tokens per second", "kept", "similarity", "videos", "seconds", title="videos, over time")
+    for entry in entries:
+        numbers = {name: _number(value) for name, value in entry.items()}
+        numbers["threshold"] = f"{entry['threshold']:.3f}"
+        order = ("budget", "per_second", "achieved", "threshold", "videos", "seconds")
+        made.add_row(*(numbers[name] for name in order))
+    yield made
 
 
 def _encoder_for_people(encoder: dict[str, Any] | None) -> str:

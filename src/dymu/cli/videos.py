@@ -1,0 +1,64 @@
+"""`dymu calibrate-videos`: thresholds that also say when tokens go on from frame to frame."""
+
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+
+import dymu
+from dymu.cli.commands import Debug, Json, app, parse_budget, quieten_transformers
+from dymu.cli.output import Output, check_writable, over_time_for_people
+
+
+@app.command("calibrate-videos")
+def calibrate_videos(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub name.")],
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEOS", help="Sample videos, or folders of frames.")],
+    thresholds: Annotated[Path, typer.Option(metavar="FILE", help="The model's thresholds for images.")],
+    per_second: Annotated[
+        list[float],
+        typer.Option("--per-second", metavar="N", help="Tokens per second of video to keep on average. Give several."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The thresholds file to write.")],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            metavar="N|0.15",
+            help="Of the frames, one of those in the thresholds file.",
+            show_default="its only one",
+        ),
+    ] = None,
+    frames: Annotated[int, typer.Option(metavar="N", min=2, help="Of each video, spread over its length.")] = 32,
+    fps: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Frames per second of folders, which do not say it.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the similarities at which videos keep the wanted number of tokens per second, on sample videos."""
+    from dymu.cli import models
+    from dymu.thresholds import Thresholds
+
+    out = Output(as_json)
+    wanted = None if budget is None else parse_budget(budget)
+    check_writable(output, "thresholds", (".json",))
+    read = Thresholds.load(thresholds)
+    read.tokens_for(wanted)
+    with out.step("loading torch and transformers"):
+        quieten_transformers()
+    with out.step(f"loading {model}"):
+        loaded = models.load(model)
+    began = perf_counter()
+    found = dymu.calibrate_videos(
+        loaded.model, loaded.processor, videos, read, per_second, budget=wanted, frames=frames, fps=fps
+    )
+    seconds = perf_counter() - began
+    found.save(output)
+    entries = [asdict(entry) for entry in found.over_time]
+    data: dict[str, Any] = {"file": str(output), "seconds": round(seconds, 3), "over_time": entries}
+    out.result(data, lambda: over_time_for_people(entries))
