@@ -190,14 +190,6 @@ def test_the_language_model_sees_every_frame_in_its_place(model):
     assert (out.logits[:, -1] - stock[:, -1]).norm() < 0.5 * stock[:, -1].norm()
 
 
-class VideoProcessor:
-    """What the families' video processors do, without torchvision."""
-
-    def __call__(self, videos: list[list[Image.Image]], return_tensors: str) -> dict[str, Tensor]:
-        frames = [tiny.processor()(images=video, return_tensors="pt")["pixel_values"] for video in videos]
-        return {"pixel_values_videos": torch.stack(frames)}
-
-
 def clips(count: int, seed: int = 0) -> list[list[Image.Image]]:
     """Videos of 6 frames, in which a smaller and smaller part changes from frame to frame."""
     made = []
@@ -219,7 +211,7 @@ def thresholds(model) -> dymu.Thresholds:
 
 
 def test_tokens_per_second_are_met_and_inference_repeats_them(model, thresholds, tmp_path):
-    processor, videos = VideoProcessor(), clips(5)
+    processor, videos = tiny.VideoProcessor(), clips(5)
     found = dymu.calibrate_videos(model, processor, videos, thresholds, [10, 15], budget=0.4, fps=3, progress=False)
     assert [(entry.per_second, entry.videos, entry.seconds) for entry in found.over_time] == [(10, 5, 10), (15, 5, 10)]
     found.save(tmp_path / "t.json")
@@ -229,16 +221,16 @@ def test_tokens_per_second_are_met_and_inference_repeats_them(model, thresholds,
         with dymu.apply(model, found, budget=0.4, per_second=entry.per_second) as handle:
             kept = 0
             for video in videos:
-                model.get_video_features(processor(videos=[video], return_tensors="pt")["pixel_values_videos"])
+                model.get_video_features(processor(videos=[video])["pixel_values_videos"])
                 kept += handle.last.items[0].budgeted
             assert kept / entry.seconds == entry.achieved
             handle.per_second = None
-            model.get_video_features(processor(videos=videos, return_tensors="pt")["pixel_values_videos"])
+            model.get_video_features(processor(videos=videos)["pixel_values_videos"])
             assert sum(item.budgeted for item in handle.last.items) / entry.seconds > entry.achieved
 
 
 def test_what_videos_cannot_keep_is_refused(model, thresholds):
-    processor = VideoProcessor()
+    processor = tiny.VideoProcessor()
     with pytest.raises(BadBudget, match="tokens per second at a budget"):
         dymu.calibrate_videos(model, processor, clips(2), thresholds, [1000], budget=0.4, fps=3, progress=False)
     with pytest.raises(BadVideo, match="give fps="):
@@ -259,7 +251,7 @@ def test_what_videos_cannot_keep_is_refused(model, thresholds):
 
 def test_frames_keep_the_budget_of_images(model, thresholds):
     photos = tiny.photos(8, seed=3)
-    pixels = VideoProcessor()(videos=[photos], return_tensors="pt")["pixel_values_videos"]
+    pixels = tiny.VideoProcessor()(videos=[photos])["pixel_values_videos"]
     with dymu.apply(model, thresholds, budget=0.4) as handle:
         model.get_video_features(pixels)
         item = handle.last.items[0]
@@ -270,7 +262,7 @@ def test_frames_keep_the_budget_of_images(model, thresholds):
 def test_a_video_is_drawn_frame_by_frame(model):
     photos = [photo.resize((200, 200)) for photo in tiny.photos(3, seed=1)]
     frames = [photos[0], photos[0], photos[1], photos[2]]
-    pixels = VideoProcessor()(videos=[frames], return_tensors="pt")["pixel_values_videos"]
+    pixels = tiny.VideoProcessor()(videos=[frames])["pixel_values_videos"]
     with dymu.apply(model, merge=ThresholdMerge((2.0,) * tiny.LAYERS, over_time=0.99999)) as handle:
         model.get_video_features(pixels)
         report = handle.last

@@ -9,6 +9,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    BatchFeature,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     Dinov2Config,
@@ -188,11 +189,23 @@ def llava_processor() -> LlavaProcessor:
     return full_processor("llava")
 
 
-def full_processor(family: str) -> Any:
-    """The family's processor, for a tower with a class token that is dropped; llava_onevision's for one without.
+class VideoProcessor:
+    """What the families' video processors do, which need torchvision."""
 
-    The families' own video processors need torchvision, so it takes no videos.
-    """
+    def __call__(self, videos: list[list[Image.Image]], **_: Any) -> BatchFeature:
+        frames = [processor()(images=video, return_tensors="pt")["pixel_values"] for video in videos]
+        return BatchFeature({"pixel_values_videos": torch.stack(frames)})
+
+
+def full_processor(family: str) -> Any:
+    """The family's processor, for a tower with a class token that is dropped; llava_onevision's for one without."""
+    made = _full_processor(family)
+    if family in ("llava_onevision", "llava_next_video"):
+        made.video_processor = VideoProcessor()
+    return made
+
+
+def _full_processor(family: str) -> Any:
     if family == "llava_onevision":
         return _no_videos(LlavaOnevisionProcessor)(
             image_processor=processor(family),
