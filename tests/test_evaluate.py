@@ -18,7 +18,7 @@ import dymu
 import tiny
 from dymu.apply import encoder_of
 from dymu.asking import generate, inputs_for
-from dymu.errors import AlreadyApplied, BadBudget, BadImage, BadPrompt, DymuError
+from dymu.errors import AlreadyApplied, BadBudget, BadImage, BadPrompt, DymuError, UnsupportedModel
 from dymu.evaluate import UNTOUCHED, BadResults, Results, Row, evaluate, rows_for, summarise
 from dymu.evaluate.chart import draw_chart
 from dymu.evaluate.costs import cost
@@ -267,6 +267,20 @@ def test_several_images_of_a_question_are_counted_together(model, processor, tmp
     results = evaluate(model, processor, [Pairs(4)], rows_for([16], ["random"]), tmp_path / "r.jsonl", timed=0)
     assert results.answers["untouched"]["words", 0]["kept"] == [tiny.PATCHES, 2 * tiny.PATCHES] * 2
     assert results.answers["random-16-exact"]["words", 0]["kept"] == [16, 32] * 2
+
+
+def test_images_in_tiles_are_compared_with_the_untouched_model(tmp_path):
+    """Budgets are of whole images, as calibrated; what keeps tokens per picture is refused."""
+    model, processor = tiny.llava("siglip", "qwen2", "llava_onevision"), tiny.full_processor("llava_onevision")
+    found = dymu.calibrate(model, processor, tiny.photos(6), [0.3, 1.0], progress=False)
+    assert full_tokens(model, processor, [found]) == round(found.image_tokens) > tiny.PATCHES
+    budget = round(found.budgets[0])
+    run = {"thresholds": [found], "limit": 4, "timed": 1, "progress": False}
+    results = evaluate(model, processor, [Words()], rows_for([budget]), tmp_path / "a.jsonl", **run)
+    kept = [sum(batch["kept"]) for row in results.answers.values() for batch in row.values()]
+    assert 0 < kept[1] < 0.6 * kept[0]
+    with pytest.raises(UnsupportedModel, match="cuts images into several"):
+        evaluate(model, processor, [Words()], rows_for([budget], ["tome"]), tmp_path / "b.jsonl", **run)
 
 
 def test_kinds_of_several_tasks_are_told_apart(model, processor, tmp_path):

@@ -99,7 +99,7 @@ def evaluate(
     tasks = [_task(text) for text in task]
     with out.step(f"loading {name}"):
         loaded = models.load(name)
-    full = full_tokens(loaded.model, loaded.processor)
+    full = full_tokens(loaded.model, loaded.processor, read)
     rows = rows_for(
         [max(round(wanted * full if isinstance(wanted, float) and wanted <= 1 else wanted), 1) for wanted in budgets],
         [item.value for item in method], [item.value for item in unmerge], schedules or ["constant"],  # type: ignore[arg-type]

@@ -97,12 +97,18 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
     """Find out whether a row can be had, before any work.
 
     Args:
-        tokens: of one picture, unmerged.
+        tokens: of one image, unmerged.
 
     Raises:
         BadBudget: it keeps more tokens than there are, or fewer than its method can; or there are no thresholds for it.
-        BadThresholds, UnsupportedModel: see `dymu.apply`.
+        UnsupportedModel: its method keeps so many tokens of a picture, and the model cuts images into several.
+        BadThresholds: see `dymu.apply`.
     """
+    if row.method not in ("untouched", "dtome") and resolve(model, FAMILIES).family.learned:
+        raise UnsupportedModel(
+            f"{row.method} keeps a number of tokens of each picture, and this model cuts images into several; "
+            "compare dtome with the untouched model."
+        )
     if row.budget > tokens:
         raise BadBudget(f"a budget of {row.budget} is more than the {tokens} image tokens that there are; take less.")
     rule = _rule(row, 0)

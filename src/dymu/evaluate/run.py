@@ -79,7 +79,7 @@ def evaluate(
     lengths = {task.name: len(task) if limit is None else min(limit, len(task)) for task in tasks}
     if len(lengths) < len(tasks):
         raise DymuError(f"two tasks are of one name, of {', '.join(lengths)}; give each once, or rename a folder.")
-    tokens = full_tokens(model, processor)
+    tokens = full_tokens(model, processor, by_schedule.values())
     for row in rows:
         check(row, model, tokens, by_schedule)
     header = _header(model, processor, tasks, rows, by_schedule, lengths, batch_size, timed, seed)
@@ -97,8 +97,14 @@ def evaluate(
         return file.results
 
 
-def full_tokens(model: PreTrainedModel, processor: Any) -> int:
-    """Image tokens of one picture before any merging; class token and registers, which no budget counts, left out."""
+def full_tokens(model: PreTrainedModel, processor: Any, thresholds: Iterable[Thresholds] = ()) -> int:
+    """Image tokens of one image before any merging; class token and registers, which no budget counts, left out.
+
+    Where images are cut into tiles this is the mean of those that the thresholds were found on.
+    """
+    for found in thresholds:
+        if found.image_tokens is not None:
+            return round(found.image_tokens)
     parts = resolve(model, FAMILIES)
     inputs = inputs_for(model, processor, [([Image.new("RGB", (64, 64))], "?")])
     return _image_tokens(model, inputs)[0] - max(parts.prefix - parts.dropped(), 0)
