@@ -25,6 +25,10 @@ class BadImage(DymuError):
     """An image that cannot be read or used."""
 
 
+class BadVideo(DymuError):
+    """A video that cannot be read or used."""
+
+
 class BadPrompt(DymuError, ValueError):
     """A prompt whose image placeholders do not fit the images."""
 
