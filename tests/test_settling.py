@@ -153,10 +153,10 @@ def test_a_still_scene_costs_one_frame(model):
     with dymu.apply(model, merge=rule) as handle:
         model.get_video_features(still(1))
         alone = handle.last.items[0].budgeted
-        apart = torch.stack(list(model.get_video_features(still(8)).pooler_output))
-        assert handle.last.items[0].budgeted == 8 * alone
+        apart = torch.stack(list(model.get_video_features(still(32)).pooler_output))
+        assert handle.last.items[0].budgeted == 32 * alone
     with dymu.apply(model, merge=ThresholdMerge(rule.thresholds, frames=rule.frames, over_time=0.99)) as handle:
-        together = torch.stack(list(model.get_video_features(still(8)).pooler_output))
+        together = torch.stack(list(model.get_video_features(still(32)).pooler_output))
         assert handle.last.items[0].budgeted == alone
         torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
 

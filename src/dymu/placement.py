@@ -65,18 +65,20 @@ def place(
     # In transformers 5.17 some videos come frame by frame.
     items = [item.flatten(0, -2) for item in _packed(parts, modality, args, kwargs, signatures, own)]
     leaders = _leaders(items)
-    starts = [int(item[item[:, PATCH] > 0.5, PICTURE].min().round()) for item in items] + [len(seen)]
+    patches = [item[:, PATCH] > 0.5 for item in items]
+    firsts = [item[:, PICTURE].where(patch, torch.inf).min() for item, patch in zip(items, patches, strict=True)]
+    starts = [round(first) for first in torch.stack(firsts).tolist()] + [len(seen)]
     return [
         Placed(
             leaders=leader.to(seen.device),
-            patch=item[:, PATCH] > 0.5,
+            patch=patch,
             picture=item[:, PICTURE] - start,
             at=item[:, ROW : COLUMN + 1],
             seen=item[:, SEEN],
             shown=seen[start:end],
             video=modality == "video",
         )
-        for item, leader, start, end in zip(items, leaders, starts[:-1], starts[1:], strict=True)
+        for item, patch, leader, start, end in zip(items, patches, leaders, starts[:-1], starts[1:], strict=True)
     ]
 
 
