@@ -177,7 +177,7 @@ def test_run_refuses_what_is_no_image(refused, folder, tmp_path):
     (tmp_path / "a.jpg").write_text("text")
     assert "does not exist" in refused("run", tmp_path / "b.jpg", "what ?", "--model", folder)
     assert "is not an image" in refused("run", tmp_path / "a.jpg", "what ?", "--model", folder)
-    assert "is a folder" in refused("run", tmp_path, "what ?", "--model", folder)
+    assert "a.jpg of" in refused("run", tmp_path, "what ?", "--model", folder), "a folder holds the frames of a video"
 
 
 @pytest.mark.parametrize("budget", ["9", "50", "0", "-4", "0.1", "1.5"])

@@ -88,8 +88,8 @@ def apply(
         raise ValueError('cache="expanded" needs unmerge="exact" and the backend sdpa')
     handle = Handle(parts, thresholds, merge, LanguageHooks(parts, unmerge, choose(backend), cache))
     if thresholds is not None:
-        thresholds.check_fits(encoder_of(parts))
-        handle._set_budget(budget, per_second)
+        thresholds.check_fits(encoder_of(parts), parts.family.cuts_images)
+        handle.set_budget(budget, per_second)
     elif budget is not None or per_second is not None:
         raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
     parts.inner.__dict__[_MARK] = handle
@@ -153,7 +153,7 @@ class Handle:
 
     @budget.setter
     def budget(self, budget: int | float | None) -> None:
-        self._set_budget(budget, self._per_second)
+        self.set_budget(budget, self._per_second)
 
     @property
     def per_second(self) -> float | None:
@@ -166,9 +166,14 @@ class Handle:
 
     @per_second.setter
     def per_second(self, per_second: int | float | None) -> None:
-        self._set_budget(self._budget, per_second)
+        self.set_budget(self._budget, per_second)
 
-    def _set_budget(self, budget: int | float | None, per_second: int | float | None) -> None:
+    def set_budget(self, budget: int | float | None, per_second: int | float | None = None) -> None:
+        """Set `budget` and `per_second` together, from the next image or video on.
+
+        Raises:
+            BadBudget: for which nothing was calibrated, or a fixed rule merges. Nothing has changed then.
+        """
         if self._thresholds is None:
             raise BadBudget("this model merges by a fixed rule, which has no budget; apply thresholds instead.")
         entry = self._thresholds.at(budget)
@@ -224,7 +229,11 @@ class Handle:
         self._hook(parts.language_model.register_forward_pre_hook(language.before_decoder, with_kwargs=True))
         self._hook(parts.language_model.register_forward_hook(language.after_decoder))
         self._set(parts.rotary, "forward", no_rotation)
-        for name, hook in (("_prefill", language.prefill), ("_expand_multimodal_outputs", language.repeat)):
+        for name, hook in (
+            ("_prepare_multimodal_encoder_kwargs_for_generation", language.encode),
+            ("_expand_multimodal_outputs", language.repeat),
+            ("_prefill", language.prefill),
+        ):
             if hasattr(parts.model, name):
                 self._set(parts.model, name, hook(getattr(parts.model, name)))
         for module in (parts.language_model, *parts.attentions):

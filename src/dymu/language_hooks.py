@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -69,6 +70,13 @@ class _Call:
         if carried is not None:
             if later:
                 carried = [torch.cat((item, item.new_tensor([len(item)]))) for item in carried]
+            ends = {0, *accumulate(len(item) for item in carried)}
+            for row, end in enumerate(mask.sum(1).cumsum(0).tolist()):
+                if end not in ends:
+                    raise BadPrompt(
+                        f"the {modality} placeholders of prompt {row} do not fit whole {modality}s, though those of "
+                        f"all prompts together do; give every prompt the placeholders of its own {modality}s."
+                    )
             if self.leaders is None:
                 self.leaders = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
             self.leaders = place_leaders(self.leaders, mask, carried)
@@ -95,16 +103,14 @@ class LanguageHooks:
         self._decoder_signature = inspect.signature(parts.language_model.forward)
         self._later = "mm_encoder_outputs" not in self._inner_signature.parameters
         self._call: _Call | None = None
+        self._collecting = False
         self._chunked: tuple[int, Tensor] | None = None
         self._map: TokenMap | None = None
         self._plain = True
 
     def encoded(self, modality: Modality, items: list[Placed], kept: list[Tensor], features: Features) -> None:
         """Take note of items that the vision half has encoded, within a call or ahead of one."""
-        new = Report(items, kept)
-        # A call may have images and videos, which are encoded one after the other.
-        together = modality == "video" and self.report.images_only and not self.report.read
-        self.report = self.report.with_more(new) if together else new
+        self.report = (self.report if self._collecting else Report()).with_more(items, kept)
         if self._call is not None:
             self._call.show(modality, features)
 
@@ -126,10 +132,25 @@ class LanguageHooks:
             self._call = _Call(dict(zip(self._parts.placeholders, masks, strict=True)), self._later)
         if self._call is not None:
             self._call.show_encoded(encoded)
+        if not any(encoded.values()):
+            self.report, self._collecting = Report(), True
 
     def after_inner(self, *_: Any) -> None:
         """Forget this call's items, also where it failed."""
-        self._call = None
+        self._call, self._collecting = None, False
+
+    def encode(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """Generation encodes images and videos one after the other, ahead of the first forward."""
+
+        @functools.wraps(encode)
+        def encoding(*args: Any, **kwargs: Any) -> Any:
+            self.report, self._collecting = Report(), True
+            try:
+                return encode(*args, **kwargs)
+            finally:
+                self._collecting = False
+
+        return encoding
 
     def prefill(self, prefill: Callable[..., Any]) -> Callable[..., Any]:
         """Chunked prefill cuts the features of encoded items into pieces that no longer carry their token maps, so
@@ -191,7 +212,6 @@ class LanguageHooks:
         embeds, ids = given.pop("inputs_embeds", None), given.pop("input_ids", None)
         if embeds is None:
             embeds = decoder.get_input_embeddings()(ids)
-        self.report.read = True
         batch, tokens = embeds.shape[:2]
 
         cache, use_cache = given.pop("past_key_values", None), given.get("use_cache")

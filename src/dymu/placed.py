@@ -33,8 +33,7 @@ class Placed:
     Attributes:
         leaders: int64 [N], for every token the first one of its group; -1 for one that is gone.
         patch: bool [N].
-        picture: float [N], which of the pictures that the encoder got with this item's is its; between two where a
-            token shows a bit of both.
+        picture: int64 [N], which of the item's pictures it shows, or shows most of.
         at: float [N, 2], row and column of the picture's patches that it shows.
         seen: float [N, 3], what the encoder saw there.
         shown: float [pictures, 3, rows, columns], what it saw of each picture that the item was cut into.
@@ -76,14 +75,13 @@ class Placed:
         """Of each picture, the merged tokens that stand in none before."""
         own = torch.arange(len(self.leaders), device=self.leaders.device)
         leads = self.patch & (self.leaders == own)
-        counts: list[int] = torch.bincount(self.picture[leads].round().long(), minlength=self.pictures).tolist()
+        counts: list[int] = torch.bincount(self.picture[leads], minlength=self.pictures).tolist()
         return counts
 
     @cached_property
     def mixes(self) -> bool:
         """Whether the family's layout makes means over several of the encoder's tokens."""
-        shows = torch.cat((self.at, self.picture[:, None]), 1)[self.patch]
-        return bool(((shows - shows.round()).abs() > 1e-6).any())
+        return bool(((self.at - self.at.round()).abs() > 1e-3)[self.patch].any())
 
     @cached_property
     def views(self) -> list[View]:
@@ -92,7 +90,7 @@ class Placed:
         Raises:
             ValueError: the tokens are no grids.
         """
-        picture = torch.where(self.patch, self.picture, -1).round()
+        picture = torch.where(self.patch, self.picture, -1)
         if self.video or self.pictures == 1:
             return [self._grid(picture == number, shown) for number, shown in enumerate(self.shown)]
         whole = picture == 0

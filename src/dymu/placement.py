@@ -9,6 +9,7 @@ equal signatures are equal features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -68,18 +69,42 @@ def place(
     patches = [item[:, PATCH] > 0.5 for item in items]
     firsts = [item[:, PICTURE].where(patch, torch.inf).min() for item, patch in zip(items, patches, strict=True)]
     starts = [round(first) for first in torch.stack(firsts).tolist()] + [len(seen)]
+    pictures = [(item[:, PICTURE] - start).round().long() for item, start in zip(items, starts, strict=False)]
+    if modality == "image" and parts.family.cuts_images:
+        pictures = _most_of(parts, args, kwargs, signatures, starts)
     return [
         Placed(
             leaders=leader.to(seen.device),
-            patch=patch,
-            picture=item[:, PICTURE] - start,
-            at=item[:, ROW : COLUMN + 1],
-            seen=item[:, SEEN],
+            patch=patch.to(seen.device),
+            picture=picture.to(seen.device),
+            at=item[:, ROW : COLUMN + 1].to(seen),
+            seen=item[:, SEEN].to(seen),
             shown=seen[start:end],
             video=modality == "video",
         )
-        for item, patch, leader, start, end in zip(items, patches, leaders, starts[:-1], starts[1:], strict=True)
+        for item, patch, picture, leader, start, end in zip(
+            items, patches, pictures, leaders, starts[:-1], starts[1:], strict=True
+        )
     ]
+
+
+def _most_of(
+    parts: Parts, args: Sequence[Any], kwargs: dict[str, Any], signatures: Tensor, starts: Sequence[int]
+) -> list[Tensor]:
+    """int64 [N] for each image, the one of its pictures that each place shows most of.
+
+    Means over neighbouring tiles are told apart by how much of each is in them.
+
+    Args:
+        starts: where the pictures of each image begin, and where the last ends.
+    """
+    lengths = [end - start for start, end in pairwise(starts)]
+    own = torch.cat([torch.arange(length, device=signatures.device) for length in lengths])
+    parts_of = torch.zeros(*signatures.shape[:2], max(lengths), device=signatures.device)
+    parts_of.scatter_(2, own[:, None, None].expand(-1, signatures.shape[1], 1), 1.0)
+    known: dict[str, Any] = {parts.family.projector: lambda features: features[..., : max(lengths)]}
+    known |= {name: parts_of.new_zeros(max(lengths)) for name in parts.family.learned}
+    return [item.flatten(0, -2).argmax(1) for item in _packed(parts, "image", args, kwargs, parts_of, known)]
 
 
 def features_of(

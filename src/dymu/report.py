@@ -23,14 +23,12 @@ class Report:
         items: how each of them lies in the prompt.
         kept_by_layer: after each encoder layer that may merge, int64 [pictures], the tokens left of each picture. An
             image that is cut into tiles is several pictures, and so is a video.
-        read: whether the language model has read the items.
         cache_bytes: bytes of the KV cache after the last forward.
         cache_bytes_full: bytes that the same cache would have with every token in it.
     """
 
     items: list[Placed] = field(default_factory=list)
     kept_by_layer: list[Tensor] = field(default_factory=list)
-    read: bool = False
     cache_bytes: int = 0
     cache_bytes_full: int = 0
 
@@ -55,15 +53,12 @@ class Report:
         """Bytes of KV cache that merging saves."""
         return self.cache_bytes_full - self.cache_bytes
 
-    @property
-    def images_only(self) -> bool:
-        """Whether there are images and no videos."""
-        return bool(self.items) and not any(item.video for item in self.items)
-
-    def with_more(self, other: Report) -> Report:
-        """This one's items, then the other's."""
-        kept = [torch.cat(pair) for pair in zip(self.kept_by_layer, other.kept_by_layer, strict=True)]
-        return Report(self.items + other.items, kept)
+    def with_more(self, items: list[Placed], kept_by_layer: list[Tensor]) -> Report:
+        """This one's items, then more."""
+        if not self.items:
+            return Report(items, kept_by_layer)
+        kept = [torch.cat(pair) for pair in zip(self.kept_by_layer, kept_by_layer, strict=True)]
+        return Report(self.items + items, kept)
 
     def group(self, i: int = 0) -> Tensor:
         """int64 [N]: for item i, the merged token behind every token the language model expects.
@@ -112,13 +107,14 @@ class Report:
             raise ValueError(
                 f"{len(frames)} frames were given of a video of which the model saw {item.pictures}; give those"
             )
-        first = torch.where(item.leaders < 0, -1, item.picture.round()[item.leaders.clamp(min=0)])
-        group = torch.where(first < item.picture.round(), -1, item.group)
+        first = torch.where(item.leaders < 0, -1, item.picture[item.leaders.clamp(min=0)])
+        group = torch.where(first < item.picture, -1, item.group)
         return [_drawn(frame, view, group) for frame, view in zip(frames, item.views, strict=True)]
 
     def _item(self, i: int) -> Placed:
         if not -len(self.items) <= i < len(self.items):
-            raise IndexError(f"the last call had {len(self.items)} images, so there is no image {i}")
+            what = "item" if any(item.video for item in self.items) else "image"
+            raise IndexError(f"the last call had {len(self.items)} {what}s, so there is no {what} {i}")
         return self.items[i]
 
 

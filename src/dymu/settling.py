@@ -38,15 +38,15 @@ class Standing:
 
     @classmethod
     def of(cls, items: Sequence[Placed], features: Sequence[Tensor]) -> Standing:
-        """Tokens of placed items, of which `features` [N, C] stand in the prompt."""
+        """Tokens of placed items, of which `features` [..., C] stand in the prompt."""
         device = features[0].device
         begins, pictures = 0, []
         leaders, own, first = [], [], 0
         for item in items:
-            pictures.append(item.picture.to(device).round().long() + begins)
+            pictures.append(item.picture + begins)
             begins += item.pictures
             # Places that are no patch, and tokens that are gone, take no part.
-            leaders.append(torch.where(item.patch.to(device) & (item.leaders >= 0), item.leaders + first, -1))
+            leaders.append(torch.where(item.patch & (item.leaders >= 0), item.leaders + first, -1))
             own.append(torch.arange(len(item.leaders), device=device) + first)
             first += len(item.leaders)
         leader, place, picture = torch.cat(leaders), torch.cat(own), torch.cat(pictures)
@@ -58,7 +58,7 @@ class Standing:
         number[leads] = torch.arange(len(leads), device=device)
         token = number[leader]
         size = torch.bincount(token[token >= 0], minlength=len(leads)).float()
-        x = torch.cat(list(features))[leads]
+        x = torch.cat([feature.flatten(0, -2) for feature in features])[leads]
         x = x if x.dtype == torch.float64 else x.float()
         shape = (1, layout.total) if layout.packed else (layout.batch, layout.longest)
         places = torch.arange(layout.longest, device=device).expand(layout.batch, -1)
@@ -108,7 +108,8 @@ class Standing:
             for _ in range(frames):
                 own = slice(start, start + next(lengths))
                 if len(before):
-                    similarity, partner = (unit[own] @ unit[before].T).max(1)
+                    with torch.autocast(unit.device.type, enabled=False):
+                        similarity, partner = (unit[own] @ unit[before].T).max(1)
                     joins[own] = torch.where(similarity > threshold, before[partner], joins[own])
                 before, start = joins[own], own.stop
         return joins

@@ -188,6 +188,8 @@ class Thresholds:
         Raises:
             BadBudget: nothing near was calibrated.
         """
+        if isinstance(per_second, bool) or not hasattr(per_second, "__float__"):
+            raise BadBudget(f"tokens per second are a number, not {per_second!r}.")
         wanted = self.tokens_for(budget)
         entries = sorted((e for e in self.over_time if e.budget == wanted), key=lambda entry: entry.per_second)
         if not entries:
@@ -209,8 +211,12 @@ class Thresholds:
         part = (per_second - lower.per_second) / (upper.per_second - lower.per_second)
         return _between(lower.threshold, upper.threshold, part)
 
-    def check_fits(self, encoder: Encoder) -> None:
+    def check_fits(self, encoder: Encoder, cuts_images: bool = False) -> None:
         """Refuse a model with another encoder; the number of tokens (the image size) may differ.
+
+        Args:
+            encoder: the model's.
+            cuts_images: whether its family cuts images into tiles, so that a budget is of something else.
 
         Raises:
             BadThresholds: naming what differs.
@@ -223,6 +229,12 @@ class Thresholds:
                     f"of the model merges in {encoder.depth} of {encoder.layers}; use the thresholds of this encoder."
                 )
             return
+        if cuts_images != (self.image_tokens is not None):
+            ways = ("of one picture each", "cut into tiles")
+            raise BadThresholds(
+                f"{self} was found on images {ways[not cuts_images]}, and this model's are {ways[cuts_images]}, so "
+                "that its budgets mean something else; calibrate for this model with `dymu calibrate`."
+            )
         differing = [
             f"{name.replace('_', ' ')} {getattr(self.encoder, name)} instead of {getattr(encoder, name)}"
             for name in ("model_type", "layers", "depth", "hidden_size", "heads")
@@ -327,8 +339,12 @@ def _from_json(body: Any, source: Path) -> Thresholds:
         encoder = Encoder(**body["encoder"]) if body.get("encoder") else None
         for entry in calibrated:
             _check_numbers(entry.budget, *entry.thresholds, *entry.images, *entry.frames)
-        for over_time in body.get("over_time", ()):
-            _check_numbers(*over_time.values())
+        over_time = tuple(OverTime(**entry) for entry in body.get("over_time", ()))
+        for found in over_time:
+            _check_numbers(found.budget, found.threshold, found.achieved, found.seconds, found.videos)
+            _check_numbers(found.per_second)
+        if body.get("image_tokens") is not None:
+            _check_numbers(body["image_tokens"])
         lengths = {len(entry.thresholds) for entry in calibrated}
         if len({(len(entry.images), len(entry.frames)) for entry in calibrated}) != 1:
             raise ValueError("every budget needs as many rounds of merging in the prompt")
@@ -338,7 +354,7 @@ def _from_json(body: Any, source: Path) -> Thresholds:
             calibrated=tuple(calibrated),
             encoder=encoder,
             skipped=tuple(body.get("skipped", ())),
-            over_time=tuple(OverTime(**entry) for entry in body.get("over_time", ())),
+            over_time=over_time,
             merge_layers=_layers(body.get("merge_layers"), lengths.pop()),
             source=str(source),
             **{key: body[key] for key in known & body.keys()},

@@ -63,13 +63,14 @@ class LoadedVideo:
     """RGB frames of one size in their order, and what was done to get them.
 
     `fps` is the mean rate of these frames, not of the source's; `seconds` is how long the source's frames last. Both
-    are None where no times are known.
+    are None where no times are known. `of` is how many frames the source has.
     """
 
     frames: list[Image.Image]
     fps: float | None
     seconds: float | None
     notes: tuple[str, ...]
+    of: int
 
 
 def load(source: str | Path | Sequence[Image.Image], *, frames: int = 32) -> LoadedVideo:
@@ -165,7 +166,7 @@ def _from_path(path: Path, name: str, frames: int) -> LoadedVideo:
             return _from_animation(path, name, frames)
     if kind is not None:
         loaded = _as_frame(path, name)
-        return LoadedVideo([loaded.image], None, None, ("a still image: its one frame", *loaded.notes))
+        return LoadedVideo([loaded.image], None, None, ("a still image: its one frame", *loaded.notes), 1)
     return _from_film(path, name, frames)
 
 
@@ -223,7 +224,7 @@ def _from_images(source: Sequence[Image.Image], frames: int) -> LoadedVideo:
                 "first."
             )
         collected.add(image.copy(), f"frame {index + 1:,}")  # a copy has no further frames to remark on
-    return LoadedVideo(collected.kept, None, None, (*_chosen_note(collected.kept, total), *collected.notes()))
+    return LoadedVideo(collected.kept, None, None, (*_chosen_note(collected.kept, total), *collected.notes()), total)
 
 
 def _from_folder(path: Path, name: str, frames: int) -> LoadedVideo:
@@ -238,7 +239,7 @@ def _from_folder(path: Path, name: str, frames: int) -> LoadedVideo:
     notes = _chosen_note(collected.kept, len(found))
     if others := len(inside) - len(found):
         notes.append(f"{_counted(others, 'other file')} in the folder left out")
-    return LoadedVideo(collected.kept, None, None, (*notes, *collected.notes()))
+    return LoadedVideo(collected.kept, None, None, (*notes, *collected.notes()), len(found))
 
 
 def _by_number(file: Path) -> tuple[list[tuple[int, str]], str]:
@@ -285,7 +286,7 @@ def _from_animation(path: Path, name: str, frames: int) -> LoadedVideo:
     if not whole:
         notes.append(f"the file is damaged or cut short after {_counted(len(shown), 'frame')}")
     fps, seconds = _pace(times, chosen, durations[-1] / 1000) if timed else (None, None)
-    return LoadedVideo(collected.kept, fps, seconds, (*notes, *collected.notes()))
+    return LoadedVideo(collected.kept, fps, seconds, (*notes, *collected.notes()), len(shown))
 
 
 def _animation_times(opened: Any) -> tuple[list[int], list[float], bool]:
@@ -342,7 +343,7 @@ def _from_film(path: Path, name: str, frames: int) -> LoadedVideo:
             _count_frames(av, path, name, chosen, collected)
     fps, seconds = _pace(survey.times, chosen, survey.last)
     notes = _chosen_note(collected.kept, len(survey.times))
-    return LoadedVideo(collected.kept, fps, seconds, (*notes, *survey.notes, *collected.notes()))
+    return LoadedVideo(collected.kept, fps, seconds, (*notes, *survey.notes, *collected.notes()), len(survey.times))
 
 
 def _pyav() -> Any:

@@ -16,7 +16,7 @@ from torch import nn
 from dymu import __version__
 from dymu.apply import encoder_of, name_of
 from dymu.calibrate.progress import bar_of
-from dymu.calibrate.run import Batch, Layout, Run
+from dymu.calibrate.run import Batch, Layout, Run, summed_up
 from dymu.calibrate.samples import ImageSource, Samples
 from dymu.errors import BadBudget, DymuError
 from dymu.families import FAMILIES, resolve
@@ -49,7 +49,7 @@ def calibrate(
     images' tokens wait at layer l, its threshold is put where exactly as many edges of all images lie above it as the
     schedule asks for, they merge, and all go on to layer l + 1. So each budget is met on these images but for ties,
     and on others of their kind but for chance. It costs one forward pass of the merging layers per budget, of which
-    the embedding and the first attention are shared.
+    the embedding and the first attention are shared; up to four where images are cut into tiles that hold padding.
 
     Args:
         model: a transformers model of a described family, with or without DyMU applied; it is not changed.
@@ -60,7 +60,8 @@ def calibrate(
         schedule: where to merge: `constant`, `linear` or `reverse_linear` (more in later layers; the paper's choice).
         merge_layers: indices of the encoder layers that merge, at the same budgets; None: all. Fewer merges cost
             less time but each takes more tokens at once, see docs/encoder.md.
-        batch_size: images that go through a layer together; but for rounding, the thresholds do not depend on it.
+        batch_size: pictures (images, or tiles of them) that go through a layer together, at least; but for rounding,
+            the thresholds do not depend on it.
         memory_limit_bytes: hidden states beyond so many bytes wait in a temporary file, see `Shelf`. An image takes
             tokens * width * bytes per number, twice that where there are several budgets.
         progress: show a bar on stderr, if that is a terminal.
@@ -68,8 +69,8 @@ def calibrate(
     Raises:
         UnsupportedModel: the model is of no described family.
         BadBudget: a budget is no number, above the number of tokens, or below what halving them in every layer leaves.
-        DymuError: no image could be used, the processor does not make one picture of one size of each, or the model
-            has no such `merge_layers` or does not read them.
+        DymuError: no image could be used, the processor makes pictures of several sizes, the model has no such
+            `merge_layers` or does not read them, or it reads several layers and pools what they give.
         ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
     """
     wanted = [_number(budget) for budget in budgets]
@@ -124,13 +125,18 @@ def calibrate(
                     own if layout.plain and target == merging[-1] else spare,
                     lambda task=task: bar.advance(task),  # type: ignore[misc]
                 )
-                found = run.calibrated(target, thresholds, ended, layout, shelf)
-                achieved = found.achieved or 0.0
+                kept = run.kept(ended, thresholds[-1])
+                achieved = sum(kept) / len(kept)
                 if layout.plain or layout.mixes or abs(achieved - target) <= TOLERANCE * target:
                     break
                 # Merged tokens of a tile may show nothing but padding, which the language model never gets.
                 aim = min(max(aim * target / achieved, layout.tokens / 2 ** len(merging_layers)), layout.tokens)
-            calibrated.append(found)
+            images_rounds: tuple[float, ...] = ()
+            frames_rounds: tuple[float, ...] = ()
+            if layout.mixes or layout.videos:
+                with Shelf(memory_limit_bytes) as standing:
+                    images_rounds, kept, frames_rounds = run.settled(target, ended, thresholds[-1], layout, standing)
+            calibrated.append(summed_up(target, thresholds, kept, images_rounds, frames_rounds))
         if len(merging) < len(targets):
             calibrated.append(layout.untouched(depth))
 
@@ -189,6 +195,7 @@ def _warn(samples: Samples, calibrated: Sequence[Calibrated]) -> None:
         if abs(entry.achieved - entry.budget) > max(TOLERANCE * entry.budget, 0.5 / samples.used):
             warnings.warn(
                 f"for a budget of {entry.budget:g} tokens the images keep {entry.achieved:.2f} on average: too many of "
-                "their tokens are exactly alike, or too few are left to merge; calibrate on more varied images.",
+                "their tokens are exactly alike, too few are left to merge, or their tiles are mostly padding; "
+                "calibrate on more varied images.",
                 stacklevel=3,
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from dymu.calibrate.edges import NEVER, threshold_for
 from dymu.calibrate.rounds import ROUNDS, Shelved, rounds
 from dymu.calibrate.samples import Inputs, hollow, spans
-from dymu.errors import BadBudget
+from dymu.errors import BadBudget, DymuError
 from dymu.families import Parts
 from dymu.merging import MergedTokens, above, merge_step
 from dymu.placed import Placed
@@ -151,44 +151,49 @@ class Run:
                 batches = onward
         return thresholds, batches
 
-    def calibrated(
-        self, target: float, thresholds: Sequence[float], batches: Sequence[Batch], layout: Layout, shelf: Shelf
-    ) -> Calibrated:
-        """What the thresholds do to the images as they stand in the prompt, and the rounds that settle them there.
+    def kept(self, batches: Sequence[Batch], threshold: float) -> list[int]:
+        """Tokens of each image as it stands in the prompt, after the last merging.
 
         Args:
-            target: what it is for.
-            thresholds, batches: from `thresholds`.
+            batches, threshold: from `thresholds`, the last of them.
         """
-        maps = [self._final_map(batch, thresholds[-1]) for batch in batches]
-        items = [self.placed(batch, tokens) for batch, tokens in zip(batches, maps, strict=True)]
-        kept = [item.budgeted for placed in items for item in placed]
-        images: tuple[float, ...] = ()
-        frames: tuple[float, ...] = ()
-        if layout.mixes or layout.videos:
-            hidden = [self._hidden(batch, thresholds[-1]) for batch in batches]
+        placed = (self.placed(batch, self._final_map(batch, threshold)) for batch in batches)
+        return [item.budgeted for items in placed for item in items]
+
+    def settled(
+        self, target: float, batches: Sequence[Batch], threshold: float, layout: Layout, shelf: Shelf
+    ) -> tuple[tuple[float, ...], list[int], tuple[float, ...]]:
+        """The rounds that settle images in the prompt, what they leave of each, and the rounds of the frames of videos.
+
+        Args:
+            target: tokens of an image to leave on average.
+            batches, threshold: see `kept`.
+            shelf: for what stands in the prompt.
+        """
+        images, kept, videos, patches = list[Shelved](), list[int](), list[Shelved](), 0
+        for batch in batches:
+            tokens, hidden = self._final_map(batch, threshold), self._hidden(batch, threshold)
+            placed = self.placed(batch, tokens)
+            kept += [item.budgeted for item in placed]
+            if layout.mixes:
+                of_images = self._features(batch, tokens, hidden)
+                pairs = zip(placed, of_images, strict=True)
+                images += [Shelved.put(Standing.of([item], [features]), shelf) for item, features in pairs]
+            if layout.videos:
+                # The whole image, which comes first, is what the family would see of a frame.
+                first = torch.tensor([start for start, _ in spans(batch.images)], device=hidden.device)
+                whole = TokenMap(tokens.group[first], tokens.kept[first], tokens.width)
+                given = (hollow(len(batch.images), 1, 3, *batch.images[0].size),)
+                frames = place(self._parts, "video", given, {}, whole, self._unseen(batch.images[0], len(first), whole))
+                features = features_of(self._parts, "video", given, {}, whole, hidden[first])
+                videos.append(Shelved.put(Standing.of(frames, list(features)), shelf))
+                patches += sum(int(item.patch.sum()) for item in frames)
+        for_images: tuple[float, ...] = ()
         if layout.mixes:
-            standing = [
-                Shelved.put(Standing.of([item], [features]), shelf)
-                for batch, tokens, states, placed in zip(batches, maps, hidden, items, strict=True)
-                for item, features in zip(placed, self._features(batch, tokens, states), strict=True)
-            ]
-            images, standing = rounds(standing, round(target * len(kept)))
-            kept = [image.standing.state.layout.total for image in standing]
-        if layout.videos:
-            standing, patches = [], 0
-            for batch, tokens, states in zip(batches, maps, hidden, strict=True):
-                frames_alone = hollow(len(batch.images), 1, 3, *batch.images[0].size)
-                first = torch.tensor([start for start, _ in spans(batch.images)], device=states.device)
-                tokens = TokenMap(tokens.group[first], tokens.kept[first], tokens.width)
-                placed = place(
-                    self._parts, "video", (frames_alone,), {}, tokens, self._unseen(batch.images[0], len(first), tokens)
-                )
-                features = features_of(self._parts, "video", (frames_alone,), {}, tokens, states[first])
-                standing.append(Shelved.put(Standing.of(placed, list(features)), shelf))
-                patches += sum(int(item.patch.sum()) for item in placed)
-            frames, _ = rounds(standing, round(target / layout.full * patches))
-        return summed_up(target, thresholds, kept, images, frames)
+            for_images, images = rounds(images, round(target * len(kept)))
+            kept = [image.standing.state.layout.total for image in images]
+        for_frames = rounds(videos, round(target / layout.full * patches))[0] if layout.videos else ()
+        return for_images, kept, for_frames
 
     def layout(self, batches: Sequence[Batch]) -> Layout:
         """How the images of unmerged batches lie in the prompt."""
@@ -197,9 +202,14 @@ class Run:
         counts = [item.budgeted for item in items]
         plain = all(item.pictures == 1 and count == tokens for item, count in zip(items, counts, strict=True))
         parts = self._parts
-        # Features of several layers are not kept, and what settles frames needs them.
-        videos = "video" in parts.placeholders and not parts.pools_with_weights and len(parts.feature_layers()) == 1
-        return Layout(tokens, counts, plain, any(item.mixes for item in items), videos)
+        mixes = any(item.mixes for item in items)
+        videos = "video" in parts.placeholders and not parts.pools_with_weights
+        if (mixes or videos) and len(parts.feature_layers()) > 1:
+            raise DymuError(
+                "this model reads features of several encoder layers and makes means over neighbouring tokens, which "
+                "calibration does not know yet; set vision_feature_layer to one layer."
+            )
+        return Layout(tokens, counts, plain, mixes, videos)
 
     def placed(self, batch: Batch, tokens: TokenMap) -> list[Placed]:
         """How the images lie in the prompt, once `tokens` of their pictures were merged."""

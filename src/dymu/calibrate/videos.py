@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,12 @@ VideoSource = str | Path | LoadedVideo | Sequence[Image.Image]
 
 HALVINGS = 40
 """Of the range of similarities, to find one."""
+
+ALIKE = 1 - 1e-5
+"""The highest similarity that is more than chance: equal tokens differ in their last digits."""
+
+TOLERANCE = 0.02
+"""Part of the wanted number by which the achieved one may miss it before a warning says so."""
 
 
 def calibrate_videos(
@@ -52,7 +59,8 @@ def calibrate_videos(
         per_second: tokens per second of video to keep on average.
         budget: of the frames, one of those in the thresholds; may be left out where there is one only.
         frames: of each video, at most, spread over its length. It should be as dense as on use.
-        fps: frames per second of videos that do not say how long they are, as folders and lists of frames do not.
+        fps: frames per second of videos that do not say how long they are, as folders and lists of frames do not; of
+            all their frames, also where fewer are looked at.
         progress: show a bar on stderr, if that is a terminal.
 
     Returns:
@@ -72,7 +80,7 @@ def calibrate_videos(
         task = bar.add_task("reading videos", total=len(videos) if isinstance(videos, Sized) else None)
         for number, source in enumerate(videos, 1):
             video = source if isinstance(source, LoadedVideo) else load(source, frames=frames)
-            seconds = video.seconds or (len(video.frames) / fps if fps else 0)
+            seconds = video.seconds or (video.of / fps if fps else 0)
             if not seconds:
                 raise BadVideo(f"video {number} does not say how long it is: give fps=, its frames per second.")
             pixels = _pixels(processor, video.frames).to(model.device, model.dtype)
@@ -126,6 +134,12 @@ def _over_time(samples: Sequence[_Sample], budget: float, per_second: float) -> 
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if achieved(middle) <= per_second else (low, middle)
-    if per_second == most:
-        low = NEVER
-    return OverTime(budget, per_second, low, achieved(low), len(samples), seconds)
+    threshold = NEVER if per_second == most else min(low, ALIKE)
+    found = OverTime(budget, per_second, threshold, achieved(threshold), len(samples), seconds)
+    if abs(found.achieved - per_second) > TOLERANCE * per_second:
+        warnings.warn(
+            f"for {per_second:g} tokens per second the videos keep {found.achieved:.2f}: too much in them is exactly "
+            "alike from frame to frame, or they are too few; calibrate on more, and more varied ones.",
+            stacklevel=3,
+        )
+    return found

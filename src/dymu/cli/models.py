@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dymu.cli.errors import BadModel, one_line
-from dymu.errors import BadThresholds, BadVideo, UnsupportedModel
+from dymu.errors import BadPrompt, BadThresholds, UnsupportedModel
 
 DEMO_BUDGET = 0.30
 THRESHOLDS_NAME = "thresholds.json"
@@ -78,17 +78,22 @@ def ask(loaded: Loaded, shown: Any, question: str) -> dict[str, Any]:
     from dymu.families import FAMILIES, resolve
 
     if not isinstance(shown, list):
-        return inputs_for(loaded.model, loaded.processor, [([shown], question)])
+        return _checked(loaded, inputs_for(loaded.model, loaded.processor, [([shown], question)]), "the image")
     if "video" not in resolve(loaded.model, FAMILIES).placeholders:
         raise BadModel(
             "this model takes no videos: take one that does, such as a llava_onevision, or show it an image."
         )
     inputs = video_inputs_for(loaded.model, loaded.processor, shown, question)
+    return _checked(loaded, inputs, f"{len(shown)} frames")
+
+
+def _checked(loaded: Loaded, inputs: dict[str, Any], what: str) -> dict[str, Any]:
+    """The inputs, unless they are longer than the language model was made for."""
     tokens, limit = inputs["input_ids"].shape[1], loaded.model.config.get_text_config().max_position_embeddings
     if tokens > limit:
-        raise BadVideo(
-            f"{len(shown)} frames make a prompt of {tokens:,} tokens, more than the {limit:,} that the language model "
-            "was made for: take fewer with --frames."
+        raise BadPrompt(
+            f"{what} and the question make a prompt of {tokens:,} tokens, more than the {limit:,} that the language "
+            "model was made for: take a smaller image, or fewer frames with --frames."
         )
     return inputs
 

@@ -127,6 +127,9 @@ def thresholds_for_people(data: dict[str, Any]) -> Iterator[Any]:
             "file": data["file"],
             "model": data["model"] or "not said",
             "encoder": _encoder_for_people(data["encoder"]),
+            "an image has": f"{_number(data['image_tokens'])} tokens on average"
+            if data["image_tokens"]
+            else "one picture",
             "schedule": data["schedule"] or "not said",
             "merging in": "all layers" if data["merge_layers"] is None else f"layers {_list(data['merge_layers'])}",
             "found on": f"{data['images']} images ({len(data['skipped'])} skipped)"

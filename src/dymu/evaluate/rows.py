@@ -104,7 +104,7 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
         UnsupportedModel: its method keeps so many tokens of a picture, and the model cuts images into several.
         BadThresholds: see `dymu.apply`.
     """
-    if row.method not in ("untouched", "dtome") and resolve(model, FAMILIES).family.learned:
+    if row.method not in ("untouched", "dtome") and resolve(model, FAMILIES).family.cuts_images:
         raise UnsupportedModel(
             f"{row.method} keeps a number of tokens of each picture, and this model cuts images into several; "
             "compare dtome with the untouched model."

@@ -64,5 +64,7 @@ class Family:
     """Where the config has none, the encoder's first token is dropped."""
     learned: tuple[str, ...] = ()
     """Parameters that stand among image features, such as the newline after a row of tiles."""
+    cuts_images: bool = False
+    """Whether images are cut into tiles."""
     towers: tuple[Tower, ...] = ()
     decoders: tuple[Decoder, ...] = ()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from dymu.families.llava import LLAVA
 
-LLAVA_NEXT = replace(LLAVA, model_type="llava_next", learned=("image_newline",))
+LLAVA_NEXT = replace(LLAVA, model_type="llava_next", learned=("image_newline",), cuts_images=True)
 
 LLAVA_NEXT_VIDEO = replace(
     LLAVA_NEXT, model_type="llava_next_video", pooler="vision_resampler", video_token="video_token_id"

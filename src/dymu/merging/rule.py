@@ -146,7 +146,8 @@ class FixedMerge:
     """Plain ToMe (arXiv 2210.09461): every image keeps exactly `keep` tokens, whatever it shows.
 
     Args:
-        keep: image tokens left per image, class token and registers not counted; a float up to 1 is a fraction.
+        keep: tokens left of each picture, class token and registers not counted; a float up to 1 is a fraction. An
+            image that is cut into tiles is several pictures.
         schedule: how the merges spread over the layers; ToMe's own is `constant`.
         layers: indices of the encoder layers that merge; None: all.
 
