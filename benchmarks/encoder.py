@@ -1,8 +1,9 @@
 """How long the vision encoder takes with DyMU and without, beside how many tokens its layers process.
 
-`python -m benchmarks.encoder clip-l` builds a CLIP-L/336 tower with random weights, `models/demo --side 336` takes the
-demo model's own. Each is calibrated on composed scenes, then encodes held-out photos and scenes: untouched, merged, and
-the layers alone on as many tokens, in turn. The result file holds, per budget and batch, the medians and
+`python -m benchmarks.encoder clip-l` builds a CLIP-L/336 tower with random weights (`so400m --side 384`: SigLIP's of
+that name), `models/demo --side 336` takes the demo model's own. Each is calibrated on composed scenes, then encodes
+held-out photos and scenes: untouched, merged, and the layers alone on as many tokens, in turn. The result file holds,
+per budget and batch, the medians and
 
 * `count_ratio`, what token counts alone would give: the tokens that every layer of the untouched tower processes, over
   their mean over its layers with DyMU. A layer counts the tokens of its attention as a third, those of its MLP as two
@@ -36,6 +37,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    SiglipVisionConfig,
 )
 
 import dymu
@@ -45,11 +48,23 @@ from dymu.merging import MergedTokens, attention, layout
 from dymu.tasks.composed import Composed, calibration_images
 from dymu.tasks.photos import Photos
 
-RANDOM = "clip-l"
+RANDOM: dict[str, Callable[[int], PreTrainedConfig]] = {
+    "clip-l": lambda side: CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=side,
+        patch_size=14,
+    ),
+    "so400m": lambda side: SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=side,
+        patch_size=14, vision_use_head=False,
+    ),
+}  # fmt: skip
+"""Towers of a known shape with random weights, for squares of so many pixels."""
+FEATURES = {"clip-l": (-2, "default"), "so400m": (-1, "full")}
+"""Which layer of each the language model reads, and whether without its first token."""
 
 
 def main(
-    tower: Annotated[str, typer.Argument(help=f"A model's folder, or {RANDOM} for that shape with random weights.")],
+    tower: Annotated[str, typer.Argument(help=f"A model's folder; with random weights: {', '.join(RANDOM)}.")],
     side: Annotated[int, typer.Option(help="Pixels of the square that the tower sees.")] = 336,
     batches: Annotated[str, typer.Option(help="Images at a time.")] = "1,4,16",
     budgets: Annotated[str, typer.Option(help="Parts of the tokens to keep.")] = "0.15,0.3",
@@ -64,7 +79,7 @@ def main(
     """Time every batch at every budget, and write the result file."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = _load(tower, side)
+    model, processor = load(tower, side)
     model = model.to(device, getattr(torch, dtype)).eval()
     wanted = [float(budget) for budget in budgets.split(",")]
     sizes = [int(size) for size in batches.split(",")]
@@ -97,18 +112,18 @@ def main(
     print(record.write(name, found))
 
 
-def _load(tower: str, side: int) -> tuple[Any, Any]:
+def load(tower: str, side: int) -> tuple[Any, Any]:
     """A LLaVA of that tower, and its image processor for squares of `side` pixels."""
-    if tower == RANDOM:
+    if tower in RANDOM:
         text = LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
             num_key_value_heads=1,
         )  # fmt: skip
-        vision = CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=side,
-            patch_size=14,
+        layer, strategy = FEATURES[tower]
+        config = LlavaConfig(
+            vision_config=RANDOM[tower](side), text_config=text, image_token_id=7, vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
         )  # fmt: skip
-        config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=7, vision_feature_layer=-2)
         return LlavaForConditionalGeneration(config), CLIPImageProcessorPil(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )
@@ -125,37 +140,32 @@ def _pictures(count: int) -> list[Image.Image]:
 
 def _timed(model: Any, handle: dymu.Handle, pixels: Tensor, repeats: int) -> dict[str, Any]:
     """Milliseconds per image, and how they compare with the token counts."""
-    merged_features = _features(model, pixels)
-    report = handle.last
-    assert report.map is not None
-    merged_features = report.map.expand(merged_features)
-    processed = _processed(model, handle)
+    merged_features, report = _features(model, pixels), handle.last
+    lengths = processed(model, handle)
 
     def untouched() -> None:
         with handle.disabled():
-            _encode(model, pixels)
+            encode(model, pixels)
 
     works: dict[str, Callable[[], object]] = {
         "untouched": untouched,
-        "dymu": lambda: _encode(model, pixels),
-        "layers": lambda: _layers_alone(model, len(pixels), processed),
+        "dymu": lambda: encode(model, pixels),
+        "layers": lambda: _layers_alone(model, len(pixels), lengths),
     }
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            times[name].append(1e3 * _seconds(work) / len(pixels))
+            times[name].append(1e3 * seconds(work) / len(pixels))
     with handle.disabled():
         cosine = cosine_similarity(merged_features, _features(model, pixels), dim=-1).mean().item()
     shares = []
     for _ in range(repeats):
-        with _clocked() as spent:
-            whole = _seconds(works["dymu"])
+        with clocked() as spent:
+            whole = seconds(works["dymu"])
         shares.append(sum(spent) / whole)
     median = {name: statistics.median(each) for name, each in times.items()}
     ratio = median["untouched"] / median["dymu"]
-    parts = resolve(model, FAMILIES)
-    full = parts.prefix + report.original[0] - report.prefix
-    count_ratio = full * len(parts.encoder_layers) / sum((into + 2 * out) / 3 for into, out in processed)
+    count_ratio = counted(model, lengths)
     return {
         "kept": statistics.fmean(report.kept),
         **{f"{name}_ms": value for name, value in median.items()},
@@ -170,11 +180,16 @@ def _timed(model: Any, handle: dymu.Handle, pixels: Tensor, repeats: int) -> dic
     }
 
 
-def _processed(model: Any, handle: dymu.Handle) -> list[tuple[float, float]]:
+def processed(model: Any, handle: dymu.Handle) -> list[tuple[float, float]]:
     """Of each layer that runs, the tokens of its attention and of its MLP, the mean over the images."""
     prefix = resolve(model, FAMILIES).prefix - int((~handle.last.items[0].patch).sum())
     after = [prefix + statistics.fmean(kept) for kept in handle.last.layers]
     return list(zip([prefix + handle.last.original[0], *after[:-1]], after, strict=True))
+
+
+def counted(model: Any, lengths: list[tuple[float, float]]) -> float:
+    """What so many tokens alone would give: untouched over DyMU, see `count_ratio` above."""
+    return lengths[0][0] * len(resolve(model, FAMILIES).encoder_layers) / sum((i + 2 * out) / 3 for i, out in lengths)
 
 
 def _layers_alone(model: Any, images: int, processed: list[tuple[float, float]]) -> None:
@@ -189,25 +204,28 @@ def _layers_alone(model: Any, images: int, processed: list[tuple[float, float]])
 
 
 def _features(model: Any, pixels: Tensor) -> Tensor:
-    """What the projector is given, [B, M, C], in float32."""
-    given: list[Tensor] = []
+    """What the projector is given, copied to all N places, [B, N, C], in float32."""
     projector = resolve(model, FAMILIES).projector
-    hook = projector.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
-    _encode(model, pixels)
-    hook.remove()
-    return given[0].float()
+    projector.forward = lambda features: features
+    try:
+        return torch.stack(list(encode(model, pixels).pooler_output)).float()
+    finally:
+        del projector.forward
 
 
-def _encode(model: Any, pixels: Tensor) -> Any:
+def encode(model: Any, pixels: Tensor) -> Any:
+    """Encode and project pictures [B, 3, height, width], with DyMU if it is applied."""
     config = model.config
     return model.get_image_features(
         pixels,
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
+        return_dict=True,
     )
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes, with what it has the accelerator do."""
     _wait()
     began = perf_counter()
     work()
@@ -221,7 +239,7 @@ def _wait() -> None:
 
 
 @contextmanager
-def _clocked() -> Iterator[list[float]]:
+def clocked() -> Iterator[list[float]]:
     """Seconds of every match and every merge meanwhile."""
     spent: list[float] = []
 

@@ -1,8 +1,8 @@
 """The pictures of docs/layouts.md: an image in tiles, and a video whose frames share tokens.
 
-`python -m benchmarks.layout_pictures models/demo FOLDER` gives a LLaVA-OneVision the demo model's real tower, at 336 px a
-tile, and a small random language model, which has no say in what merges. It calibrates on photos of FOLDER and on clips
-made of them, and draws one of examples/ that it has not seen.
+`python -m benchmarks.layout_pictures models/demo FOLDER` gives a LLaVA-OneVision the demo model's real tower, at 336 px
+a tile, and a small random language model, which has no say in what merges. It calibrates on photos of FOLDER and on
+clips made of them, and draws one of examples/ that it has not seen.
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 `python -m benchmarks.record_merges models/demo` shows the model's vision tower the library's held-out photos at 336 px
 (576 tokens, LLaVA-1.5's grid) and merges in all of its layers. 32 of the photos are recorded, spread evenly from simple
-ones to complex ones, and the thresholds are calibrated on the others. It writes `src/dymu/bench/merges.safetensors`.
+ones to complex ones, and the thresholds are calibrated on the others. It writes merges-576.safetensors in
+`src/dymu/bench`.
+
+`python -m benchmarks.record_merges models/demo --side 378 --photos 20 --budgets 102,182,335` does the same for pictures
+of 729 tokens, as a tower of SigLIP's so400m size sees the tiles of an image.
 """
 
 from __future__ import annotations
@@ -19,16 +23,13 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
-from dymu.bench.replay import FILE, Recorded
+from dymu.bench.replay import Recorded, file_for
 from dymu.bench.subject import spread
 from dymu.merging import Chooser, MergeRule, ThresholdMerge
 from dymu.tasks.scenes import evaluation_pack
 
-BUDGETS = (44, 89, 173, 195, 288, 432)
-PHOTOS = 32
-SORTED_AT = 173
-"""The budget at which photos are told simple from complex."""
-SIDE_PX, TOKENS = 336, 576
+SORTED_AT = 0.3
+"""Photos are told simple from complex at the budget nearest to this part of the tokens."""
 SCHEDULE = "reverse_linear"
 
 
@@ -54,24 +55,32 @@ class Recording:
 
 
 @torch.inference_mode()
-def main(model_folder: Annotated[Path, typer.Argument(metavar="MODEL")]) -> None:
+def main(
+    model_folder: Annotated[Path, typer.Argument(metavar="MODEL")],
+    side: Annotated[int, typer.Option(help="Pixels of the square that the tower sees.")] = 336,
+    photos: Annotated[int, typer.Option(help="How many are recorded.")] = 32,
+    budgets: Annotated[str, typer.Option(help="In tokens.")] = "44,89,173,195,288,432",
+) -> None:
     """Calibrate, record, write."""
     model: Any = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).eval()
     model.config.vision_feature_layer = -1  # so that every layer merges
     processor = AutoProcessor.from_pretrained(model_folder).image_processor
-    processor.size = {"height": SIDE_PX, "width": SIDE_PX}
+    processor.size = {"height": side, "width": side}
+    tokens = (side // model.config.vision_config.patch_size) ** 2
+    wanted = [int(budget) for budget in budgets.split(",")]
+    sorted_at = min(wanted, key=lambda budget: abs(budget - SORTED_AT * tokens))
     pack = evaluation_pack()
     pictures = {file: pack.picture(file).convert("RGB") for file in sorted(photo.file for photo in pack.photos)}
 
     def record(files: Sequence[str], rule: MergeRule, what: str) -> tuple[tuple[np.ndarray, ...], ...]:
         recording = Recording(rule)
-        photos = []
+        found = []
         with dymu.apply(model, merge=recording):
             for file in track(files, description=what):
                 pixels = processor(images=[pictures[file]], return_tensors="pt")["pixel_values"]
                 model.get_image_features(pixel_values=pixels)
-                photos.append(tuple(recording.into))
-        return tuple(photos)
+                found.append(tuple(recording.into))
+        return tuple(found)
 
     def calibrated(files: Sequence[str], budgets: Sequence[int]) -> dict[int, tuple[float, ...]]:
         found = dymu.calibrate(model, processor, [pictures[file] for file in files], budgets, schedule=SCHEDULE)
@@ -82,17 +91,18 @@ def main(model_folder: Annotated[Path, typer.Argument(metavar="MODEL")]) -> None
             budget: record(files, ThresholdMerge(per_layer), f"recording at {budget}")
             for budget, per_layer in thresholds.items()
         }
-        return Recorded(TOKENS, len(model.model.vision_tower.encoder.layer), tuple(files), thresholds, into)
+        return Recorded(tokens, len(model.model.vision_tower.encoder.layer), tuple(files), thresholds, into)
 
-    everything = recorded(list(pictures), calibrated(list(pictures), [SORTED_AT]))
-    chosen = [everything.photos[photo] for photo in sorted(spread(everything.kept(SORTED_AT), PHOTOS))]
+    everything = recorded(list(pictures), calibrated(list(pictures), [sorted_at]))
+    chosen = [everything.photos[photo] for photo in sorted(spread(everything.kept(sorted_at), photos))]
     others = [file for file in pictures if file not in chosen]
-    found = recorded(chosen, calibrated(others, BUDGETS))
-    found.save(FILE)
-    for budget in BUDGETS:
+    found = recorded(chosen, calibrated(others, wanted))
+    file = file_for(tokens)
+    found.save(file)
+    for budget in wanted:
         kept = found.kept(budget)
         print(f"budget {budget}: {np.mean(kept):.1f} ± {np.std(kept):.1f} tokens kept, {min(kept)} to {max(kept)}")
-    print(f"{FILE.name}: {FILE.stat().st_size:,} bytes; calibrated on {len(others)} other photos")
+    print(f"{file.name}: {file.stat().st_size:,} bytes; calibrated on {len(others)} other photos")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from dymu.evaluate import Results, summarise
 from dymu.evaluate.summary import ALL
 from dymu.evaluate.tables import accuracy_table, kind_table, provenance, series
 
-DOCS = ("saliency", "evidence", "speed", "memory")
+DOCS = ("saliency", "evidence", "speed", "encoder", "memory")
 PAGES = tuple(ROOT / page for page in ("README.md", "models/demo/README.md", *(f"docs/{page}.md" for page in DOCS)))
+BENCH_OF_TILES = "bench-llava-onevision-0.5b.json"
 EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
 
 
@@ -55,9 +56,32 @@ def kept_tokens() -> str:
 
 
 def bench() -> str:
-    """Times and bytes as parts of the untouched model's, of every `bench-….json`."""
-    found = [load_bench(path) for path in sorted(RESULTS.glob("bench-*.json"))]
-    return "\n\n".join(f"{overview(results)}\n\n<sub>{made_by(results)}</sub>" for results in found)
+    """Times and bytes as parts of the untouched model's, of every `bench-….json` but that of `bench_tiles`."""
+    return "\n\n".join(_bench(path) for path in sorted(RESULTS.glob("bench-*.json")) if path.name != BENCH_OF_TILES)
+
+
+def bench_tiles() -> str:
+    """The same of a model that cuts images into tiles."""
+    return _bench(RESULTS / BENCH_OF_TILES)
+
+
+def _bench(path: Path) -> str:
+    results = load_bench(path)
+    return f"{overview(results)}\n\n<sub>{made_by(results)}</sub>"
+
+
+def tiles() -> str:
+    """A vision encoder's milliseconds per picture, and what token counts alone would give."""
+    result = _load(RESULTS / "tiles.json")
+    rows = [
+        [str(row["pictures"]), f"{row['budget'] / result['full_tokens']:.0%}", f"{row['kept']:.0f}",
+         f"{row['untouched_ms']:,.0f}", f"{row['dymu_ms']:,.0f}", f"{row['merge_ms']:.0f}",
+         f"**{row['ratio']:.2f}** ({row['ratio_least']:.2f} to {row['ratio_most']:.2f})", f"{row['count_ratio']:.2f}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    header = ["pictures", "budget", f"kept of {result['full_tokens']}", "untouched, ms per picture", "DyMU",
+              "of it matching and merging", "untouched / DyMU", "count ratio"]  # fmt: skip
+    return _markdown(header, rows) + _made_by(result)
 
 
 def _layer(phase: str, columns: dict[str, str]) -> str:
@@ -234,8 +258,8 @@ def saliency_paired() -> str:
 
 
 FUNCTIONS = (
-    kept_tokens, bench, layer_prefill, layer_decode, memory, accuracy, accuracy_by_kind, compact, calibration_size,
-    saliency, saliency_schedules, saliency_paired,
+    kept_tokens, bench, bench_tiles, tiles, layer_prefill, layer_decode, memory, accuracy, accuracy_by_kind, compact,
+    calibration_size, saliency, saliency_schedules, saliency_paired,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig
+from transformers import AutoModelForImageTextToText
 
+from dymu.apply import Handle
 from dymu.bench.replay import Replay
 from dymu.bench.variants import Variant
-from dymu.families import FAMILIES, resolve
+from dymu.families import FAMILIES, Parts, resolve
 
 ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """The largest relative error (Frobenius norm) of the attention's outputs, by dtype."""
 
-LAYERS, SIDE, PATCH, VOCABULARY = 2, 32, 4, 64
-TOKENS = (SIDE // PATCH) ** 2
-KEY_HEADS = 2
-"""At most: the reference takes its time."""
+LAYERS, VOCABULARY = 2, 64
+ROWS, KEY_HEADS = 8, 2
+"""Rows of patches of an image that is one picture, and key heads at most: the reference takes its time."""
 TEXT = (5, 19)
 """Words before and after the image."""
 BATCH, DECODED = 2, 2
@@ -43,30 +44,37 @@ class Checked:
 
 
 class Reference:
-    """A small model with attention of the measured model's shape, and what the reference computes for a prompt.
+    """A small model like the measured one, and what the reference computes for a prompt.
 
-    It keeps the size of a head, how many query heads share a key head, rotary angles and windows, and has two layers
-    and up to two key heads. Two images merge at random, each to another number of tokens, and two tokens are decoded.
-    The reference runs in float32 on the CPU.
+    It keeps the family with its way to lay out tiles, the size of a head, how many query heads share a key head, rotary
+    angles and windows, and has two layers, up to two key heads and coarser patches. Two images merge at random, each to
+    another number of tokens, and two tokens are decoded. The reference runs in float32 on the CPU.
 
     Args:
-        text_config: of the measured model's decoder.
+        model: the measured one, which gives its device and dtype.
+        shown: what it takes to see one and the same image twice. Here the pixels are noise.
     """
 
-    def __init__(self, text_config: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+    def __init__(self, model: Any, shown: Mapping[str, Tensor]) -> None:
+        self._device, self._dtype = model.device, model.dtype
         torch.manual_seed(0)
-        self._model = AutoModelForImageTextToText.from_config(_small(text_config), dtype=torch.float32).eval()
+        parts = resolve(model, FAMILIES)
+        pixels = shown["pixel_values"]
+        config = _small(parts, pictures=pixels.shape[1] if pixels.ndim > 4 else 1)
+        self._model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in self._model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0, parameter.shape[-1] ** -0.5)
-        self._rule = _random_merges()
-        self._pixels = torch.randn(BATCH, 3, SIDE, SIDE)
+            self._shown = {name: value.cpu() for name, value in shown.items()}
+            self._shown["pixel_values"] = torch.randn(pixels.shape)
+            encoded = self._model.get_image_features(**self._shown, return_dict=True)
+        pictures, tokens = encoded.last_hidden_state.shape[:2]
+        self._rule = _random_merges(pictures, tokens - parts.prefix)
         words = [torch.randint(VOCABULARY - 1, (BATCH, count)) for count in (*TEXT, DECODED)]
-        image = torch.full((BATCH, TOKENS), VOCABULARY - 1)
+        image = torch.full((BATCH, len(encoded.pooler_output[0])), VOCABULARY - 1)
         self._ids, self._decoded = torch.cat((words[0], image, words[1]), 1), words[2]
-        _cast(self._model, dtype)  # to weights that the measured dtype holds, so that only the arithmetic differs
+        _cast(self._model, self._dtype)  # to weights that the measured dtype holds: only the arithmetic differs
         _cast(self._model, torch.float32)
         self._wanted = self._attended(self._model, Variant("reference", "reference"))
 
@@ -86,16 +94,19 @@ class Reference:
     def _attended(self, model: Any, variant: Variant) -> Tensor:
         """What the attention layers put out, for every merged token of the prompt and of the decoding, [all, C]."""
         outputs: list[Tensor] = []
-        lengths = [sum(TEXT) + TOKENS - sum(int((layer >= 0).sum()) for layer in image) for image in self._rule.into]
+        handle: Handle | None = None
 
         def take(_module: object, _args: object, output: Any) -> None:
+            assert handle is not None
             rows = output[0].float().cpu()
+            lengths = [sum(TEXT) + kept for kept in handle.last.kept]
             outputs.extend(row[:length] for row, length in zip(rows, lengths, strict=True))  # padding may be anything
 
         hooks = [module.register_forward_hook(take) for module in resolve(model, FAMILIES).attentions]
         try:
-            with variant.on(model, {"merge": self._rule}):
-                prompt = {"input_ids": self._ids, "pixel_values": self._pixels.to(model.dtype)}
+            with variant.on(model, {"merge": self._rule}) as handle:
+                prompt = {"input_ids": self._ids, **self._shown}
+                prompt["pixel_values"] = prompt["pixel_values"].to(model.dtype)
                 cache = None
                 for words in (None, *self._decoded.split(1, 1)):
                     given = prompt if words is None else {"input_ids": words}
@@ -113,8 +124,9 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _small(text_config: Any) -> LlavaConfig:
-    text = copy.deepcopy(text_config)
+def _small(parts: Parts, pictures: int) -> Any:
+    config, family = copy.deepcopy(parts.config), parts.family
+    text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     shared = text.num_attention_heads // text.num_key_value_heads
     heads = min(text.num_key_value_heads, KEY_HEADS)
@@ -123,25 +135,28 @@ def _small(text_config: Any) -> LlavaConfig:
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = LAYERS, VOCABULARY, None
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:LAYERS]
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=2, image_size=SIDE,
-        patch_size=PATCH,
-    )  # fmt: skip
-    return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=VOCABULARY - 1, vision_feature_layer=-1
-    )
+    vision = config.vision_config
+    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers = 32, 32, LAYERS
+    vision.num_attention_heads = 2
+    rows = max(round(ROWS / math.sqrt(pictures)), 2)  # the side of a picture stays, by which the family cuts images
+    vision.patch_size = vision.image_size // min(rows, vision.image_size)
+    layers = getattr(config, family.feature_layer)
+    setattr(config, family.feature_layer, -1 if isinstance(layers, int) else [-1] * len(layers))
+    setattr(config, family.image_token, VOCABULARY - 1)
+    return config
 
 
-def _random_merges() -> Replay:
-    """In every layer, for every image, a random half (or quarter) of the tokens at even places merge."""
+def _random_merges(pictures: int, tokens: int) -> Replay:
+    """In every layer a random half of the tokens at even places merge, in pictures of the second image a quarter."""
     generator = np.random.default_rng(0)
-    images = []
-    for image in range(BATCH):
-        left, layers = TOKENS, []
+    into_of = []
+    for picture in range(pictures):
+        left, layers = tokens, []
         for _ in range(LAYERS):
             partner = generator.integers(0, left // 2, (left + 1) // 2)
-            into = np.where(generator.random(len(partner)) < 0.5 / (image + 1), partner, -1)
+            merges = generator.random(len(partner)) < 0.5 / (1 + picture * BATCH // pictures)
+            into = np.where(merges, partner, -1)
             left -= int((into >= 0).sum())
             layers.append(into)
-        images.append(tuple(layers))
-    return Replay(TOKENS, tuple(images))
+        into_of.append(tuple(layers))
+    return Replay(tokens, tuple(into_of))

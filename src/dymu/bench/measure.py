@@ -17,6 +17,8 @@ from dymu.timing import now
 from dymu.unmerging import cache_bytes
 
 Inputs = Mapping[str, Any]
+WORDS = ("input_ids", "attention_mask")
+"""What a prompt is given that no image is."""
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def merging(model: Any, inputs: Inputs) -> dict[str, float]:
         hooks.append(layer.norm2.register_forward_pre_hook(mlp_begins, prepend=True))
     try:
         begins = now()
-        model.get_image_features(pixel_values=inputs["pixel_values"])
+        model.get_image_features(**{name: value for name, value in inputs.items() if name not in WORDS})
         whole = now() - begins
     finally:
         for hook in hooks:

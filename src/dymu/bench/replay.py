@@ -1,9 +1,9 @@
 """Merges recorded on real photos, and a rule that replays them.
 
 A model with random weights merges nonsense: its group shapes, on which time and memory depend, would be those of no
-real picture. So the merges of a real encoder (the demo model's DINOv2-S, 576 tokens of a 336 px photo) were recorded
-once by `benchmarks/record_merges.py`, and any encoder of 576 tokens and at least as many layers can go through them
-again.
+real picture. So the merges of a real encoder (the demo model's DINOv2-S, 576 tokens of a 336 px photo, and 729 of one
+of 378 px) were recorded once by `benchmarks/record_merges.py`, and any encoder of as many tokens and at least as many
+layers can go through them again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from dymu.errors import BadBudget, UnsupportedModel
 from dymu.merging import Chooser
 
-FILE = Path(__file__).with_name("merges.safetensors")
+FOLDER = Path(__file__).parent
 NEAR = 0.05
 """A budget this much off a recorded one is taken for it."""
 
@@ -50,18 +50,24 @@ class Recorded:
         """Tokens left of each photo."""
         return [self.tokens - sum(int((layer >= 0).sum()) for layer in photo) for photo in self.into[budget]]
 
-    def budget_near(self, budget: int | float) -> int:
-        """The recorded budget for one in tokens, or a fraction of all as a float up to 1.
+    def budget_near(self, budget: int | float, pictures: int = 1) -> int:
+        """The recorded budget, of one photo, for one in tokens, or a fraction of all as a float up to 1.
+
+        Args:
+            budget: of an image.
+            pictures: that an image is cut into, each merged as a photo was.
 
         Raises:
             BadBudget: none is within 5 % of it.
         """
-        wanted = budget * self.tokens if isinstance(budget, float) and budget <= 1 else budget
-        nearest = min(self.into, key=lambda recorded: abs(recorded - wanted))
-        if abs(nearest - wanted) > NEAR * nearest:
+        full = pictures * self.tokens
+        wanted = budget * full if isinstance(budget, float) and budget <= 1 else budget
+        nearest = min(self.into, key=lambda recorded: abs(pictures * recorded - wanted))
+        if abs(pictures * nearest - wanted) > NEAR * pictures * nearest:
+            known = ", ".join(str(pictures * recorded) for recorded in sorted(self.into))
             raise BadBudget(
-                f"merges were recorded at {', '.join(map(str, sorted(self.into)))} of {self.tokens} tokens, none of "
-                f"them near {wanted:g}; take one of those, or record more with `python -m benchmarks.record_merges`."
+                f"merges were recorded at {known} of {full} tokens, none of them near {wanted:g}; take one of those, "
+                "or record more with `python -m benchmarks.record_merges`."
             )
         return nearest
 
@@ -100,10 +106,24 @@ class Recorded:
         )
 
 
+def file_for(tokens: int) -> Path:
+    """Where the merges of pictures of so many tokens are."""
+    return FOLDER / f"merges-{tokens}.safetensors"
+
+
 @cache
-def recorded() -> Recorded:
-    """The merges that come with the library."""
-    return Recorded.load(FILE)
+def recorded(tokens: int = 576) -> Recorded:
+    """The merges that come with the library for pictures of so many tokens.
+
+    Raises:
+        UnsupportedModel: there are none.
+    """
+    if not file_for(tokens).exists():
+        raise UnsupportedModel(
+            f"no merges were recorded for pictures of {tokens} tokens; take a shape with others, or record some with "
+            "`python -m benchmarks.record_merges`."
+        )
+    return Recorded.load(file_for(tokens))
 
 
 def _cut(flat: np.ndarray, tokens: int, layers: int, photos: int) -> tuple[tuple[np.ndarray, ...], ...]:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dymu import __version__
 from dymu.apply import handle_of
 from dymu.bench import measure
-from dymu.bench.check import Checked, Reference
+from dymu.bench.check import BATCH, Checked, Reference
 from dymu.bench.layouts import LAYOUTS, ids, images_in
 from dymu.bench.results import BenchFile
 from dymu.bench.subject import Subject, spread
@@ -69,7 +69,7 @@ def bench(
     Args:
         subject: what is measured; its model is as it was afterwards.
         output: the result file.
-        budgets: wanted average of image tokens; a float up to 1 is a fraction.
+        budgets: wanted average of tokens of an image; a float up to 1 is a fraction.
         batches: prompts that are run together.
         layouts: see `LAYOUTS`.
         backends: of DyMU's attention, see `dymu.apply`.
@@ -117,20 +117,21 @@ def bench(
     ]
     if not cells:
         return file.body
+    untouched: dict[str, dict[str, int]] = {}
     with _bar(progress) as bar:
         task = bar.add_task("holding backends against the reference", total=len(cells))
-        checks = _checks(subject.model, compared)
+        checks = _checks(subject, compared)
         file.body["checks"] = {name: asdict(found) for name, found in checks.items()}
         for layout, batch, budget in cells:
             bar.update(task, description=f"{layout} · batch {batch} · {budget:g} tokens")
-            file.add(_cell(subject, compared, checks, layout, batch, budget, repeats, limit_s, seed))
+            cell = _cell(subject, compared, checks, layout, batch, budget, repeats, limit_s, seed, untouched)
+            file.add(cell)
             bar.advance(task)
     return file.body
 
 
-def _checks(model: Any, compared: Sequence[Variant]) -> dict[str, Checked]:
-    parts = resolve(model, FAMILIES)
-    reference = Reference(parts.language_model.config, model.device, model.dtype)
+def _checks(subject: Subject, compared: Sequence[Variant]) -> dict[str, Checked]:
+    reference = Reference(subject.model, subject.shown([0] * BATCH))
     return {variant.name: reference.check(variant) for variant in compared if variant.backend}
 
 
@@ -144,18 +145,19 @@ def _cell(
     repeats: int,
     limit_s: float,
     seed: int,
+    untouched: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """Everything of one budget, batch and layout."""
+    """Everything of one budget, batch and layout; `untouched` as in `_flops`."""
     ends = perf_counter() + limit_s
     counts = subject.kept(budget)
-    photos = spread(counts, batch * images_in(layout))
-    kept = [counts[photo] for photo in photos]
+    images = spread(counts, batch * images_in(layout))
+    kept = [counts[image] for image in images]
     found: dict[str, dict[str, Any]] = {}
     cell: dict[str, Any] = {"layout": layout, "batch": batch, "budget": budget, "kept": kept}
     try:
         with _memory_errors():
             prompts = _Prompts(
-                subject, layout, batch, photos, round(fmean(kept)), subject.merging(budget, photos), seed
+                subject, layout, batch, images, round(fmean(kept)), subject.merging(budget, images), seed
             )
         timed: dict[str, Callable[[], Times]] = {}
         for variant in compared:
@@ -178,23 +180,33 @@ def _cell(
         for variant in compared:
             if variant.backend and variant.name in timed:
                 found[variant.name] |= prompts.run(variant, measure.merging)
-        counted = _flops(subject, layout, batch, budget, photos, seed)
+        counted = _flops(subject, layout, batch, budget, images, seed, untouched)
     except _OutOfMemory:
         return {**cell, "left_out": OUT_OF_MEMORY}
     return {**cell, "variants": found, "flops": counted}
 
 
 def _flops(
-    subject: Subject, layout: str, batch: int, budget: int | float, photos: Sequence[int], seed: int
+    subject: Subject,
+    layout: str,
+    batch: int,
+    budget: int | float,
+    images: Sequence[int],
+    seed: int,
+    untouched: dict[str, dict[str, int]],
 ) -> dict[str, dict[str, int]]:
-    """FLOPs of the untouched model and of DyMU, prompt by prompt, so that none is spent on padding."""
+    """FLOPs of the untouched model and of DyMU, prompt by prompt, so that none is spent on padding.
+
+    Args:
+        untouched: those of one prompt in each layout that was counted already; this one's is added.
+    """
     total = {"untouched": Counter[str](), "dymu": Counter[str]()}
-    same: dict[str, int] = {}
     for row in range(batch):
-        own = photos[row * len(photos) // batch : (row + 1) * len(photos) // batch]
+        own = images[row * len(images) // batch : (row + 1) * len(images) // batch]
         prompts = _Prompts(subject, layout, 1, own, 0, subject.merging(budget, own), seed)
-        same = same or prompts.run(UNTOUCHED, measure.flops)
-        total["untouched"].update(same)
+        if layout not in untouched:
+            untouched[layout] = prompts.run(UNTOUCHED, measure.flops)
+        total["untouched"].update(untouched[layout])
         total["dymu"].update(prompts.run(COUNTED, measure.flops))
     return {name: dict(found) for name, found in total.items()}
 
@@ -212,7 +224,7 @@ class _Prompts:
         subject: Subject,
         layout: str,
         batch: int,
-        photos: Sequence[int],
+        images: Sequence[int],
         left: int,
         merging: dict[str, Any],
         seed: int,
@@ -225,7 +237,7 @@ class _Prompts:
             words = ids(layout, batch, tokens, token, config.vocab_size, placeholder, seed).to(self._model.device)
             return {"input_ids": words, "attention_mask": torch.ones_like(words)}
 
-        self._shown = {**prompt(subject.tokens, True), "pixel_values": subject.pixels(photos)}
+        self._shown = {**prompt(subject.tokens, True), **subject.shown(images)}
         self._short = prompt(left, False)
 
     def run(self, variant: Variant, of: Callable[[Any, Inputs], Found]) -> Found:

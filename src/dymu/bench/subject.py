@@ -7,27 +7,33 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from dymu.apply import apply, encoder_of, name_of
 from dymu.bench import shapes
 from dymu.bench.replay import recorded
+from dymu.errors import UnsupportedModel
 from dymu.evaluate.run import fingerprint, short_hash
 from dymu.families import FAMILIES, resolve
+from dymu.placement import place, seen_by
 from dymu.tasks.scenes import evaluation_pack
 from dymu.thresholds import Thresholds
+from dymu.token_map import TokenMap
 
 CHUNK = 4
 """Photos that are encoded together while only their tokens are counted."""
+SQUARE_PX = 448
+"""Where a model cuts images into tiles, photos are squares of this side, so that all prompts are equally long."""
 
 
 class Subject(Protocol):
-    """A model, pictures for it, and how to merge them.
+    """A model, images for it, and how to merge them.
 
     Attributes:
         name: of the model.
         model: without DyMU.
-        tokens: of one image in the prompt, unmerged.
+        tokens: of one image in the prompt, unmerged, those between its tiles included.
     """
 
     name: str
@@ -43,15 +49,15 @@ class Subject(Protocol):
         ...
 
     def kept(self, budget: int | float) -> list[int]:
-        """Image tokens left of each photo."""
+        """Tokens left in the prompt of each image that there is."""
         ...
 
-    def pixels(self, photos: Sequence[int]) -> Tensor:
-        """[images, 3, height, width] of photos by their numbers, on the model's device."""
+    def shown(self, images: Sequence[int]) -> dict[str, Tensor]:
+        """What the model takes, besides words, to see images by their numbers; on its device."""
         ...
 
-    def merging(self, budget: int | float, photos: Sequence[int]) -> dict[str, Any]:
-        """What `dymu.apply` is to merge these photos by."""
+    def merging(self, budget: int | float, images: Sequence[int]) -> dict[str, Any]:
+        """What `dymu.apply` is to merge these images by."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -60,29 +66,62 @@ class Subject(Protocol):
 
 
 class Shape:
-    """A shape that comes with the library, random weights, recorded merges."""
+    """A shape that comes with the library, random weights, recorded merges.
+
+    Where an image is several pictures, each is merged as another photo was: the image's own and those that follow it.
+
+    Raises:
+        UnsupportedModel: no merges fit its pictures, or it puts others into the prompt than these.
+    """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
         self.name = name
         self.model = shapes.build(shapes.config(name), device, dtype, seed)
-        self.tokens = _image_tokens(self.model, self.pixels([0]))
+        self._image = shapes.image(name)
+        parts = resolve(self.model, FAMILIES)
+        vision = self.model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        self._recorded = recorded(patches)
+        shown = self.shown([0])
+        unmerged = TokenMap.identity(self._image.pictures, parts.prefix + patches, device)
+        (item,) = place(parts, "image", (), shown, unmerged, seen_by(shown["pixel_values"].flatten(0, -4), patches))
+        self.tokens = len(item.leaders)
+        pictured = self._image.pictures * patches
+        if item.mixes or int(item.patch.sum()) != pictured:
+            raise UnsupportedModel(
+                f"the shape {name} crops or shrinks its image, so recorded merges do not say what is left of it; "
+                "show it one that its pictures cover."
+            )
+        self._learned = self.tokens - pictured
 
     def budget(self, wanted: int | float) -> int:
-        return recorded().budget_near(wanted)
+        return self._image.pictures * self._recorded.budget_near(wanted, self._image.pictures)
 
     def kept(self, budget: int | float) -> list[int]:
-        return recorded().kept(int(budget))
+        of_photos = self._recorded.kept(int(budget) // self._image.pictures)
+        return [
+            self._learned + sum(of_photos[photo] for photo in self._photos(image)) for image in range(len(of_photos))
+        ]
 
-    def pixels(self, photos: Sequence[int]) -> Tensor:
-        side = self.model.config.vision_config.image_size
+    def shown(self, images: Sequence[int]) -> dict[str, Tensor]:
+        side, pictures = self.model.config.vision_config.image_size, self._image.pictures
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(len(photos), 3, side, side, generator=generator).to(self.model.device, self.model.dtype)
+        cut = (len(images),) if pictures == 1 else (len(images), pictures)
+        pixels = torch.randn(*cut, 3, side, side, generator=generator)
+        given = {name: torch.tensor([value] * len(images)) for name, value in self._image.given.items()}
+        given = {name: value.to(self.model.device) for name, value in given.items()}
+        return {"pixel_values": pixels.to(self.model.device, self.model.dtype), **given}
 
-    def merging(self, budget: int | float, photos: Sequence[int]) -> dict[str, Any]:
-        return {"merge": recorded().rule(int(budget), photos)}
+    def merging(self, budget: int | float, images: Sequence[int]) -> dict[str, Any]:
+        photos = [photo for image in images for photo in self._photos(image)]
+        return {"merge": self._recorded.rule(int(budget) // self._image.pictures, photos)}
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "weights": "random", "merges": "recorded from real photos"}
+
+    def _photos(self, image: int) -> list[int]:
+        """Those whose merges an image's pictures take."""
+        return [(image + picture) % len(self._recorded.photos) for picture in range(self._image.pictures)]
 
 
 class Pretrained:
@@ -91,8 +130,9 @@ class Pretrained:
     def __init__(self, model: Any, processor: Any, thresholds: Thresholds) -> None:
         self.name, self.model = name_of(model), model
         thresholds.check_fits(encoder_of(resolve(model, FAMILIES)))
-        self._processor, self._thresholds = processor.image_processor, thresholds
-        self.tokens = _image_tokens(model, self.pixels([0]))
+        self._processor, self._thresholds, self._tiles = processor.image_processor, thresholds, False
+        self._tiles = self._processed([0])["pixel_values"].ndim > 4
+        self.tokens = _image_tokens(model, self.shown([0]))
         self._counted: dict[int | float, list[int]] = {}
 
     def budget(self, wanted: int | float) -> float:
@@ -106,18 +146,15 @@ class Pretrained:
         with apply(self.model, self._thresholds, budget=budget) as handle:
             for start in range(0, len(recorded().photos), CHUNK):
                 photos = range(start, min(start + CHUNK, len(recorded().photos)))
-                self.model.get_image_features(pixel_values=self.pixels(photos))
+                self.model.get_image_features(**self.shown(photos))
                 found += handle.last.kept
         return found
 
-    def pixels(self, photos: Sequence[int]) -> Tensor:
-        pack = evaluation_pack()
-        files = [recorded().photos[photo] for photo in photos]
-        images = [pack.picture(file).convert("RGB") for file in files]
-        pixels: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
-        return pixels.to(self.model.device, self.model.dtype)
+    def shown(self, images: Sequence[int]) -> dict[str, Tensor]:
+        shown = {name: value.to(self.model.device) for name, value in self._processed(images).items()}
+        return {**shown, "pixel_values": shown["pixel_values"].to(self.model.dtype)}
 
-    def merging(self, budget: int | float, photos: Sequence[int]) -> dict[str, Any]:
+    def merging(self, budget: int | float, images: Sequence[int]) -> dict[str, Any]:
         return {"thresholds": self._thresholds, "budget": budget}
 
     def describe(self) -> dict[str, Any]:
@@ -127,6 +164,13 @@ class Pretrained:
             "weights": fingerprint(self.model),
             "merges": f"its own, by thresholds {short_hash(decided)}",
         }
+
+    def _processed(self, photos: Sequence[int]) -> dict[str, Tensor]:
+        pack = evaluation_pack()
+        pictures = [pack.picture(recorded().photos[photo]).convert("RGB") for photo in photos]
+        if self._tiles:
+            pictures = [ImageOps.fit(picture, (SQUARE_PX, SQUARE_PX)) for picture in pictures]
+        return dict(self._processor(images=pictures, return_tensors="pt"))
 
 
 def spread(kept: Sequence[int], count: int) -> list[int]:
@@ -145,5 +189,5 @@ def spread(kept: Sequence[int], count: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _image_tokens(model: Any, pixels: Tensor) -> int:
-    return len(model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0])
+def _image_tokens(model: Any, shown: dict[str, Tensor]) -> int:
+    return len(model.get_image_features(**shown, return_dict=True).pooler_output[0])
