@@ -722,9 +722,10 @@ def test_a_second_turn_on_the_same_cache(one_row, rule):
         return answer(model, input_ids=more, **seen), answer(model, input_ids=more, past_key_values=cache)
 
     stock, _ = turns()
-    with dymu.apply(model, merge=rule):
+    with dymu.apply(model, merge=rule) as handle:
         fresh, continued = turns()
         assert torch.equal(continued, fresh)
+        assert handle.last.items, "the report is of the turn that showed something"
         if rule is NOTHING:
             assert torch.equal(fresh, stock)
 

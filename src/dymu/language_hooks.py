@@ -35,6 +35,10 @@ from dymu.unmerging import (
 )
 
 
+PIXELS = ("pixel_values", "pixel_values_videos")
+"""What a call is given that shows images, or videos."""
+
+
 class _Call:
     """The images and videos of one call of the model.
 
@@ -118,7 +122,7 @@ class LanguageHooks:
         """Learn where this call's images and videos stand in the prompt."""
         given = self._inner_signature.bind(*args, **kwargs).arguments if args else kwargs
         encoded = given.get("mm_encoder_outputs") or {}
-        if not any(encoded.values()) and given.get("pixel_values") is None and given.get("pixel_values_videos") is None:
+        if not any(encoded.values()) and all(given.get(name) is None for name in PIXELS):
             if not _length(given.get("past_key_values")):
                 self.report = Report()
             return
@@ -143,10 +147,11 @@ class LanguageHooks:
         """Generation encodes images and videos one after the other, ahead of the first forward."""
 
         @functools.wraps(encode)
-        def encoding(*args: Any, **kwargs: Any) -> Any:
-            self.report, self._collecting = Report(), True
+        def encoding(inputs: dict[str, Any]) -> Any:
+            if any(inputs.get(name) is not None for name in PIXELS):
+                self.report, self._collecting = Report(), True
             try:
-                return encode(*args, **kwargs)
+                return encode(inputs)
             finally:
                 self._collecting = False
 

@@ -25,8 +25,12 @@ BACKEND = ["auto"]
 def bench(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[SHAPE|PATH|ID]", help="A shape with random weights (llava-1.5-7b, "
-                       "llava-1.5-shape-0.5b, llava-onevision-0.5b), or a model's folder or hub name.", show_default="the demo model"),
+        typer.Argument(
+            metavar="[SHAPE|PATH|ID]",
+            help="A shape with random weights (llava-1.5-7b, llava-1.5-shape-0.5b, llava-onevision-0.5b), "
+            "or a model's folder or hub name.",
+            show_default="the demo model",
+        ),
     ] = None,
     budget: Annotated[
         list[str],
