@@ -34,7 +34,6 @@ from dymu.unmerging import (
     prompt_map,
 )
 
-
 PIXELS = ("pixel_values", "pixel_values_videos")
 """What a call is given that shows images, or videos."""
 
