@@ -113,7 +113,7 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(call, thresholds, clip, tmp_
         (tmp_path / "none",): "without images",
         (tmp_path / "bad.mp4",): "no video in a format|PyAV",
         (sizes,): "differ in size",
-        (clip, "--per-second", 9): "calibrated for tokens per second",
+        (clip, "--per-second", 9): "is for videos over time",
         (photo, "--per-second", 9): "is for videos",
     }
     for given, why in wrong.items():

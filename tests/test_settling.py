@@ -229,7 +229,7 @@ def test_what_videos_cannot_keep_is_refused(model, thresholds):
     processor = tiny.VideoProcessor()
     with pytest.raises(BadBudget, match="tokens per second at a budget"):
         dymu.calibrate_videos(model, processor, clips(2), thresholds, [1000], budget=0.4, fps=3, progress=False)
-    with pytest.raises(BadVideo, match="give fps="):
+    with pytest.raises(BadVideo, match="does not say how long"):
         dymu.calibrate_videos(model, processor, clips(2), thresholds, [10], budget=0.4, progress=False)
     with pytest.raises(DymuError, match="no video was given"):
         dymu.calibrate_videos(model, processor, [], thresholds, [10], budget=0.4, fps=3, progress=False)
@@ -240,7 +240,7 @@ def test_what_videos_cannot_keep_is_refused(model, thresholds):
         dymu.apply(model, found, budget=0.4, per_second=30)
     with dymu.apply(model, found, budget=0.4, per_second=12) as handle:
         assert handle.per_second == 12
-        with pytest.raises(BadBudget, match="at other budgets"):
+        with pytest.raises(BadBudget, match="and not at"):
             handle.budget = 1.0
         assert handle.budget == found.budgets[0]
 
@@ -269,7 +269,7 @@ def test_a_video_is_drawn_frame_by_frame(model):
     assert brightness[1] < 0.6 * brightness[0]
     sheet = report.draw(frames)
     assert sheet.width > sheet.height * 0.6
-    with pytest.raises(ValueError, match="the model saw 4"):
+    with pytest.raises(ValueError, match="the model saw 4 frames"):
         report.draw(frames[:3])
     with pytest.raises(ValueError, match="not the image"):
         report.draw(frames[::-1])

@@ -176,6 +176,8 @@ class Handle:
         """
         if self._thresholds is None:
             raise BadBudget("this model merges by a fixed rule, which has no budget; apply thresholds instead.")
+        if per_second is not None and "video" not in self._parts.placeholders:
+            raise BadBudget("this model takes no videos, so it has no tokens per second; leave per_second out.")
         entry = self._thresholds.at(budget)
         over_time = None if per_second is None else self._thresholds.over_time_at(budget, per_second)
         self._vision.rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames, over_time)

@@ -88,10 +88,14 @@ class Report:
         """
         item = self._item(i)
         if item.video:
-            drawn = self.draw_frames(image if isinstance(image, Sequence) else [image], i)
+            drawn = self.draw_frames([image] if isinstance(image, Image.Image) else image, i)
             return contact_sheet(drawn, labels=[f"{fresh} new" for fresh in item.fresh])
-        if isinstance(image, Sequence):
-            raise ValueError(f"item {i} of the last call is an image, and several were given to draw")
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"item {i} of the last call is an image: give it as a PIL image, not a {type(image).__name__}"
+            )
+        if not -len(item.views) <= view < len(item.views):
+            raise IndexError(f"image {i} has {len(item.views)} views, so there is no view {view}")
         return _drawn(image, item.views[view], item.group)
 
     def draw_frames(self, frames: Sequence[Image.Image], i: int = 0) -> list[Image.Image]:
@@ -105,7 +109,7 @@ class Report:
             raise ValueError(f"item {i} of the last call is no video")
         if len(frames) != item.pictures:
             raise ValueError(
-                f"{len(frames)} frames were given of a video of which the model saw {item.pictures}; give those"
+                f"the model saw {item.pictures} frames of this video, and not {len(frames)}: give those it saw"
             )
         first = torch.where(item.leaders < 0, -1, item.picture[item.leaders.clamp(min=0)])
         group = torch.where(first < item.picture, -1, item.group)

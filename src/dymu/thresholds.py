@@ -128,7 +128,7 @@ class Thresholds:
         if budget is None:
             if len(self.calibrated) == 1:
                 return lowest
-            raise BadBudget(f"no budget was given; choose one of {span} image tokens, for which {self} was calibrated.")
+            raise BadBudget(f"no budget was given; choose one from {span} image tokens, the range of {self}.")
         if isinstance(budget, bool) or not hasattr(budget, "__float__"):
             raise BadBudget(f"a budget is a number of tokens or a fraction of them, not {budget!r}.")
         wanted = float(budget)
@@ -141,7 +141,7 @@ class Thresholds:
             wanted = near if abs(near - wanted) <= 0.5 else wanted
         if not lowest - 0.5 <= wanted <= highest + 0.5:
             raise BadBudget(
-                f"a budget of {budget:g} ({wanted:g} image tokens) is outside {span}, for which {self} was calibrated; "
+                f"a budget of {budget:g} ({wanted:g} image tokens) is outside {span}, the range of {self}; "
                 "choose one within, or calibrate for it (dymu calibrate -b)."
             )
         return min(max(wanted, lowest), highest)
@@ -192,16 +192,18 @@ class Thresholds:
             raise BadBudget(f"tokens per second are a number, not {per_second!r}.")
         wanted = self.tokens_for(budget)
         entries = sorted((e for e in self.over_time if e.budget == wanted), key=lambda entry: entry.per_second)
+        if not self.over_time:
+            raise BadBudget(f"nothing in {self} is for videos over time; make it with `dymu calibrate-videos`.")
         if not entries:
-            known = ", ".join(f"{known:g}" for known in sorted({entry.budget for entry in self.over_time})) or "none"
+            known = ", ".join(f"{known:g}" for known in sorted({entry.budget for entry in self.over_time}))
             raise BadBudget(
-                f"{self} were calibrated for tokens per second of video at other budgets than {wanted:g} ({known}); "
-                "choose one of those, or calibrate for it with `dymu calibrate-videos`."
+                f"tokens per second of video were calibrated at budgets of {known}, and not at {wanted:g}; "
+                f"choose one of those, or calibrate for it with `dymu calibrate-videos`."
             )
         if not entries[0].per_second <= per_second <= entries[-1].per_second:
             raise BadBudget(
                 f"{per_second:g} tokens per second is outside {entries[0].per_second:g} to "
-                f"{entries[-1].per_second:g}, for which {self} was calibrated at a budget of {wanted:g}; "
+                f"{entries[-1].per_second:g}, the range of {self} at a budget of {wanted:g}; "
                 "choose one within, or calibrate for it with `dymu calibrate-videos`."
             )
         above = next(index for index, entry in enumerate(entries) if entry.per_second >= per_second)

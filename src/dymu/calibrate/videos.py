@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -37,8 +38,8 @@ def calibrate_videos(
     model: PreTrainedModel,
     processor: Any,
     videos: Iterable[VideoSource],
-    thresholds: Thresholds,
-    per_second: Iterable[int | float],
+    thresholds: Thresholds | str | os.PathLike[str],
+    per_second: int | float | Iterable[int | float],
     *,
     budget: int | float | None = None,
     frames: int = 32,
@@ -54,9 +55,10 @@ def calibrate_videos(
     Args:
         model: a transformers model of a family that takes videos, without DyMU applied; it is not changed.
         processor: the model's processor.
-        videos: files, folders of frames, or frames, gone through once.
-        thresholds: of the model, for images.
-        per_second: tokens per second of video to keep on average.
+        videos: files, folders of frames, or lists of frames, gone through once.
+        thresholds: of the model, for images, or a file of them.
+        per_second: tokens per second of video to keep on average. No clip can keep more than its frames keep each by
+            itself, over its seconds.
         budget: of the frames, one of those in the thresholds; may be left out where there is one only.
         frames: of each video, at most, spread over its length. It should be as dense as on use.
         fps: frames per second of videos that do not say how long they are, as folders and lists of frames do not; of
@@ -68,11 +70,16 @@ def calibrate_videos(
 
     Raises:
         AlreadyApplied: DyMU is applied to the model; remove it first.
-        BadVideo: one cannot be used, or does not say how long it is.
+        BadVideo: one cannot be used, or does not say how long it is; or an `fps` that is not above 0.
+        BadThresholds: the thresholds do not fit.
         BadBudget: a number of tokens that the videos cannot keep.
         DymuError: no video was given, or the model's family takes none.
     """
-    wanted = sorted({float(number) for number in per_second})
+    wanted = sorted({float(number) for number in (per_second if isinstance(per_second, Iterable) else [per_second])})
+    videos = [videos] if isinstance(videos, str | Path | LoadedVideo) else videos
+    thresholds = thresholds if isinstance(thresholds, Thresholds) else Thresholds.load(thresholds)
+    if fps is not None and not fps > 0:
+        raise BadVideo(f"{fps:g} frames per second show nothing: give a number above 0.")
     if "video" not in resolve(model, FAMILIES).placeholders:
         raise DymuError(f"a {type(model).__name__} takes no videos; take a model that does, see `dymu families`.")
     samples: list[_Sample] = []
@@ -82,7 +89,8 @@ def calibrate_videos(
             video = source if isinstance(source, LoadedVideo) else load(source, frames=frames)
             seconds = video.seconds or (video.of / fps if fps else 0)
             if not seconds:
-                raise BadVideo(f"video {number} does not say how long it is: give fps=, its frames per second.")
+                name = source if isinstance(source, str | Path) else f"video {number}"
+                raise BadVideo(f"{name} does not say how long it is: say how many frames per second it has, with fps.")
             pixels = _pixels(processor, video.frames).to(model.device, model.dtype)
             features = resolve(model, FAMILIES).inner.get_video_features(pixels).pooler_output
             standing = Standing.of(handle.last.items, list(features))
@@ -92,6 +100,13 @@ def calibrate_videos(
     if not samples:
         raise DymuError("no video was given for calibration; give files, folders of frames, or frames.")
     entries = [_over_time(samples, found, number) for number in wanted]
+    for entry in entries:
+        if abs(entry.achieved - entry.per_second) > TOLERANCE * entry.per_second:
+            warnings.warn(
+                f"for {entry.per_second:g} tokens per second the videos keep {entry.achieved:.2f}: too much in them is "
+                "exactly alike from frame to frame, or they are too few; calibrate on more, and more varied ones.",
+                stacklevel=2,
+            )
     others = [e for e in thresholds.over_time if (e.budget, e.per_second) not in {(found, n) for n in wanted}]
     over_time = sorted([*others, *entries], key=lambda entry: (entry.budget, entry.per_second))
     return replace(thresholds, over_time=tuple(over_time))
@@ -135,11 +150,4 @@ def _over_time(samples: Sequence[_Sample], budget: float, per_second: float) -> 
         middle = (low + high) / 2
         low, high = (middle, high) if achieved(middle) <= per_second else (low, middle)
     threshold = NEVER if per_second == most else min(low, ALIKE)
-    found = OverTime(budget, per_second, threshold, achieved(threshold), len(samples), seconds)
-    if abs(found.achieved - per_second) > TOLERANCE * per_second:
-        warnings.warn(
-            f"for {per_second:g} tokens per second the videos keep {found.achieved:.2f}: too much in them is exactly "
-            "alike from frame to frame, or they are too few; calibrate on more, and more varied ones.",
-            stacklevel=3,
-        )
-    return found
+    return OverTime(budget, per_second, threshold, achieved(threshold), len(samples), seconds)

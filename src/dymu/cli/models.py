@@ -138,6 +138,12 @@ def _as_bad_model(name: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise
+    except ImportError as error:
+        missing = "torchvision" if "torchvision" in str(error).lower() else one_line(error).rstrip(".")
+        raise BadModel(
+            f"{name} needs a package that is not installed ({missing}): install it, for example with "
+            "`pip install torchvision`."
+        ) from error
     except Exception as error:  # safetensors, tokenizers, json and the hub each raise their own
         why = one_line(error).rstrip(".")
         if Path(name).expanduser().is_dir():
