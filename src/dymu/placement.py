@@ -59,12 +59,7 @@ def place(
             "spatial_pool_mode average and max are known."
         )
     signatures = _signatures(tokens, seen, parts.prefix)
-    channels = signatures.shape[-1]
-    # Features of several layers come joined.
-    own: dict[str, Any] = {parts.family.projector: lambda features: features[..., :channels]}
-    own |= {name: signatures.new_zeros(channels) for name in parts.family.learned}
-    # In transformers 5.17 some videos come frame by frame.
-    items = [item.flatten(0, -2) for item in _packed(parts, modality, args, kwargs, signatures, own)]
+    items = _laid_out(parts, modality, args, kwargs, signatures)
     leaders = _leaders(items)
     patches = [item[:, PATCH] > 0.5 for item in items]
     firsts = [item[:, PICTURE].where(patch, torch.inf).min() for item, patch in zip(items, patches, strict=True)]
@@ -102,9 +97,22 @@ def _most_of(
     own = torch.cat([torch.arange(length, device=signatures.device) for length in lengths])
     parts_of = torch.zeros(*signatures.shape[:2], max(lengths), device=signatures.device)
     parts_of.scatter_(2, own[:, None, None].expand(-1, signatures.shape[1], 1), 1.0)
-    known: dict[str, Any] = {parts.family.projector: lambda features: features[..., : max(lengths)]}
-    known |= {name: parts_of.new_zeros(max(lengths)) for name in parts.family.learned}
-    return [item.flatten(0, -2).argmax(1) for item in _packed(parts, "image", args, kwargs, parts_of, known)]
+    return [item.argmax(1) for item in _laid_out(parts, "image", args, kwargs, parts_of)]
+
+
+def _laid_out(
+    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], channels: Tensor
+) -> list[Tensor]:
+    """[N, K] of each item: what the family makes of [pictures, encoder tokens, K] channels that nothing projects.
+
+    Learned tokens are 0 in every channel.
+    """
+    count = channels.shape[-1]
+    # Features of several layers come joined.
+    own: dict[str, Any] = {parts.family.projector: lambda features: features[..., :count]}
+    own |= {name: channels.new_zeros(count) for name in parts.family.learned}
+    # In transformers 5.17 some videos come frame by frame.
+    return [item.flatten(0, -2) for item in _packed(parts, modality, args, kwargs, channels, own)]
 
 
 def features_of(

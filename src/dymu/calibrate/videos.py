@@ -48,7 +48,7 @@ def calibrate_videos(
 ) -> Thresholds:
     """Find the similarities at which videos keep the wanted number of tokens per second, on sample videos.
 
-    The paper merges every frame by itself and names merging over time as future work (section 6). Here a token that is
+    The paper merges every frame by itself and names merging over time as future work. Here a token that is
     alike to one of the frame before is part of it, so that what stands still is stored once; every frame keeps its
     positions, since the language model unmerges them all.
 
