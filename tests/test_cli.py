@@ -362,7 +362,7 @@ def asked(tmp_path, photo):
     return own
 
 
-def test_evaluate_and_report(dymu_command, folder, asked, tmp_path):
+def test_evaluate_and_report(dymu_command, refused, folder, asked, tmp_path):
     results = tmp_path / "r.jsonl"
     run = ["evaluate", folder, "-t", asked, "-b", FEWEST, "-m", "dtome", "-m", "random", "-o", results, "--timed", 1]
     code, out, err = dymu_command(*run, "--json")
@@ -383,6 +383,18 @@ def test_evaluate_and_report(dymu_command, folder, asked, tmp_path):
         assert picture.width > 300
     assert dymu_command("report", results)[1].strip() == page.read_text().strip()
     assert results.stat().st_size == size
+
+    code, out, _ = dymu_command("report", results, "--by", "bytes", "--against", "dtome", "--json")
+    told = last_object(out)
+    (by,) = told["results"]
+    assert (code, told["against"]) == (0, "dtome")
+    counted = [part["rows"][0]["accuracy"]["all"]["n"] for part in by["by"]["bytes"]]
+    assert sum(counted) == by["rows"][0]["accuracy"]["all"]["n"]
+    untouched, merged, _ = by["by"]["bytes"][0]["rows"]
+    assert untouched["difference"]
+    assert not merged["difference"]
+    assert "no rows of pool" in refused("report", results, "--against", "pool")
+    assert "there are: bytes, pixels" in refused("report", results, "--by", "words")
 
 
 def test_evaluate_refuses(refused, folder, asked, tmp_path):

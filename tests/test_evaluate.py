@@ -19,14 +19,14 @@ import tiny
 from dymu.apply import encoder_of
 from dymu.asking import generate, inputs_for
 from dymu.errors import AlreadyApplied, BadBudget, BadImage, BadPrompt, DymuError, UnsupportedModel
-from dymu.evaluate import UNTOUCHED, BadResults, Results, Row, evaluate, rows_for, summarise
+from dymu.evaluate import UNTOUCHED, BadResults, Part, Results, Row, evaluate, parts_by, rows_for, summarise
 from dymu.evaluate.chart import draw_chart
 from dymu.evaluate.costs import cost
 from dymu.evaluate.results import ResultFile
 from dymu.evaluate.rows import METHODS, applied
 from dymu.evaluate.run import full_tokens
-from dymu.evaluate.summary import Share, share
-from dymu.evaluate.tables import accuracy_table, cost_table
+from dymu.evaluate.summary import Share, compared_with, share
+from dymu.evaluate.tables import accuracy_table, cost_table, part_table
 from dymu.families import FAMILIES, resolve
 from dymu.tasks import Example, scoring
 from dymu.tasks.folder import Folder
@@ -378,6 +378,38 @@ def test_differences_are_paired():
     assert summarise(results)[1].difference["all"] == Share(0, 0, 0, 4)
 
 
+def test_parts_are_about_equal_and_keep_equal_values_together():
+    results = hand_made()
+    assert parts_by(results, "objects", 2) == [Part("objects", 1, 2), Part("objects", 3, 4)]
+    measures = results.examples["t", 0]["measures"]
+    measures[:] = [{"objects": 1}, {"objects": 1}, {"objects": 1}, {"objects": 5}]
+    assert parts_by(results, "objects", 3) == [Part("objects", 1, 1), Part("objects", 5, 5)]
+    del measures[3]["objects"]
+    (only,) = parts_by(results, "objects", 3)
+    assert [found.accuracy["all"].n for found in summarise(results, only)] == [3, 3], "the fourth was not measured"
+    with pytest.raises(DymuError, match="no question has the measure 'words'; there are: objects"):
+        parts_by(results, "words")
+
+
+def test_differences_from_another_method():
+    dtome, tome = Row("dtome", 10, "exact", "linear"), [Row("tome", n, "exact", "constant") for n in (4, 9)]
+    plain = Row("tome", 10, "none", "constant")
+    rows = [UNTOUCHED, dtome, *tome, plain]
+    assert compared_with(dtome, rows, "tome") == tome[1], "unmerged alike, and nearest"
+    assert compared_with(replace(dtome, unmerge="none"), rows, "tome") == plain
+    assert compared_with(tome[0], rows, "tome") is None
+    assert compared_with(tome[0], rows, "pool") is None
+    results = hand_made()
+    full, merged = summarise(results, against="tome")
+    assert merged.difference == {}
+    assert full.difference["all"].mean == 0.5
+    parts = [(part, summarise(results, part, "tome")) for part in parts_by(results, "objects", 2)]
+    table = part_table(parts, "tome")
+    assert "| objects 1 to 2 (n = 2) | against ToMe | objects 3 to 4 (n = 2) |" in table
+    assert "| ToMe + VTU, 4 | 50.0 at 3 tokens |  | 50.0 at 5 tokens |  |" in table
+    assert "| untouched | 100.0 at 9 tokens | +50.0 [+0.0, +100.0] |" in table
+
+
 def test_intervals_cover_what_they_should():
     rng = np.random.default_rng(0)
     found = [share((rng.random(60) < 0.7).astype(float)) for _ in range(200)]
@@ -427,7 +459,7 @@ def lines(folder: Path, *questions: dict) -> Path:
 def test_a_folder_of_ones_own(tmp_path):
     for name in ("a.png", "b.png"):
         tiny.photos(1)[0].save(tmp_path / name)
-    ask = {"image": "a.png", "question": "What?", "answer": "3"}
+    ask = {"image": "a.png", "question": "What?", "answer": "3", "measures": {"objects": 2}}
     task = Folder(
         lines(
             tmp_path,
@@ -437,6 +469,7 @@ def test_a_folder_of_ones_own(tmp_path):
     )  # fmt: skip
     assert [task[i].kind for i in range(len(task))] == ["n", "w", "n"]
     assert len(task[1].images) == 2
+    assert (task[0].measures["objects"], set(task[1].measures)) == (2, {"bytes", "pixels"})
     assert task.score(task[0], "3.1") == 1
     assert task.score(task[1], "3.1") == 0
     assert task.score(task[1], "The B.") == 1
@@ -455,6 +488,8 @@ def test_a_folder_of_ones_own(tmp_path):
         ({"images": None, "question": "What?", "answer": "yes"}, "no \\[list\\]"),
         ({"image": "a.png", "question": "What?", "answers": ["a", "b"], "score": "vqa"}, "at least 4"),
         ({"image": "a.png", "question": "What?", "answer": "3", "kind": "all"}, "all kinds together"),
+        ({"image": "a.png", "question": "What?", "answer": "3", "measures": [2]}, "no object of numbers"),
+        ({"image": "a.png", "question": "What?", "answer": "3", "measures": {"words": "2"}}, "no object of numbers"),
     ],
 )
 def test_a_folder_with_a_mistake_is_refused(tmp_path, line, says):

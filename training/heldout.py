@@ -30,6 +30,8 @@ class Asked:
     kind: str
     text: str
     answer: str
+    objects: int | None = None
+    """How many things the scene holds; None: a photo, which nobody counted."""
 
 
 def scene_questions(per_kind: int = PER_KIND, unseen: bool = False, seed: int = TEST_SEED) -> list[Asked]:
@@ -46,7 +48,7 @@ def scene_questions(per_kind: int = PER_KIND, unseen: bool = False, seed: int = 
             if of_kind and left[kind]:
                 (question,) = choose(of_kind, 1, rng)
                 text = question.text(rng, unseen) + "?"
-                asked.append(Asked(scene.image, kind, text, question.answer))
+                asked.append(Asked(scene.image, kind, text, question.answer, len(scene.facts.items)))
                 left[kind] -= 1
         index += 1
     return asked
@@ -74,6 +76,8 @@ def write(rows: list[Asked], folder: Path) -> None:
             asked = {"image": names[key], "question": row.text, "answer": row.answer, "kind": row.kind}
             if row.kind == "yesno":
                 asked["score"] = "yes_no"
+            if row.objects is not None:
+                asked |= {"measures": {"objects": row.objects}}
             stream.write(json.dumps(asked) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -120,6 +121,18 @@ def report(
     chart: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy against tokens and time (one file only).")
     ] = None,
+    against: Annotated[
+        MethodName | None,
+        typer.Option(help="Tell differences from this method's rows at the nearest budget.", show_default="untouched"),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MEASURE",
+            help="Tell thirds of the questions apart by how complex their images are: "
+            "bytes, pixels, objects, … as the task knows. Give several.",
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -134,7 +147,7 @@ def report(
         if len(results) > 1:
             raise typer.BadParameter("--chart draws one result file; give one.")
     read = [(path, Results.load(path)) for path in results]
-    pages = _say(out, read, quiet=output is not None)
+    pages = _say(out, read, against.value if against else "untouched", by or [], quiet=output is not None)
     if output is not None:
         write_whole(output, lambda path: _write(path, "\n\n".join(pages) + "\n"))
     if chart is not None:
@@ -163,12 +176,20 @@ def _task(text: str) -> Any:
     return Folder(folder)
 
 
-def _say(out: Output, read: list[tuple[Path, Any]], quiet: bool = False) -> list[str]:
+def _say(
+    out: Output, read: list[tuple[Path, Any]], against: Any = "untouched", by: Sequence[str] = (), quiet: bool = False
+) -> list[str]:
     """Print what the files say, and return the Markdown of each."""
     from dymu.evaluate import tables
-    from dymu.evaluate.summary import skipped, summarise
+    from dymu.evaluate.summary import parts_by, rows_of, skipped, summarise
 
-    found = [(path, results, summarise(results)) for path, results in read]
+    for path, results in read:
+        methods = {row.method for row in rows_of(results)}
+        if against not in methods:
+            raise errors.BadInput(
+                f"{path} has no rows of {against} to compare with; it has {', '.join(sorted(methods))}."
+            )
+    found = [(path, results, summarise(results, against=against)) for path, results in read]
     for path, results, summaries in found:
         left_out = skipped(results)
         if left_out:
@@ -177,25 +198,37 @@ def _say(out: Output, read: list[tuple[Path, Any]], quiet: bool = False) -> list
             raise errors.BadInput(
                 f"{path} holds no question that every row has answered: let it run on, or mend images."
             )
-    pages = [
-        "\n\n".join(
-            part
-            for part in (tables.accuracy_table(summaries), tables.cost_table(summaries),
-                         f"<sub>{tables.provenance(results)}</sub>")
-            if part
-        )
-        for _, results, summaries in found
-    ]  # fmt: skip
-    data = {
-        "results": [
+    pages, told = [], []
+    for path, results, summaries in found:
+        split = {
+            measure: [(part, summarise(results, part, against)) for part in parts_by(results, measure)]
+            for measure in by
+        }
+        page = [
+            tables.accuracy_table(summaries, against),
+            *(tables.part_table(parts, against) for parts in split.values()),
+            tables.cost_table(summaries),
+            f"<sub>{tables.provenance(results)}</sub>",
+        ]
+        pages.append("\n\n".join(part for part in page if part))
+        told.append(
             {
                 "file": str(path),
-                "rows": [{"name": tables.series(s.row), **asdict(s)} for s in summaries],
+                "rows": _rows(summaries),
+                "by": {
+                    measure: [{"low": part.low, "high": part.high, "rows": _rows(rows)} for part, rows in parts]
+                    for measure, parts in split.items()
+                },
                 "skipped": skipped(results),
             }
-            for path, results, summaries in found
-        ]
-    }
+        )
+    data = {"against": against, "results": told}
     if out.as_json or not quiet:
         out.result(data, lambda: pages)
     return pages
+
+
+def _rows(summaries: Sequence[Any]) -> list[dict[str, Any]]:
+    from dymu.evaluate.tables import series
+
+    return [{"name": series(found.row), **asdict(found)} for found in summaries]

@@ -1,7 +1,8 @@
-"""From a result file to the numbers of a table: means, bootstrap intervals, differences from the untouched model."""
+"""From a result file to the numbers of a table: means, bootstrap intervals, paired differences."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from statistics import median
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from dymu.errors import DymuError
 from dymu.evaluate.results import Results
-from dymu.evaluate.rows import UNTOUCHED, Row
+from dymu.evaluate.rows import Method, Row
 from dymu.tasks.scoring import f1, yes_or_no
 from dymu.timing import Times
 
@@ -48,7 +50,7 @@ class RowSummary:
     Attributes:
         tokens_mean, tokens_sd: image tokens per prompt.
         accuracy: by kind, and `all` over all examples.
-        difference: the same minus the untouched model's on the same examples; empty for that itself.
+        difference: the same minus that of the row it is compared with, on the same examples; empty for that itself.
         f1: of the answer "yes", by kind.
         costs: None where nothing was timed.
     """
@@ -106,22 +108,72 @@ def answered(results: Results, row: Row) -> Answered:
     )
 
 
-def summarise(results: Results, choose: Callable[[dict[str, float]], bool] | None = None) -> list[RowSummary]:
+@dataclass(frozen=True)
+class Part:
+    """The examples of which a measure lies from `low` to `high`, both included."""
+
+    measure: str
+    low: float
+    high: float
+
+    def __call__(self, measures: dict[str, float]) -> bool:
+        """Whether an example with these measures belongs to it."""
+        return self.low <= measures.get(self.measure, math.nan) <= self.high
+
+
+def parts_by(results: Results, measure: str, count: int = 3) -> list[Part]:
+    """The examples in at most `count` parts, as equal in size as can be where equal values stay together.
+
+    Raises:
+        DymuError: no example has this measure.
+    """
+    found = answered(results, rows_of(results)[0]).measures
+    values = np.array([measures[measure] for measures in found if measure in measures])
+    if not len(values):
+        known = sorted({name for measures in found for name in measures})
+        raise DymuError(f"no question has the measure {measure!r}; there are: {', '.join(known) or 'none'}.")
+    edges = np.quantile(values, np.arange(1, count) / count, method="inverted_cdf")
+    of_part = np.searchsorted(edges, values)
+    members = [values[of_part == part] for part in np.unique(of_part)]
+    return [Part(measure, float(mine.min()), float(mine.max())) for mine in members]
+
+
+def compared_with(row: Row, rows: Sequence[Row], method: Method) -> Row | None:
+    """The row of `method` that is most like `row`: unmerged alike, then of the nearest budget; None for itself."""
+    if row.method == method:
+        return None
+    return min(
+        (other for other in rows if other.method == method),
+        key=lambda other: (
+            other.unmerge != row.unmerge,
+            abs(other.budget - row.budget),
+            other.schedule != row.schedule,
+        ),
+        default=None,
+    )
+
+
+def summarise(
+    results: Results, choose: Callable[[dict[str, float]], bool] | None = None, against: Method = "untouched"
+) -> list[RowSummary]:
     """Every row's numbers.
 
     Args:
-        choose: takes an example's measures and says whether it counts; None: all do. Costs are of all that were timed.
+        choose: takes an example's measures and says whether it counts, as `Part` does; None: all do. Costs are of all
+            that were timed.
+        against: the method whose rows differences are told from, see `compared_with`.
     """
     yes_no = {_kind(results, task, kind) for task, kinds in results.header["yes_no"].items() for kind in kinds}
-    base = answered(results, UNTOUCHED) if UNTOUCHED in rows_of(results) else None
     summaries = []
     for row in rows_of(results):
         own = answered(results, row)
+        other = compared_with(row, rows_of(results), against)
         chosen = np.array([choose is None or choose(measures) for measures in own.measures], dtype=bool)
         of_kind = {ALL: chosen, **{kind: chosen & (np.array(own.kinds) == kind) for kind in dict.fromkeys(own.kinds)}}
         of_kind = {kind: rows for kind, rows in of_kind.items() if rows.any()}
         difference = {}
-        if base is not None and row != UNTOUCHED:
+        if other is not None:
+            base = answered(results, other)
             difference = {kind: share(own.scores[rows] - base.scores[rows]) for kind, rows in of_kind.items()}
         summaries.append(
             RowSummary(

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dymu.evaluate.results import Results
-from dymu.evaluate.rows import Row
-from dymu.evaluate.summary import ALL, RowSummary, Share
+from dymu.evaluate.rows import Method, Row
+from dymu.evaluate.summary import ALL, Part, RowSummary, Share
 
 _METHODS = {
     "untouched": "untouched",
@@ -32,11 +32,11 @@ def series(row: Row) -> str:
     return _METHODS[row.method] + unmerge + schedule
 
 
-def accuracy_table(summaries: Sequence[RowSummary]) -> str:
-    """Mean tokens, right answers over all kinds and for each, and the paired difference from the untouched model."""
+def accuracy_table(summaries: Sequence[RowSummary], against: Method = "untouched") -> str:
+    """Mean tokens, right answers over all kinds and for each, and the paired difference from `against`'s rows."""
     kinds = [kind for kind in summaries[0].accuracy if kind != ALL]
     of = summaries[0].accuracy
-    header = ["", "tokens", f"all (n = {of[ALL].n})", "against untouched"]
+    header = ["", "tokens", f"all (n = {of[ALL].n})", f"against {_METHODS[against]}"]
     header += [f"{kind} ({of[kind].n})" for kind in kinds]
     lines = []
     for found in summaries:
@@ -60,6 +60,22 @@ def kind_table(summaries: Sequence[RowSummary]) -> str:
             for found in summaries
         ],
     )
+
+
+def part_table(parts: Sequence[tuple[Part, Sequence[RowSummary]]], against: Method = "untouched") -> str:
+    """For each part of the examples: mean tokens, right answers, and the paired difference from `against`'s rows."""
+    header = [""]
+    for part, summaries in parts:
+        span = " to ".join(dict.fromkeys((_short(part.low), _short(part.high))))
+        header += [f"{part.measure} {span} (n = {summaries[0].accuracy[ALL].n})", f"against {_METHODS[against]}"]
+    lines = []
+    for rows in zip(*(summaries for _, summaries in parts), strict=True):
+        line = [f"{series(rows[0].row)}{f', {rows[0].row.budget}' if rows[0].row.budget else ''}"]
+        for found in rows:
+            right = f"{100 * found.accuracy[ALL].mean:.1f} at {found.tokens_mean:.0f} tokens"
+            line += [right, _points(found.difference[ALL]) if found.difference else ""]
+        lines.append(line)
+    return markdown(header, lines)
 
 
 def cost_table(summaries: Sequence[RowSummary]) -> str:
@@ -95,6 +111,10 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     rows: Iterator[Sequence[Any]] = iter([header, ["---"] * len(header), *lines])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _percent(found: Share) -> str:

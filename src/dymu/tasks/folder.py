@@ -6,13 +6,15 @@ One JSON object per line::
     {"images": ["a.png", "b.png"], "question": "Which is newer?", "answers": ["b", "the second"], "kind": "two"}
 
 `kind` (what accuracies are told apart by; the folder's name if it is left out) and `score` (which rule decides, see
-`RULES`; `exact`) may be left out. Questions of one kind are scored by one rule.
+`RULES`; `exact`) may be left out. Questions of one kind are scored by one rule. `measures`, numbers by name that say
+how complex the images are (`{"objects": 5}`), stand beside the bytes and pixels that are counted here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +47,7 @@ class _Asked:
     references: tuple[str, ...]
     kind: str
     score: str
+    measures: dict[str, float]
 
 
 class Folder:
@@ -99,6 +102,7 @@ class Folder:
         measures = {
             "bytes": float(sum(path.stat().st_size for path in paths)),
             "pixels": float(sum(image.width * image.height for image in images)),
+            **asked.measures,
         }
         return Example(images, asked.question, asked.references, asked.kind, measures)
 
@@ -118,12 +122,17 @@ def _read(line: str, where: str, folder: str) -> _Asked:
         images = data["images"] if "images" in data else [data["image"]]
         answers = data["answers"] if "answers" in data else [data["answer"]]
         question, kind, rule = data["question"], data.get("kind", folder), data.get("score", "exact")
+        measures = data.get("measures", {})
     except (ValueError, KeyError, TypeError) as error:
         raise BadPrompt(f'{where} is no object with "image", "question" and "answer" ({error}): mend it.') from error
     if not isinstance(images, list) or not isinstance(answers, list):
         raise BadPrompt(f'{where} has "images" or "answers" that are no [list]; one alone is an "image" or "answer".')
     if not answers or not all(isinstance(text, str) for text in (*images, *answers, question, kind, rule)):
         raise BadPrompt(f"{where} holds something other than text, or no answer: mend it.")
+    if not isinstance(measures, dict) or not all(
+        type(value) in (int, float) and math.isfinite(value) for value in measures.values()
+    ):
+        raise BadPrompt(f'{where} has "measures" that are no object of numbers, like {{"objects": 5}}: mend them.')
     if rule not in RULES:
         raise BadPrompt(f"{where} asks for the unknown score {rule!r}: take one of {', '.join(RULES)}.")
     if rule == "vqa" and len(answers) < scoring.VQA_PEOPLE:
@@ -133,7 +142,8 @@ def _read(line: str, where: str, folder: str) -> _Asked:
         )
     if kind == "all":
         raise BadPrompt(f'{where} is of the kind "all", which stands for all kinds together: name it otherwise.')
-    return _Asked(tuple(images), question, tuple(answers), kind, rule)
+    measures = {name: float(value) for name, value in measures.items()}
+    return _Asked(tuple(images), question, tuple(answers), kind, rule, measures)
 
 
 def _by_turns(asked: Sequence[_Asked]) -> Iterator[_Asked]:
