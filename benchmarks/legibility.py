@@ -34,6 +34,7 @@ from benchmarks.saliency import PATCH, interval, near_square, pooled, thinned
 from dymu.families import FAMILIES, resolve
 from dymu.merging import EncoderLayer, FixedMerge, MergeRule, MergeRun, Schedule, ThresholdMerge
 from dymu.tasks.scenes import Materials, evaluation_pack
+from dymu.token_map import TokenMap
 
 SIDE = 336
 GRID = SIDE // PATCH
@@ -143,16 +144,17 @@ class Network:
         parts = resolve(vlm, FAMILIES)
         return cls(tower, parts.encoder_layers[: max(parts.feature_layers())], vlm)
 
-    def features(self, page: Page, rule: MergeRule | None = None) -> tuple[Tensor, int]:
-        """Features [1, places, C], merged by `rule` and copied back, and how many tokens were left."""
-        pixels = normalised([page.image])
-        if rule is None:
-            return self.tower(pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER][:, 1:], GRID * GRID
+    def features(self, page: Page) -> Tensor:
+        """Features [1, places, C] of all tokens."""
+        return self.tower(normalised([page.image]), output_hidden_states=True).hidden_states[FEATURE_LAYER][:, 1:]
+
+    def merged(self, page: Page, rule: MergeRule) -> tuple[Tensor, TokenMap]:
+        """Features [1, places, C], merged by `rule` and copied back, and what merged (the class token with it)."""
         run = MergeRun(rule, len(self.layers), prefix=1)
-        hidden = self.tower.embeddings(pixels)
+        hidden = self.tower.embeddings(normalised([page.image]))
         for index, layer in enumerate(self.layers):
             hidden = run.layer(index, layer, hidden)
-        return run.map.expand(hidden)[:, 1:], int(run.map.kept) - 1
+        return run.map.expand(hidden)[:, 1:], run.map
 
 
 def around(features: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ def train_probe(network: Network, materials: Materials, pages: int, passes: int)
         shown = page(materials, "training", number)
         wanted = shown.targets()
         known = wanted != UNKNOWN
-        inputs.append(around(network.features(shown)[0])[0, known].to(torch.bfloat16))
+        inputs.append(around(network.features(shown))[0, known].to(torch.bfloat16))
         targets.append(wanted[known])
     x, y = torch.cat(inputs), torch.cat(targets)
     torch.manual_seed(0)
@@ -212,6 +214,7 @@ class Row:
 
     method: str
     budget: int | None = None
+    thresholds: list[float] | None = None
     kept: list[int] = field(default_factory=list)
     letters: list[float] = field(default_factory=list)
     words: list[float] = field(default_factory=list)
@@ -233,6 +236,7 @@ class Row:
         return {
             "method": self.method,
             "budget": self.budget,
+            "thresholds": self.thresholds,
             **everything,
             "thirds": [over(third) for third in thirds],
         }
@@ -240,7 +244,7 @@ class Row:
 
 def measured(network: Network, probe: nn.Module, pages: Sequence[Page], samples: Sequence[Page]) -> dict[str, Any]:
     """All rows."""
-    features = [network.features(shown)[0] for shown in track(pages, description="all tokens")]
+    features = [network.features(shown) for shown in track(pages, description="all tokens")]
 
     def restored(row: Row, tokens: int, how: Callable[[Tensor], Tensor]) -> Row:
         for found, shown in zip(features, pages, strict=True):
@@ -249,7 +253,8 @@ def measured(network: Network, probe: nn.Module, pages: Sequence[Page], samples:
 
     def merged(row: Row, rule: MergeRule) -> Row:
         for shown in track(pages, description=f"{row.method} {row.budget}"):
-            add(row, *network.features(shown, rule), shown)
+            found, merges = network.merged(shown, rule)
+            add(row, found, int(merges.kept) - 1, shown)
         return row
 
     def add(row: Row, found: Tensor, tokens: int, shown: Page) -> None:
@@ -268,7 +273,8 @@ def measured(network: Network, probe: nn.Module, pages: Sequence[Page], samples:
     thresholds = dymu.calibrate(network.vlm, processor, [shown.image for shown in samples], budgets, schedule=SCHEDULE)
     chance = torch.Generator().manual_seed(0)
     for budget in budgets:
-        dynamic = merged(Row("DToMe", budget), ThresholdMerge(tuple(thresholds.per_layer(budget))))
+        limits = [float(limit) for limit in thresholds.per_layer(budget)]
+        dynamic = merged(Row("DToMe", budget, limits), ThresholdMerge(tuple(limits)))
         # Held-out pages keep a little more or less than the budget; the others get what DToMe really kept.
         count = round(float(np.mean(dynamic.kept)))
         shape = near_square(count, GRID)

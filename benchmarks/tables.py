@@ -18,14 +18,15 @@ from benchmarks.record import RESULTS, ROOT
 from dymu.bench.results import load as load_bench
 from dymu.bench.tables import overview
 from dymu.bench.tables import provenance as made_by
-from dymu.evaluate import Results, summarise
-from dymu.evaluate.summary import ALL
-from dymu.evaluate.tables import accuracy_table, kind_table, provenance, series
+from dymu.evaluate import UNTOUCHED, Results, RowSummary, parts_by, summarise
+from dymu.evaluate.summary import ALL, Share
+from dymu.evaluate.tables import accuracy_table, cost_table, kind_table, provenance, series
 
-DOCS = ("saliency", "evidence", "speed", "encoder", "memory")
+DOCS = ("saliency", "legibility", "evidence", "speed", "encoder", "memory")
 PAGES = tuple(ROOT / page for page in ("README.md", "models/demo/README.md", *(f"docs/{page}.md" for page in DOCS)))
 BENCH_OF_TILES = "bench-llava-onevision-0.5b.json"
 EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
+METHODS = EVALUATION.with_name("methods.jsonl")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -171,6 +172,52 @@ def compact() -> str:
     return f"{accuracy_table(summarise(results))}\n\n<sub>{provenance(results)}</sub>"
 
 
+def _points(found: Share) -> str:
+    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def methods() -> str:
+    """Points lost against the untouched model by every way to have fewer tokens, a column for each budget."""
+    results = Results.load(METHODS)
+    found = summarise(results)
+    curves: dict[str, list[RowSummary]] = {}
+    for row in found:
+        if row.row != UNTOUCHED:
+            curves.setdefault(series(row.row), []).append(row)
+    rows = [
+        [name, *(f"{_points(row.difference[ALL])} at {row.tokens_mean:.0f}" for row in curve)]
+        for name, curve in curves.items()
+    ]
+    full, everything = found[0].tokens_mean, found[0].accuracy[ALL]
+    columns = [f"{row.row.budget / full:.0%}" for row in next(iter(curves.values()))]
+    header = [f"points against untouched ({100 * everything.mean:.1f} % of {everything.n})", *columns]
+    return f"{_markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+
+
+def dynamic() -> str:
+    """DToMe less ToMe at the same mean on the same questions, and for thirds of them by what the images hold."""
+    results = Results.load(METHODS)
+    parts = [None, *parts_by(results, "objects"), *parts_by(results, "bytes")]
+    columns = [summarise(results, part, "tome") for part in parts]
+    header, rows = ["DToMe, tokens; ToMe, tokens"], []
+    for part, column in zip(parts, columns, strict=True):
+        count = column[0].accuracy[ALL].n
+        header.append(f"{part.measure} {part.low:,.0f} to {part.high:,.0f} ({count})" if part else f"all ({count})")
+    fixed = {row.row.budget: row.tokens_mean for row in columns[0] if row.row.method == "tome"}
+    for cells in zip(*columns, strict=True):
+        row = cells[0].row
+        if row.method == "dtome":
+            name = f"{row.schedule.replace('_', '-')}, {cells[0].tokens_mean:.0f}; {fixed[row.budget]:.0f}"
+            rows.append([name, *(f"{_points(cell.difference[ALL])} at {cell.tokens_mean:.0f}" for cell in cells)])
+    return f"{_markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+
+
+def costs_of_methods() -> str:
+    """What a prompt costs with every way to have fewer tokens."""
+    results = Results.load(METHODS)
+    return f"{cost_table(summarise(results))}\n\n<sub>{provenance(results)}</sub>"
+
+
 def accuracy_by_kind() -> str:
     """Accuracy per kind of question, percent with its 95 % interval, and per phrasing that training never showed."""
     results = Results.load(EVALUATION)
@@ -257,9 +304,41 @@ def saliency_paired() -> str:
     return _markdown(header, rows) + _made_by(result)
 
 
+def _letters(cell: dict[str, Any]) -> str:
+    return f"{100 * cell['letters']['mean']:.0f}, {_points(Share(**cell['letters_less_untouched'], n=0))}"
+
+
+def legibility() -> str:
+    """Letters and words that are read after merging, for all pages and for thirds of them by how much they show."""
+    result = _load(RESULTS / "legibility.json")
+    thirds = [f"{count:.0f} letters a page" for count in result["letters_a_page"]]
+    header = ["", "budget", "tokens", "words, %", "letters, %; against all tokens", *thirds]
+    rows = []
+    for row in result["rows"]:
+        share = f"{row['budget'] / result['full_tokens']:.0%}" if row["budget"] else ""
+        rows.append(
+            [row["method"], share, f"{row['tokens']:.0f} ± {row['tokens_sd']:.0f}", f"{100 * row['words']['mean']:.0f}",
+             _letters(row), *(f"{_letters(third)} at {third['tokens']:.0f}" for third in row["thirds"])]
+        )  # fmt: skip
+    return _markdown(header, rows) + _made_by(result)
+
+
+def legibility_paired() -> str:
+    """DToMe less ToMe on each page, in points of letters."""
+    result = _load(RESULTS / "legibility.json")
+    header = ["letters, DToMe less ToMe", "all pages", *(f"{n:.0f} letters a page" for n in result["letters_a_page"])]
+    rows = [
+        [f"{pair['budget'] / result['full_tokens']:.0%}", *(_points(Share(**cell, n=0)) for cell in cells)]
+        for pair in result["dtome_against_tome"]
+        for cells in [(pair["all"], *pair["thirds"])]
+    ]
+    return _markdown(header, rows) + _made_by(result)
+
+
 FUNCTIONS = (
     kept_tokens, bench, bench_tiles, tiles, layer_prefill, layer_decode, memory, accuracy, accuracy_by_kind, compact,
-    calibration_size, saliency, saliency_schedules, saliency_paired,
+    methods, dynamic, costs_of_methods, calibration_size, saliency, saliency_schedules, saliency_paired, legibility,
+    legibility_paired,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 
