@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.legibility import GRID, Network, page
+from benchmarks.legibility import GRID, Network, pages
 from benchmarks.record import RESULTS
 from benchmarks.saliency_pictures import DOCS, STYLES, save
 from dymu.drawing import draw
@@ -28,13 +28,13 @@ TITLES = ("least text", "middle third", "most text")
 
 def curve(result: dict[str, Any]) -> Figure:
     """Letters that are read against tokens, one panel for each third of the pages."""
-    thirds = result["letters_a_page"]
-    figure, panels = plt.subplots(1, len(thirds), figsize=(4.1 * len(thirds), 4), sharey=True)
-    for third, (panel, letters) in enumerate(zip(panels, thirds, strict=True)):
-        everything = result["rows"][0]["thirds"][third]["letters"]["mean"]
+    parts = result["parts"]
+    figure, panels = plt.subplots(1, len(parts), figsize=(4.1 * len(parts), 4), sharey=True)
+    for part, (panel, about) in enumerate(zip(panels, parts, strict=True)):
+        everything = result["rows"][0]["parts"][part]["letters"]["mean"]
         panel.axhline(100 * everything, color="black", linewidth=1, label="all tokens")
         for method, (colour, marker, line) in STYLES.items():
-            rows = [row["thirds"][third] for row in result["rows"] if row["method"] == method]
+            rows = [row["parts"][part] for row in result["rows"] if row["method"] == method]
             if not rows:
                 continue
             tokens, cells = [row["tokens"] for row in rows], [row["letters"] for row in rows]
@@ -49,7 +49,7 @@ def curve(result: dict[str, Any]) -> Figure:
         panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])
         panel.minorticks_off()
         panel.set_xlabel(f"image tokens left of {result['full_tokens']}, mean")
-        panel.set_title(f"{TITLES[third]}: {letters:.0f} letters a page", fontsize=10)
+        panel.set_title(f"{TITLES[part]}: {about['letters_a_page']:.0f} letters a page", fontsize=10)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("letters that are read, %")
     panels[-1].legend(loc="lower right", fontsize=8)
@@ -63,8 +63,8 @@ def strip(result: dict[str, Any]) -> Figure:
     wanted = round(SHOWN * result["full_tokens"])
     (row,) = (row for row in result["rows"] if (row["method"], row["budget"]) == ("DToMe", wanted))
     rule = ThresholdMerge(tuple(row["thresholds"]))
-    shown = [page(packed, "heldout", number) for number in range(result["pages"])]
-    order = np.argsort([each.letters for each in shown], kind="stable")
+    shown = pages(packed, "heldout", result["pages"])
+    order = np.argsort([len(each.middles) for each in shown], kind="stable")
     figure, panels = plt.subplots(2, 3, figsize=(9, 6.4), layout="constrained")
     for column, place in enumerate((len(order) // 6, len(order) // 2, -len(order) // 6)):
         chosen = shown[order[place]]
@@ -73,7 +73,7 @@ def strip(result: dict[str, Any]) -> Figure:
         group = merges.group[0, 1:].view(GRID, GRID).numpy()
         seen = np.asarray(chosen.image.resize((GRID, GRID), Image.Resampling.BOX), dtype=np.float32)
         panels[0][column].imshow(chosen.image)
-        panels[0][column].set_title(f"{chosen.letters} letters", fontsize=10)
+        panels[0][column].set_title(f"{len(chosen.middles)} letters", fontsize=10)
         panels[1][column].imshow(draw(chosen.image, group, seen))
         panels[1][column].set_title(f"{int(merges.kept) - 1} of {result['full_tokens']} tokens", fontsize=10)
     for panel in panels.flat:

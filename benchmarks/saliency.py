@@ -26,16 +26,13 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from training.assets import photos
 from training.features import pixels as normalised
 from training.saliency import SIZE, SaliencyDecoder, load_decoder, reference_session
-from training.tower import load_tower
-from transformers import Dinov2Model, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import dymu
 from benchmarks import record
+from benchmarks.dinov2 import PATCH, Tower
 from dymu import images
-from dymu.families import FAMILIES, resolve
-from dymu.merging import SCHEDULES, EncoderLayer, FixedMerge, MergeRule, MergeRun, Schedule, ThresholdMerge
+from dymu.merging import SCHEDULES, FixedMerge, MergeRule, Schedule, ThresholdMerge
 
-PATCH = 14
 SIZES = (SIZE, 336)
 """Pixels a side: what the decoder was trained on, and LLaVA-1.5's grid."""
 
@@ -50,39 +47,24 @@ HELD_OUT, TRAINING = ("test", "background-test"), ("train", "background-train")
 
 @dataclass(frozen=True)
 class Network:
-    """The tower, its layers as dymu runs them, and the decoder."""
+    """The tower and the decoder."""
 
-    tower: Dinov2Model
-    layers: tuple[EncoderLayer, ...]
-    vlm: LlavaForConditionalGeneration
-    """A stock LLaVA around the tower, for `dymu.calibrate`. Its language model is untrained and never runs."""
+    tower: Tower
     decoder: SaliencyDecoder
 
     @classmethod
     def load(cls) -> Network:
-        """Everything with its weights."""
-        tower = load_tower()
-        text = LlamaConfig(
-            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-            num_key_value_heads=1,
-        )  # fmt: skip
-        # The decoder reads what all 12 layers made, so -1: calibration covers every layer.
-        config = LlavaConfig(vision_config=tower.config, text_config=text, image_token_id=7, vision_feature_layer=-1)
-        vlm = LlavaForConditionalGeneration(config).eval()
-        vlm.model.vision_tower = tower
-        return cls(tower, resolve(vlm, FAMILIES).encoder_layers, vlm, load_decoder())
+        """Everything with its weights; the decoder reads what all 12 layers made."""
+        return cls(Tower.load(-1), load_decoder())
 
     def dense(self, pixels: Tensor) -> Tensor:
         """Patch features [1, N, C] of the untouched tower."""
-        return self.tower(pixels).last_hidden_state[:, 1:]
+        return self.tower.model(pixels).last_hidden_state[:, 1:]
 
     def merged(self, pixels: Tensor, rule: MergeRule) -> tuple[Tensor, int]:
         """Patch features [1, N, C], merged by `rule` and copied back, and how many were left."""
-        run = MergeRun(rule, len(self.layers), prefix=1)
-        hidden = self.tower.embeddings(pixels)
-        for index, layer in enumerate(self.layers):
-            hidden = run.layer(index, layer, hidden)
-        return run.map.expand(self.tower.layernorm(hidden))[:, 1:], int(run.map.kept) - 1
+        hidden, merges = self.tower.merged(pixels, rule)
+        return merges.expand(self.tower.model.layernorm(hidden))[:, 1:], int(merges.kept) - 1
 
     def decoded(self, features: Tensor, pixels: Tensor) -> Tensor:
         """Saliency [height, width] of the picture from its patch features [1, N, C]."""
@@ -243,7 +225,7 @@ class Setting:
 
     def check(self, photos_checked: int = 2) -> dict[str, float]:
         """Refuse to measure where the network is not the published one or merging nothing changes it."""
-        session, nothing = reference_session(), ThresholdMerge((2.0,) * len(self.network.layers))
+        session, nothing = reference_session(), ThresholdMerge((2.0,) * len(self.network.tower.layers))
         onnx_gap = unmerged_gap = 0.0
         for pixels, wanted in list(zip(self.pixels, self.maps, strict=True))[:photos_checked]:
             (reference,) = session.run(None, {"input_image": pixels.numpy()})
@@ -299,7 +281,7 @@ def measured(setting: Setting, samples: Sequence[Path], others: bool) -> dict[st
     rows, pairs = [everything], []
     for schedule in (MAIN, *(s for s in SCHEDULES if s != MAIN and others)):
         budgets = [round(share * setting.tokens) for share in (BUDGETS if schedule == MAIN else COMPARED)]
-        thresholds = dymu.calibrate(network.vlm, processor(setting.size), samples, budgets, schedule=schedule)
+        thresholds = dymu.calibrate(network.tower.vlm, processor(setting.size), samples, budgets, schedule=schedule)
         for budget in budgets:
             limits = thresholds.per_layer(budget)
             row = Row("DToMe", budget, schedule, [float(limit) for limit in limits])

@@ -20,7 +20,7 @@ from dymu.bench.tables import overview
 from dymu.bench.tables import provenance as made_by
 from dymu.evaluate import UNTOUCHED, Results, RowSummary, parts_by, summarise
 from dymu.evaluate.summary import ALL, Share
-from dymu.evaluate.tables import accuracy_table, cost_table, kind_table, provenance, series
+from dymu.evaluate.tables import accuracy_table, cost_table, difference, kind_table, points, provenance, series
 
 DOCS = ("saliency", "legibility", "evidence", "speed", "encoder", "memory")
 PAGES = tuple(ROOT / page for page in ("README.md", "models/demo/README.md", *(f"docs/{page}.md" for page in DOCS)))
@@ -172,43 +172,41 @@ def compact() -> str:
     return f"{accuracy_table(summarise(results))}\n\n<sub>{provenance(results)}</sub>"
 
 
-def _points(found: Share) -> str:
-    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-
-
 def methods() -> str:
     """Points lost against the untouched model by every way to have fewer tokens, a column for each budget."""
     results = Results.load(METHODS)
     found = summarise(results)
+    rest = [row for row in found if row.row != UNTOUCHED]
     curves: dict[str, list[RowSummary]] = {}
-    for row in found:
-        if row.row != UNTOUCHED:
-            curves.setdefault(series(row.row), []).append(row)
+    for row in sorted(rest, key=lambda row: -row.row.budget):
+        curves.setdefault(series(row.row), []).append(row)
+    budgets = sorted({row.row.budget for row in rest if row.row.method == "dtome"}, reverse=True)
     rows = [
-        [name, *(f"{_points(row.difference[ALL])} at {row.tokens_mean:.0f}" for row in curve)]
+        # Pooling and smaller images take the square nearest to each budget.
+        [name, *(f"{difference(row)} at {row.tokens_mean:.0f}" for _, row in zip(budgets, curve, strict=True))]
         for name, curve in curves.items()
     ]
     full, everything = found[0].tokens_mean, found[0].accuracy[ALL]
-    columns = [f"{row.row.budget / full:.0%}" for row in next(iter(curves.values()))]
+    columns = [f"{budget / full:.0%}" for budget in budgets]
     header = [f"points against untouched ({100 * everything.mean:.1f} % of {everything.n})", *columns]
     return f"{_markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
 
 
 def dynamic() -> str:
-    """DToMe less ToMe at the same mean on the same questions, and for thirds of them by what the images hold."""
+    """DToMe less ToMe, calibrated to about the same mean, and for parts of the scenes by what they hold."""
     results = Results.load(METHODS)
-    parts = [None, *parts_by(results, "objects"), *parts_by(results, "bytes")]
-    columns = [summarise(results, part, "tome") for part in parts]
-    header, rows = ["DToMe, tokens; ToMe, tokens"], []
-    for part, column in zip(parts, columns, strict=True):
-        count = column[0].accuracy[ALL].n
-        header.append(f"{part.measure} {part.low:,.0f} to {part.high:,.0f} ({count})" if part else f"all ({count})")
-    fixed = {row.row.budget: row.tokens_mean for row in columns[0] if row.row.method == "tome"}
-    for cells in zip(*columns, strict=True):
-        row = cells[0].row
-        if row.method == "dtome":
-            name = f"{row.schedule.replace('_', '-')}, {cells[0].tokens_mean:.0f}; {fixed[row.budget]:.0f}"
-            rows.append([name, *(f"{_points(cell.difference[ALL])} at {cell.tokens_mean:.0f}" for cell in cells)])
+    parts = parts_by(results, "objects")
+    columns = [summarise(results, part, "tome") for part in (None, *parts)]
+    header = ["DToMe", f"all, photos too ({columns[0][0].accuracy[ALL].n})"]
+    for part, column in zip(parts, columns[1:], strict=True):
+        span = " to ".join(dict.fromkeys(f"{end:.0f}" for end in (part.low, part.high)))
+        header.append(f"scenes of {span} things ({column[0].accuracy[ALL].n})")
+    rows = [
+        [f"{cells[0].row.schedule.replace('_', '-')}, {cells[0].row.budget}",
+         *(f"{points(cell.difference[ALL])} at {cell.tokens_mean:.0f}; {cell.against_tokens:.0f}" for cell in cells)]
+        for cells in zip(*columns, strict=True)
+        if cells[0].row.method == "dtome"
+    ]  # fmt: skip
     return f"{_markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
 
 
@@ -305,20 +303,23 @@ def saliency_paired() -> str:
 
 
 def _letters(cell: dict[str, Any]) -> str:
-    return f"{100 * cell['letters']['mean']:.0f}, {_points(Share(**cell['letters_less_untouched'], n=0))}"
+    return f"{100 * cell['letters']['mean']:.0f}, {points(Share(**cell['letters_less_untouched'], n=0))}"
+
+
+def _parts(result: dict[str, Any]) -> list[str]:
+    return [f"{part['pages']} pages of {part['letters_a_page']:.0f} letters" for part in result["parts"]]
 
 
 def legibility() -> str:
     """Letters and words that are read after merging, for all pages and for thirds of them by how much they show."""
     result = _load(RESULTS / "legibility.json")
-    thirds = [f"{count:.0f} letters a page" for count in result["letters_a_page"]]
-    header = ["", "budget", "tokens", "words, %", "letters, %; against all tokens", *thirds]
+    header = ["", "budget", "tokens", "words, %", "letters, %; against all tokens", *_parts(result)]
     rows = []
     for row in result["rows"]:
         share = f"{row['budget'] / result['full_tokens']:.0%}" if row["budget"] else ""
         rows.append(
             [row["method"], share, f"{row['tokens']:.0f} ± {row['tokens_sd']:.0f}", f"{100 * row['words']['mean']:.0f}",
-             _letters(row), *(f"{_letters(third)} at {third['tokens']:.0f}" for third in row["thirds"])]
+             _letters(row), *(f"{_letters(part)} at {part['tokens']:.0f}" for part in row["parts"])]
         )  # fmt: skip
     return _markdown(header, rows) + _made_by(result)
 
@@ -326,11 +327,11 @@ def legibility() -> str:
 def legibility_paired() -> str:
     """DToMe less ToMe on each page, in points of letters."""
     result = _load(RESULTS / "legibility.json")
-    header = ["letters, DToMe less ToMe", "all pages", *(f"{n:.0f} letters a page" for n in result["letters_a_page"])]
+    header = ["letters, DToMe less ToMe", "all pages", *_parts(result)]
     rows = [
-        [f"{pair['budget'] / result['full_tokens']:.0%}", *(_points(Share(**cell, n=0)) for cell in cells)]
+        [f"{pair['budget'] / result['full_tokens']:.0%}", *(points(Share(**cell, n=0)) for cell in cells)]
         for pair in result["dtome_against_tome"]
-        for cells in [(pair["all"], *pair["thirds"])]
+        for cells in [(pair["all"], *pair["parts"])]
     ]
     return _markdown(header, rows) + _made_by(result)
 

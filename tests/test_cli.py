@@ -390,11 +390,15 @@ def test_evaluate_and_report(dymu_command, refused, folder, asked, tmp_path):
     assert (code, told["against"]) == (0, "dtome")
     counted = [part["rows"][0]["accuracy"]["all"]["n"] for part in by["by"]["bytes"]]
     assert sum(counted) == by["rows"][0]["accuracy"]["all"]["n"]
-    untouched, merged, _ = by["by"]["bytes"][0]["rows"]
-    assert untouched["difference"]
+    untouched, merged, random = by["by"]["bytes"][0]["rows"]
+    assert not untouched["difference"]
     assert not merged["difference"]
+    assert random["difference"]
+    assert random["against"]["method"] == "dtome"
     assert "no rows of pool" in refused("report", results, "--against", "pool")
-    assert "there are: bytes, pixels" in refused("report", results, "--by", "words")
+    assert "r.jsonl: no question has the measure 'words'; take one of: bytes, pixels" in refused(
+        "report", results, "--by", "words"
+    )
 
 
 def test_evaluate_refuses(refused, folder, asked, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -384,10 +385,14 @@ def test_parts_are_about_equal_and_keep_equal_values_together():
     measures = results.examples["t", 0]["measures"]
     measures[:] = [{"objects": 1}, {"objects": 1}, {"objects": 1}, {"objects": 5}]
     assert parts_by(results, "objects", 3) == [Part("objects", 1, 1), Part("objects", 5, 5)]
+    measures[:] = [{"objects": 1}, {"objects": 2}, {"objects": 2}, {"objects": 3}]
+    assert parts_by(results, "objects", 3) == [Part("objects", n, n) for n in (1, 2, 3)], "ties do not swallow others"
+    measures[0]["objects"] = math.nan
+    assert parts_by(results, "objects", 3) == [Part("objects", 2, 2), Part("objects", 3, 3)]
     del measures[3]["objects"]
     (only,) = parts_by(results, "objects", 3)
-    assert [found.accuracy["all"].n for found in summarise(results, only)] == [3, 3], "the fourth was not measured"
-    with pytest.raises(DymuError, match="no question has the measure 'words'; there are: objects"):
+    assert [found.accuracy["all"].n for found in summarise(results, only)] == [2, 2], "two have none"
+    with pytest.raises(DymuError, match="no question has the measure 'words'; one of: objects"):
         parts_by(results, "words")
 
 
@@ -398,16 +403,23 @@ def test_differences_from_another_method():
     assert compared_with(dtome, rows, "tome") == tome[1], "unmerged alike, and nearest"
     assert compared_with(replace(dtome, unmerge="none"), rows, "tome") == plain
     assert compared_with(tome[0], rows, "tome") is None
+    assert compared_with(UNTOUCHED, rows, "tome") is None
     assert compared_with(tome[0], rows, "pool") is None
+    assert compared_with(tome[0], [dtome, tome[0]], "untouched") is None, "a file may have no such row"
     results = hand_made()
-    full, merged = summarise(results, against="tome")
-    assert merged.difference == {}
-    assert full.difference["all"].mean == 0.5
+    results.header["rows"].append(Row("dtome", 5, "exact", "linear").__dict__)
+    answers = {"answers": ["no", "a", "no", "x"], "scores": [0, 1, 1, 0], "kept": [3, 3, 3, 3]}
+    results.take({"task": "t", "start": 0, "row": "dtome-5-exact-linear", "answers": answers})
+    full, fixed, merged = summarise(results, against="tome")
+    assert full.difference == fixed.difference == {}
+    assert (merged.difference["all"].mean, merged.difference["name"].mean) == (0, 0)
+    assert (merged.against, merged.against_tokens) == (fixed.row, 4)
+    assert "| +0.0 [-100.0, +100.0] (4 tokens) |" in accuracy_table([full, fixed, merged], "tome")
     parts = [(part, summarise(results, part, "tome")) for part in parts_by(results, "objects", 2)]
     table = part_table(parts, "tome")
     assert "| objects 1 to 2 (n = 2) | against ToMe | objects 3 to 4 (n = 2) |" in table
     assert "| ToMe + VTU, 4 | 50.0 at 3 tokens |  | 50.0 at 5 tokens |  |" in table
-    assert "| untouched | 100.0 at 9 tokens | +50.0 [+0.0, +100.0] |" in table
+    assert "| DToMe + VTU (linear), 5 | 50.0 at 3 tokens | +0.0 [-100.0, +100.0] (3 tokens) |" in table
 
 
 def test_intervals_cover_what_they_should():
@@ -459,7 +471,7 @@ def lines(folder: Path, *questions: dict) -> Path:
 def test_a_folder_of_ones_own(tmp_path):
     for name in ("a.png", "b.png"):
         tiny.photos(1)[0].save(tmp_path / name)
-    ask = {"image": "a.png", "question": "What?", "answer": "3", "measures": {"objects": 2}}
+    ask = {"image": "a.png", "question": "What?", "answer": "3", "measures": {"objects": 2, "pixels": 1}}
     task = Folder(
         lines(
             tmp_path,
@@ -470,6 +482,7 @@ def test_a_folder_of_ones_own(tmp_path):
     assert [task[i].kind for i in range(len(task))] == ["n", "w", "n"]
     assert len(task[1].images) == 2
     assert (task[0].measures["objects"], set(task[1].measures)) == (2, {"bytes", "pixels"})
+    assert task[0].measures["pixels"] > 1, "those are counted"
     assert task.score(task[0], "3.1") == 1
     assert task.score(task[1], "3.1") == 0
     assert task.score(task[1], "The B.") == 1
@@ -490,6 +503,9 @@ def test_a_folder_of_ones_own(tmp_path):
         ({"image": "a.png", "question": "What?", "answer": "3", "kind": "all"}, "all kinds together"),
         ({"image": "a.png", "question": "What?", "answer": "3", "measures": [2]}, "no object of numbers"),
         ({"image": "a.png", "question": "What?", "answer": "3", "measures": {"words": "2"}}, "no object of numbers"),
+        ({"image": "a.png", "question": "What?", "answer": "3", "measures": {"words": True}}, "no object of numbers"),
+        ({"image": "a.png", "question": "What?", "answer": "3", "measures": {"n": 10**400}}, "no object of numbers"),
+        ({"image": "a.png", "question": "What?", "answer": "3", "measures": {"n": math.nan}}, "no object of numbers"),
     ],
 )
 def test_a_folder_with_a_mistake_is_refused(tmp_path, line, says):

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dymu.cli import errors
 from dymu.cli.commands import PICTURES, Debug, Json, app, parse_budget, quieten_transformers
 from dymu.cli.output import Output, check_writable, write_whole
+from dymu.errors import DymuError
+
+if TYPE_CHECKING:
+    from dymu.evaluate import Method
 
 CHARTS = (*PICTURES[:1], ".svg", ".pdf")
 
@@ -177,18 +181,20 @@ def _task(text: str) -> Any:
 
 
 def _say(
-    out: Output, read: list[tuple[Path, Any]], against: Any = "untouched", by: Sequence[str] = (), quiet: bool = False
+    out: Output,
+    read: list[tuple[Path, Any]],
+    against: Method = "untouched",
+    by: Sequence[str] = (),
+    quiet: bool = False,
 ) -> list[str]:
     """Print what the files say, and return the Markdown of each."""
     from dymu.evaluate import tables
     from dymu.evaluate.summary import parts_by, rows_of, skipped, summarise
 
     for path, results in read:
-        methods = {row.method for row in rows_of(results)}
-        if against not in methods:
-            raise errors.BadInput(
-                f"{path} has no rows of {against} to compare with; it has {', '.join(sorted(methods))}."
-            )
+        methods = {row.method: None for row in rows_of(results)}
+        if against != "untouched" and against not in methods:
+            raise errors.BadInput(f"{path} has no rows of {against}; compare with one of: {', '.join(methods)}.")
     found = [(path, results, summarise(results, against=against)) for path, results in read]
     for path, results, summaries in found:
         left_out = skipped(results)
@@ -200,10 +206,13 @@ def _say(
             )
     pages, told = [], []
     for path, results, summaries in found:
-        split = {
-            measure: [(part, summarise(results, part, against)) for part in parts_by(results, measure)]
-            for measure in by
-        }
+        try:
+            split = {
+                measure: [(part, summarise(results, part, against)) for part in parts_by(results, measure)]
+                for measure in by
+            }
+        except DymuError as error:
+            raise errors.BadInput(f"{path}: {error}") from error
         page = [
             tables.accuracy_table(summaries, against),
             *(tables.part_table(parts, against) for parts in split.values()),

@@ -12,7 +12,7 @@ import numpy as np
 
 from dymu.errors import DymuError
 from dymu.evaluate.results import Results
-from dymu.evaluate.rows import Method, Row
+from dymu.evaluate.rows import UNTOUCHED, Method, Row
 from dymu.tasks.scoring import f1, yes_or_no
 from dymu.timing import Times
 
@@ -50,7 +50,9 @@ class RowSummary:
     Attributes:
         tokens_mean, tokens_sd: image tokens per prompt.
         accuracy: by kind, and `all` over all examples.
-        difference: the same minus that of the row it is compared with, on the same examples; empty for that itself.
+        against: the row that it is compared with; None: there is no such row, or it is that itself.
+        against_tokens: the mean image tokens of that row; 0 where there is none.
+        difference: accuracy minus that of that row on the same examples.
         f1: of the answer "yes", by kind.
         costs: None where nothing was timed.
     """
@@ -59,6 +61,8 @@ class RowSummary:
     tokens_mean: float
     tokens_sd: float
     accuracy: dict[str, Share]
+    against: Row | None
+    against_tokens: float
     difference: dict[str, Share]
     f1: dict[str, float]
     costs: Costs | None
@@ -122,25 +126,30 @@ class Part:
 
 
 def parts_by(results: Results, measure: str, count: int = 3) -> list[Part]:
-    """The examples in at most `count` parts, as equal in size as can be where equal values stay together.
+    """The examples in at most `count` parts of about equal size by one of their measures; equal values stay together.
 
     Raises:
         DymuError: no example has this measure.
     """
     found = answered(results, rows_of(results)[0]).measures
-    values = np.array([measures[measure] for measures in found if measure in measures])
+    every = np.array([measures.get(measure, math.nan) for measures in found])
+    values, times = np.unique(every[np.isfinite(every)], return_counts=True)
     if not len(values):
         known = sorted({name for measures in found for name in measures})
-        raise DymuError(f"no question has the measure {measure!r}; there are: {', '.join(known) or 'none'}.")
-    edges = np.quantile(values, np.arange(1, count) / count, method="inverted_cdf")
-    of_part = np.searchsorted(edges, values)
-    members = [values[of_part == part] for part in np.unique(of_part)]
-    return [Part(measure, float(mine.min()), float(mine.max())) for mine in members]
+        raise DymuError(f"no question has the measure {measure!r}; take one of: {', '.join(known) or '(none there)'}.")
+    # A part ends with the value after which the number of examples is nearest to its share of all.
+    done = times.cumsum()
+    last = [np.abs(done - done[-1] * part / count).argmin() for part in range(1, count + 1)]
+    members = np.split(values, np.unique(last)[:-1] + 1)
+    return [Part(measure, float(mine[0]), float(mine[-1])) for mine in members]
 
 
 def compared_with(row: Row, rows: Sequence[Row], method: Method) -> Row | None:
-    """The row of `method` that is most like `row`: unmerged alike, then of the nearest budget; None for itself."""
-    if row.method == method:
+    """The row of `method` that is most like `row`: unmerged alike, then of the nearest budget.
+
+    None for a row of that method itself, and for the untouched model, which is like no row with a budget.
+    """
+    if row.method == method or row == UNTOUCHED:
         return None
     return min(
         (other for other in rows if other.method == method),
@@ -172,8 +181,10 @@ def summarise(
         of_kind = {ALL: chosen, **{kind: chosen & (np.array(own.kinds) == kind) for kind in dict.fromkeys(own.kinds)}}
         of_kind = {kind: rows for kind, rows in of_kind.items() if rows.any()}
         difference = {}
+        against_tokens = 0.0
         if other is not None:
             base = answered(results, other)
+            against_tokens = float(base.kept[chosen].mean()) if chosen.any() else 0.0
             difference = {kind: share(own.scores[rows] - base.scores[rows]) for kind, rows in of_kind.items()}
         summaries.append(
             RowSummary(
@@ -181,6 +192,8 @@ def summarise(
                 tokens_mean=float(own.kept[chosen].mean()) if chosen.any() else 0.0,
                 tokens_sd=float(own.kept[chosen].std()) if chosen.any() else 0.0,
                 accuracy={kind: share(own.scores[rows]) for kind, rows in of_kind.items()},
+                against=other,
+                against_tokens=against_tokens,
                 difference=difference,
                 f1={
                     kind: f1(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dymu.evaluate.results import Results
-from dymu.evaluate.rows import Method, Row
+from dymu.evaluate.rows import UNTOUCHED, Method, Row
 from dymu.evaluate.summary import ALL, Part, RowSummary, Share
 
 _METHODS = {
@@ -41,7 +41,7 @@ def accuracy_table(summaries: Sequence[RowSummary], against: Method = "untouched
     lines = []
     for found in summaries:
         cells = [series(found.row), f"{found.tokens_mean:.0f} ± {found.tokens_sd:.0f}", _percent(found.accuracy[ALL])]
-        cells.append(_points(found.difference[ALL]) if ALL in found.difference else "")
+        cells.append(difference(found))
         for kind in kinds:
             said = f", F1 of yes {100 * found.f1[kind]:.0f}" if kind in found.f1 else ""
             cells.append(f"{100 * found.accuracy[kind].mean:.1f}{said}")
@@ -73,7 +73,7 @@ def part_table(parts: Sequence[tuple[Part, Sequence[RowSummary]]], against: Meth
         line = [f"{series(rows[0].row)}{f', {rows[0].row.budget}' if rows[0].row.budget else ''}"]
         for found in rows:
             right = f"{100 * found.accuracy[ALL].mean:.1f} at {found.tokens_mean:.0f} tokens"
-            line += [right, _points(found.difference[ALL]) if found.difference else ""]
+            line += [right, difference(found)]
         lines.append(line)
     return markdown(header, lines)
 
@@ -121,5 +121,14 @@ def _percent(found: Share) -> str:
     return f"{100 * found.mean:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
-def _points(found: Share) -> str:
+def difference(found: RowSummary) -> str:
+    """Points over all kinds against the row it is compared with, and that one's tokens unless it is untouched."""
+    if found.against is None:
+        return ""
+    tokens = "" if found.against == UNTOUCHED else f" ({found.against_tokens:.0f} tokens)"
+    return points(found.difference[ALL]) + tokens
+
+
+def points(found: Share) -> str:
+    """A difference with its interval, in points of percent."""
     return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"

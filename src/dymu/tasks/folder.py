@@ -7,14 +7,14 @@ One JSON object per line::
 
 `kind` (what accuracies are told apart by; the folder's name if it is left out) and `score` (which rule decides, see
 `RULES`; `exact`) may be left out. Questions of one kind are scored by one rule. `measures`, numbers by name that say
-how complex the images are (`{"objects": 5}`), stand beside the bytes and pixels that are counted here.
+how complex the images are (`{"objects": 5}`), stand beside the `bytes` and `pixels` that are counted here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,9 +100,9 @@ class Folder:
         paths = [self.folder / image for image in asked.images]
         images = tuple(load(path).image for path in paths)
         measures = {
+            **asked.measures,
             "bytes": float(sum(path.stat().st_size for path in paths)),
             "pixels": float(sum(image.width * image.height for image in images)),
-            **asked.measures,
         }
         return Example(images, asked.question, asked.references, asked.kind, measures)
 
@@ -129,9 +129,7 @@ def _read(line: str, where: str, folder: str) -> _Asked:
         raise BadPrompt(f'{where} has "images" or "answers" that are no [list]; one alone is an "image" or "answer".')
     if not answers or not all(isinstance(text, str) for text in (*images, *answers, question, kind, rule)):
         raise BadPrompt(f"{where} holds something other than text, or no answer: mend it.")
-    if not isinstance(measures, dict) or not all(
-        type(value) in (int, float) and math.isfinite(value) for value in measures.values()
-    ):
+    if not isinstance(measures, dict) or not all(map(_is_number, measures.values())):
         raise BadPrompt(f'{where} has "measures" that are no object of numbers, like {{"objects": 5}}: mend them.')
     if rule not in RULES:
         raise BadPrompt(f"{where} asks for the unknown score {rule!r}: take one of {', '.join(RULES)}.")
@@ -144,6 +142,11 @@ def _read(line: str, where: str, folder: str) -> _Asked:
         raise BadPrompt(f'{where} is of the kind "all", which stands for all kinds together: name it otherwise.')
     measures = {name: float(value) for name, value in measures.items()}
     return _Asked(tuple(images), question, tuple(answers), kind, rule, measures)
+
+
+def _is_number(value: object) -> bool:
+    # An integer in JSON may be larger than any float.
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max  # type: ignore[operator]
 
 
 def _by_turns(asked: Sequence[_Asked]) -> Iterator[_Asked]:
