@@ -392,7 +392,7 @@ def test_parts_are_about_equal_and_keep_equal_values_together():
     del measures[3]["objects"]
     (only,) = parts_by(results, "objects", 3)
     assert [found.accuracy["all"].n for found in summarise(results, only)] == [2, 2], "two have none"
-    with pytest.raises(DymuError, match="no question has the measure 'words'; one of: objects"):
+    with pytest.raises(DymuError, match="no question has the measure 'words'; take one of: objects"):
         parts_by(results, "words")
 
 
