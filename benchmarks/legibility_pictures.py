@@ -52,7 +52,7 @@ def curve(result: dict[str, Any]) -> Figure:
         panel.set_title(f"{TITLES[part]}: {about['letters_a_page']:.0f} letters a page", fontsize=10)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("letters that are read, %")
-    panels[-1].legend(loc="lower right", fontsize=8)
+    panels[0].legend(loc="center left", fontsize=8)
     figure.tight_layout()
     return figure
 

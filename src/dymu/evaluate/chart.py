@@ -13,6 +13,8 @@ from dymu.evaluate.tables import series
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart.
 _COLOURS = {"dtome": "#0072b2", "tome": "#d55e00", "pool": "#009e73", "random": "#999999", "downscale": "#cc79a7"}
+_OF_SCHEDULE = {"constant": "#56b4e9", "linear": "#1b2a49"}
+"""Of DToMe, where it is not the usual one."""
 _LINES = {"exact": "-", "compact": "--", "compact-unsized": "-.", "none": ":"}
 _MARKS = {"reverse_linear": "o", "linear": "v", "constant": "s", "": "D"}
 PANEL_INCHES = (3.4, 2.8)
@@ -72,14 +74,17 @@ def _panel(panel: Any, summaries: Sequence[RowSummary], kind: str, x_of: Callabl
         elif kind in found.accuracy:
             panel.axhline(100 * found.accuracy[kind].mean, color="black", linewidth=1, label="untouched")
     for name, curve in curves.items():
-        points = [(x, found.accuracy[kind]) for found in curve if (x := x_of(found)) is not None]
-        points.sort(key=lambda point: point[0])
+        by_budget = sorted(curve, key=lambda found: found.row.budget)
+        points = [(x, found.accuracy[kind]) for found in by_budget if (x := x_of(found)) is not None]
         row = curve[0].row
+        colour = _COLOURS[row.method]
+        if row.method == "dtome":
+            colour = _OF_SCHEDULE.get(row.schedule, colour)
         panel.errorbar(
             [x for x, _ in points],
             [100 * share.mean for _, share in points],
             yerr=[[100 * (s.mean - s.low) for _, s in points], [100 * (s.high - s.mean) for _, s in points]],
-            label=name, color=_COLOURS[row.method], linestyle=_LINES[row.unmerge], marker=_MARKS[row.schedule],
+            label=name, color=colour, linestyle=_LINES[row.unmerge], marker=_MARKS[row.schedule],
             markersize=4, linewidth=1.4, elinewidth=0.6, capsize=0,
         )  # fmt: skip
     panel.set_ylabel("right answers, %")
