@@ -200,7 +200,7 @@ def dynamic() -> str:
     header = ["DToMe", f"all, photos too ({columns[0][0].accuracy[ALL].n})"]
     for part, column in zip(parts, columns[1:], strict=True):
         span = " to ".join(dict.fromkeys(f"{end:.0f}" for end in (part.low, part.high)))
-        header.append(f"scenes of {span} things ({column[0].accuracy[ALL].n})")
+        header.append(f"scenes, things: {span} ({column[0].accuracy[ALL].n})")
     rows = [
         [f"{cells[0].row.schedule.replace('_', '-')}, {cells[0].row.budget}",
          *(f"{points(cell.difference[ALL])} at {cell.tokens_mean:.0f}; {cell.against_tokens:.0f}" for cell in cells)]

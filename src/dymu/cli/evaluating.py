@@ -214,6 +214,7 @@ def _say(
         except DymuError as error:
             raise errors.BadInput(f"{path}: {error}") from error
         page = [
+            f"**{path}**" if len(found) > 1 else "",
             tables.accuracy_table(summaries, against),
             *(tables.part_table(parts, against) for parts in split.values()),
             tables.cost_table(summaries),
