@@ -2,10 +2,13 @@
 #
 #   make demo    set up, then ask the demo model about a real photo, with all image tokens and with few
 #   make test    set up, then run the tests
+#   make contract TRANSFORMERS=5.18.0
+#                the contract on one model of every family, with another transformers than the pinned one
 #   make check   format, lint, types, import contract and tests: what CI runs
 #   make format  put the code into shape
 
 PYTHON ?= python3
+WORKERS ?= 2
 BUDGET ?= 0.30
 PHOTO ?= examples/photo.jpg
 QUESTION ?= What is this?
@@ -16,7 +19,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CODE := src tests training benchmarks
 
 .DELETE_ON_ERROR:
-.PHONY: demo setup test check format-check lint types imports format clean
+.PHONY: demo setup test contract check format-check lint types imports format clean
 
 demo: setup
 	$(BIN)/dymu run $(PHOTO) "$(QUESTION)" --budget $(BUDGET) --compare --draw demo.png
@@ -38,7 +41,14 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+# The other transformers is laid over the pinned one; all else stays as pinned.
+contract: OVERLAY = .overlays/transformers-$(TRANSFORMERS)
+contract: setup
+	@test -d $(OVERLAY) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OVERLAY) \
+	  transformers==$(TRANSFORMERS)
+	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -n $(WORKERS) --dist worksteal -m one_of_each tests/test_contract.py
 
 check: format-check lint types imports test
 
@@ -60,4 +70,4 @@ format: setup
 	$(BIN)/ruff check --fix $(CODE)
 
 clean:
-	rm -rf .venv build dist demo.png
+	rm -rf .venv .overlays build dist demo.png

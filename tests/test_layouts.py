@@ -21,6 +21,7 @@ import dymu
 import tiny
 from by_hand import unmerged_by_hand
 from dymu.errors import BadBudget, BadPrompt, UnsupportedModel
+from dymu.hooks.versions import cuts_encoded_images
 from dymu.merging import AveragePool, MergeRule, RandomKeep, ThresholdMerge
 from dymu.placed import Placed
 
@@ -322,9 +323,9 @@ def test_shapes_are_the_untouched_models(shown):
         assert out.logits.shape == stock.logits.shape
         assert torch.isfinite(out.loss)
         assert [hidden.shape for hidden in out.hidden_states] == [hidden.shape for hidden in stock.hidden_states]
-        for name in ("image_hidden_states", "video_hidden_states"):
-            if stock.get(name) is not None:
-                assert out[name].shape == stock[name].shape
+        for modality in ("image", "video"):
+            if tiny.features_in(stock, modality) is not None:
+                assert tiny.features_in(out, modality).shape == tiny.features_in(stock, modality).shape
         assert out.past_key_values.get_seq_length() == stock.past_key_values.get_seq_length()
         generated = answer(model, **inputs)
         assert generated.shape == text.shape
@@ -516,7 +517,7 @@ def check_videos(model: Any, videos: Sequence[Video], rule: MergeRule) -> None:
     # Where frames are pooled ahead of the projector, they are laid out there.
     given = laid_out[0].split(videos[0].frames)
     expected = [expected_video(model, own) for own in given]
-    check_groups(model, found, expected, list(features))
+    check_groups(model, found, expected, [rows.flatten(0, -2) for rows in features])
     assert kept == [int(group.max()) + 1 for group in expected]
     for item in items:
         check_views(item)
@@ -629,12 +630,12 @@ def check_by_hand(model: Any, row: Row, rule: MergeRule) -> None:
         out = model(**inputs)
         groups = [handle.last.group(i) for i in range(len(handle.last.items))]
         assert sum(handle.last.kept) < sum(handle.last.original)
-    features = {tiny.IMAGE_TOKEN: out.image_hidden_states, tiny.VIDEO_TOKEN: out.get("video_hidden_states")}
+    features = {tiny.IMAGE_TOKEN: tiny.features_in(out), tiny.VIDEO_TOKEN: tiny.features_in(out, "video")}
     channels = model.config.text_config.hidden_size
     joined = torch.zeros(len(ids), channels)
     group, count = torch.full((len(ids),), -1), 0
     for token, own in zip([token for token in features if bool((ids == token).any())], groups, strict=True):
-        joined[ids == token] = features[token].view(-1, channels)
+        joined[ids == token] = features[token]
         group[ids == token] = own + count
         count += int(own.max()) + 1
     shown = ~is_word(ids)
@@ -645,9 +646,10 @@ def check_by_hand(model: Any, row: Row, rule: MergeRule) -> None:
 def test_beams(shown):
     model, rows = shown
     inputs = scene(model, rows)
-    stock = answer(model, num_beams=3, **inputs)
-    with dymu.apply(model, merge=NOTHING):
-        assert torch.equal(answer(model, num_beams=3, **inputs), stock)
+    if tiny.REPEATS_RIGHT:
+        stock = answer(model, num_beams=3, **inputs)
+        with dymu.apply(model, merge=NOTHING):
+            assert torch.equal(answer(model, num_beams=3, **inputs), stock)
     with dymu.apply(model, merge=SOME) as handle:
         together = answer(model, num_beams=3, return_dict_in_generate=True, **inputs)
         model(**inputs)
@@ -665,15 +667,16 @@ def test_sampling(video_model):
         found: Tensor = answer(video_model, do_sample=True, num_return_sequences=2, **inputs)
         return found
 
-    stock = sampled()
-    assert stock.shape[0] == 4
-    with dymu.apply(video_model, merge=NOTHING):
-        assert torch.equal(sampled(), stock)
+    if tiny.REPEATS_RIGHT:
+        stock = sampled()
+        with dymu.apply(video_model, merge=NOTHING):
+            assert torch.equal(sampled(), stock)
     with dymu.apply(video_model, merge=SOME):
         assert torch.equal(sampled(), sampled())
-        assert sampled().shape == stock.shape
+        assert sampled().shape == (4, inputs["input_ids"].shape[1] + 4)
 
 
+CUT = pytest.mark.skipif(not cuts_encoded_images(), reason="this transformers does not chunk prompts with images")
 CHUNKED: dict[str, Row] = {
     "tiles": (3, TILES, 5),
     "images": (3, TILES, 2, Photo(28, 60, 1), 5),
@@ -690,6 +693,7 @@ def one_row(request: pytest.FixtureRequest) -> tuple[Any, Row]:
     return made(name), CHUNKED[row]
 
 
+@CUT
 @pytest.mark.parametrize(("size", "rule"), [(11, SOME), (40, SOME), (24, SETTLED)])
 def test_generate_in_chunks_reads_the_whole_prompt(one_row, size, rule):
     """Chunks cut through images and videos; tokens of one group that fall into two chunks are stored in each."""
@@ -780,8 +784,8 @@ def test_what_merges_where_it_stands_is_the_mean_of_its_places(model, row):
     for rule in (encoder_alone, SETTLED):
         with dymu.apply(model, merge=rule) as handle:
             out = model(**inputs)
-            features = out.video_hidden_states if row[1] is VIDEO else out.image_hidden_states
-            found.append((handle.last.group(0), features.view(handle.last.original[0], -1), handle.last.items[0]))
+            features = tiny.features_in(out, "video" if row[1] is VIDEO else "image")
+            found.append((handle.last.group(0), features, handle.last.items[0]))
     (before, ahead, item), (after, features, _) = found
     assert int(after.max()) < int(before.max())
     assert len(torch.stack((before, after)).unique(dim=1).T) == int(before.max()) + 1
@@ -829,7 +833,7 @@ def bad_calls(model: Any) -> list[tuple[dict[str, Any], str]]:
     return calls
 
 
-@pytest.mark.parametrize("how", ["forward", "generate", "chunks", "beams"])
+@pytest.mark.parametrize("how", ["forward", "generate", pytest.param("chunks", marks=CUT), "beams"])
 def test_prompts_that_do_not_fit_are_named_and_leave_nothing_open(model, how):
     options = {"generate": {}, "chunks": {"prefill_chunk_size": 16}, "beams": {"num_beams": 2}}
     right = scene(model, [(3, Photo(30, 60, 1), 4)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -161,6 +163,21 @@ def shown(model: Any, pictures: Tensor | None) -> dict[str, Any]:
     wide = torch.nn.functional.interpolate(pictures, size=(SIDE, 2 * SIDE), mode="bilinear")
     tiles = torch.stack((pictures, wide[..., :SIDE], wide[..., SIDE:]), 1)
     return {"pixel_values": tiles, "image_sizes": torch.tensor([[SIDE, 2 * SIDE]] * len(pictures))}
+
+
+REPEATS_RIGHT = version.parse(transformers.__version__) >= version.parse("5.19")
+"""Whether the stock model keeps several images of one prompt in order where beams repeat them."""
+
+
+def features_in(out: Any, modality: str = "image") -> Tensor | None:
+    """The features [tokens of all items, C] that a call gives back beside its logits, if it was shown any.
+
+    Whole outputs of the encoder from transformers 5.24 on, tensors of all items before.
+    """
+    if (encoded := out.get(f"{modality}_outputs")) is not None:
+        return torch.cat([item.flatten(0, -2) for item in encoded.pooler_output])
+    features = out.get(f"{modality}_hidden_states")
+    return None if features is None else features.flatten(0, -2)
 
 
 def pictures(count: int, seed: int = 0) -> Tensor:

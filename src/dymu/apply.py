@@ -236,8 +236,7 @@ class Handle:
             ("_expand_multimodal_outputs", language.repeat),
             ("_prefill", language.prefill),
         ):
-            if hasattr(parts.model, name):
-                self._set(parts.model, name, hook(getattr(parts.model, name)))
+            self._set(parts.model, name, hook(getattr(parts.model, name)))
         for module in (parts.language_model, *parts.attentions):
             config = copy.copy(module.config)
             config._attn_implementation = NAME

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from dymu.errors import BadPrompt
+from dymu.hooks.versions import cache_of
 
 _LLAVA_PROMPT = "USER: {items}\n{question} ASSISTANT:"
 
@@ -72,4 +73,4 @@ def generate(model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_t
     output = stock.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
     new = output.sequences[:, inputs["input_ids"].shape[1] :]
     texts = processor.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() for text in texts], output.past_key_values
+    return [text.strip() for text in texts], cache_of(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from dymu.errors import BadPrompt, UnsupportedCache
 from dymu.families import Modality, Parts
+from dymu.hooks.versions import cache_among, cache_argument, cache_of, cuts_encoded_images, pop_cache, version
 from dymu.placed import Placed
 from dymu.report import Report
 from dymu.token_map import TokenMap
@@ -43,15 +44,13 @@ class _Call:
 
     Args:
         places: bool [B, N] for each kind of item, their placeholders in the prompts.
-        later: whether the model may add a newline to every video after this, as LLaVA-OneVision does where forwards
-            take no `mm_encoder_outputs` (transformers 5.17).
 
     Attributes:
         leaders: int64 [B, N], see `place_leaders`; None until items came that DyMU merged.
     """
 
-    def __init__(self, places: Mapping[Modality, Tensor], later: bool) -> None:
-        self.places, self._later = places, later
+    def __init__(self, places: Mapping[Modality, Tensor]) -> None:
+        self.places = places
         self.leaders: Tensor | None = None
 
     def show(self, modality: Modality, features: Features) -> None:
@@ -62,8 +61,7 @@ class _Call:
         """
         mask = self.places[modality]
         places, tokens = int(mask.sum()), sum(feature.shape[:-1].numel() for feature in features)
-        later = int(self._later and modality == "video" and places == tokens + len(features))
-        if places != tokens + later * len(features):
+        if places != tokens:
             raise BadPrompt(
                 f"the prompts have {places} {modality} placeholders, but the {len(features)} {modality}s given need "
                 f"{tokens}; write one placeholder per {modality} into the text, let the processor expand it, and give "
@@ -71,8 +69,6 @@ class _Call:
             )
         carried = carried_leaders(features)
         if carried is not None:
-            if later:
-                carried = [torch.cat((item, item.new_tensor([len(item)]))) for item in carried]
             ends = {0, *accumulate(len(item) for item in carried)}
             for row, end in enumerate(mask.sum(1).cumsum(0).tolist()):
                 if end not in ends:
@@ -104,7 +100,7 @@ class LanguageHooks:
         self._angles = parts.rotary.forward
         self._inner_signature = inspect.signature(parts.inner.forward)
         self._decoder_signature = inspect.signature(parts.language_model.forward)
-        self._later = "mm_encoder_outputs" not in self._inner_signature.parameters
+        self._cache_argument = cache_argument(parts.language_model.forward)
         self._call: _Call | None = None
         self._collecting = False
         self._chunked: tuple[int, Tensor] | None = None
@@ -117,24 +113,16 @@ class LanguageHooks:
         if self._call is not None:
             self._call.show(modality, features)
 
-    def before_inner(self, inner: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def before_inner(self, _inner: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Learn where this call's images and videos stand in the prompt."""
         given = self._inner_signature.bind(*args, **kwargs).arguments if args else kwargs
         encoded = given.get("mm_encoder_outputs") or {}
         if not any(encoded.values()) and all(given.get(name) is None for name in PIXELS):
-            if not _length(given.get("past_key_values")):
+            if not _length(cache_among(given)):
                 self.report = Report()
             return
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        if ids is not None:
-            self._call = self._call_of(ids)
-        elif embeds is not None:
-            table = inner.get_input_embeddings()
-            tokens = torch.tensor(list(self._parts.placeholders.values()), device=embeds.device)
-            masks = [(embeds == of_token).all(-1) for of_token in table(tokens)]
-            self._call = _Call(dict(zip(self._parts.placeholders, masks, strict=True)), self._later)
-        if self._call is not None:
-            self._call.show_encoded(encoded)
+        self._call = self._call_of(given.get("input_ids"), given.get("inputs_embeds"))
+        self._call.show_encoded(encoded)
         if not any(encoded.values()):
             self.report, self._collecting = Report(), True
 
@@ -167,8 +155,13 @@ class LanguageHooks:
             inputs = given["model_kwargs"]
             encoded = inputs.get("mm_encoder_outputs") or {}
             if given["generation_config"].prefill_chunk_size is not None and any(encoded.values()):
+                if not cuts_encoded_images():
+                    raise BadPrompt(
+                        f"transformers {version()} cannot prefill a prompt with images in chunks; leave "
+                        "prefill_chunk_size out, or update transformers to 5.23 or newer."
+                    )
                 ids, mask = given["input_ids"], inputs.get("attention_mask")
-                past = _length(inputs.get("past_key_values"))
+                past = _length(cache_among(inputs))
                 if mask is None or mask.shape[1] == ids.shape[1]:
                     ids = ids[:, past:]
                 whole = self._call_of(ids)
@@ -182,30 +175,35 @@ class LanguageHooks:
         return prefilling
 
     def repeat(self, repeat: Callable[..., Any]) -> Callable[..., Any]:
-        """Beams repeat encoded items; where those are rows of one tensor, the repeated one must carry their maps."""
+        """Beams repeat the encoded items of each prompt, and with them their token maps.
+
+        Done here instead of by `repeat`, which loses the maps; that of transformers 5.18 also mixes up the order of
+        several images of one prompt.
+        """
 
         @functools.wraps(repeat)
-        def repeating(ids: Any, outputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if ids is not None and ids.numel():  # of items that do not fit, some would be left out in silence
-                self._call_of(ids).show_encoded(outputs)
-            whole = [o for o in outputs.values() if isinstance(getattr(o, "pooler_output", None), Tensor)]
-            for output in whole:
-                carried, rows = carried_leaders(output.pooler_output), list(output.pooler_output)
-                if carried is not None:
-                    carry_leaders(rows, carried)
-                output.pooler_output = rows
-            outputs = repeat(ids, outputs, *args, **kwargs)
-            for output in whole:
-                rows = output.pooler_output
-                carried, output.pooler_output = carried_leaders(rows), torch.stack(rows)
-                if carried is not None:
-                    carry_leaders(output.pooler_output, carried)
+        def repeating(
+            ids: Tensor | None, outputs: dict[str, Any], expand_size: int = 1, inputs_embeds: Tensor | None = None
+        ) -> dict[str, Any]:
+            call = self._call_of(ids if ids is not None and ids.numel() else None, inputs_embeds)
+            call.show_encoded(outputs)
+            for modality, mask in call.places.items():
+                if outputs.get(modality) is not None:
+                    output = outputs[modality]
+                    output.pooler_output = _repeated(output.pooler_output, mask.sum(1).tolist(), expand_size)
             return outputs
 
         return repeating
 
-    def _call_of(self, ids: Tensor) -> _Call:
-        return _Call({modality: ids == token for modality, token in self._parts.placeholders.items()}, self._later)
+    def _call_of(self, ids: Tensor | None, embeds: Tensor | None = None) -> _Call:
+        placeholders = self._parts.placeholders
+        if ids is not None:
+            return _Call({modality: ids == token for modality, token in placeholders.items()})
+        if embeds is None:
+            return _Call({})
+        tokens = torch.tensor(list(placeholders.values()), device=embeds.device)
+        masks = [(embeds == token).all(-1) for token in self._parts.inner.get_input_embeddings()(tokens)]
+        return _Call(dict(zip(placeholders, masks, strict=True)))
 
     def before_decoder(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Keep one token of each group, and plan the attention over all."""
@@ -218,7 +216,7 @@ class LanguageHooks:
             embeds = decoder.get_input_embeddings()(ids)
         batch, tokens = embeds.shape[:2]
 
-        cache, use_cache = given.pop("past_key_values", None), given.get("use_cache")
+        cache, use_cache = pop_cache(given), given.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
         history = History() if cache is None else adopt(cache, self._cache)
@@ -256,14 +254,14 @@ class LanguageHooks:
             **given,
             "inputs_embeds": embeds,
             "position_ids": merged,  # not rotated by: the step has the angles
-            "past_key_values": cache,
+            self._cache_argument: cache,
             "dymu_step": step,
         }
 
     def after_decoder(self, _decoder: Any, _args: Any, output: Any) -> Any:
         """Give each token of the full prompt the output of its merged token."""
         assert self._map is not None
-        expand, cache = self._map.expand, output.past_key_values
+        expand, cache = self._map.expand, cache_of(output)
         if cache is not None:
             history = adopt(cache)
             self.report.cache_bytes = stored = cache_bytes(cache)
@@ -280,6 +278,26 @@ class LanguageHooks:
             first, leaders = self._chunked
             return leaders_within(leaders, start - first, tokens)
         return None if self._call is None else self._call.leaders
+
+
+def _repeated(features: Features, tokens: Sequence[int], times: int) -> Features:
+    """The features of all items of each prompt, so many times in a row; they carry their leaders.
+
+    Args:
+        tokens: of each prompt, the placeholders.
+    """
+    order, rest = list[int](), iter(range(len(features)))
+    for wanted in tokens:
+        items = list[int]()
+        while wanted > 0:
+            items.append(next(rest))
+            wanted -= features[items[-1]].shape[:-1].numel()
+        order += items * times
+    leaders = carried_leaders(features)
+    repeated = features[order] if isinstance(features, Tensor) else [features[item] for item in order]
+    if leaders is not None:
+        carry_leaders(repeated, [leaders[item] for item in order])
+    return repeated
 
 
 def _length(cache: Any) -> int:

@@ -39,7 +39,7 @@ class Report:
 
     @property
     def kept(self) -> list[int]:
-        """Merged tokens of each item; an image that transformers encodes once per beam (before 5.23) counts so."""
+        """Merged tokens of each item."""
         return [item.kept for item in self.items]
 
     @property

@@ -17,6 +17,7 @@ from torch import nn
 
 from dymu.apply import Handle
 from dymu.families import FAMILIES, resolve
+from dymu.hooks.versions import going_on
 
 DECODE_STEPS = 8
 """Tokens after the first that each measurement generates, whatever the answer."""
@@ -64,8 +65,8 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> Times:
         output = model(
             input_ids=output.logits[:, -1:].argmax(-1),
             attention_mask=mask,
-            past_key_values=output.past_key_values,
             use_cache=True,
+            **going_on(model, output),
         )
     ends = now()
     return Times(

@@ -17,6 +17,7 @@ from dymu.apply import Handle
 from dymu.bench.replay import Replay
 from dymu.bench.variants import Variant
 from dymu.families import FAMILIES, Parts, resolve
+from dymu.hooks.versions import going_on
 
 ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """The largest relative error (Frobenius norm) of the attention's outputs, by dtype."""
@@ -107,11 +108,9 @@ class Reference:
             with variant.on(model, {"merge": self._rule}) as handle:
                 prompt = {"input_ids": self._ids, **self._shown}
                 prompt["pixel_values"] = prompt["pixel_values"].to(model.dtype)
-                cache = None
-                for words in (None, *self._decoded.split(1, 1)):
-                    given = prompt if words is None else {"input_ids": words}
-                    given = {name: value.to(model.device) for name, value in given.items()}
-                    cache = model(**given, past_key_values=cache, use_cache=True).past_key_values
+                output = model(**{name: value.to(model.device) for name, value in prompt.items()}, use_cache=True)
+                for words in self._decoded.split(1, 1):
+                    output = model(input_ids=words.to(model.device), use_cache=True, **going_on(model, output))
         finally:
             for hook in hooks:
                 hook.remove()

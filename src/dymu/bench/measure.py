@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dymu.evaluate.costs import ATTENTION_FLOPS
 from dymu.families import FAMILIES, resolve
+from dymu.hooks.versions import cache_of, going_on
 from dymu.timing import now
 from dymu.unmerging import cache_bytes
 
@@ -30,13 +31,13 @@ def memory(model: Any, inputs: Inputs) -> dict[str, int]:
     """
     with _peak(model.device) as peak:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        stored = cache_bytes(output.past_key_values)
+        stored = cache_bytes(cache_of(output))
         mask = inputs["attention_mask"]
         model(
             input_ids=output.logits[:, -1:].argmax(-1),
             attention_mask=torch.cat((mask, mask.new_ones(len(mask), 1)), 1),
-            past_key_values=output.past_key_values,
             use_cache=True,
+            **going_on(model, output),
         )
     return {"peak_bytes": peak(), "cache_bytes": stored}
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dymu.hooks.versions import cache_of
 from dymu.timing import measure
 from dymu.unmerging import cache_bytes
 
@@ -31,7 +32,7 @@ def cost(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
 def _count(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int]:
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-    return counter.get_total_flops(), cache_bytes(output.past_key_values)
+    return counter.get_total_flops(), cache_bytes(cache_of(output))
 
 
 def _attention(causal_at: int) -> Callable[..., int]:

@@ -81,7 +81,7 @@ def find(root: nn.Module, path: str) -> Any:
             continue
     raise UnsupportedModel(
         f"{type(root).__name__} has no part named {path.replace('|', ' or ')}, where its family description "
-        "expects one; it may be a version of transformers that dymu does not know (dymu supports >=5.16,<6)."
+        "expects one; it may be a version of transformers that dymu does not know (dymu supports >=5.18,<6)."
     )
 
 

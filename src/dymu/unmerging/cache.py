@@ -148,11 +148,11 @@ class MergedLayer(DynamicLayer):
             self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove that many tokens of the full prompt from the end (before transformers 5.18, a positive number is the
-        length to keep)."""
+        """Remove tokens of the full prompt from the end: as in transformers, minus so many."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, such as -3, not {tokens_to_remove}")
         if self.leads:
-            keep = tokens_to_remove if tokens_to_remove > 0 else self.history.length + tokens_to_remove
-            self.history.crop(max(keep, 0))
+            self.history.crop(max(self.history.length + tokens_to_remove, 0))
         if self.is_initialized:
             self.keys = self.keys[..., : self.history.entries, :]
             self.values = self.values[..., : self.history.entries, :]

@@ -1,0 +1,1 @@
+"""What is hung into a stock transformers model, and all that knows transformers' insides."""
