@@ -3,7 +3,8 @@
 #   make demo    set up, then ask the demo model about a real photo, with all image tokens and with few
 #   make test    set up, then run the tests
 #   make contract TRANSFORMERS=5.18.0
-#                the contract on one model of every family, with another transformers than the pinned one
+#                the contract on one model of every family, layouts and reducers, with another transformers than
+#                the pinned one
 #   make check   format, lint, types, import contract and tests: what CI runs
 #   make format  put the code into shape
 
@@ -16,7 +17,7 @@ QUESTION ?= What is this?
 BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
-CODE := src tests training benchmarks
+CODE := src scenes tests training benchmarks experiments
 
 .DELETE_ON_ERROR:
 .PHONY: demo setup test contract check format-check lint types imports format clean
@@ -48,7 +49,7 @@ contract: OVERLAY = .overlays/transformers-$(TRANSFORMERS)
 contract: setup
 	@test -d $(OVERLAY) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OVERLAY) \
 	  transformers==$(TRANSFORMERS)
-	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -n $(WORKERS) --dist worksteal -m one_of_each tests/test_contract.py
+	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -n $(WORKERS) --dist worksteal -m one_of_each tests
 
 check: format-check lint types imports test
 

@@ -34,7 +34,7 @@ def main(
     thresholds = dymu.calibrate(model, processor, paths, budgets=[0.3])
     seconds = perf_counter() - began
     assert thresholds.encoder is not None
-    found = {
+    measured = {
         "images": thresholds.images,
         "full_tokens": thresholds.encoder.tokens,
         "budget": thresholds.budgets[0],
@@ -42,8 +42,8 @@ def main(
         "seconds": round(seconds, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    print(found)
-    print(record.write(name, found))
+    print(measured)
+    print(record.write(name, measured))
 
 
 if __name__ == "__main__":

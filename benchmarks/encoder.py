@@ -43,10 +43,10 @@ from transformers import (
 
 import dymu
 from benchmarks import record
-from dymu.families import FAMILIES, resolve
+from dymu.families import resolve
 from dymu.merging import MergedTokens, attention, layout
-from dymu.tasks.composed import Composed, calibration_images
-from dymu.tasks.photos import Photos
+from scenes.composed import Composed, calibration_images
+from scenes.photos import Photos
 
 RANDOM: dict[str, Callable[[int], PreTrainedConfig]] = {
     "clip-l": lambda side: CLIPVisionConfig(
@@ -81,18 +81,18 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load(tower, side)
     model = model.to(device, getattr(torch, dtype)).eval()
-    wanted = [float(budget) for budget in budgets.split(",")]
+    shares = [float(budget) for budget in budgets.split(",")]
     sizes = [int(size) for size in batches.split(",")]
     if way != "auto":
         attention.way_for = lambda _: way  # type: ignore[assignment, return-value]
-    depth = max(resolve(model, FAMILIES).feature_layers())
+    depth = max(resolve(model).feature_layers())
     pictures = _pictures(max(sizes))
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"].to(device, getattr(torch, dtype))
     scenes = calibration_images(calibrated_on)
     rows = []
     for nth in (int(nth) for nth in every.split(",")):
-        thresholds = dymu.calibrate(model, processor, scenes, wanted, merge_layers=range(depth - 1, -1, -nth))
-        cases = [(int(bucket), budget, size) for bucket in buckets.split(",") for budget in wanted for size in sizes]
+        thresholds = dymu.calibrate(model, processor, scenes, shares, merge_layers=range(depth - 1, -1, -nth))
+        cases = [(int(bucket), budget, size) for bucket in buckets.split(",") for budget in shares for size in sizes]
         for bucket, budget, size in track(cases, description=f"timing, every {nth}"):
             layout.BUCKET = bucket
             with torch.inference_mode(), dymu.apply(model, thresholds, budget=budget) as handle:
@@ -101,7 +101,7 @@ def main(
                 {"every": nth, "bucket": layout.bucket_size(device, size), "budget": budget, "batch": size, **timed}
             )
     assert thresholds.encoder is not None
-    found = {
+    result = {
         "tower": tower,
         "layers": thresholds.encoder.layers,
         "full_tokens": thresholds.encoder.tokens,
@@ -109,7 +109,7 @@ def main(
         "way": way,
         "rows": rows,
     }
-    print(record.write(name, found))
+    print(record.write(name, result))
 
 
 def load(tower: str, side: int) -> tuple[Any, Any]:
@@ -182,19 +182,19 @@ def _timed(model: Any, handle: dymu.Handle, pixels: Tensor, repeats: int) -> dic
 
 def processed(model: Any, handle: dymu.Handle) -> list[tuple[float, float]]:
     """Of each layer that runs, the tokens of its attention and of its MLP, the mean over the images."""
-    prefix = resolve(model, FAMILIES).prefix - int((~handle.last.items[0].patch).sum())
+    prefix = resolve(model).prefix - int((~handle.last.items[0].patch).sum())
     after = [prefix + statistics.fmean(kept) for kept in handle.last.layers]
     return list(zip([prefix + handle.last.original[0], *after[:-1]], after, strict=True))
 
 
 def counted(model: Any, lengths: list[tuple[float, float]]) -> float:
     """What so many tokens alone would give: untouched over DyMU, see `count_ratio` above."""
-    return lengths[0][0] * len(resolve(model, FAMILIES).encoder_layers) / sum((i + 2 * out) / 3 for i, out in lengths)
+    return lengths[0][0] * len(resolve(model).encoder_layers) / sum((i + 2 * out) / 3 for i, out in lengths)
 
 
 def _layers_alone(model: Any, images: int, processed: list[tuple[float, float]]) -> None:
     """Run the encoder layers on so many tokens of each of the images."""
-    parts = resolve(model, FAMILIES)
+    parts = resolve(model)
     parameter = next(parts.tower.parameters())
     x = parameter.new_zeros(images, round(processed[0][0]), parts.tower.config.hidden_size)
     for layer, (into, out) in zip(parts.encoder_layers, processed, strict=False):
@@ -205,7 +205,7 @@ def _layers_alone(model: Any, images: int, processed: list[tuple[float, float]])
 
 def _features(model: Any, pixels: Tensor) -> Tensor:
     """What the projector is given, copied to all N places, [B, N, C], in float32."""
-    projector = resolve(model, FAMILIES).projector
+    projector = resolve(model).projector
     projector.forward = lambda features: features
     try:
         return torch.stack(list(encode(model, pixels).pooler_output)).float()

@@ -7,7 +7,7 @@
 #   sh benchmarks/gpu.sh encoder    CLIP-L/336 in bfloat16, sizes as a mask and as channels
 #   sh benchmarks/gpu.sh layer      one decoder layer from 576 to 30,000 image tokens
 #
-# It needs torch, triton, transformers, typer and rich; dymu need not be installed. PYTHON names another interpreter.
+# It needs triton and what dymu depends on; dymu itself need not be installed. PYTHON names another interpreter.
 set -eu
 cd "$(dirname "$0")/.."
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
@@ -17,7 +17,7 @@ case ${1:-} in
 kernels) "$python" -m benchmarks.gpu_attention ;;
 tiles) "$python" -m benchmarks.gpu_attention --sweep ;;
 model)
-  "$python" -c 'from dymu.cli import main; main()' bench llava-1.5-7b -b 89 -b 195 --batch 1 --batch 8 --batch 32 \
+  "$python" -c 'from dymu.cli.main import main; main()' bench llava-1.5-7b -b 89 -b 195 --batch 1 --batch 8 --batch 32 \
     --backend sdpa --backend triton --repeats 5 --limit 60 -o benchmarks/results/bench-llava-1.5-7b-gpu.json
   ;;
 encoder)

@@ -31,8 +31,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import record
 from benchmarks.prompts import LLAMA, QWEN, SIZES, TEXT, Shape, plan, prompts, rotate, tensors, turn
+from dymu.choices import Unmerge
 from dymu.token_map import TokenMap
-from dymu.unmerging import BACKENDS, History, Step, Unmerge
+from dymu.unmerging import BACKENDS, History, Step
 from dymu.unmerging.backends.triton import Tiles, prefill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -106,7 +107,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: floa
     place = torch.arange(seen, device=query.device)
     sees = (place <= place[first:, None]) & (step.keys >= 0)[:, None]
     if window is not None:
-        sees &= step.place[:, first:, None] - step.place[:, None] < window
+        sees &= step.position[:, first:, None] - step.position[:, None] < window
     weights = logits.masked_fill(~sees[:, None], -torch.inf).softmax(-1).nan_to_num()
     return step.queries.average((weights @ value.repeat_interleave(shared, 1)).transpose(1, 2))
 
@@ -114,7 +115,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: floa
 def errors(case: Case, device: str = "cuda") -> tuple[float, float]:
     """How far the Triton kernels are from the formula: in prefill, and decoding `new` tokens after it."""
     torch.manual_seed(0)
-    dtype, history, found = DTYPES[case.dtype], History(), []
+    dtype, history, differences = DTYPES[case.dtype], History(), []
     queries = prompts(case.images, case.side, case.kept, case.batch, ragged=True)
     new = TokenMap.identity(case.batch, case.new, device)
     for tokens in (TokenMap(queries.group.to(device), queries.kept.to(device), queries.width, queries.padded), new):
@@ -125,8 +126,8 @@ def errors(case: Case, device: str = "cuda") -> tuple[float, float]:
         scaling = case.shape.size**-0.5
         expected = formula(query, key, value, step, scaling, case.window)
         output = BACKENDS["triton"](query, key, value, step, scaling, case.window)
-        found.append(float((output.double() - expected).norm() / expected.norm()))
-    return found[0], found[1]
+        differences.append(float((output.double() - expected).norm() / expected.norm()))
+    return differences[0], differences[1]
 
 
 def _refuse_if_wrong() -> list[dict[str, Any]]:
@@ -319,7 +320,7 @@ def main(sweep: Annotated[bool, typer.Option(help="Time the prefill kernel with 
             row["given_bytes"] = cell.batch * (cell.kept + 2 * TEXT) * _bytes_per_token(cell.shape)
             row |= {"ways": _measure(cell, device, decoding=part == "decode")}
             rows.append(row)
-            times = ", ".join(f"{name} {found['gpu_ms']:.3f}" for name, found in row["ways"].items())
+            times = ", ".join(f"{name} {measured['gpu_ms']:.3f}" for name, measured in row["ways"].items())
             print(f"{cell.shape} {row['tokens']} tokens x {cell.batch}, {part}: {times} ms", flush=True)
             record.write("gpu_attention", {"checked": checked, "rows": rows})
         torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
 from benchmarks import record
-from dymu import images
+from dymu.media import images
 from dymu.thresholds import Thresholds
 
 BATCH = 10

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import record
-from dymu.merging import triton_match
+from benchmarks.candidates import triton_match
 from dymu.token_map import TokenMap
 from dymu.unmerging import History, Step, plan_step
 from dymu.unmerging.backends.triton import Launch, Tiles, decode, decodes, prefill
@@ -57,19 +57,19 @@ def compiled(launch: Launch, arch: int = 90) -> Resources:
     constants: dict[str, Any] = dict(launch.constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, name in enumerate(launch.kernel.arg_names):
-        given = launch.arguments.get(name)
+        argument = launch.arguments.get(name)
         free = name in launch.kernel.do_not_specialize
-        if name in launch.constants or (isinstance(given, int) and given == 1 and not free):
+        if name in launch.constants or (isinstance(argument, int) and argument == 1 and not free):
             signature[name] = "constexpr"
-            constants[name] = launch.constants.get(name, given)
-        elif isinstance(given, torch.Tensor):
-            signature[name] = "*" + _KINDS[given.dtype]
+            constants[name] = launch.constants.get(name, argument)
+        elif isinstance(argument, torch.Tensor):
+            signature[name] = "*" + _KINDS[argument.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(given, float):
+        elif isinstance(argument, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if given % 16 == 0 and not free:
+            if argument % 16 == 0 and not free:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
@@ -138,10 +138,10 @@ def matching(channels: int = 64, images: int = 2) -> Launch:
 
 
 def _planned(queries: TokenMap, history: History, size: int) -> Step:
-    places = torch.arange(history.length, history.length + queries.tokens)[None]
+    positions = torch.arange(history.length, history.length + queries.tokens)[None]
     return plan_step(
         queries,
-        places,
+        positions,
         history,
         lambda at: (torch.zeros(*at.shape, size), torch.zeros(*at.shape, size)),
         plain=False,
@@ -161,8 +161,8 @@ def main(
     for channels in (64, 72):
         what = {"kernel": "match", "heads": "", "size": channels, "new": "", "dtype": "float32"}
         rows.append(what | asdict(compiled(matching(channels))))
-    for name, given, count in itertools.product(dtype, shape, new):
-        heads, key_heads, size = map(int, given.split("/"))
+    for name, sizes, count in itertools.product(dtype, shape, new):
+        heads, key_heads, size = map(int, sizes.split("/"))
         for launch in launches(heads, key_heads, size, DTYPES[name], count):
             what = {"kernel": launch.kernel.__name__, "heads": f"{heads}/{key_heads}", "size": size, "new": count}
             rows.append(what | {"dtype": name} | asdict(compiled(launch)))

@@ -49,11 +49,11 @@ def main() -> None:
     print("| tokens | kept | queries x keys | weights x values | both | visits with a mask |")
     print("| --- | --- | --- | --- | --- | --- |")
     for images, side, kept in SIZES:
-        found = work(images, side, kept)
+        counted = work(images, side, kept)
         tokens = prompts(images, side, kept, batch=1).tokens
-        parts = (f"{found.logits:.2f}", f"{found.values:.2f}", f"{found.both:.2f}", f"{found.masked:.0%}")
+        parts = (f"{counted.logits:.2f}", f"{counted.values:.2f}", f"{counted.both:.2f}", f"{counted.masked:.0%}")
         print("|", " | ".join((f"{tokens:,}", f"{kept:,}", *parts)), "|")
-        rows.append({"tokens": tokens, "kept": kept, **asdict(found)})
+        rows.append({"tokens": tokens, "kept": kept, **asdict(counted)})
     print(record.write("kernel_work", {"rows": rows}))
 
 

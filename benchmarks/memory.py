@@ -38,7 +38,7 @@ from dymu.bench.replay import recorded
 from dymu.merging.layout import Layout
 from dymu.merging.merge import merge_step
 from dymu.token_map import TokenMap
-from dymu.unmerging import BACKENDS, History, prompt_map
+from dymu.unmerging import BACKENDS, History
 
 SHAPES = {"Qwen2-0.5B": Shape(14, 2, 64), "Llama-7B": Shape(32, 32, 128)}
 LENGTHS = (1024, 2048, 4096, 32 * 196 + 2 * TEXT, 10 * 729 + 2 * TEXT, 8192)
@@ -65,17 +65,17 @@ class Case:
 
 def photos(tokens: int) -> Tensor:
     """int64 [tokens], the leader of each token of recorded photos side by side; the last one is cut."""
-    found = recorded()
-    kept = found.kept(BUDGET)
-    nearest = sorted(range(len(kept)), key=lambda photo: abs(kept[photo] - SHARE * found.tokens))
+    merges = recorded()
+    kept = merges.kept(BUDGET)
+    nearest = sorted(range(len(kept)), key=lambda photo: abs(kept[photo] - SHARE * merges.tokens))
     leaders, start = [], 0
-    for layers in (found.into[BUDGET][photo] for photo in nearest):
-        merged, layout = TokenMap.identity(1, found.tokens), Layout.equal(1, found.tokens)
+    for layers in (merges.into[BUDGET][photo] for photo in nearest):
+        merged, layout = TokenMap.identity(1, merges.tokens), Layout.equal(1, merges.tokens)
         for into in layers:
             step, layout = merge_step(torch.from_numpy(into).long()[None], layout)
             merged = merged.then(step)
         leaders.append(start + merged.first().gather(1, merged.group)[0])
-        start += found.tokens
+        start += merges.tokens
         if start >= tokens:
             break
     return torch.cat(leaders)[:tokens]
@@ -83,15 +83,15 @@ def photos(tokens: int) -> Tensor:
 
 def prompt(tokens: int, *, padded: bool = False) -> TokenMap:
     """Photos between text. Padded: two rows of them, the second without its first quarter."""
-    own = torch.arange(tokens)
-    leaders = own.clone()
+    index = torch.arange(tokens)
+    leaders = index.clone()
     leaders[TEXT:-TEXT] = TEXT + photos(tokens - 2 * TEXT)
     if not padded:
-        return prompt_map(leaders[None])
+        return TokenMap.from_leaders(leaders[None])
     gone = tokens // 4
-    short = own.clone()
+    short = index.clone()
     short[gone + TEXT : -TEXT] = gone + TEXT + photos(tokens - gone - 2 * TEXT)
-    return prompt_map(torch.stack((leaders, short)), torch.stack((own >= 0, own >= gone)))
+    return TokenMap.from_leaders(torch.stack((leaders, short)), torch.stack((index >= 0, index >= gone)))
 
 
 def _call(case: Case) -> tuple[Callable[[], Tensor], int, int]:
@@ -107,15 +107,15 @@ def _call(case: Case) -> tuple[Callable[[], Tensor], int, int]:
         else:
             merged = prompt(case.tokens, padded=case.way == "exact, padded")
         step = plan(merged, history, shape, dtype)
-        given = tensors(shape, merged.batch, merged.width, history.entries, dtype, cpu)
+        inputs = tensors(shape, merged.batch, merged.width, history.entries, dtype, cpu)
         window = WINDOW if case.way == "exact, window" else None
         kept = int(merged.kept[0]) + (history.entries - merged.width)
-        return lambda: BACKENDS["sdpa"](*given, step, scaling, window), _bytes(given), kept
-    given = tensors(shape, 1, case.tokens, case.tokens, dtype, cpu)
+        return lambda: BACKENDS["sdpa"](*inputs, step, scaling, window), _bytes(inputs), kept
+    inputs = tensors(shape, 1, case.tokens, case.tokens, dtype, cpu)
     cos, sin = (x.to(dtype) for x in turn(torch.arange(case.tokens)[None], shape.size))
 
     def attend() -> Tensor:
-        query, key, value = rotate(given[0], cos, sin), rotate(given[1], cos, sin), given[2]
+        query, key, value = rotate(inputs[0], cos, sin), rotate(inputs[1], cos, sin), inputs[2]
         grouped = shape.heads != shape.key_heads
         if case.way == "untouched":
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -123,11 +123,11 @@ def _call(case: Case) -> tuple[Callable[[], Tensor], int, int]:
         hidden = torch.ones(case.tokens, case.tokens, dtype=torch.bool).triu(1)
         return logits.masked_fill_(hidden, -torch.inf).softmax(-1) @ value[:, :, None]
 
-    return attend, _bytes(given), case.tokens
+    return attend, _bytes(inputs), case.tokens
 
 
-def _bytes(given: list[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in given)
+def _bytes(inputs: list[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in inputs)
 
 
 def _status(name: str) -> int:
@@ -140,12 +140,12 @@ def measured(case: Case) -> dict[str, int]:
     """Peak bytes of one call, beside what was there before; of a process that has done nothing else."""
     with torch.inference_mode():
         _call(Case(case.model, case.way, WARM, case.dtype))[0]()
-        call, given, kept = _call(case)
+        call, input_bytes, kept = _call(case)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = _status("VmRSS")
         call()
-        return {"peak_bytes": _status("VmHWM") - before, "given_bytes": given, "kept": kept}
+        return {"peak_bytes": _status("VmHWM") - before, "given_bytes": input_bytes, "kept": kept}
 
 
 def exponent(tokens: list[int], peaks: list[int]) -> float:
@@ -166,7 +166,7 @@ def main(
     # Read when the processes start: what is larger than a page's worth is mapped by itself, and unmapped when freed.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "1000000"}
     fits, rows = [], []
-    wanted = [
+    cases = [
         Case(model, way, tokens, dtype)
         for model, shape in SHAPES.items()
         for way in WAYS
@@ -175,12 +175,12 @@ def main(
     ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        for case, found in track(zip(wanted, pool.map(measured, wanted), strict=True), total=len(wanted)):
-            rows.append(asdict(case) | found)
+        for case, measurement in track(zip(cases, pool.map(measured, cases), strict=True), total=len(cases)):
+            rows.append(asdict(case) | measurement)
     for model in SHAPES:
         for way in WAYS:
-            own = [row for row in rows if (row["model"], row["way"]) == (model, way)]
-            tokens, peaks = [row["tokens"] for row in own], [row["peak_bytes"] for row in own]
+            chosen = [row for row in rows if (row["model"], row["way"]) == (model, way)]
+            tokens, peaks = [row["tokens"] for row in chosen], [row["peak_bytes"] for row in chosen]
             fits.append({"model": model, "way": way, "exponent": exponent(tokens, peaks)})
             print(
                 f"{model:10}  {way:14} N^{fits[-1]['exponent']:.2f} ", *(f"{peak / 1e6:8.1f}" for peak in peaks), "MB"

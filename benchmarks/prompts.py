@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dymu.choices import Unmerge
 from dymu.token_map import TokenMap
-from dymu.unmerging import History, Step, Unmerge, plan_step
+from dymu.unmerging import History, Step, plan_step
 
 LARGEST_GROUP, FAR_SHARE, TEXT = 64, 0.02, 32
 """Tokens of a connected group; share of merges that join groups from anywhere; text tokens before and behind."""
@@ -79,9 +80,10 @@ def prompts(images: int, side: int, kept: int, batch: int, *, ragged: bool = Fal
     return TokenMap(group, count, int(count.max()), ragged)
 
 
-def turn(places: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Rotary angles of places [B, N]: cosines and sines [B, N, size]."""
-    angle = places[..., None].double() * BASE ** -(torch.arange(0, size, 2, device=places.device) / size).double()
+def turn(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Rotary angles of positions [B, N]: cosines and sines [B, N, size]."""
+    powers = torch.arange(0, size, 2, device=positions.device) / size
+    angle = positions[..., None].double() * BASE ** -powers.double()
     angle = torch.cat((angle, angle), -1)
     return angle.cos(), angle.sin()
 
@@ -95,14 +97,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def plan(queries: TokenMap, history: History, shape: Shape, dtype: torch.dtype, unmerge: Unmerge = "exact") -> Step:
     """The next step of a prompt, with angles in the model's type, as models make them."""
     device = queries.group.device
-    places = torch.arange(history.length, history.length + queries.tokens, device=device).expand(queries.batch, -1)
+    positions = torch.arange(history.length, history.length + queries.tokens, device=device).expand(queries.batch, -1)
     plain = queries.width == queries.tokens and not queries.padded
 
     def angles(at: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = turn(at, shape.size)
         return cos.to(dtype), sin.to(dtype)
 
-    return plan_step(queries, places, history, angles, plain=plain, unmerge=unmerge, backend="triton")
+    return plan_step(queries, positions, history, angles, plain=plain, unmerge=unmerge, backend="triton")
 
 
 def tensors(shape: Shape, batch: int, new: int, stored: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

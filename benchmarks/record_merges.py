@@ -24,34 +24,37 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
 from dymu.bench.replay import Recorded, file_for
-from dymu.bench.subject import spread
-from dymu.merging import Chooser, MergeRule, ThresholdMerge
-from dymu.tasks.scenes import evaluation_pack
+from dymu.bench.workload import spread
+from dymu.reducers import Candidates, Reducer, ThresholdMerge
+from scenes import evaluation_pack
 
 SORTED_AT = 0.3
 """Photos are told simple from complex at the budget nearest to this part of the tokens."""
 SCHEDULE = "reverse_linear"
 
 
-class Recording:
-    """A rule that writes down what another one chooses, for one picture at a time."""
+class Recording(Reducer):
+    """Merges in the encoder as another reducer does, and writes down how, for one picture at a time.
 
-    def __init__(self, rule: MergeRule) -> None:
-        self.rule = rule
+    Attributes:
+        into: of the last picture, int16 [A] for each layer; a layer that does not merge is written down too.
+    """
+
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer = reducer
         self.into: list[np.ndarray] = []
 
-    def choosers(self, tokens: int, layers: int) -> Sequence[Chooser]:
-        """See `MergeRule`; a layer that does not merge is written down too."""
-        self.into = []
-        return [self._recorded(chooser) for chooser in self.rule.choosers(tokens, layers)]
+    def check_fits(self, layers: int, tokens: int | None = None) -> None:
+        self.reducer.check_fits(layers, tokens)
 
-    def _recorded(self, chooser: Chooser | None) -> Chooser:
-        def choose(similarity: Tensor, partner: Tensor) -> Tensor:
-            into = torch.full_like(partner, -1) if chooser is None else chooser(similarity, partner)
-            self.into.append(into[0].numpy().astype(np.int16))
-            return into
-
-        return choose
+    def in_layer(self, candidates: Candidates) -> Tensor:
+        if candidates.layer == 0:
+            self.into = []
+        into = self.reducer.in_layer(candidates)
+        if into is None:
+            into = torch.full_like(candidates.partner, -1)
+        self.into.append(into[0].numpy().astype(np.int16))
+        return into
 
 
 @torch.inference_mode()
@@ -67,24 +70,24 @@ def main(
     processor = AutoProcessor.from_pretrained(model_folder).image_processor
     processor.size = {"height": side, "width": side}
     tokens = (side // model.config.vision_config.patch_size) ** 2
-    wanted = [int(budget) for budget in budgets.split(",")]
-    sorted_at = min(wanted, key=lambda budget: abs(budget - SORTED_AT * tokens))
+    asked = [int(budget) for budget in budgets.split(",")]
+    sorted_at = min(asked, key=lambda budget: abs(budget - SORTED_AT * tokens))
     pack = evaluation_pack()
     pictures = {file: pack.picture(file).convert("RGB") for file in sorted(photo.file for photo in pack.photos)}
 
-    def record(files: Sequence[str], rule: MergeRule, what: str) -> tuple[tuple[np.ndarray, ...], ...]:
-        recording = Recording(rule)
-        found = []
+    def record(files: Sequence[str], reducer: Reducer, what: str) -> tuple[tuple[np.ndarray, ...], ...]:
+        recording = Recording(reducer)
+        of_photos = []
         with dymu.apply(model, merge=recording):
             for file in track(files, description=what):
                 pixels = processor(images=[pictures[file]], return_tensors="pt")["pixel_values"]
                 model.get_image_features(pixel_values=pixels)
-                found.append(tuple(recording.into))
-        return tuple(found)
+                of_photos.append(tuple(recording.into))
+        return tuple(of_photos)
 
     def calibrated(files: Sequence[str], budgets: Sequence[int]) -> dict[int, tuple[float, ...]]:
-        found = dymu.calibrate(model, processor, [pictures[file] for file in files], budgets, schedule=SCHEDULE)
-        return {budget: tuple(found.per_layer(budget)) for budget in budgets}
+        thresholds = dymu.calibrate(model, processor, [pictures[file] for file in files], budgets, schedule=SCHEDULE)
+        return {budget: tuple(thresholds.per_layer(budget)) for budget in budgets}
 
     def recorded(files: Sequence[str], thresholds: dict[int, tuple[float, ...]]) -> Recorded:
         into = {
@@ -96,11 +99,11 @@ def main(
     everything = recorded(list(pictures), calibrated(list(pictures), [sorted_at]))
     chosen = [everything.photos[photo] for photo in sorted(spread(everything.kept(sorted_at), photos))]
     others = [file for file in pictures if file not in chosen]
-    found = recorded(chosen, calibrated(others, wanted))
+    merges = recorded(chosen, calibrated(others, asked))
     file = file_for(tokens)
-    found.save(file)
-    for budget in wanted:
-        kept = found.kept(budget)
+    merges.save(file)
+    for budget in asked:
+        kept = merges.kept(budget)
         print(f"budget {budget}: {np.mean(kept):.1f} ± {np.std(kept):.1f} tokens kept, {min(kept)} to {max(kept)}")
     print(f"{file.name}: {file.stat().st_size:,} bytes; calibrated on {len(others)} other photos")
 

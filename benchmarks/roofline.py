@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from benchmarks import record
 from benchmarks.prompts import SIZES, Shape, plan, prompts, rotate, tensors
-from dymu.timing import now
+from dymu.measure.timing import now
 from dymu.token_map import TokenMap
 from dymu.unmerging import BACKENDS, History, choose
 from dymu.unmerging.virtual import rows_behind, virtual_values
@@ -88,14 +88,14 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
     steps = {"prefill": plan(merged, history, shape, dtype)}
     steps["decode"] = plan(TokenMap.identity(1, 1, device), history, shape, dtype)
     layers, backend = linear(layer, device, dtype), BACKENDS[choose("auto")]
-    found = []
+    pieces = []
     for phase, step in steps.items():
         decoding = phase == "decode"
         asked = {"untouched": 1 if decoding else merged.tokens, "merged": step.queries.width}
         for name, tokens in asked.items():
             x = torch.randn(1, tokens, layer.channels, device=device, dtype=dtype)
             moved = width * (layer.weights + tokens * (4 * layer.channels + 3 * layer.hidden))
-            found.append(Part(phase, f"linear, {name}", 2.0 * tokens * layer.weights, moved, lambda x=x: layers(x)))
+            pieces.append(Part(phase, f"linear, {name}", 2.0 * tokens * layer.weights, moved, lambda x=x: layers(x)))
         query, key, value = tensors(shape, 1, step.queries.width, history.entries, dtype, device)
         key, value = key.contiguous(), value.contiguous()
 
@@ -106,7 +106,7 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
 
         seen = step.keys.shape[1]
         new = step.queries.tokens
-        found += [
+        pieces += [
             Part(phase, "attention, untouched", *cost(new, new, seen, seen), _plain(shape, new, seen, step, dtype)),
             Part(
                 phase, "attention, DyMU", *cost(step.queries.width, new, seen, history.entries),
@@ -119,13 +119,13 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
             ),
         ]  # fmt: skip
         if not decoding:
-            found.append(
+            pieces.append(
                 Part(
                     phase, "attention, expanded first", *cost(step.queries.width, new, seen, history.entries),
                     _authors(query, key, value, step, scaling),
                 )
             )  # fmt: skip
-    return found
+    return pieces
 
 
 def _plain(shape: Shape, asked: int, seen: int, step: Any, dtype: torch.dtype) -> Run:
@@ -176,21 +176,21 @@ def main(
             times: list[list[float]] = [[] for _ in timed]
             began = now()
             for turn in range(repeats + 1):
-                for part, found in zip(timed, times, strict=True):
+                for part, spent in zip(timed, times, strict=True):
                     start = now()
                     part.run()
-                    found.append(now() - start)
+                    spent.append(now() - start)
                 if turn == 0 and now() - began < limit_s / 4:
                     times = [[] for _ in timed]  # that was to warm up
                 if now() - began > limit_s and len(times[0]) > 1:
                     break
             tokens, left = images * side**2, kept
-            for part, found in zip(timed, times, strict=True):
-                seconds = median(found)
+            for part, spent in zip(timed, times, strict=True):
+                seconds = median(spent)
                 rows.append(
                     {
                         "image_tokens": tokens, "kept": left, "phase": part.phase, "part": part.name,
-                        "operations": part.operations, "bytes": part.moved, "ms": 1e3 * seconds, "runs": len(found),
+                        "operations": part.operations, "bytes": part.moved, "ms": 1e3 * seconds, "runs": len(spent),
                         "gflops": part.operations / seconds / 1e9, "gbytes_s": part.moved / seconds / 1e9,
                     }
                 )  # fmt: skip

@@ -19,8 +19,8 @@ import dymu
 from benchmarks import record
 from benchmarks.encoder import clocked, counted, encode, load, processed, seconds
 from dymu.bench.replay import recorded
-from dymu.bench.subject import spread
-from dymu.families import FAMILIES, resolve
+from dymu.bench.workload import spread
+from dymu.families import resolve
 
 TOWER, SIDE, TOKENS = "so400m", 384, 729
 
@@ -38,21 +38,21 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load(TOWER, SIDE)
     model = model.to(device, getattr(torch, dtype)).eval()
-    found = recorded(TOKENS)
-    wanted = [found.budget_near(float(budget)) for budget in budgets.split(",")]
+    merges = recorded(TOKENS)
+    recorded_budgets = [merges.budget_near(float(budget)) for budget in budgets.split(",")]
     rows = []
     for size in [int(size) for size in pictures.split(",")]:
         pixels = torch.randn(size, 3, SIDE, SIDE, device=device, dtype=getattr(torch, dtype))
-        rules = {budget: found.rule(budget, spread(found.kept(budget), size)) for budget in wanted}
+        rules = {budget: merges.rule(budget, spread(merges.kept(budget), size)) for budget in recorded_budgets}
         encode(model, pixels[:1])  # the first of a size, or of all, is slower
-        runs: dict[int, list[dict[str, Any]]] = {budget: [] for budget in wanted}
+        runs: dict[int, list[dict[str, Any]]] = {budget: [] for budget in recorded_budgets}
         untouched = []
         for _ in track(range(repeats), description=f"{size} at a time"):
             untouched.append(1e3 * seconds(lambda pixels=pixels: encode(model, pixels)) / size)
             for budget, rule in rules.items():
                 runs[budget].append(_merged(model, rule, pixels))
-        rows += [_row(size, budget, untouched, runs[budget]) for budget in wanted]
-    layers = len(resolve(model, FAMILIES).encoder_layers)
+        rows += [_row(size, budget, untouched, runs[budget]) for budget in recorded_budgets]
+    layers = len(resolve(model).encoder_layers)
     data = {"tower": TOWER, "layers": layers, "full_tokens": TOKENS, "dtype": dtype, "repeats": repeats, "rows": rows}
     print(record.write(name, data))
 

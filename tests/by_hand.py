@@ -1,60 +1,62 @@
-"""The method itself once more, from its formula, without any of the library's code."""
+"""Unmerging once more, by transformers' own code and a mean over each group; of the library, only descriptions."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import tiny
+from dymu.families import resolve
 
 
 def unmerged_by_hand(model: Any, ids: Tensor, features: Tensor, group: Tensor) -> Tensor:
-    """Logits [N, vocab] of one prompt, from the model's own weights and the formula, without the library's code.
+    """Logits [N, vocab] of one prompt: all N tokens pass the stock decoder, and what each attention returns for a token
+    is replaced by the mean over its group.
+
+    This is the formula of exact unmerging. The tokens of a group are alike whenever a layer begins, so projections,
+    norms and MLPs make of each what they make of the merged token; positions alone tell them apart, and only attention
+    sees those. The mean may be taken behind the output projection, which is affine. It is computed in float64 as far
+    as transformers lets it (norms and angles stay in float32), and returned in the model's type.
 
     Args:
-        ids: [N], the prompt with one image.
-        features: [image tokens, C], as `get_image_features` gives them.
-        group: [image tokens].
+        ids: int64 [N], the prompt; `tiny.IMAGE_TOKEN` stands for every image token.
+        features: [image tokens, C], as `get_image_features` gives them. Those of one group are alike but for the
+            rounding of what a family pools or shrinks, and the first counts.
+        group: int64 [image tokens], at least 0.
+
+    Raises:
+        AssertionError: tokens of one group differ outside of attention: `features` do, or the description misses a
+            module that mixes tokens.
     """
-    text = model.model.language_model
-    places = (ids == tiny.IMAGE_TOKEN).nonzero()[:, 0].tolist()
-    label = [("text", n) for n in range(len(ids))]
-    for place, member in zip(places, group.tolist(), strict=True):
-        label[place] = ("image", member)
-    names = list(dict.fromkeys(label))
-    of = torch.tensor([names.index(name) for name in label])
-    embeds = model.get_input_embeddings()(ids).clone()
-    embeds[places] = features
-    x = torch.stack([embeds[label.index(name)] for name in names])
+    stock = copy.deepcopy(model).double()
+    parts = resolve(stock)
+    places = ids == tiny.IMAGE_TOKEN
+    label = -1 - torch.arange(len(ids))
+    label[places] = group
+    same = (label == label[:, None]).double()
+    share = same / same.sum(1, keepdim=True)
+    first = same.argmax(1)
 
-    size = text.config.head_dim
-    angle = torch.arange(len(ids))[:, None] / text.config.rope_parameters["rope_theta"] ** (
-        torch.arange(0, size, 2) / size
-    )
-    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+    def average(_module: Any, _args: Any, output: Any) -> Any:
+        return (share @ output[0], *output[1:]) if isinstance(output, tuple) else share @ output
 
-    def rotated(heads: Tensor) -> Tensor:
-        pairs = torch.complex(*heads.unflatten(-1, (2, -1)).unbind(-2)) * turn
-        return torch.cat((pairs.real, pairs.imag), -1)
+    def check(name: str, _module: Any, args: Any) -> None:
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and x.shape[-2] == len(ids):
+            apart = (x - x[..., first, :]).abs().max()
+            assert apart <= 1e-9 * x.abs().max(), f"tokens of one group differ where {name} gets them"
 
-    place = torch.arange(len(ids))
-    for layer in text.layers:
-        window = getattr(layer.self_attn, "sliding_window", getattr(text.config, "sliding_window", None)) or len(ids)
-        hidden = (place[None] > place[:, None]) | (place[:, None] - place[None] >= window)
-        attention, normed = layer.self_attn, layer.input_layernorm(x)
-        query, key, value = (
-            part(normed).unflatten(-1, (-1, size)) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
-        query, key, value = rotated(query[of]), rotated(key[of]), value[of]
-        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
-        logits = torch.einsum("nhd,mhd->hnm", query, key) * size**-0.5
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-        virtual = torch.einsum("hnm,mhd->nhd", weights, value).flatten(1)
-        mean = torch.stack([virtual[of == m].mean(0) for m in range(len(names))])
-        x = x + attention.o_proj(mean)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.lm_head(text.norm(x))[of]
+    within = {module for attention in parts.attentions for module in attention.modules()}
+    for attention in parts.attentions:
+        attention.register_forward_hook(average)
+    for name, module in parts.language_model.named_modules():
+        if module not in within:
+            module.register_forward_pre_hook(functools.partial(check, name))
+    embeds = stock.get_input_embeddings()(ids)
+    embeds[places] = features.double()
+    tiny.close(embeds, embeds[first])
+    return stock(inputs_embeds=embeds[None, first], use_cache=False).logits[0].to(model.dtype)

@@ -5,32 +5,36 @@ import json
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from benchmarks import tables as benchmark_tables
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
 import tiny
-from dymu import timing
-from dymu.bench import measure, results, shapes
+from benchmarks import tables as benchmark_tables
+from benchmarks.tables import overview
+from dymu.bench import probes, results, shapes
 from dymu.bench.chart import draw_chart
 from dymu.bench.check import Reference
-from dymu.bench.layouts import LAYOUTS, ids
+from dymu.bench.prompts import PROMPTS, ids
 from dymu.bench.replay import Recorded, Replay, recorded
 from dymu.bench.run import bench
-from dymu.bench.subject import Pretrained, Shape, spread
 from dymu.bench.summary import PARTS, Ratio, summarise
-from dymu.bench.tables import left_out, overview, page
+from dymu.bench.tables import left_out, page
 from dymu.bench.variants import AUTHORS, FLOOR, UNTOUCHED, Variant, variants
-from dymu.cli import commands
+from dymu.bench.workload import PHOTOS, Pretrained, Shape, spread
+from dymu.cli import main
 from dymu.errors import AlreadyApplied, BadBudget, UnsupportedModel
-from dymu.evaluate.costs import ATTENTION_FLOPS
-from dymu.families import FAMILIES, resolve
-from dymu.merging import ThresholdMerge
-from dymu.tasks.scenes import evaluation_pack
+from dymu.families import resolve
+from dymu.measure import timing
+from dymu.measure.costs import ATTENTION_FLOPS
+from dymu.measure.provenance import short_hash
+from dymu.measure.results import BadResults
+from dymu.media.images import load
+from dymu.reducers import ThresholdMerge
 from dymu.thresholds import Calibrated, Thresholds
 from dymu.unmerging import BACKENDS
 
@@ -40,7 +44,7 @@ MEASURED = {"encoder_ms", "prefill_ms", "decode_ms_per_token", "peak_bytes", "ca
 
 
 @pytest.fixture(scope="module")
-def subject():
+def workload():
     return Shape("tiny", torch.device("cpu"), torch.float32)
 
 
@@ -59,7 +63,7 @@ def call(patch, *arguments):
     patch.setattr(sys, "argv", ["dymu", "bench", *map(str, arguments)])
     patch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as ended:
-        commands.main()
+        main.main()
     assert not ended.value.code
 
 
@@ -69,7 +73,7 @@ def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     files = {name: folder / name for name in ("bench-tiny.json", "tables.md", "chart.svg")}
     arguments = [
-        "tiny", "-b", "89", "-b", "0.3", "--batch", "2", "--layout", "image-text", "--backend", "sdpa",
+        "tiny", "-b", "89", "-b", "0.3", "--batch", "2", "--prompt", "image-text", "--backend", "sdpa",
         "--repeats", "2", "--answer", "5", "-o", files["bench-tiny.json"], "--tables", files["tables.md"],
         "--chart", files["chart.svg"], "--json",
     ]  # fmt: skip
@@ -88,24 +92,24 @@ def test_replaying_gives_the_groups_that_the_real_encoder_gave():
     processor = AutoProcessor.from_pretrained(DEMO).image_processor
     processor.size = {"height": 336, "width": 336}
     random = shapes.build(shapes.config("tiny"), torch.device("cpu"), torch.float32)
-    found, photo, budget = recorded(), 5, 89
-    picture = evaluation_pack().picture(found.photos[photo]).convert("RGB")
-    with dymu.apply(real, merge=ThresholdMerge(found.thresholds[budget])) as handle:
+    records, photo, budget = recorded(), 5, 89
+    picture = load(PHOTOS / Path(records.photos[photo]).name).image
+    with dymu.apply(real, merge=ThresholdMerge(records.thresholds[budget])) as handle:
         real.get_image_features(**processor(images=[picture], return_tensors="pt"))
-        wanted = handle.last.group(0)
-    with dymu.apply(random, merge=found.rule(budget, [photo, 0])) as handle:
+        expected = handle.last.group(0)
+    with dymu.apply(random, merge=records.rule(budget, [photo, 0])) as handle:
         random.get_image_features(pixel_values=torch.randn(2, 3, 336, 336))
-        assert torch.equal(handle.last.group(0), wanted)
-        assert handle.last.kept == [found.kept(budget)[photo], found.kept(budget)[0]]
+        assert torch.equal(handle.last.group(0), expected)
+        assert handle.last.kept == [records.kept(budget)[photo], records.kept(budget)[0]]
 
 
 @pytest.mark.parametrize(("tokens", "photos", "budgets"), [(576, 32, {44, 89, 173, 195}), (729, 20, {102, 182, 335})])
 def test_the_recorded_photos_keep_about_the_budget_each_its_own(tokens, photos, budgets):
-    found = recorded(tokens)
-    assert len(found.photos) == len(set(found.photos)) == photos
-    assert budgets <= set(found.into)
-    for budget in found.into:
-        kept = found.kept(budget)
+    records = recorded(tokens)
+    assert len(records.photos) == len(set(records.photos)) == photos
+    assert budgets <= set(records.into)
+    for budget in records.into:
+        kept = records.kept(budget)
         assert np.mean(kept) == pytest.approx(budget, rel=0.05)
         assert np.std(kept) > 0.1 * budget
 
@@ -126,11 +130,11 @@ def test_recorded_merges_survive_their_file(tmp_path):
 
 def test_layers_spread_by_depth_and_other_encoders_are_refused():
     rule = Replay(4, ((np.array([0, -1]), np.array([0, -1])),))
-    assert [chooser is None for chooser in rule.choosers(4, 5)] == [True, True, False, True, False]
-    assert [chooser is None for chooser in rule.choosers(4, 2)] == [False, False]
+    assert [rule.recorded_layer(layer, 5) for layer in range(5)] == [None, None, 0, None, 1]
+    assert [rule.recorded_layer(layer, 2) for layer in range(2)] == [0, 1]
     for tokens, layers in ((4, 1), (6, 5)):
         with pytest.raises(UnsupportedModel, match="4 tokens and 2 layers"):
-            rule.choosers(tokens, layers)
+            rule.check_fits(layers, tokens)
 
 
 def test_a_chosen_few_stand_for_all():
@@ -142,13 +146,13 @@ def test_a_chosen_few_stand_for_all():
 
 
 def test_budgets_near_a_recorded_one_are_that():
-    assert [recorded().budget_near(wanted) for wanted in (89, 0.15, 0.3, 195)] == [89, 89, 173, 195]
+    assert [recorded().budget_near(asked) for asked in (89, 0.15, 0.3, 195)] == [89, 89, 173, 195]
     with pytest.raises(BadBudget, match="none of them near 120"):
         recorded().budget_near(120)
-    found = recorded(729)
-    assert [found.budget_near(wanted, 5) for wanted in (0.14, 510, 0.46)] == [102, 102, 335]
+    records = recorded(729)
+    assert [records.budget_near(asked, 5) for asked in (0.14, 510, 0.46)] == [102, 102, 335]
     with pytest.raises(BadBudget, match="recorded at 510, 910, 1675 of 3645 tokens, none of them near 102"):
-        found.budget_near(102, 5)
+        records.budget_near(102, 5)
 
 
 def test_pictures_that_nothing_was_recorded_for_are_named():
@@ -157,10 +161,10 @@ def test_pictures_that_nothing_was_recorded_for_are_named():
 
 
 def test_an_image_of_several_pictures_is_counted_whole(tiled):
-    newlines, found = 27, recorded(729)
+    newlines, records = 27, recorded(729)
     assert tiled.tokens == 3 * 729 + newlines
     assert tiled.budget(0.14) == tiled.budget(310) == 3 * 102
-    kept, of_photos = tiled.kept(306), found.kept(102)
+    kept, of_photos = tiled.kept(306), records.kept(102)
     assert len(kept) == len(of_photos) == 20
     assert kept[18] == newlines + of_photos[18] + of_photos[19] + of_photos[0]
     with dymu.apply(tiled.model, **tiled.merging(306, [18, 4])) as handle:
@@ -176,24 +180,24 @@ def test_images_that_are_cropped_are_refused(monkeypatch):
 
 
 def test_tiles_are_measured_as_what_the_language_model_gets(tiled, tmp_path):
-    found = bench(tiled, tmp_path / "b.json", budgets=[0.14], batches=[2], backends=["sdpa"], repeats=1)
-    assert all(check["error"] < 1e-5 for check in found["checks"].values())
-    (cell,) = found["cells"]
-    assert found["full_tokens"] == tiled.tokens
-    assert (cell["budget"], len(cell["kept"])) == (306, 2)
-    text = sum(part for part in LAYOUTS["image-text"] if part != "image")
-    per_token = cell["variants"][UNTOUCHED.name]["cache_bytes"] / (text + tiled.tokens)
-    entries = {name: measured["cache_bytes"] / per_token for name, measured in cell["variants"].items()}
-    assert entries[DYMU] == text + max(cell["kept"])
+    run = bench(tiled, tmp_path / "b.json", budgets=[0.14], batches=[2], backends=["sdpa"], repeats=1)
+    assert all(check.error < 1e-5 for check in run.checks.values())
+    (cell,) = run.cells
+    assert run.full_tokens == tiled.tokens
+    assert (cell.budget, len(cell.kept)) == (306, 2)
+    text = sum(part for part in PROMPTS["image-text"] if part != "image")
+    per_token = cell.variants[UNTOUCHED.name].cache_bytes / (text + tiled.tokens)
+    entries = {name: measured.cache_bytes / per_token for name, measured in cell.variants.items()}
+    assert entries[DYMU] == text + max(cell.kept)
     assert entries[AUTHORS.name] == text + tiled.tokens
-    assert entries[FLOOR.name] == text + round(np.mean(cell["kept"]))
-    assert 0 < cell["variants"][DYMU]["merge_ms"] < cell["variants"][DYMU]["merge_of_ms"]
+    assert entries[FLOOR.name] == text + round(np.mean(cell.kept))
+    assert 0 < cell.variants[DYMU].merge_ms < cell.variants[DYMU].merge_of_ms
     # Two prompts of one image, which is three pictures for the encoder.
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         inner, picture = tiled.model.model, tiled.shown([0])["pixel_values"][0, :1]
         inner.multi_modal_projector(inner.vision_tower(picture).last_hidden_state[:, 1:])
-    assert cell["flops"]["untouched"]["encoder_flops"] == 2 * 3 * counter.get_total_flops()
-    assert cell["flops"]["dymu"]["encoder_flops"] < cell["flops"]["untouched"]["encoder_flops"]
+    assert cell.flops["untouched"]["encoder_flops"] == 2 * 3 * counter.get_total_flops()
+    assert cell.flops["dymu"]["encoder_flops"] < cell.flops["untouched"]["encoder_flops"]
 
 
 def test_backends_are_checked_on_tiles_too(tiled, monkeypatch):
@@ -210,14 +214,14 @@ def test_backends_are_checked_on_tiles_too(tiled, monkeypatch):
     assert not reference.check(Variant("", "wrong")).right
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_prompts_hold_their_parts(layout):
-    parts = LAYOUTS[layout]
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompts_hold_their_parts(prompt):
+    parts = PROMPTS[prompt]
     text = sum(part for part in parts if part != "image")
-    with_images = ids(layout, 3, 10, 7, 20, True, 0)
+    with_images = ids(prompt, 3, 10, 7, 20, True, 0)
     assert with_images.shape == (3, text + 10 * parts.count("image"))
     assert (with_images == 7).sum(1).tolist() == [10 * parts.count("image")] * 3
-    without = ids(layout, 3, 10, 7, 20, False, 0)
+    without = ids(prompt, 3, 10, 7, 20, False, 0)
     assert without.shape == with_images.shape
     assert 7 not in without
     assert without.max() == 19
@@ -229,16 +233,16 @@ def test_the_command_measures_every_variant(command):
     assert told["file"] == str(files["bench-tiny.json"])
     held = json.loads(files["bench-tiny.json"].read_text())
     assert held["command"].startswith("dymu bench tiny -b 89")
-    assert all(found["error"] < 1e-5 for found in held["checks"].values())
+    assert all(checked["error"] < 1e-5 for checked in held["checks"].values())
     assert [cell["budget"] for cell in held["cells"]] == [89, 173]
-    text = sum(part for part in LAYOUTS["image-text"] if part != "image")
+    text = sum(part for part in PROMPTS["image-text"] if part != "image")
     for cell in held["cells"]:
         assert list(cell["variants"]) == [UNTOUCHED.name, DYMU, AUTHORS.name, FLOOR.name]
-        for found in cell["variants"].values():
-            assert set(found) >= MEASURED
-            assert np.array([np.min(found[name]) for name in MEASURED]).min() > 0
-            assert len(found["prefill_ms"]) == 2
-        stored = {name: found["cache_bytes"] for name, found in cell["variants"].items()}
+        for measured in cell["variants"].values():
+            assert set(measured) >= MEASURED
+            assert np.array([np.min(measured[name]) for name in MEASURED]).min() > 0
+            assert len(measured["prefill_ms"]) == 2
+        stored = {name: measured["cache_bytes"] for name, measured in cell["variants"].items()}
         # The cache is as long as the longest prompt of the batch.
         merged, full = text + max(cell["kept"]), text + held["full_tokens"]
         assert stored[DYMU] * full == stored[UNTOUCHED.name] * merged
@@ -256,13 +260,11 @@ def test_its_tables_and_chart_say_what_the_file_holds(command):
     cells = summarise(held)
     assert [cell.budget for cell in cells] == [173, 89]
     line = next(line for line in cells[0].lines if line.variant.name == DYMU)
-    runs = held["cells"][1]["variants"]
+    runs = held.cells[1].variants
     assert line.ratios["prefill"].ratio == pytest.approx(
-        np.median(runs[DYMU]["prefill_ms"]) / np.median(runs[UNTOUCHED.name]["prefill_ms"])
+        np.median(runs[DYMU].prefill_ms) / np.median(runs[UNTOUCHED.name].prefill_ms)
     )
-    whole = (
-        np.array(runs[DYMU]["encoder_ms"]) + runs[DYMU]["prefill_ms"] + 4 * np.array(runs[DYMU]["decode_ms_per_token"])
-    )
+    whole = np.array(runs[DYMU].encoder_ms) + runs[DYMU].prefill_ms + 4 * np.array(runs[DYMU].decode_ms_per_token)
     assert line.median_ms["end_to_end"] == pytest.approx(np.median(whole))
     assert f"| {DYMU} | {line.ratios['encoder'].ratio:.2f} [" in text
     assert set(next(line for line in cells[0].lines if line.variant == FLOOR).ratios) == {"prefill", "decode"}
@@ -275,9 +277,9 @@ def test_its_tables_and_chart_say_what_the_file_holds(command):
 def test_the_readme_table_is_made_of_result_files(command, monkeypatch):
     _, files = command
     monkeypatch.setattr(benchmark_tables, "RESULTS", files["bench-tiny.json"].parent)
-    made, held = benchmark_tables.bench(), results.load(files["bench-tiny.json"])
-    assert made.startswith(overview(held))
-    assert "`dymu bench tiny -b 89" in made
+    table, held = benchmark_tables.bench(), results.load(files["bench-tiny.json"])
+    assert table.startswith(overview(held))
+    assert "`dymu bench tiny -b 89" in table
 
 
 def test_every_variant_goes_first_in_turn():
@@ -285,7 +287,7 @@ def test_every_variant_goes_first_in_turn():
     timed = {name: lambda name=name: seen.append(name) or timing.Times(1, 1, 1) for name in "abc"}
     runs = timing.interleaved(timed, repeats=4, limit_s=60)
     assert "".join(seen) == "abcbcacababc"
-    assert {name: len(found) for name, found in runs.items()} == {"a": 4, "b": 4, "c": 4}
+    assert {name: len(rounds) for name, rounds in runs.items()} == {"a": 4, "b": 4, "c": 4}
 
 
 def test_the_report_needs_no_model(command, monkeypatch, capsys):
@@ -298,90 +300,94 @@ def test_the_report_needs_no_model(command, monkeypatch, capsys):
     assert "FLOPs, counted" in shown
 
 
-def test_a_run_goes_on_where_it_stopped(command, subject, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_stopped(command, workload, tmp_path, monkeypatch):
     _, files = command
     held = json.loads(files["bench-tiny.json"].read_text())
     file = tmp_path / "bench.json"
     late = {**held["cells"][0], "left_out": "out of memory"}  # is tried again
     file.write_text(json.dumps({**held, "cells": [late, *held["cells"][1:]]}))
-    made = []
+    calls = []
     monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
-    monkeypatch.setattr(
-        "dymu.bench.run._cell",
-        lambda _subject, _compared, _checks, layout, batch, budget, *_: (
-            made.append((layout, batch, budget)) or {**held["cells"][0], "budget": budget}
-        ),
-    )
-    found = bench(subject, file, budgets=[89, 173], batches=[2], backends=["sdpa"], answer_tokens=5)
-    assert made == [("image-text", 2, 89)]
-    assert len(found["cells"]) == len(json.loads(file.read_text())["cells"]) == 2
-    bench(subject, file, budgets=[89, 173], batches=[2], backends=["sdpa"], answer_tokens=5)
-    assert len(made) == 1
-    file.write_text(json.dumps({**held, "cells": [{"layout": "image-text"}]}))
-    with pytest.raises(results.BadBench, match=r"cell 1 of .* is damaged"):
+
+    def cell(_run, prompt, batch, budget):
+        calls.append((prompt, batch, budget))
+        return msgspec.convert({**held["cells"][0], "budget": budget}, results.Cell)
+
+    monkeypatch.setattr("dymu.bench.run._Run.cell", cell)
+    run = bench(workload, file, budgets=[89, 173], batches=[2], backends=["sdpa"], answer_tokens=5)
+    assert calls == [("image-text", 2, 89)]
+    assert len(run.cells) == len(json.loads(file.read_text())["cells"]) == 2
+    bench(workload, file, budgets=[89, 173], batches=[2], backends=["sdpa"], answer_tokens=5)
+    assert len(calls) == 1
+    file.write_text(json.dumps(held))
+    finished = bench(workload, file, budgets=[89, 173], batches=[2], backends=["sdpa"], answer_tokens=5)
+    assert finished.checks == results.load(file).checks != {}
+    lacking = {**held["cells"][0], "variants": {}}
+    file.write_text(json.dumps({**held, "cells": [lacking]}))
+    with pytest.raises(BadResults, match=r"cell 1 of .* is damaged"):
         results.load(file)
     file.write_text(json.dumps(held))
-    with pytest.raises(results.BadBench, match="differs in seed: name another file"):
-        bench(subject, file, budgets=[89], batches=[2], backends=["sdpa"], answer_tokens=5, seed=1)
+    with pytest.raises(BadResults, match="differs in seed: name another file"):
+        bench(workload, file, budgets=[89], batches=[2], backends=["sdpa"], answer_tokens=5, seed=1)
 
 
-def test_a_wrong_backend_is_not_timed_and_the_others_are(subject, tmp_path, monkeypatch):
+def test_a_wrong_backend_is_not_timed_and_the_others_are(workload, tmp_path, monkeypatch):
     right = BACKENDS["sdpa"]
-    monkeypatch.setitem(BACKENDS, "wrong", lambda *given: 1.01 * right(*given))
-    found = bench(subject, tmp_path / "b.json", budgets=[89], backends=["wrong", "sdpa"], repeats=1)
-    assert 0.01 < found["checks"]["dymu (wrong)"]["error"] < 0.013  # a hundredth in each of two layers
-    (cell,) = summarise(found)
+    monkeypatch.setitem(BACKENDS, "wrong", lambda *args: 1.01 * right(*args))
+    run = bench(workload, tmp_path / "b.json", budgets=[89], backends=["wrong", "sdpa"], repeats=1)
+    assert 0.01 < run.checks["dymu (wrong)"].error < 0.013  # a hundredth in each of two layers
+    (cell,) = summarise(run)
     timed = [line.variant.name for line in cell.lines if line.rounds]
     assert timed == [UNTOUCHED.name, DYMU, AUTHORS.name, FLOOR.name]
     (said,) = left_out(cell)
     assert said.startswith("dymu (wrong): not timed, since it is off from the reference by 1.2e-02 (allowed: 1e-04)")
-    assert said in page(found)
+    assert said in page(run)
 
 
-def test_a_backend_that_cannot_run_is_told_of(subject, monkeypatch):
+def test_a_backend_that_cannot_run_is_told_of(workload, monkeypatch):
     def broken(*_):
         raise RuntimeError("no such device")
 
     monkeypatch.setitem(BACKENDS, "broken", broken)
-    reference = Reference(subject.model, subject.shown([0, 0]))
-    found = reference.check(Variant("dymu (broken)", "broken"))
-    assert not found.right
-    assert found.why == "no such device"
+    reference = Reference(workload.model, workload.shown([0, 0]))
+    checked = reference.check(Variant("dymu (broken)", "broken"))
+    assert not checked.right
+    assert checked.why == "no such device"
 
 
 @pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])
 def test_half_precision_is_as_near_as_is_allowed(decoder):
     model = tiny.llava(decoder=decoder).bfloat16()
-    found = Reference(model, tiny.shown(model, tiny.pictures(2))).check(Variant("", "sdpa"))
-    assert 1e-4 < found.error < found.allowed
+    checked = Reference(model, tiny.shown(model, tiny.pictures(2))).check(Variant("", "sdpa"))
+    assert 1e-4 < checked.error < checked.allowed
 
 
-def test_what_does_not_fit_is_told_of_and_the_rest_goes_on(subject, tmp_path, monkeypatch):
-    real = measure.memory
+def test_what_does_not_fit_is_told_of_and_the_rest_goes_on(workload, tmp_path, monkeypatch):
+    real = probes.memory
 
     def too_large(model, inputs):
-        if inputs["input_ids"].shape[1] > 600 and not dymu.apply.__globals__["handle_of"](model):
+        if inputs["input_ids"].shape[1] > 600 and not dymu.handle_of(model):
             raise torch.OutOfMemoryError("too large")
         return real(model, inputs)
 
-    monkeypatch.setattr(measure, "memory", too_large)
+    monkeypatch.setattr(probes, "memory", too_large)
     monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
-    found = bench(subject, tmp_path / "b.json", budgets=[89], backends=["sdpa"], repeats=1)
-    (cell,) = summarise(found)
+    run = bench(workload, tmp_path / "b.json", budgets=[89], backends=["sdpa"], repeats=1)
+    (cell,) = summarise(run)
     assert left_out(cell) == ["untouched: out of memory"]
     line = next(line for line in cell.lines if line.variant.name == DYMU)
     assert line.median_ms["prefill"] > 0
     assert not line.ratios
-    assert "untouched: out of memory" in page(found)
+    assert "untouched: out of memory" in page(run)
 
 
-def test_a_cell_that_takes_too_long_says_so(subject, tmp_path, monkeypatch):
+def test_a_cell_that_takes_too_long_says_so(workload, tmp_path, monkeypatch):
     monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
-    found = bench(subject, tmp_path / "b.json", budgets=[89], backends=["sdpa"], limit_s=0)
-    (cell,) = summarise(found)
+    run = bench(workload, tmp_path / "b.json", budgets=[89], backends=["sdpa"], limit_s=0)
+    (cell,) = summarise(run)
     assert left_out(cell) == ["not timed: one round takes longer than the limit of 0 s"]
-    assert "not timed" in overview(found)
-    assert "not timed" in page(found)
+    assert "not timed" in overview(run)
+    assert "not timed" in page(run)
     with pytest.raises(dymu.DymuError, match="nothing to draw"):
         draw_chart([cell], tmp_path / "chart.png")
 
@@ -399,7 +405,7 @@ def test_peak_memory_counts_what_is_held_at_once():
             del tensor
         return torch.zeros(1000)
 
-    with measure._peak(torch.device("cpu")) as peak:
+    with probes._peak(torch.device("cpu")) as peak:
         hold()
     assert 4_000_000 <= peak() <= 4_100_000
 
@@ -407,36 +413,50 @@ def test_peak_memory_counts_what_is_held_at_once():
 @pytest.mark.parametrize(("tower", "family"), [("clip", "llava"), ("dinov2", "llava"), ("clip", "llava_next")])
 def test_a_model_with_weights_of_its_own(tmp_path, tower, family, monkeypatch):
     monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
-    monkeypatch.setattr("dymu.bench.subject.SQUARE_PX", 2 * tiny.SIDE)
+    monkeypatch.setattr("dymu.bench.workload.SQUARE_PX", 2 * tiny.SIDE)
     model, processor = tiny.llava(tower, family=family), tiny.full_processor(family)
-    thresholds = Thresholds((Calibrated(10, (0.0,) * (tiny.LAYERS - 1)), Calibrated(49, (2.0,) * (tiny.LAYERS - 1))))
-    found = bench(
-        Pretrained(model, processor, thresholds), tmp_path / "b.json", budgets=[20], backends=["sdpa"], repeats=1
+    thresholds = dymu.calibrate(model, processor, tiny.photos(6), [0.3, 1.0], progress=False)
+    run = bench(
+        Pretrained(model, processor, thresholds), tmp_path / "b.json", budgets=[0.5], backends=["sdpa"], repeats=1
     )
-    (cell,) = found["cells"]
-    assert len(cell["kept"]) == 1
-    assert cell["kept"][0] < found["full_tokens"]
-    assert found["full_tokens"] == (tiny.PATCHES if family == "llava" else 5 * tiny.PATCHES + 14)
-    stored = {name: each["cache_bytes"] for name, each in cell["variants"].items()}
+    (cell,) = run.cells
+    assert len(cell.kept) == 1
+    assert cell.kept[0] < run.full_tokens
+    assert run.full_tokens == (tiny.PATCHES if family == "llava" else 5 * tiny.PATCHES + 14)
+    stored = {name: each.cache_bytes for name, each in cell.variants.items()}
     assert stored[DYMU] == stored[FLOOR.name] < stored[UNTOUCHED.name]
-    assert 0 < cell["variants"][DYMU]["merge_ms"] < cell["variants"][DYMU]["merge_of_ms"]
-    with dymu.apply(model, thresholds, budget=20), pytest.raises(AlreadyApplied):
-        bench(Pretrained(model, processor, thresholds), tmp_path / "c.json", budgets=[20])
+    assert 0 < cell.variants[DYMU].merge_ms < cell.variants[DYMU].merge_of_ms
+    with dymu.apply(model, thresholds, budget=0.5), pytest.raises(AlreadyApplied):
+        bench(Pretrained(model, processor, thresholds), tmp_path / "c.json", budgets=[0.5])
+
+
+def test_thresholds_are_told_apart_by_all_that_merges():
+    model, processor = tiny.llava(), tiny.full_processor("llava")
+    entry = Calibrated(49, (0.5,) * (tiny.LAYERS - 1))
+    same, images, frames = (
+        msgspec.structs.replace(entry, **more) for more in ({}, {"images": (0.9,)}, {"frames": (0.9,)})
+    )
+    described = [
+        Pretrained(model, processor, Thresholds((each,))).describe()["merges"] for each in (entry, same, images, frames)
+    ]
+    assert described[0] == described[1]
+    assert len(set(described)) == 3
+    assert described[0].endswith(short_hash([[entry.budget, entry.thresholds]])), "as in the files of earlier versions"
 
 
 @pytest.mark.parametrize(
     ("asked", "says"),
-    [({"layouts": ["image"]}, "unknown layout image"), ({"backends": ["reference"]}, "cannot time the backend")],
+    [({"prompts": ["image"]}, "unknown prompt image"), ({"backends": ["reference"]}, "cannot time the backend")],
 )
-def test_wrong_names_are_refused(subject, tmp_path, asked, says):
+def test_wrong_names_are_refused(workload, tmp_path, asked, says):
     with pytest.raises(ValueError, match=says):
-        bench(subject, tmp_path / "b.json", budgets=[89], **asked)
+        bench(workload, tmp_path / "b.json", budgets=[89], **asked)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"dymu_bench": 1}', '{"dymu_bench": 2}'])
 def test_other_files_are_no_results(tmp_path, text):
     (tmp_path / "b.json").write_text(text)
-    with pytest.raises(results.BadBench, match="no result file"):
+    with pytest.raises(BadResults, match="no result file"):
         results.load(tmp_path / "b.json")
 
 
@@ -449,8 +469,8 @@ def test_variants_are_each_once():
 def test_shapes_are_models_that_dymu_knows(name):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(shapes.config(name))
-    parts = resolve(model, FAMILIES)
+    parts = resolve(model)
     vision = model.config.vision_config
-    found = recorded((vision.image_size // vision.patch_size) ** 2)
-    found.rule(min(found.into), [0]).choosers(found.tokens, max(parts.feature_layers()))
+    records = recorded((vision.image_size // vision.patch_size) ** 2)
+    records.rule(min(records.into), [0]).check_fits(max(parts.feature_layers()), records.tokens)
     assert parts.prefix == parts.dropped()

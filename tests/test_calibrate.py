@@ -19,10 +19,12 @@ from transformers import CLIPImageProcessorPil
 
 import dymu
 import tiny
-from dymu.calibrate import NEVER, threshold_for
-from dymu.families import FAMILIES, resolve
-from dymu.merging import SCHEDULES, FixedMerge, removals
-from dymu.shelf import Shelf
+from dymu.calibration.quantile import NEVER, threshold_for
+from dymu.calibration.spill import Spill
+from dymu.choices import SCHEDULES
+from dymu.families import resolve
+from dymu.merging import removals
+from dymu.reducers import FixedMerge
 
 COUNT = 10
 BUDGETS = [4, 0.3, 30, 49]
@@ -40,7 +42,7 @@ def images() -> list[Image.Image]:
 
 def kept(model: nn.Module, thresholds: dymu.Thresholds, budget: float, pixels: Tensor) -> list[int]:
     """Image tokens that `dymu.apply` keeps of each picture."""
-    parts = resolve(model, FAMILIES)
+    parts = resolve(model)
     with dymu.apply(model, thresholds, budget=budget) as handle, torch.inference_mode():
         parts.inner.get_image_features(
             pixels,
@@ -55,7 +57,7 @@ def kept(model: nn.Module, thresholds: dymu.Thresholds, budget: float, pixels: T
 def slowly(model: nn.Module, pictures: Tensor, target: float, schedule: str) -> tuple[list[float], list[int]]:
     """Thresholds and kept tokens by the formulas, in float64, one image at a time."""
     model = copy.deepcopy(model).double()
-    parts = resolve(model, FAMILIES)
+    parts = resolve(model)
     prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
     with torch.no_grad():
         embedded = [parts.tower(p[None].double(), output_hidden_states=True).hidden_states[0][0] for p in pictures]
@@ -181,7 +183,7 @@ def test_runs_only_the_layers_whose_features_are_read(
     processor: CLIPImageProcessorPil, images: list[Image.Image]
 ) -> None:
     model = tiny.llava("clip", layer=[1, 2])
-    broken = resolve(model, FAMILIES).encoder_modules[2:]
+    broken = resolve(model).encoder_modules[2:]
     for parameter in (p for module in broken for p in module.parameters()):
         parameter.data.fill_(torch.nan)
     entry = dymu.calibrate(model, processor, images, [20], progress=False).calibrated[0]
@@ -254,21 +256,21 @@ def test_a_full_disk_is_one_sentence(monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with Shelf(10) as shelf:
-        shelf.place(10)
+    with Spill(10) as spill:
+        spill.slot(10)
         with pytest.raises(dymu.DymuError, match=r"no room for .* set TMPDIR"):
-            shelf.place(1)
+            spill.slot(1)
 
 
-def test_places_keep_what_is_put(tmp_path) -> None:
-    with Shelf(2_000) as shelf:
-        places = [shelf.place(1_000) for _ in range(5)]
+def test_slots_keep_what_is_put(tmp_path) -> None:
+    with Spill(2_000) as spill:
+        slots = [spill.slot(1_000) for _ in range(5)]
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             tensors = [torch.full((3, 2, 20), n, dtype=dtype) for n in range(5)]
-            for place, tensor in zip(places, tensors, strict=True):
-                place.put(tensor)
-            for place, tensor in zip(places, tensors, strict=True):
-                assert torch.equal(place.get(), tensor)
+            for slot, tensor in zip(slots, tensors, strict=True):
+                slot.put(tensor)
+            for slot, tensor in zip(slots, tensors, strict=True):
+                assert torch.equal(slot.get(), tensor)
 
 
 def test_images_of_all_sorts(tmp_path, processor, images) -> None:
@@ -351,7 +353,7 @@ def test_refuses_what_cannot_work(processor, images) -> None:
 def test_says_when_equal_images_cannot_meet_a_budget(processor) -> None:
     model = tiny.llava("clip")
     with torch.no_grad():
-        resolve(model, FAMILIES).tower.get_parameter("embeddings.position_embedding.weight").zero_()
+        resolve(model).tower.get_parameter("embeddings.position_embedding.weight").zero_()
     with pytest.warns(UserWarning, match=r"for a budget of 20 tokens the images keep .* exactly alike"):
         found = dymu.calibrate(model, processor, [Image.new("RGB", (28, 28))] * 3, [20], progress=False)
     assert found.calibrated[0].achieved != 20

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from PIL import Image
 
 import dymu
 import tiny
-from dymu import asking, timing
-from dymu.apply import encoder_of
-from dymu.cli import commands, models
+from dymu import prompting
+from dymu.cli import main, models
 from dymu.families import FAMILIES, resolve
+from dymu.handle import encoder_of
+from dymu.measure import timing
 from dymu.thresholds import Calibrated, Thresholds
 
 FIELDS = {
@@ -28,6 +30,7 @@ FIELDS = {
     "cache_bytes",
 }
 TOKENS, FEWEST = tiny.PATCHES, 10
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +44,7 @@ def folder(tmp_path_factory):
     every, none = (0.0,) * (tiny.LAYERS - 1), (2.0,) * (tiny.LAYERS - 1)
     Thresholds(
         (Calibrated(FEWEST, every), Calibrated(TOKENS, none)),
-        encoder=encoder_of(resolve(model, FAMILIES), tokens=TOKENS),
+        encoder=encoder_of(resolve(model), tokens=TOKENS),
     ).save(path / "thresholds.json")
     return path
 
@@ -64,7 +67,7 @@ def dymu_command(monkeypatch, capsys):
     def call(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dymu", *map(str, arguments)])
         try:
-            commands.main()
+            main.main()
             code = 0
         except SystemExit as stop:
             code = stop.code or 0
@@ -132,7 +135,7 @@ def test_run_for_people(dymu_command, folder, photo):
 
 def test_an_answer_is_shown_as_it_is(dymu_command, folder, photo, monkeypatch):
     real = models.answer
-    monkeypatch.setattr(models, "answer", lambda *given: ("a [/b] [red]cat", real(*given)[1]))
+    monkeypatch.setattr(models, "answer", lambda *arguments: ("a [/b] [red]cat", real(*arguments)[1]))
     code, out, _ = dymu_command("run", photo, "what ?", "--model", folder, "-b", FEWEST)
     assert code == 0
     assert "a [/b] [red]cat" in out
@@ -194,7 +197,7 @@ def test_a_budget_that_is_no_number_is_wrong_usage(dymu_command, folder, photo, 
 
 
 def test_run_refuses_thresholds_that_do_not_fit(refused, folder, photo, tmp_path):
-    own = json.loads((folder / "thresholds.json").read_text())
+    fitting = json.loads((folder / "thresholds.json").read_text())
 
     def refusal(text: str) -> str:
         path = tmp_path / "t.json"
@@ -203,14 +206,14 @@ def test_run_refuses_thresholds_that_do_not_fit(refused, folder, photo, tmp_path
         assert "t.json" in sentence
         return sentence
 
-    other = {**own, "encoder": {**own["encoder"], "hidden_size": 1024}}
+    other = {**fitting, "encoder": {**fitting["encoder"], "hidden_size": 1024}}
     assert "another" in refusal(json.dumps(other))
-    assert "version" in refusal(json.dumps({**own, "version": 99}))
-    assert "cut short" in refusal(json.dumps(own)[:100])
-    assert "not a dymu thresholds file" in refusal("{}")
+    assert "version" in refusal(json.dumps({**fitting, "version": 99}))
+    assert "cut short" in refusal(json.dumps(fitting)[:100])
+    assert "no dymu thresholds file" in refusal("{}")
 
 
-def test_run_refuses_models_it_cannot_use(refused, folder, photo, tmp_path, monkeypatch):
+def test_run_refuses_models_it_cannot_use(refused, folder, photo, asked, tmp_path, monkeypatch):
     ask = ("run", photo, "what ?", "--thresholds", folder / "thresholds.json", "-b", FEWEST, "--model")
     assert "does not exist" in refused(*ask, tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
@@ -223,7 +226,8 @@ def test_run_refuses_models_it_cannot_use(refused, folder, photo, tmp_path, monk
     assert "config.json" in refused("run", photo, "what ?", "--model", tmp_path)
     assert "ships no thresholds.json" in refused("run", photo, "what ?", "--model", tmp_path / "bert")
     monkeypatch.setenv("DYMU_DEMO_MODEL", str(tmp_path / "nothing"))
-    assert "--model" in refused("run", photo, "what ?")
+    for command in (("run", photo, "what ?"), ("evaluate", "-t", asked, "-o", tmp_path / "r.jsonl")):
+        assert "dymu run with --model, other commands as their first argument" in refused(*command)
 
 
 def test_run_refuses_a_damaged_model(refused, folder, photo, tmp_path):
@@ -253,13 +257,13 @@ def test_run_refuses_a_chat_template_without_a_place_for_the_image(refused, fold
 
 def test_a_chat_template_is_used(folder):
     loaded = models.load(str(folder))
-    assert asking.prompt(loaded.processor, "what ?") == "USER: <image>\nwhat ? ASSISTANT:"
+    assert prompting.prompt(loaded.processor, "what ?") == "USER: <image>\nwhat ? ASSISTANT:"
     loaded.processor.chat_template = (
         "{% for part in messages[0]['content'] %}"
         "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
         "{% endfor %}!"
     )
-    assert asking.prompt(loaded.processor, "what ?") == "<image>what ?!"
+    assert prompting.prompt(loaded.processor, "what ?") == "<image>what ?!"
 
 
 def test_drawings_are_whole_or_not_there(refused, folder, photo, tmp_path, monkeypatch):
@@ -354,12 +358,12 @@ def test_inspect_refuses(refused, folder, tmp_path):
 @pytest.fixture
 def asked(tmp_path, photo):
     """A folder of four questions about one photo."""
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "a.png").write_bytes(photo.read_bytes())
+    questions = tmp_path / "questions"
+    questions.mkdir()
+    (questions / "a.png").write_bytes(photo.read_bytes())
     lines = [{"image": "a.png", "question": "what is this ?", "answer": "cat", "kind": kind} for kind in "xyxy"]
-    (own / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return own
+    (questions / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return questions
 
 
 def test_evaluate_and_report(dymu_command, refused, folder, asked, tmp_path):
@@ -403,23 +407,93 @@ def test_evaluate_and_report(dymu_command, refused, folder, asked, tmp_path):
 
 def test_evaluate_refuses(refused, folder, asked, tmp_path):
     end = ("-o", tmp_path / "r.jsonl")
-    assert "composed" in refused("evaluate", folder, "-t", "nothing", *end)
-    assert "questions.jsonl" in refused("evaluate", folder, "-t", folder, *end)
+    assert "does not exist" in refused("evaluate", folder, "-t", "nothing", *end)
+    assert "without questions.jsonl" in refused("evaluate", folder, "-t", folder, *end)
+    assert "neither a folder nor a Python file" in refused("evaluate", folder, "-t", folder / "config.json", *end)
     assert ".jsonl" in refused("evaluate", folder, "-t", asked, "-o", tmp_path / "r.json")
     refused("report", tmp_path / "nothing.jsonl")
     (tmp_path / "bad.jsonl").write_text("{}\n")
     refused("report", tmp_path / "bad.jsonl")
 
 
+TASK = """
+from words import QUESTION
+from dymu.evaluation.tasks.folder import Folder
+
+def task():
+    assert QUESTION
+    return Folder(r"{folder}")
+"""
+
+
+def test_a_task_may_be_a_python_file(dymu_command, folder, asked, tmp_path):
+    """It may import what lies beside it."""
+    (tmp_path / "words.py").write_text("QUESTION = 'what is this ?'")
+    (tmp_path / "mine.py").write_text(TASK.format(folder=asked))
+    run = ["evaluate", folder, "-t", tmp_path / "mine.py", "-b", FEWEST, "-m", "stride", "-o", tmp_path / "r.jsonl"]
+    code, out, err = dymu_command(*run, "--timed", 0, "--json")
+    assert code == 0, err
+    assert [row["name"] for row in last_object(out)["results"][0]["rows"]] == ["untouched", "stride in place"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = 1", "has no function task()"),
+        ("task = 3", "gives a int, which is no task"),
+        ("def task(): return 3", "gives a int, which is no task"),
+        ("def task(:", "cannot be read as Python"),
+        ("import nothing_like_it as task", "mine.py cannot be run (ModuleNotFoundError"),
+        ("import sys; sys.exit()", "mine.py cannot be run (SystemExit"),
+        ("import sys\ndef task(): sys.exit(0)", "task() of {path} cannot be run (SystemExit: 0): mend it."),
+        (
+            "def task(): raise ValueError('no\\nluck.')",
+            "task() of {path} cannot be run (ValueError: no luck): mend it.",
+        ),
+        ("def task(name): pass", "task() of {path} cannot be run (TypeError: task() missing"),
+        ("def task(): return task()", "task() of {path} cannot be run (RecursionError: maximum"),
+        ("class task: pass", "task() of {path} gives a task, which is no task"),
+        ("from scenes.photos import Photos\ndef task(): return Photos", "gives a "),
+        ("async def task(): pass", "task() of {path} gives a coroutine, which is no task"),
+    ],
+)
+def test_a_python_file_that_is_no_task_is_refused(refused, folder, tmp_path, recwarn, text, says):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    sentence = refused("evaluate", folder, "-t", path, "-m", "stride", "-o", tmp_path / "r.jsonl")
+    assert says.replace("{path}", str(path)) in sentence
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+
+
+def test_ctrl_c_in_a_python_file_is_no_mistake_of_it(dymu_command, folder, tmp_path):
+    (tmp_path / "mine.py").write_text("def task(): raise KeyboardInterrupt")
+    code, _, err = dymu_command("evaluate", folder, "-t", tmp_path / "mine.py", "-o", tmp_path / "r.jsonl")
+    assert code != 0
+    assert "mend it" not in err
+
+
 def test_a_smoke_evaluation_of_the_demo_model(dymu_command, tmp_path):
     """The shipped model on one composed question of each kind, all methods: the whole machine in seconds."""
-    run = ["evaluate", "-t", "composed", "-o", tmp_path / "r.jsonl", "--limit", 9, "--timed", 0, "-b", "0.3", "--json"]
-    for method in ("dtome", "tome", "pool", "random", "downscale"):
+    run = [
+        "evaluate",
+        "-t",
+        ROOT / "scenes" / "composed.py",
+        "-o",
+        tmp_path / "r.jsonl",
+        "--limit",
+        9,
+        "--timed",
+        0,
+        "-b",
+        "0.3",
+        "--json",
+    ]
+    for method in ("dtome", "tome", "pool", "random", "stride", "downscale"):
         run += ["-m", method]
     code, out, err = dymu_command(*run, "-u", "exact", "-u", "none")
     assert code == 0, err
     rows = last_object(out)["results"][0]["rows"]
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert {row["accuracy"]["all"]["n"] for row in rows} == {9}
     assert all(20 < row["tokens_mean"] < 150 for row in rows[1:])
 
@@ -439,6 +513,29 @@ def test_env(dymu_command):
     assert data["dymu"] == dymu.__version__
     assert data["torch"].startswith(torch.__version__.split("+")[0])
     assert "transformers" in dymu_command("env")[1]
+
+
+def test_env_never_fails(dymu_command, monkeypatch):
+    """A build of torch for CUDA names that device, and then says that there is no driver."""
+
+    def no_driver(*_):
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check that you have one.")
+
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: cuda)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", no_driver)
+    code, out, _ = dymu_command("env", "--json")
+    assert code == 0
+    assert last_object(out)["accelerator"] == "cuda, which torch is built for and cannot use here"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert last_object(dymu_command("env", "--json")[1])["accelerator"] == (
+        "unknown (Found no NVIDIA driver on your system.)"
+    )
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", no_driver)
+    assert "Found no NVIDIA driver" in dymu_command("env")[1]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "unknown" in last_object(dymu_command("env", "--json")[1])["accelerator"]
 
 
 def test_version(dymu_command):
@@ -491,7 +588,7 @@ def test_ctrl_c(dymu_command, monkeypatch, folder):
 
 
 def test_the_installed_command_from_a_shell(tmp_path):
-    command = [sys.executable, "-c", "from dymu.cli import main; main()"]
+    command = [sys.executable, "-c", "from dymu.cli.main import main; main()"]
     done = subprocess.run([*command, "inspect", "nothing.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""

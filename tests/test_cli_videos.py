@@ -13,8 +13,8 @@ from PIL import Image
 
 import dymu
 import tiny
-from dymu import timing
-from dymu.cli import commands, models
+from dymu.cli import main, models
+from dymu.measure import timing
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mo
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dymu", *map(str, arguments)])
         try:
-            commands.main()
+            main.main()
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

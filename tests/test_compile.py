@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import dymu
 import tiny
-from dymu.merging import ThresholdMerge
+from dymu.reducers import ThresholdMerge
 
 SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
 

@@ -18,11 +18,12 @@ from transformers.cache_utils import StaticCache
 import dymu
 import tiny
 from by_hand import unmerged_by_hand
+from dymu.choices import CACHE_FORMS, COMPACT, UNMERGE
 from dymu.errors import AlreadyApplied, BadBudget, BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
-from dymu.families import FAMILIES, resolve
-from dymu.hooks.versions import cuts_encoded_images
-from dymu.merging import AveragePool, RandomKeep, ThresholdMerge
-from dymu.unmerging import CACHE_FORMS, COMPACT, UNMERGE
+from dymu.families import resolve
+from dymu.hooks.generation import GenerationHooks
+from dymu.hooks.versions import cuts_encoded_images, going_on
+from dymu.reducers import AveragePool, RandomKeep, ThresholdMerge
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
@@ -80,7 +81,7 @@ def test_nothing_merged_equals_the_untouched_model(model, rule):
     inputs = {"input_ids": tiny.prompt(model, 4, "image", 7)[None], **tiny.shown(model, tiny.pictures(1))}
     logits, text = model(**inputs).logits, answer(model, **inputs)
     with dymu.apply(model, merge=rule) as handle:
-        torch.testing.assert_close(model(**inputs).logits, logits, atol=1e-5, rtol=0)
+        tiny.close(model(**inputs).logits, logits)
         assert torch.equal(answer(model, **inputs), text)
         assert handle.last.kept == handle.last.original == [tiny.tokens_per_image(model)]
 
@@ -159,7 +160,7 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(model, side, unmerge):
             assert torch.equal(handle.last.group(0), maps[i])
             assert handle.last.kept == [kept[i]]
             row = together[i][batch["attention_mask"][i].bool()]
-            torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
+            tiny.close(row, alone, part=1e-4)
 
 
 def test_a_row_of_a_batch_gets_what_it_gets_alone_in_bfloat16(model):
@@ -213,7 +214,7 @@ def test_padding_is_no_distance_in_a_sliding_window(unmerge):
         together = decoded(batch["input_ids"], batch["attention_mask"], images, more)
         for i, ids in enumerate(prompts):
             alone = decoded(ids[None], torch.ones_like(ids)[None], images[i : i + 1], more[i : i + 1])
-            torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=0)
+            tiny.close(together[i], alone[0], part=1e-4)
 
 
 @pytest.mark.parametrize("unmerge", ["exact", "none"])
@@ -287,7 +288,7 @@ def test_a_cache_of_all_tokens_says_the_same(model, side):
             ).logits
             present = inputs["attention_mask"].bool()
             logits.append(torch.cat((first.logits[present], second.flatten(0, 1), third.flatten(0, 1))))
-    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+    tiny.close(*logits, part=1e-4)
     with pytest.raises(ValueError, match=r"unmerge=\"exact\""):
         dymu.apply(model, merge=SOME, cache="expanded", unmerge="none")
     with pytest.raises(ValueError, match="merged or expanded"):
@@ -306,7 +307,7 @@ def test_decoding_equals_forwarding_the_whole(model, unmerge):
         for place in range(ids.shape[1], whole.shape[1]):
             out = model(input_ids=whole[:, place : place + 1], past_key_values=cache)
             steps.append(out.logits[:, -1])
-        torch.testing.assert_close(torch.stack(steps, 1), full[:, ids.shape[1] - 1 :], atol=1e-4, rtol=0)
+        tiny.close(torch.stack(steps, 1), full[:, ids.shape[1] - 1 :], part=1e-4)
 
 
 def test_text_and_images_in_pieces_equal_the_whole(model):
@@ -323,7 +324,7 @@ def test_text_and_images_in_pieces_equal_the_whole(model):
             pixels = images[shown : shown + count] if count else None
             shown += count
             pieces.append(model(input_ids=piece, **tiny.shown(model, pixels), past_key_values=cache).logits)
-        torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=0)
+        tiny.close(torch.cat(pieces, 1), whole, part=1e-4)
 
 
 def test_generate_in_chunks_reads_the_whole_prompt(model):
@@ -386,7 +387,7 @@ def test_two_models_do_not_meet():
         assert torch.equal(other(**inputs).logits, before)
         alone = merged(**inputs).logits
         with dymu.apply(other, merge=NOTHING):
-            torch.testing.assert_close(other(**inputs).logits, before, atol=1e-5, rtol=0)
+            tiny.close(other(**inputs).logits, before)
             assert torch.equal(merged(**inputs).logits, alone)
         assert torch.equal(other(**inputs).logits, before)
 
@@ -441,7 +442,7 @@ def test_several_images_in_a_prompt(model):
     images = tiny.pictures(4)[[3, 0, 2]]
     stock = model(input_ids=ids, **tiny.shown(model, images)).logits
     with dymu.apply(model, merge=NOTHING):
-        torch.testing.assert_close(model(input_ids=ids, **tiny.shown(model, images)).logits, stock, atol=1e-5, rtol=0)
+        tiny.close(model(input_ids=ids, **tiny.shown(model, images)).logits, stock)
     with dymu.apply(model, merge=SOME) as handle:
         out = model(input_ids=ids, **tiny.shown(model, images))
         assert out.past_key_values.layers[0].keys.shape[2] == 11 + sum(handle.last.kept)
@@ -460,7 +461,7 @@ def test_the_same_image_twice_is_two_images(model):
     stock = model(input_ids=ids, **tiny.shown(model, images)).logits
     with dymu.apply(model, merge=NOTHING) as handle:
         out = model(input_ids=ids, **tiny.shown(model, images))
-        torch.testing.assert_close(out.logits, stock, atol=1e-5, rtol=0)
+        tiny.close(out.logits, stock)
         assert out.past_key_values.layers[0].keys.shape[2] == ids.shape[1]
         assert handle.last.kept == [tiny.tokens_per_image(model)] * 2
 
@@ -501,6 +502,27 @@ def test_a_second_turn_on_the_same_cache(model, rule):
             assert torch.equal(fresh, stock)
 
 
+def test_a_later_mask_hides_cached_tokens(model):
+    """As `generate` hides the padding behind shorter answers, once a conversation goes on."""
+    first, more = tiny.prompt(model, 10)[None], tiny.prompt(model, 3, seed=3)[None]
+    mask = torch.ones(1, 13, dtype=torch.long)
+    mask[:, 2:5] = 0
+
+    def turns() -> list[Tensor]:
+        output = model(input_ids=first, use_cache=True)
+        outputs = []
+        for tokens in (slice(0, 2), slice(2, 3)):
+            seen = mask[:, : 10 + tokens.stop]
+            output = model(input_ids=more[:, tokens], attention_mask=seen, use_cache=True, **going_on(model, output))
+            outputs.append(output.logits)
+        return outputs
+
+    stock = turns()
+    with dymu.apply(model, merge=SOME):
+        for hidden, expected in zip(turns(), stock, strict=True):
+            tiny.close(hidden, expected)
+
+
 def test_a_second_turn_brings_another_image(model):
     first = tiny.prompt(model, 3, "image", 4)[None]
     second = torch.cat((first, tiny.prompt(model, 2, "image", 5, seed=3)[None]), 1)
@@ -509,7 +531,7 @@ def test_a_second_turn_brings_another_image(model):
         whole = model(input_ids=second, **tiny.shown(model, images)).logits[:, first.shape[1] :]
         cache = model(input_ids=first, **tiny.shown(model, images[:1])).past_key_values
         more = model(input_ids=second[:, first.shape[1] :], **tiny.shown(model, images[1:]), past_key_values=cache)
-        torch.testing.assert_close(more.logits, whole, atol=1e-4, rtol=0)
+        tiny.close(more.logits, whole, part=1e-4)
 
 
 @pytest.mark.parametrize("rule", [NOTHING, SOME], ids=["nothing", "some"])
@@ -554,13 +576,13 @@ def test_any_feature_layers_and_strategy(layer, strategy):
         stock = model(**batch, **tiny.shown(model, images)).logits[batch["attention_mask"].bool()]
         with dymu.apply(model, merge=NOTHING):
             out = model(**batch, **tiny.shown(model, images)).logits[batch["attention_mask"].bool()]
-            torch.testing.assert_close(out, stock, atol=1e-5, rtol=0)
+            tiny.close(out, stock)
         with dymu.apply(model, merge=SOME) as handle:
             out = model(**batch, **tiny.shown(model, images)).logits
             assert max(handle.last.kept) < tiny.tokens_per_image(model)
             for i, ids in enumerate(prompts):
                 alone = model(input_ids=ids[None], **tiny.shown(model, images[i : i + 1])).logits[0]
-                torch.testing.assert_close(out[i, batch["attention_mask"][i].bool()], alone, atol=1e-4, rtol=0)
+                tiny.close(out[i, batch["attention_mask"][i].bool()], alone, part=1e-4)
 
 
 def test_the_feature_layer_of_a_call_counts(some_model):
@@ -569,7 +591,7 @@ def test_the_feature_layer_of_a_call_counts(some_model):
         some_model(input_ids=ids, **tiny.shown(some_model, image), vision_feature_layer=1)
         assert len(handle.last.layers) == 1
         some_model(input_ids=ids, **tiny.shown(some_model, image))
-        assert len(handle.last.layers) == max(resolve(some_model, FAMILIES).feature_layers())
+        assert len(handle.last.layers) == max(resolve(some_model).feature_layers())
 
 
 def test_without_unmerging_the_prompt_is_as_short_as_it_is_merged(some_model):
@@ -584,7 +606,7 @@ def test_without_unmerging_the_prompt_is_as_short_as_it_is_merged(some_model):
     embed = some_model.get_input_embeddings()
     short = torch.cat((embed(ids[:, :4]), features[first][None], embed(ids[:, -7:])), 1)
     stock = some_model.model.language_model(inputs_embeds=short).last_hidden_state
-    torch.testing.assert_close(some_model.lm_head(stock[:, -7:]), out.logits[:, -7:], atol=1e-5, rtol=0)
+    tiny.close(out.logits[:, -7:], some_model.lm_head(stock[:, -7:]))
     plain = some_model.generate(inputs_embeds=short, max_new_tokens=6, do_sample=False)
     assert torch.equal(grown, plain)
 
@@ -611,14 +633,14 @@ def test_random_keep_is_the_stock_model_on_the_tokens_that_stay(some_model, unme
     stock = some_model.model.language_model(
         inputs_embeds=short, position_ids=positions[None], attention_mask=hidden[None, None]
     ).last_hidden_state
-    torch.testing.assert_close(some_model.lm_head(stock[:, -7:]), logits, atol=1e-5, rtol=0)
+    tiny.close(logits, some_model.lm_head(stock[:, -7:]))
     assert grown[0, 0] == logits[0, -1].argmax()
 
 
 def test_average_pool_merges_the_fields_of_a_grid(some_model):
     ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.pictures(4)[2:3]
     tokens = tiny.tokens_per_picture(some_model)
-    with dymu.apply(some_model, merge=AveragePool(side=2)) as handle:
+    with dymu.apply(some_model, merge=AveragePool(keep=4 / tiny.PATCHES)) as handle:
         some_model(input_ids=ids, **tiny.shown(some_model, image))
         group, prefix = handle.last.group(0)[:tokens], int((~handle.last.items[0].patch[:tokens]).sum())
         hidden = some_model.get_image_features(**tiny.shown(some_model, image)).last_hidden_state
@@ -626,7 +648,7 @@ def test_average_pool_merges_the_fields_of_a_grid(some_model):
     grid = group[prefix:].view(side, side) - prefix
     half = (torch.arange(side) >= (side + 1) // 2).long()
     assert torch.equal(grid, 2 * half[:, None] + half)
-    assert hidden.shape[1] < side * side
+    assert hidden.shape[1] < side * side or tiny.cuts_tiles(some_model)
 
 
 def test_a_pool_larger_than_the_grid_is_refused(some_model):
@@ -634,7 +656,7 @@ def test_a_pool_larger_than_the_grid_is_refused(some_model):
         "input_ids": tiny.prompt(some_model, 4, "image", 7)[None],
         **tiny.shown(some_model, tiny.pictures(4)[2:3]),
     }
-    with dymu.apply(some_model, merge=AveragePool(side=1000)), pytest.raises(BadBudget, match="take fewer"):
+    with dymu.apply(some_model, merge=AveragePool(keep=1000)), pytest.raises(BadBudget, match="take fewer"):
         some_model(**inputs)
 
 
@@ -659,7 +681,7 @@ def test_compact_is_stock_attention_between_merged_tokens(some_model, unmerge):
         position_ids=torch.tensor(positions)[None],
         attention_mask=bias.masked_fill(torch.ones_like(bias).triu(1).bool(), -torch.inf)[None, None],
     ).last_hidden_state
-    torch.testing.assert_close(some_model.lm_head(stock[:, -7:]), logits, atol=1e-5, rtol=0)
+    tiny.close(logits, some_model.lm_head(stock[:, -7:]))
 
 
 def test_embeddings_instead_of_ids(some_model):
@@ -690,7 +712,7 @@ def test_caches_do_not_cross_over(some_model, form):
     with dymu.apply(some_model, merge=SOME, cache=form):
         expected = some_model(input_ids=torch.cat((ids, one), 1), **tiny.shown(some_model, image)).logits[:, -1:]
         continued = some_model(input_ids=one, past_key_values=merged).logits
-        torch.testing.assert_close(continued, expected, atol=1e-4, rtol=0)
+        tiny.close(continued, expected, part=1e-4)
 
 
 @pytest.mark.parametrize("other", [{}, {"backend": "reference"}, {"unmerge": "none"}], ids=str)
@@ -727,7 +749,7 @@ def test_cropping_a_cache_forgets_the_end(some_model):
         cache.crop(-3)
         assert cache.get_seq_length() == ids.shape[1] - 3
         out = some_model(input_ids=ids[:, -3:], past_key_values=cache).logits
-        torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+        tiny.close(out, expected, part=1e-4)
 
 
 def test_a_reset_cache_starts_over(some_model):
@@ -738,7 +760,7 @@ def test_a_reset_cache_starts_over(some_model):
         cache.reset()
         assert cache.get_seq_length() == 0
         out = some_model(input_ids=ids, **tiny.shown(some_model, image), past_key_values=cache).logits
-        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+        tiny.close(out, expected)
 
 
 def test_an_unknown_model_is_refused_by_name():
@@ -786,7 +808,7 @@ def test_the_grid_is_that_of_the_patches():
                 model.get_image_features(tiny.pictures(2))
                 for item in handle.last.items:
                     (view,) = item.views
-                    assert view.place.shape == (7, 7)
+                    assert view.token.shape == (7, 7)
                     assert view.seen.shape == (7, 7, 3)
 
 
@@ -798,15 +820,13 @@ def test_features_of_several_layers_stay_in_step_where_little_merges(layer):
         ids, images = tiny.prompt(model, 3, "image", 5)[None], torch.cat((tiny.pictures(1), tiny.pictures(4)[3:]))
         stock = model(input_ids=ids, **tiny.shown(model, images[:1])).logits
         with dymu.apply(model, merge=NOTHING_ALIKE):
-            torch.testing.assert_close(
-                model(input_ids=ids, **tiny.shown(model, images[:1])).logits, stock, atol=1e-5, rtol=0
-            )
+            tiny.close(model(input_ids=ids, **tiny.shown(model, images[:1])).logits, stock)
         with dymu.apply(model, merge=ThresholdMerge((0.98,) * tiny.LAYERS)) as handle:
             together = model(input_ids=ids.expand(2, -1), **tiny.shown(model, images)).logits
             assert handle.last.kept[0] > handle.last.kept[1] + 10
             for i in range(2):
                 alone = model(input_ids=ids, **tiny.shown(model, images[i : i + 1])).logits[0]
-                torch.testing.assert_close(together[i], alone, atol=1e-4, rtol=0)
+                tiny.close(together[i], alone, part=1e-4)
 
 
 def test_merged_logits_equal_an_independent_implementation(model):
@@ -818,7 +838,7 @@ def test_merged_logits_equal_an_independent_implementation(model):
         group = handle.last.group(0)
         assert handle.last.kept[0] < len(group) // 2
     expected = unmerged_by_hand(model, ids, features, group)
-    torch.testing.assert_close(logits, expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
+    tiny.close(logits, expected, part=2e-5)
 
 
 def test_disabled_and_remove_in_any_order(some_model):
@@ -872,11 +892,30 @@ def test_masks_of_other_kinds_are_refused(some_model):
                 some_model(input_ids=ids, attention_mask=mask)
 
 
+def test_an_error_while_applying_leaves_nothing(monkeypatch):
+    model = tiny.llava()
+    before = _attributes(model)
+    monkeypatch.setattr(GenerationHooks, "names", {"no_such_method": lambda method: method})
+    for _ in range(2):
+        with pytest.raises(AttributeError, match="no_such_method"):
+            dymu.apply(model, merge=SOME)
+        assert _attributes(model) == before
+    monkeypatch.undo()
+    dymu.apply(model, merge=SOME).remove()
+
+
+def test_image_features_that_no_layer_made_are_refused():
+    model = tiny.llava()
+    model.config.vision_feature_layer = 0
+    with pytest.raises(UnsupportedModel, match="ahead of the first encoder layer"):
+        dymu.apply(model, merge=SOME)
+
+
 def test_rules_that_are_none_are_refused():
     with pytest.raises(TypeError, match="FixedMerge"):
         dymu.apply(tiny.llava(), merge=0.9)
     for keep in (0, -3):
-        with pytest.raises(BadBudget, match="at least one"):
+        with pytest.raises(BadBudget, match="at least 1"):
             dymu.FixedMerge(keep)
     model = tiny.llava()
     with dymu.apply(model, merge=dymu.FixedMerge(60)), pytest.raises(BadBudget, match="between"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,22 +18,23 @@ from transformers.image_utils import SizeDict
 
 import dymu
 import tiny
-from dymu.apply import encoder_of
-from dymu.asking import generate, inputs_for
+from dymu.choices import UNMERGE
 from dymu.errors import AlreadyApplied, BadBudget, BadImage, BadPrompt, DymuError, UnsupportedModel
-from dymu.evaluate import UNTOUCHED, BadResults, Part, Results, Row, evaluate, parts_by, rows_for, summarise
-from dymu.evaluate.chart import draw_chart
-from dymu.evaluate.costs import cost
-from dymu.evaluate.results import ResultFile
-from dymu.evaluate.rows import METHODS, applied
-from dymu.evaluate.run import full_tokens
-from dymu.evaluate.summary import Share, compared_with, share
-from dymu.evaluate.tables import accuracy_table, cost_table, part_table
-from dymu.families import FAMILIES, resolve
-from dymu.tasks import Example, scoring
-from dymu.tasks.folder import Folder
+from dymu.evaluation.chart import draw_chart
+from dymu.evaluation.methods import METHODS, UNTOUCHED, Method, Row, rows_for
+from dymu.evaluation.results import Answers, Examples, Header, Line, Model, ResultFile, Results
+from dymu.evaluation.rows import running
+from dymu.evaluation.run import evaluate, full_tokens
+from dymu.evaluation.summary import Part, Share, compared_with, parts_by, share, summarise
+from dymu.evaluation.tables import accuracy_table, cost_table, part_table
+from dymu.evaluation.tasks import Example, scoring
+from dymu.evaluation.tasks.folder import Folder
+from dymu.families import resolve
+from dymu.handle import encoder_of
+from dymu.measure.costs import Cost, cost
+from dymu.measure.results import BadResults
+from dymu.prompting import generate, inputs_for
 from dymu.thresholds import Calibrated, Thresholds
-from dymu.unmerging import UNMERGE
 
 WORDS = ("red", "cat", "a")
 
@@ -81,7 +83,7 @@ def thresholds(model):
     every, none = (0.0,) * (tiny.LAYERS - 1), (2.0,) * (tiny.LAYERS - 1)
     return Thresholds(
         (Calibrated(10, every), Calibrated(tiny.PATCHES, none)),
-        encoder=encoder_of(resolve(model, FAMILIES), tokens=tiny.PATCHES),
+        encoder=encoder_of(resolve(model), tokens=tiny.PATCHES),
         schedule="reverse_linear",
     )
 
@@ -89,15 +91,20 @@ def thresholds(model):
 ROWS = rows_for([16], [m for m in METHODS if m != "untouched"], ["exact", "compact", "none"])
 
 
-HEADER = '{"dymu_results": 1, "rows": [], "tasks": {}, "yes_no": {}}\n'
+HEADER = Header(
+    dymu_results=1, date="", model=Model("", None, "", ""), tasks={"t": {}}, rows=[UNTOUCHED], yes_no={"t": ["yesno"]},
+    batch_size=1, timed=0, seed=0, versions={}, device="",
+)  # fmt: skip
+COST = msgspec.json.encode(Cost(1.0, 1.0, 1.0, 1, 1)).decode()
+FIRST_LINE = msgspec.json.encode(HEADER).decode() + "\n"
 
 
 def told(path: Path) -> dict:
     """What a result file says, without when and how fast."""
     results = Results.load(path)
-    header = {name: value for name, value in results.header.items() if name != "date"}
+    header = msgspec.structs.replace(results.header, date="")
     counted = {
-        row: {place: (found["flops"], found["cache_bytes"]) for place, found in costs.items()}
+        row: {example: (cost.flops, cost.cache_bytes) for example, cost in costs.items()}
         for row, costs in results.costs.items()
     }
     return {"header": header, "examples": results.examples, "answers": results.answers, "counted": counted}
@@ -143,18 +150,17 @@ def test_every_row_answers_as_the_model_does_when_asked_so(model, processor, thr
         for index in range(len(task)):
             start = index - index % 3
             alone = [task[i] for i in range(start, min(start + 3, 7))]
-            with applied(row, model, processor, {"reverse_linear": thresholds}, seed=start) as handle:
+            with running(row, model, processor, {"reverse_linear": thresholds}, tiny.PATCHES) as handle:
                 inputs = inputs_for(model, processor, [(e.images, e.question) for e in alone])
                 texts, _ = generate(model, processor, inputs, 2)
                 kept = None if handle is None else handle.last.kept[index - start]
-            found = results.answers[row.key]["words", start]
-            place = index - start
-            assert found["answers"][place] == texts[place]
-            assert found["scores"][place] == scoring.exact(texts[place], task[index].references)
+            batch, number = results.answers[row.key]["words", start], index - start
+            assert batch.answers[number] == texts[number]
+            assert batch.scores[number] == scoring.exact(texts[number], task[index].references)
             if kept is not None:
-                assert found["kept"][place] == kept
+                assert batch.kept[number] == kept
         assert ("words", 0) in results.costs[row.key]
-    kept = {row: set(np.concatenate([b["kept"] for b in results.answers[row.key].values()])) for row in ROWS}
+    kept = {row: set(np.concatenate([b.kept for b in results.answers[row.key].values()])) for row in ROWS}
     assert kept[UNTOUCHED] == {tiny.PATCHES}
     for row in ROWS[1:]:
         if row.method != "dtome":
@@ -191,18 +197,148 @@ def test_a_file_of_another_run_is_left_alone(model, processor, thresholds, tmp_p
     with pytest.raises(BadResults, match="differs in rows"):
         evaluate(model, processor, [Words(2)], ROWS, path, thresholds=[thresholds], timed=0)
     assert path.read_bytes() == before
+    in_prompt = [msgspec.structs.replace(entry, images=(0.9,)) for entry in thresholds.calibrated]
+    other, path = msgspec.structs.replace(thresholds, calibrated=tuple(in_prompt)), tmp_path / "t.jsonl"
+    evaluate(model, processor, [Words(2)], [UNTOUCHED], path, thresholds=[thresholds], timed=0)
+    with pytest.raises(BadResults, match="differs in thresholds"):
+        evaluate(model, processor, [Words(2)], [UNTOUCHED], path, thresholds=[other], timed=0)
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]\n", '{"dymu_results": 99}\n', "\x00\x01\n", '{"dymu_results":1}\n', HEADER + '{"a":1}\n']
+    "content", ["{", "[]\n", '{"dymu_results": 99}\n', "\x00\x01\n", '{"dymu_results":1}\n', FIRST_LINE + '{"a":1}\n']
 )
 def test_a_file_that_holds_no_results_is_refused(tmp_path, content):
     (tmp_path / "r.jsonl").write_text(content)
     with pytest.raises(BadResults):
         Results.load(tmp_path / "r.jsonl")
     with pytest.raises(BadResults):
-        ResultFile(tmp_path / "r.jsonl", {})
+        ResultFile(tmp_path / "r.jsonl", HEADER)
     assert (tmp_path / "r.jsonl").read_text() == content
+
+
+def examples_line(start=0, **changed) -> str:
+    fields = {"index": [0, 1], "kind": ["a", "b"], "references": [["x"], []], "measures": [{}, {}], "skipped": []}
+    return json.dumps({"task": "t", "start": start, "examples": fields | changed}) + "\n"
+
+
+def answers_line(start, *answers) -> str:
+    of_batch = {"answers": answers, "scores": [1] * len(answers), "kept": [9] * len(answers)}
+    return json.dumps({"task": "t", "start": start, "row": "untouched", "answers": of_batch}) + "\n"
+
+
+def cost_line(index, **changed) -> str:
+    costs = {"encoder_ms": 1, "prefill_ms": 1, "decode_ms_per_token": 1, "flops": 1, "cache_bytes": 1} | changed
+    return json.dumps({"task": "t", "start": index, "row": "untouched", "cost": costs}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        (examples_line(kind=["a"]), "differ in length"),
+        (examples_line(references=[["x"]]), "differ in length"),
+        (examples_line(kind=["a", "all"]), "all kinds together"),
+        (examples_line(kind=["a", "yesno"]), "has no reference"),
+        (examples_line(kind=["a", "c"]), "other examples"),
+        (examples_line(start=1, index=[1, 2]), "one of another batch"),
+        (examples_line(start=2, index=[2, 2]), "an example twice"),
+        (answers_line(0, "yes"), "as many examples"),
+        (answers_line(2, "yes"), "as many examples"),
+        (cost_line(2), "no earlier line holds its example"),
+        *((cost_line(0, **{name: -1}), name) for name in Cost.__struct_fields__),
+        *((cost_line(0, **{name: 1e300}), name) for name in Cost.__struct_fields__),
+        (cost_line(0, flops=math.inf), "malformed"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_named(tmp_path, last, says):
+    path = tmp_path / "r.jsonl"
+    path.write_text(FIRST_LINE + examples_line() + answers_line(0, "yes", "no") + cost_line(1) + examples_line())
+    assert summarise(Results.load(path))[0].costs.n == 1
+    path.write_text(path.read_text() + last)
+    with pytest.raises(BadResults, match=rf"line 6 of .*r\.jsonl is damaged \(.*{says}"):
+        Results.load(path)
+
+
+def test_costs_whose_answers_were_deleted_do_not_count(tmp_path):
+    path = tmp_path / "r.jsonl"
+    other = examples_line(start=2, index=[2, 3])
+    path.write_text(
+        FIRST_LINE + examples_line() + cost_line(0) + other + answers_line(2, "a", "b") + cost_line(2, encoder_ms=7)
+    )
+    (summary,) = summarise(Results.load(path))
+    assert (summary.costs.n, summary.costs.encoder_ms) == (1, 7)
+
+
+@dataclass(frozen=True)
+class Odd(Words):
+    """One field of example 1, or the score of its answer, is another."""
+
+    changed: dict = field(default_factory=dict)
+
+    def __getitem__(self, index: int) -> Example:
+        if "example" in self.changed:
+            return self.changed["example"]
+        example = super().__getitem__(index)
+        return replace(example, **{k: v for k, v in self.changed.items() if k != "score"}) if index == 1 else example
+
+    def score(self, example: Example, answer: str) -> float:
+        return self.changed.get("score", 1) if example.kind == "cat" else 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("score", value) for value in (1.5, -0.1, math.nan, math.inf, None, "1", 10**400)),
+        *(("kind", value) for value in ("all", "", None, 3)),
+        *(("references", value) for value in ("cat", None, (1,))),
+        *(("measures", value) for value in ({"n": math.nan}, {"n": 10**400}, {"n": "2"}, {3: 1}, None)),
+    ],
+)
+def test_examples_and_scores_are_checked_before_they_are_written(model, processor, tmp_path, name, value):
+    task = Odd(2, changed={name: value})
+    with pytest.raises(BadPrompt, match=f"^example 1 of words has the {name} .*, which must be .*: mend the task.$"):
+        evaluate(model, processor, [task], [UNTOUCHED], tmp_path / "r.jsonl", timed=0)
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()[1:]]
+    assert [[*line][-1] for line in lines] == (["examples"] if name == "score" else [])
+
+
+def test_a_task_with_odd_fields_is_refused_before_any_work(model, processor, tmp_path):
+    for changed in ({"max_new_tokens": 0}, {"max_new_tokens": 2.0}, {"max_new_tokens": True}, {"yes_no": "red"}):
+        with pytest.raises(BadPrompt, match=f"words has the {next(iter(changed))} .*: mend the task"):
+            evaluate(model, processor, [Words(**changed)], [UNTOUCHED], tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_what_is_no_example_and_yes_or_no_without_a_reference_are_refused(model, processor, tmp_path):
+    task = Odd(2, changed={"example": 3})
+    with pytest.raises(BadPrompt, match="example 0 of words is 3, which is no Example"):
+        evaluate(model, processor, [task], [UNTOUCHED], tmp_path / "a.jsonl")
+    task = Odd(2, yes_no=("cat",), changed={"references": ()})
+    with pytest.raises(BadPrompt, match=r"example 1 of words has the references .* yes or no"):
+        evaluate(model, processor, [task], [UNTOUCHED], tmp_path / "b.jsonl")
+    evaluate(model, processor, [replace(task, yes_no=())], [UNTOUCHED], tmp_path / "c.jsonl", timed=0)
+
+
+def test_numbers_of_numpy_are_numbers(model, processor, tmp_path):
+    task = Odd(2, changed={"score": np.float32(0.5), "measures": {"n": np.int64(3)}})
+    evaluate(model, processor, [task], [UNTOUCHED], tmp_path / "r.jsonl", timed=0)
+    results = Results.load(tmp_path / "r.jsonl")
+    assert results.answers["untouched"]["words", 0].scores == [1, 0.5]
+    assert results.examples["words", 0].measures[1] == {"n": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('"row":"untouched"', "it needs one of"),
+        ('"answers":{"answers":[],"scores":[],"kept":[]},"cost":' + COST, "it needs one of"),
+        ('"answers":{"answers":["a","b"],"scores":[1,1],"kept":[9]}', "differ in length"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, content, says):
+    path = tmp_path / "r.jsonl"
+    path.write_text(FIRST_LINE + f'{{"task":"t","start":0,{content}}}\n')
+    with pytest.raises(BadResults, match=rf"line 2 of .*r\.jsonl is damaged \(.*{says}"):
+        Results.load(path)
 
 
 def test_a_row_that_cannot_be_had_is_refused_before_any_work(model, processor, thresholds, tmp_path):
@@ -223,8 +359,24 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_work(model, processor
     assert not (tmp_path / "r.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [(Row("best", 9, "exact"), "the method 'best'"), (Row("random", 9, "best"), "the way to unmerge 'best'")],
+)
+def test_a_row_of_unknown_names_is_refused_before_any_work(model, processor, tmp_path, row, says):
+    with pytest.raises(ValueError, match=f"{says} is unknown; choose some of"):
+        evaluate(model, processor, [Words()], [UNTOUCHED, row], tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_method_that_would_ignore_the_budget_is_refused():
+    method = Method("fixed", "fixed", "red", "ThresholdMerge")
+    with pytest.raises(TypeError, match="ThresholdMerge has no field `keep`, so fixed would ignore its budget"):
+        method.make(Row("fixed", 9), 0.5, 0)
+
+
 def test_tasks_of_one_name_and_merged_models_are_refused(model, processor, tmp_path):
-    with pytest.raises(DymuError, match="one name"):
+    with pytest.raises(DymuError, match="2 tasks are named words; give each task once"):
         evaluate(model, processor, [Words(2), Words(3)], [UNTOUCHED], tmp_path / "r.jsonl")
     with dymu.apply(model, merge=dymu.FixedMerge(9)), pytest.raises(AlreadyApplied):
         evaluate(model, processor, [Words(2)], [UNTOUCHED], tmp_path / "r.jsonl")
@@ -243,7 +395,7 @@ def test_examples_that_changed_meanwhile_are_refused(model, processor, tmp_path)
     (tmp_path / "r.jsonl").write_bytes(b"".join(whole[:-1]))
     with pytest.raises(BadResults, match="mended or replaced"):
         evaluate(model, processor, [Same(2)], rows, tmp_path / "r.jsonl", timed=0)
-    assert summarise(Results.load(tmp_path / "r.jsonl"))[0].accuracy == {}
+    assert summarise(Results.load(tmp_path / "r.jsonl")) == []
 
 
 def test_rows_take_turns_when_they_are_timed(model, processor, tmp_path):
@@ -255,7 +407,7 @@ def test_rows_take_turns_when_they_are_timed(model, processor, tmp_path):
         if "cost" in line:
             first.setdefault(line["start"], line["row"])
     assert sorted(first.values()) == sorted(row.key for row in rows)
-    assert all(found.costs.tokens == found.tokens_mean for found in summarise(results))
+    assert all(summary.costs.tokens == summary.tokens_mean for summary in summarise(results))
 
 
 def test_several_images_of_a_question_are_counted_together(model, processor, tmp_path):
@@ -266,31 +418,37 @@ def test_several_images_of_a_question_are_counted_together(model, processor, tmp
             return replace(one, images=one.images * (1 + index % 2))
 
     results = evaluate(model, processor, [Pairs(4)], rows_for([16], ["random"]), tmp_path / "r.jsonl", timed=0)
-    assert results.answers["untouched"]["words", 0]["kept"] == [tiny.PATCHES, 2 * tiny.PATCHES] * 2
-    assert results.answers["random-16-exact"]["words", 0]["kept"] == [16, 32] * 2
+    assert results.answers["untouched"]["words", 0].kept == [tiny.PATCHES, 2 * tiny.PATCHES] * 2
+    assert results.answers["random-16-exact"]["words", 0].kept == [16, 32] * 2
 
 
 def test_images_in_tiles_are_compared_with_the_untouched_model(tmp_path):
-    """Budgets are of whole images, as calibrated; what keeps tokens per picture is refused."""
+    """Budgets are of whole images, as calibrated; what keeps tokens of each picture is refused."""
     model, processor = tiny.llava("siglip", "qwen2", "llava_onevision"), tiny.full_processor("llava_onevision")
-    found = dymu.calibrate(model, processor, tiny.photos(6), [0.3, 1.0], progress=False)
-    assert full_tokens(model, processor, [found]) == round(found.image_tokens) > tiny.PATCHES
-    budget = round(found.budgets[0])
-    run = {"thresholds": [found], "limit": 4, "timed": 1, "progress": False}
-    results = evaluate(model, processor, [Words()], rows_for([budget]), tmp_path / "a.jsonl", **run)
-    kept = [sum(batch["kept"]) for row in results.answers.values() for batch in row.values()]
-    assert 0 < kept[1] < 0.6 * kept[0]
+    calibrated = dymu.calibrate(model, processor, tiny.photos(6), [0.3, 1.0], progress=False)
+    assert full_tokens(model, processor, [calibrated]) == round(calibrated.image_tokens) > tiny.PATCHES
+    with dymu.apply(model, calibrated, budget=1.0) as handle:
+        model.get_image_features(**processor.image_processor(tiny.photos(1), return_tensors="pt"))
+        (item,) = handle.last.items
+    budget = round(calibrated.budgets[0])
+    run = {"thresholds": [calibrated], "limit": 4, "timed": 1, "progress": False}
+    rows = rows_for([budget], ["dtome", "random", "stride", "pool"])
+    results = evaluate(model, processor, [Words()], rows, tmp_path / "a.jsonl", **run)
+    kept = [sum(batch.kept) for row in results.answers.values() for batch in row.values()]
+    assert all(0 < each < 0.6 * kept[0] for each in kept[1:])
+    newlines = 4 * int((~item.patch).sum())
+    assert kept[2] == kept[3] == pytest.approx(4 * budget + newlines, abs=4)
     with pytest.raises(UnsupportedModel, match="cuts images into several"):
         evaluate(model, processor, [Words()], rows_for([budget], ["tome"]), tmp_path / "b.jsonl", **run)
 
 
 def test_kinds_of_several_tasks_are_told_apart(model, processor, tmp_path):
     tasks = [Words(3), Words(3, name="other", yes_no=())]
-    (found,) = summarise(evaluate(model, processor, tasks, [UNTOUCHED], tmp_path / "r.jsonl", timed=0))
-    assert {kind: one.n for kind, one in found.accuracy.items()} == {
+    (summary,) = summarise(evaluate(model, processor, tasks, [UNTOUCHED], tmp_path / "r.jsonl", timed=0))
+    assert {kind: one.n for kind, one in summary.accuracy.items()} == {
         "all": 6, **{f"{task}: {word}": 1 for task in ("words", "other") for word in WORDS}
     }  # fmt: skip
-    assert set(found.f1) == {"words: red"}
+    assert set(summary.f1) == {"words: red"}
 
 
 @pytest.mark.parametrize("crop", [tiny.SIDE, None])
@@ -304,9 +462,9 @@ def test_a_smaller_image_shows_the_same_part(model, processor, crop):
     try:
         photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 50, 3), dtype=np.uint8))
         stock = inputs_for(model, processor, [([photo], "what ?")])
-        with applied(Row("downscale", tiny.PATCHES), model, processor, {}):
+        with running(Row("downscale", tiny.PATCHES), model, processor, {}, tiny.PATCHES):
             same = inputs_for(model, processor, [([photo], "what ?")])
-        with applied(Row("downscale", 9), model, processor, {}):
+        with running(Row("downscale", 9), model, processor, {}, tiny.PATCHES):
             small = inputs_for(model, processor, [([photo], "what ?")])
         assert torch.equal(stock["pixel_values"], same["pixel_values"])
         assert small["pixel_values"].shape[-2:] == (3 * tiny.PATCH, 3 * tiny.PATCH)
@@ -318,37 +476,33 @@ def test_unreadable_images_are_named_and_left_out(model, processor, tmp_path):
     results = evaluate(
         model, processor, [Words(broken=(0, 4))], [UNTOUCHED], tmp_path / "r.jsonl", batch_size=2, timed=2
     )
-    skipped = [entry for batch in results.examples.values() for entry in batch["skipped"]]
-    assert skipped == [[0, "picture 0 is damaged: get another."], [4, "picture 4 is damaged: get another."]]
-    (found,) = summarise(results)
-    assert found.accuracy["all"].n == 5
+    skipped = [entry for batch in results.examples.values() for entry in batch.skipped]
+    assert skipped == [(0, "picture 0 is damaged: get another."), (4, "picture 4 is damaged: get another.")]
+    (summary,) = summarise(results)
+    assert summary.accuracy["all"].n == 5
     assert list(results.costs["untouched"]) == [("words", 1)]
-
-
-TIMED = {"encoder_ms": 1.0, "prefill_ms": 1.0, "decode_ms_per_token": 1.0, "flops": 1, "cache_bytes": 1}
 
 
 def hand_made() -> Results:
     """Two rows, four questions of two kinds, scores one can add up."""
     rows = [UNTOUCHED, Row("tome", 4, "exact", "constant")]
-    results = Results({"rows": [row.__dict__ for row in rows], "tasks": {"t": {}}, "yes_no": {"t": ["yesno"]}})
-    examples = {
-        "index": [0, 1, 2, 3], "kind": ["yesno", "name", "yesno", "name"], "skipped": [],
-        "references": [["Yes."], ["a"], ["no"], ["b"]],
-        "measures": [{"objects": 1}, {"objects": 2}, {"objects": 3}, {"objects": 4}],
-    }  # fmt: skip
-    results.take({"task": "t", "start": 0, "examples": examples})
-    results.take({"task": "t", "start": 4, "examples": examples})
-    answers = {"answers": ["yes", "a", "no", "b"], "scores": [1, 1, 1, 1], "kept": [9, 9, 9, 9]}
-    results.take({"task": "t", "start": 0, "row": rows[0].key, "answers": answers})
-    results.take({"task": "t", "start": 4, "row": rows[0].key, "answers": answers})
-    answers = {"answers": ["yes.", "x", "Yes, it is", "b"], "scores": [1, 0, 0, 1], "kept": [2, 4, 6, 4]}
-    results.take({"task": "t", "start": 0, "row": rows[1].key, "answers": answers})
+    results = Results(msgspec.structs.replace(HEADER, rows=rows))
+    examples = Examples(
+        index=[0, 1, 2, 3], kind=["yesno", "name", "yesno", "name"], skipped=[],
+        references=[["Yes."], ["a"], ["no"], ["b"]],
+        measures=[{"objects": 1}, {"objects": 2}, {"objects": 3}, {"objects": 4}],
+    )  # fmt: skip
+    results.take(Line("t", 0, examples=examples))
+    results.take(Line("t", 4, examples=examples))
+    answers = Answers(["yes", "a", "no", "b"], [1, 1, 1, 1], [9, 9, 9, 9])
+    results.take(Line("t", 0, rows[0].key, answers=answers))
+    results.take(Line("t", 4, rows[0].key, answers=answers))
+    answers = Answers(["yes.", "x", "Yes, it is", "b"], [1, 0, 0, 1], [2, 4, 6, 4])
+    results.take(Line("t", 0, rows[1].key, answers=answers))
     for index, ms in enumerate((10.0, 30.0, 80.0, 5.0)):
         if index < 3:
-            results.take({"task": "t", "start": index, "row": rows[0].key, "cost": TIMED})
-        timed = {"encoder_ms": ms, "prefill_ms": 1.0, "decode_ms_per_token": 2.0, "flops": 2e12, "cache_bytes": 1000}
-        results.take({"task": "t", "start": index, "row": rows[1].key, "cost": timed})
+            results.take(Line("t", index, rows[0].key, cost=Cost(1.0, 1.0, 1.0, 1, 1)))
+        results.take(Line("t", index, rows[1].key, cost=Cost(ms, 1.0, 2.0, 2e12, 1000)))
     return results
 
 
@@ -367,7 +521,7 @@ def test_the_summary_of_numbers_one_can_add_up():
     assert merged.costs.tokens == 4
     assert merged.costs.tflops == 2
     few = summarise(hand_made(), lambda measures: measures["objects"] <= 2)
-    assert [found.accuracy["all"].n for found in few] == [2, 2]
+    assert [summary.accuracy["all"].n for summary in few] == [2, 2]
     assert few[1].tokens_mean == 3
 
 
@@ -375,14 +529,14 @@ def test_differences_are_paired():
     """Both rows answer half of the questions; the second answers the same half and one more."""
     results = hand_made()
     (full, merged), some = results.answers.values(), [1, 0, 1, 0]
-    full["t", 0]["scores"], merged["t", 0]["scores"] = some, some
+    full["t", 0].scores, merged["t", 0].scores = some, some
     assert summarise(results)[1].difference["all"] == Share(0, 0, 0, 4)
 
 
 def test_parts_are_about_equal_and_keep_equal_values_together():
     results = hand_made()
     assert parts_by(results, "objects", 2) == [Part("objects", 1, 2), Part("objects", 3, 4)]
-    measures = results.examples["t", 0]["measures"]
+    measures = results.examples["t", 0].measures
     measures[:] = [{"objects": 1}, {"objects": 1}, {"objects": 1}, {"objects": 5}]
     assert parts_by(results, "objects", 3) == [Part("objects", 1, 1), Part("objects", 5, 5)]
     measures[:] = [{"objects": 1}, {"objects": 2}, {"objects": 2}, {"objects": 3}]
@@ -391,7 +545,7 @@ def test_parts_are_about_equal_and_keep_equal_values_together():
     assert parts_by(results, "objects", 3) == [Part("objects", 2, 2), Part("objects", 3, 3)]
     del measures[3]["objects"]
     (only,) = parts_by(results, "objects", 3)
-    assert [found.accuracy["all"].n for found in summarise(results, only)] == [2, 2], "two have none"
+    assert [summary.accuracy["all"].n for summary in summarise(results, only)] == [2, 2], "two have none"
     with pytest.raises(DymuError, match="no question has the measure 'words'; take one of: objects"):
         parts_by(results, "words")
 
@@ -401,15 +555,15 @@ def test_differences_from_another_method():
     plain = Row("tome", 10, "none", "constant")
     rows = [UNTOUCHED, dtome, *tome, plain]
     assert compared_with(dtome, rows, "tome") == tome[1], "unmerged alike, and nearest"
-    assert compared_with(replace(dtome, unmerge="none"), rows, "tome") == plain
+    assert compared_with(msgspec.structs.replace(dtome, unmerge="none"), rows, "tome") == plain
     assert compared_with(tome[0], rows, "tome") is None
     assert compared_with(UNTOUCHED, rows, "tome") is None
     assert compared_with(tome[0], rows, "pool") is None
     assert compared_with(tome[0], [dtome, tome[0]], "untouched") is None, "a file may have no such row"
     results = hand_made()
-    results.header["rows"].append(Row("dtome", 5, "exact", "linear").__dict__)
-    answers = {"answers": ["no", "a", "no", "x"], "scores": [0, 1, 1, 0], "kept": [3, 3, 3, 3]}
-    results.take({"task": "t", "start": 0, "row": "dtome-5-exact-linear", "answers": answers})
+    results.header.rows.append(Row("dtome", 5, "exact", "linear"))
+    answers = Answers(["no", "a", "no", "x"], [0, 1, 1, 0], [3, 3, 3, 3])
+    results.take(Line("t", 0, "dtome-5-exact-linear", answers=answers))
     full, fixed, merged = summarise(results, against="tome")
     assert full.difference == fixed.difference == {}
     assert (merged.difference["all"].mean, merged.difference["name"].mean) == (0, 0)
@@ -424,8 +578,8 @@ def test_differences_from_another_method():
 
 def test_intervals_cover_what_they_should():
     rng = np.random.default_rng(0)
-    found = [share((rng.random(60) < 0.7).astype(float)) for _ in range(200)]
-    covered = np.mean([one.low <= 0.7 <= one.high for one in found])
+    shares = [share((rng.random(60) < 0.7).astype(float)) for _ in range(200)]
+    covered = np.mean([one.low <= 0.7 <= one.high for one in shares])
     assert 0.88 <= covered <= 0.98
     assert share(np.ones(5)) == share(np.ones(5))
 
@@ -433,7 +587,7 @@ def test_intervals_cover_what_they_should():
 def test_flops_are_those_of_the_layers(model, processor):
     """Counted once more from the shapes: 2 FLOPs for each weight and token, 4 · D for each pair of query and key."""
     inputs = inputs_for(model, processor, [(tiny.photos(1), "what is this ?")])
-    parts = resolve(model, FAMILIES)
+    parts = resolve(model)
     tokens, patches = inputs["input_ids"].shape[1], tiny.PATCHES
 
     def weights(module: nn.Module) -> int:
@@ -447,17 +601,17 @@ def test_flops_are_those_of_the_layers(model, processor):
     expected += 2 * sum(weights(layer) for layer in parts.language_model.layers) * tokens
     expected += 2 * len(parts.language_model.layers) * tokens * (tokens + 1) * text.head_dim * text.num_attention_heads
     expected += 2 * weights(model.lm_head)
-    assert cost(model, inputs)["flops"] == pytest.approx(expected, rel=0.002)
+    assert cost(model, inputs).flops == pytest.approx(expected, rel=0.002)
 
 
 def test_tables_and_picture(tmp_path):
-    found = summarise(hand_made())
-    table = accuracy_table(found)
+    summaries = summarise(hand_made())
+    table = accuracy_table(summaries)
     assert len({line.count("|") for line in table.splitlines()}) == 1
     assert "| ToMe + VTU | 4 ± 1 | 50.0 [0.0, 100.0] | -50.0 [-100.0, +0.0] |" in table
-    assert "| ToMe + VTU | 4 | 30 | 1 | 2.0 | 2.000 | 0.00 |" in cost_table(found)
+    assert "| ToMe + VTU | 4 | 30 | 1 | 2.0 | 2.000 | 0.00 |" in cost_table(summaries)
     pytest.importorskip("matplotlib")
-    draw_chart(found, tmp_path / "chart.png")
+    draw_chart(summaries, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
         assert min(picture.size) > 200
         assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10
@@ -542,8 +696,3 @@ def test_a_kind_has_one_score(tmp_path):
         Folder(lines(tmp_path, ask, {**ask, "score": "anls"}))
     with pytest.raises(BadPrompt, match=r"questions\.jsonl"):
         Folder(tmp_path / "nowhere")
-
-
-def test_dymu_evaluate_is_the_function():
-    assert callable(dymu.evaluate)
-    assert dymu.evaluate is evaluate

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dymu.errors import BadImage
-from dymu.images import MAX_PIXELS, load
+from dymu.media.images import MAX_PIXELS, load
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -217,12 +217,13 @@ def test_answers_end_before_what_they_are_to_end_at(plugin, folder, documents):
 
 def test_settings(plugin):
     greedy = {"max_new_tokens": 1024, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    assert plugin._settings({}) == greedy
-    assert plugin._settings({"temperature": 0, "do_sample": True, "top_p": 0.9, "until": ["x"]}) == greedy
-    assert plugin._settings({"temperature": 0.7, "do_sample": False}) == greedy
-    assert plugin._settings({"num_beams": 3, "image_aspect_ratio": "original"}) == {**greedy, "num_beams": 3}
+    assert plugin._settings({}) == (greedy, [])
+    assert plugin._settings({"temperature": 0, "do_sample": True, "top_p": 0.9, "until": ["x"]}) == (greedy, ["x"])
+    assert plugin._settings({"temperature": 0.7, "do_sample": False, "until": "x"}) == (greedy, ["x"])
+    beams = {**greedy, "num_beams": 3}
+    assert plugin._settings({"num_beams": 3, "image_aspect_ratio": "original"}) == (beams, [])
     sampled = {"max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "do_sample": True}
-    assert plugin._settings({"max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9}) == sampled
+    assert plugin._settings({"max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9}) == (sampled, [])
 
 
 def test_sampling(plugin, folder, documents):
@@ -288,7 +289,7 @@ def test_a_model_without_thresholds_or_template(plugin, folder, documents, tmp_p
     for file in folder.iterdir():
         if file.name != "thresholds.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(dymu.BadThresholds, match=r"no thresholds\.json beside it"):
+    with pytest.raises(dymu.BadThresholds, match=r"ships no thresholds\.json: name one with thresholds=FILE"):
         make(plugin, tmp_path, documents)
     named = make(plugin, tmp_path, documents, thresholds=str(folder / "thresholds.json"))
     assert named.generate_until(asked(documents)) == make(plugin, folder, documents).generate_until(asked(documents))

@@ -17,8 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 import dymu
 import tiny
-from dymu.merging import FixedMerge
-from dymu.unmerging import BACKENDS, UNMERGE, History, Step, cache, plan_step, prompt_map
+from dymu.choices import UNMERGE
+from dymu.hooks import cache
+from dymu.reducers import FixedMerge
+from dymu.token_map import TokenMap
+from dymu.unmerging import BACKENDS, History, Step, plan_step
 from dymu.unmerging.backends import sdpa
 from test_unmerging import SIZE, angles, steps
 
@@ -54,13 +57,15 @@ def grown(unmerge: str, side: str, new: tuple[int, ...], *, expanded: bool = Fal
     history = History(expanded)
     batch = 1 if side == "none" else 2
     for tokens in new:
-        own = torch.arange(tokens).expand(batch, -1)
+        indices = torch.arange(tokens).expand(batch, -1)
         plain = tokens < 100
         present = torch.ones(batch, tokens, dtype=torch.bool)
         if not plain and side != "none":
             present[1, slice(0, 1000) if side == "left" else slice(tokens - 1000, tokens)] = False
-        queries = prompt_map(own if plain else own // GROUP * GROUP, None if present.all() else present)
-        places = history.length + own
+        queries = TokenMap.from_leaders(
+            indices if plain else indices // GROUP * GROUP, None if present.all() else present
+        )
+        places = history.length + indices
         step = plan_step(queries, places, history, angles, plain=plain, unmerge=unmerge, backend="sdpa")
     return step, history
 
@@ -153,8 +158,8 @@ def test_masks_in_pieces_equal_the_reference(differ, data):
         patch.setattr(sdpa, "FEW", 0)
         patch.setattr(sdpa, "MASK", 3)
         patch.setattr(sdpa, "_heads_may_differ", lambda *_: differ)
-        found = BACKENDS["sdpa"](query, key, value, step, 0.3, window)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+        output = BACKENDS["sdpa"](query, key, value, step, 0.3, window)
+    torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_masks_are_formed_in_pieces_where_the_rest_is_compiled(monkeypatch):
@@ -162,9 +167,9 @@ def test_masks_are_formed_in_pieces_where_the_rest_is_compiled(monkeypatch):
     queries_masked, mask = [], Step.mask
 
     def seen(*args):
-        made = mask(*args)
-        queries_masked.append(made.shape[2])
-        return made
+        piece = mask(*args)
+        queries_masked.append(piece.shape[2])
+        return piece
 
     monkeypatch.setattr(Step, "mask", seen)
     counters.clear()
@@ -172,7 +177,7 @@ def test_masks_are_formed_in_pieces_where_the_rest_is_compiled(monkeypatch):
     graphs = []
     for tokens in (TOKENS // 2, TOKENS, TOKENS // 3):
         positions = torch.arange(tokens)[None]
-        queries = prompt_map(positions // GROUP * GROUP)
+        queries = TokenMap.from_leaders(positions // GROUP * GROUP)
         step = plan_step(queries, positions, History(), angles, plain=False, unmerge="exact", backend="sdpa")
         torch.manual_seed(0)
         expected = attend(step, queries.width, 100, torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from torch.utils._pytree import tree_leaves
 
 import dymu
 import tiny
+from dymu.choices import SCHEDULES
 from dymu.errors import BadBudget
-from dymu.families import FAMILIES, resolve
-from dymu.merging import SCHEDULES, EncoderLayer, FixedMerge, Layout, MergeRun, ThresholdMerge, above, removals
+from dymu.families import resolve
+from dymu.merging import EncoderLayer, Layout, above, removals
 from dymu.merging.attention import sized_attention
 from dymu.merging.layout import BUCKET
 from dymu.merging.match import best_partner, similarity_metric
 from dymu.merging.merge import merge_step, merge_tokens
+from dymu.reducers import EncoderRun, FixedMerge, Shown, ThresholdMerge
+from dymu.reducers.tome import most_similar
 
 
 def reference_encoder(
@@ -83,10 +87,15 @@ def reference_encoder(
     return members, x, closest
 
 
+def shown(images: Tensor) -> Shown:
+    side = tiny.SIDE // tiny.PATCH
+    return Shown(images, side, side, single=True, video=False)
+
+
 def embedded(model: torch.nn.Module, images: Tensor) -> Tensor:
     """[B, T, C], what reaches the first encoder layer."""
     caught: list[Tensor] = []
-    first = resolve(model, FAMILIES).encoder_modules[0]
+    first = resolve(model).encoder_modules[0]
     hook = first.register_forward_pre_hook(lambda _module, args, kwargs: caught.append(args[0]), with_kwargs=True)
     model.model.vision_tower(images)
     hook.remove()
@@ -97,15 +106,15 @@ def embedded(model: torch.nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("threshold", [0.97, 0.9, 0.75])
 def test_token_maps_equal_the_float64_reference(tower, threshold):
     model = tiny.llava(tower)
-    parts = resolve(model, FAMILIES)
+    parts = resolve(model)
     images = torch.cat([tiny.pictures(4, seed) for seed in range(3)])
     thresholds = [threshold] * tiny.LAYERS
-    run = MergeRun(ThresholdMerge(tuple(thresholds)), tiny.LAYERS, parts.prefix)
+    run = EncoderRun(ThresholdMerge(tuple(thresholds)), tiny.LAYERS, shown(images), parts.prefix)
     tokens = embedded(model, images)
     x = tokens
     for index, layer in enumerate(parts.encoder_layers):
         x = run.layer(index, layer, x)
-    exact = resolve(copy.deepcopy(model).double(), FAMILIES).encoder_layers
+    exact = resolve(copy.deepcopy(model).double()).encoder_layers
     compared = 0
     for i in range(len(images)):
         members, expected, closest = reference_encoder(exact, tokens[i].double(), thresholds, parts.prefix)
@@ -261,9 +270,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("rule", [ThresholdMerge((0.9, 0.8, 2.0, 0.7)), FixedMerge(keep=9)], ids=["DToMe", "ToMe"])
 def test_a_merging_layer_waits_for_the_device_once(images, rule, monkeypatch):
     model = tiny.llava(layer=-1)
-    layers, tokens = resolve(model, FAMILIES).encoder_layers, embedded(model, tiny.pictures(images))
-    run = MergeRun(rule, tiny.LAYERS, prefix=1)
-    merging = sum(chooser is not None for chooser in rule.choosers(tiny.PATCHES, tiny.LAYERS))
+    layers, tokens = resolve(model).encoder_layers, embedded(model, tiny.pictures(images))
+    run = EncoderRun(rule, tiny.LAYERS, shown(tiny.pictures(images)), prefix=1)
     waits, tolist = Waits(), Tensor.tolist
 
     def counted(tensor: Tensor) -> list:
@@ -276,14 +284,14 @@ def test_a_merging_layer_waits_for_the_device_once(images, rule, monkeypatch):
         assert waits.count == 4, "the counter should see these four"
         for index, layer in enumerate(layers):
             tokens = run.layer(index, layer, tokens)
-    assert waits.count - 4 == merging
+    assert waits.count - 4 == sum(one.map is not other.map for one, other in pairwise(run.states)) >= 3
 
 
 def test_layers_whose_features_nobody_reads_do_not_run():
     model = tiny.llava(layer=2)
     pixels = tiny.pictures(3)
     stock = model.get_image_features(pixels).pooler_output
-    unread = resolve(model, FAMILIES).encoder_modules[2:]
+    unread = resolve(model).encoder_modules[2:]
     for parameter in (p for module in unread for p in module.parameters()):
         parameter.data.fill_(torch.nan)
     with dymu.apply(model, merge=ThresholdMerge((2.0,) * tiny.LAYERS)):
@@ -362,10 +370,9 @@ def test_fixed_merge_in_layers_that_there_are_not():
 
 
 def test_fixed_merge_merges_the_most_alike():
-    choose = FixedMerge(keep=3).choosers(5, 1)[0]
     similarity = torch.tensor([[0.1, 0.9, 0.5], [0.9, -torch.inf, 0.3]])
     partner = torch.tensor([[0, 1, 2], [1, 0, 0]])
-    assert choose(similarity, partner).tolist() == [[-1, 1, 2], [1, -1, 0]]
+    assert most_similar(2, similarity, partner).tolist() == [[-1, 1, 2], [1, -1, 0]]
 
 
 def test_a_threshold_above_one_merges_nothing_even_among_equals():

@@ -19,7 +19,7 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["dymu", "dymu.cli", "dymu.errors"])
+@pytest.mark.parametrize("module", ["dymu", "dymu.cli.main", "dymu.errors", "dymu.evaluation.methods"])
 def test_importing_is_light(module):
     heavy = run_python(f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])")
     assert heavy == "[]"
@@ -34,26 +34,18 @@ def test_importing_the_library_imports_no_model_code():
     assert loaded == "[]"
 
 
-def test_apply_is_the_function_whatever_was_imported_first():
-    orders = [
-        "import dymu; first = dymu.apply; import dymu.apply",
-        "import dymu.apply; import dymu; first = dymu.apply",
-        "from dymu.apply import Handle; import dymu; first = dymu.apply",
-        "from dymu import apply as first; from dymu.apply import Handle; import dymu",
-        "import dymu.apply as first; import dymu",
-        "import dymu; dymu.Handle; first = dymu.apply",
-    ]
-    # One process, since torch is slow to import; dymu itself is imported anew for each order.
-    answers = run_python(f"""
-import sys
-for order in {orders}:
-    for name in [name for name in sys.modules if name.split(".")[0] == "dymu"]:
-        del sys.modules[name]
-    names = {{}}
-    exec(order, names)
-    print(names["first"] is names["dymu"].apply, type(names["first"]).__name__)
-""")
-    assert answers.splitlines() == ["True function"] * len(orders)
+def test_the_two_halves_know_torch_alone():
+    """What vLLM, timm and workers use of the library needs no transformers."""
+    known = run_python(
+        "import dymu.merging, dymu.unmerging, dymu.reducers, sys; "
+        "print('transformers' in sys.modules, 'PIL' in sys.modules)"
+    )
+    assert known == "False False"
+
+
+def test_no_public_name_is_also_a_modules():
+    modules = {path.stem for path in (ROOT / "src" / "dymu").iterdir()}
+    assert modules.isdisjoint(set(dymu.__all__))
 
 
 @pytest.mark.parametrize("name", dymu.__all__)
@@ -81,3 +73,15 @@ def test_every_dependency_is_pinned_within_its_range():
     }
     assert needed <= names
     assert not any("+" in version for version in pins.values())
+
+
+def test_the_readmes_python_runs_as_it_stands(monkeypatch, capsys):
+    """On the demo model and the example photo, in a clone's root."""
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    monkeypatch.chdir(ROOT)
+    exec(compile(snippet, "README.md", "exec"), {})
+    answer, merged = capsys.readouterr().out.strip().splitlines()
+    kept, saved = re.fullmatch(r"\[(\d+)\] (\d+)", merged).groups()
+    assert answer.startswith("what is this?")
+    assert 0 < int(kept) < 256
+    assert int(saved) > 0

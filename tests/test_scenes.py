@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dymu.tasks.composed import LEVELS, Composed, calibration_images
-from dymu.tasks.photos import Photos
-from dymu.tasks.scenes import KINDS, Item, Panel, Question, Scene, Sign, compose, evaluation_pack, questions
-from dymu.tasks.scenes.compose import Frame, alike
-from dymu.tasks.scenes.drawing import COLOURS, PATTERNS, SHAPES
-from dymu.tasks.scenes.materials import Materials
-from dymu.tasks.scenes.questions import ORDINALS
+from scenes import KINDS, Item, Panel, Question, Scene, Sign, compose, evaluation_pack, questions
+from scenes.assets import Materials
+from scenes.compose import Frame, alike
+from scenes.composed import LEVELS, Composed, calibration_images
+from scenes.drawing import COLOURS, PATTERNS, SHAPES
+from scenes.photos import Photos
+from scenes.questions import ORDINALS
 
 ROOT = Path(__file__).parents[1]
 LISTS = ROOT / "training" / "lists"
-PACK = ROOT / "src" / "dymu" / "tasks" / "scenes" / "pack"
+PACK = ROOT / "scenes" / "pack"
 SAMPLE = 4 * len(KINDS)
 CORNERS = {"top left": (0, 0), "top right": (336, 0), "bottom left": (0, 336), "bottom right": (336, 336)}
 
@@ -358,10 +358,11 @@ def test_images_are_rgb_and_of_the_side_asked_for():
 
 def test_another_process_composes_the_same_pixels():
     code = (
-        "import hashlib; from dymu.tasks.composed import Composed; t = Composed();"
+        "import hashlib; from scenes.composed import Composed; t = Composed();"
         "print(hashlib.sha256(b''.join(t[i].images[0].tobytes() + t[i].question.encode() for i in (3, 7))).hexdigest())"
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    other = done.stdout.strip()
     task = Composed()
     mine = b"".join(task[i].images[0].tobytes() + task[i].question.encode() for i in (3, 7))
     assert hashlib.sha256(mine).hexdigest() == other

@@ -7,6 +7,7 @@ import math
 import pickle
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import dymu
 import tiny
 from dymu.errors import BadBudget, BadThresholds
-from dymu.thresholds import Calibrated, Encoder, Thresholds
+from dymu.thresholds import Calibrated, Encoder, OverTime, Thresholds
 
 ENCODER = Encoder("clip_vision_model", layers=4, depth=3, hidden_size=32, heads=4, tokens=49)
 
@@ -26,8 +27,8 @@ def thresholds(**changes: object) -> Thresholds:
         Calibrated(20, (0.7, 0.8, 2.0), achieved=20.0, sd=3.0, min=12, max=30),
         Calibrated(40, (0.9, 0.9, 2.0), achieved=40.0, sd=1.0, min=37, max=43),
     )
-    given = {"calibrated": entries, "encoder": ENCODER, "schedule": "linear", "model": "tiny", "images": 5}
-    return Thresholds(**{**given, **changes})
+    fields = {"calibrated": entries, "encoder": ENCODER, "schedule": "linear", "model": "tiny", "images": 5}
+    return Thresholds(**{**fields, **changes})
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -88,24 +89,110 @@ def test_files_that_are_not_thresholds_are_refused(tmp_path):
 
     for cut in (0, 1, len(whole) // 2, len(whole) - 3):
         assert "cut short" in refusal(whole[:cut])
-    assert "not a dymu thresholds file" in refusal("[1, 2]")
-    assert "not a dymu thresholds file" in refusal("{}")
+    for text in ("[1, 2]", "{}", "null", '{"format": "gguf", "version": 1}', "[" * 100_000, '{"a":' * 100_000):
+        assert "is no dymu thresholds file" in refusal(text)
     assert "update dymu" in refusal(json.dumps({**body, "version": 99}))
-    assert "fetch or calibrate it again" in refusal(json.dumps({k: v for k, v in body.items() if k != "calibrated"}))
-    assert "fetch or calibrate it again" in refusal(json.dumps({**body, "calibrated": []}))
+    for version in (0, -3, True, "1", None, 1.5, 10**400):
+        assert "`$.version`" in refusal(json.dumps({**body, "version": version}))
     shorter = [{**body["calibrated"][0], "thresholds": [0.5]}, *body["calibrated"][1:]]
     assert "one threshold per merging layer" in refusal(json.dumps({**body, "calibrated": shorter}))
-    for version in (0, -3, True, "1", None):
-        assert "no valid format version" in refusal(json.dumps({**body, "version": version}))
-    for budget in ("96", math.nan, -1, True, None):
-        odd = [{**body["calibrated"][0], "budget": budget}]
-        assert "calibrate it again" in refusal(json.dumps({**body, "calibrated": odd}))
-    nan = [{**body["calibrated"][0], "thresholds": [math.nan, 0.5, 0.5]}]
-    assert "not a finite number" in refusal(json.dumps({**body, "calibrated": nan}))
-    odd = [{**body["calibrated"][0], "thresholds": ["a", 1, 2]}]
-    assert "calibrate it again" in refusal(json.dumps({**body, "calibrated": odd}))
-    for layers in ("13", [], [1, 3], [-1], [1.0], [True], 1, {"1": 2}):
-        assert "not a list of numbers from 0 to 2" in refusal(json.dumps({**body, "merge_layers": layers}))
+    assert "as many rounds" in refusal(json.dumps({**body, "calibrated": [{**shorter[1], "images": [1]}, shorter[2]]}))
+    for layers in ([1, 3], [7]):
+        assert "not some of 0 to 2" in refusal(json.dumps({**body, "merge_layers": layers}))
+    assert "calibrated" in refusal(json.dumps({k: v for k, v in body.items() if k != "calibrated"}))
+
+
+def test_two_entries_of_one_budget_are_refused(tmp_path):
+    path, entries = tmp_path / "t.json", thresholds().calibrated
+    with pytest.raises(ValueError, match="two entries in `calibrated` have the budget 20"):
+        thresholds(calibrated=(*entries, msgspec.structs.replace(entries[1], budget=20.0)))
+    thresholds().save(path)
+    path.write_text(path.read_text().replace('"budget": 40', '"budget": 20'))
+    with pytest.raises(BadThresholds, match=r"t\.json .*the budget 20"):
+        Thresholds.load(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (Calibrated(-1, (0.5, 0.6, 0.7)), "budget"),
+        (Calibrated(10, (0.5, math.nan, 0.7)), "NaN"),
+        (Calibrated(10, (0.5, 0.6, 0.7), achieved=math.inf), "NaN or infinite"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, entry, says):
+    path = tmp_path / "t.json"
+    path.write_text("as it was")
+    with pytest.raises(BadThresholds, match=rf"this set of thresholds cannot be saved as .*t\.json .*{says}"):
+        thresholds(calibrated=(entry,)).save(path)
+    assert path.read_text() == "as it was"
+
+
+WRONG: dict[str, list[object]] = {
+    "calibrated": [[], 1, "a", None, {"a": 1}, [[]], [1]],
+    "calibrated.budget": ["96", -1, 0, True, None, [1]],
+    "calibrated.thresholds": ["a", None, ["a", 1, 2], [None, 1, 2], [True, 1, 2], {"0": 1}, [[1], 1, 2]],
+    "calibrated.achieved": ["a", True, [1]],
+    "calibrated.sd": ["a", True, [1]],
+    "calibrated.min": ["a", True, 1.5, -1, [1]],
+    "calibrated.max": ["a", True, 1.5, 10**400],
+    "calibrated.images": ["a", None, [None], 1],
+    "calibrated.frames": ["a", None, [None], 1],
+    "encoder": [1, "a", [], {}, {"model_type": "clip"}],
+    "encoder.model_type": [1, None, ["a"]],
+    **{
+        f"encoder.{name}": ["a", None, True, 1.5, -1, [3], 10**400]
+        for name in ("layers", "hidden_size", "heads", "tokens")
+    },
+    "encoder.depth": ["a", None, True, 1.5, -1, [3]],
+    "schedule": [1, None, ["linear"]],
+    "merge_layers": ["13", [], [-1], [1.0], [True], 1, {"1": 2}],
+    "over_time": [1, None, "a", [1], [{}]],
+    **{f"over_time.{name}": ["a", None, True, -1, [1]] for name in ("budget", "per_second", "achieved", "seconds")},
+    "over_time.threshold": ["a", None, True, [1]],
+    "over_time.videos": ["a", None, True, 0, 1.5],
+    "model": [1, None, []],
+    "image_tokens": ["a", True, -1, [1]],
+    "images": ["a", True, 1.5, -1],
+    "skipped": [1, "a", None, [1], [{"image": 1}]],
+    "created": [1, None, []],
+    "dymu": [1, None, []],
+    "unheard_of": [1],
+    "calibrated.unheard_of": [1],
+    "encoder.unheard_of": [1],
+}
+"""By field, values of a wrong kind."""
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_any_field_of_a_wrong_kind_is_named(tmp_path, field):
+    path = tmp_path / "t.json"
+    over_time = OverTime(budget=10, per_second=20, threshold=0.9, achieved=20.1, videos=3, seconds=9)
+    thresholds(over_time=(over_time,)).save(path)
+    Thresholds.load(path)
+    body = json.loads(path.read_text())
+    outer, _, inner = field.partition(".")
+    holder = body if not inner else body[outer][0] if isinstance(body[outer], list) else body[outer]
+    for value in WRONG[field]:
+        before = holder.get(inner or outer, ...)
+        holder[inner or outer] = value
+        path.write_text(json.dumps(body))
+        with pytest.raises(BadThresholds) as caught:
+            Thresholds.load(path)
+        message = str(caught.value)
+        assert str(path) in message
+        assert (inner or outer).split("_")[0] in message
+        assert "\n" not in message
+        if before is ...:
+            del holder[inner or outer]
+        else:
+            holder[inner or outer] = before
+    path.write_text(json.dumps(body).replace("20.1", "1e999"))
+    with pytest.raises(BadThresholds, match="out of range"):
+        Thresholds.load(path)
+    path.write_text(json.dumps(body).replace("20.1", "NaN"))
+    with pytest.raises(BadThresholds, match="malformed"):
+        Thresholds.load(path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
@@ -170,16 +257,16 @@ def test_the_authors_checkpoints_are_read(tmp_path, prefix, nested):
     state["visual.conv1.weight"] = torch.zeros(2, 2)
     path = tmp_path / "ViT-L-14-336-tome-72out.pth"
     torch.save({"epoch": 1, "state_dict": state} if nested else state, path)
-    found = Thresholds.load(path)
-    assert found.budgets == [72]
-    assert found.per_layer() == pytest.approx([2.0, 0.9, 0.85, 0.8])
+    loaded = Thresholds.load(path)
+    assert loaded.budgets == [72]
+    assert loaded.per_layer() == pytest.approx([2.0, 0.9, 0.85, 0.8])
     model = tiny.llava("clip")
     with dymu.apply(model, path) as handle:
         model.get_image_features(tiny.pictures(2))
         assert handle.last.layers[0] == [49, 49]
         assert handle.last.kept != [49, 49]
     with pytest.raises(BadThresholds, match=r"4 layers.*merges in 2 of 5"):
-        found.check_fits(Encoder("clip_vision_model", layers=5, depth=2, hidden_size=32, heads=4, tokens=49))
+        loaded.check_fits(Encoder("clip_vision_model", layers=5, depth=2, hidden_size=32, heads=4, tokens=49))
 
 
 class Harmful:

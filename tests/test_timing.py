@@ -5,9 +5,9 @@ import torch
 
 import dymu
 import tiny
-from dymu import timing
-from dymu.merging import ThresholdMerge
-from dymu.timing import Times, measure, measure_repeatedly
+from dymu.measure import timing
+from dymu.measure.timing import Times, measure, measure_repeatedly
+from dymu.reducers import ThresholdMerge
 
 
 @pytest.fixture

@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 
 import dymu
 import tiny
-from dymu.merging import ThresholdMerge
-from dymu.unmerging import BACKENDS, UNMERGE, History, plan_step, prompt_map
+from dymu.choices import UNMERGE
+from dymu.reducers import ThresholdMerge
+from dymu.token_map import TokenMap
+from dymu.unmerging import BACKENDS, History, plan_step
 from dymu.unmerging.step import Step
 from test_unmerging import as_float32, prompts, steps
 
 backend = pytest.importorskip("dymu.unmerging.backends.triton", reason="it needs Triton", exc_type=ImportError)
 gpu = pytest.importorskip("benchmarks.gpu_attention")
-made = pytest.importorskip("benchmarks.prompts")
-counted = pytest.importorskip("benchmarks.kernel_work")
+bench_prompts = pytest.importorskip("benchmarks.prompts")
+kernel_work = pytest.importorskip("benchmarks.kernel_work")
 tables = backend.tables
 SMALL = backend.Tiles(rows=16, width=32, sizes=2, warps=4, stages=1)
 
@@ -45,7 +47,7 @@ def grown_prompt(
                 row[n] = row[torch.randint(max(0, n - 20), n, ())]
         present = torch.ones(2, tokens, dtype=torch.bool)
         present[0, : tokens // 3 if padded else 0] = False
-        queries = prompt_map(leaders, present if padded else None)
+        queries = TokenMap.from_leaders(leaders, present if padded else None)
         positions = torch.arange(piece * tokens, (piece + 1) * tokens).expand(2, -1)
         step = plan_step(queries, positions, history, angles, plain=False, unmerge=unmerge, backend="triton")
     assert step is not None
@@ -59,9 +61,9 @@ def error(
     query = torch.randn(2, heads * shared, step.queries.width, size).to(dtype)
     key, value = torch.randn(2, 2, heads, entries, size).to(dtype)
     expected = BACKENDS["sdpa"](query.double(), key.double(), value.double(), step, 0.3, window)
-    found = BACKENDS["triton"](query, key, value, as_float32(step), 0.3, window)
-    assert found.dtype == dtype
-    return float((found.double() - expected).norm() / expected.norm())
+    output = BACKENDS["triton"](query, key, value, as_float32(step), 0.3, window)
+    assert output.dtype == dtype
+    return float((output.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 64, 80, 96, 128, 256])
@@ -104,7 +106,7 @@ def test_key_tiles_hold_every_token_once_in_chunks_of_one_entry(data):
     tokens = data.draw(st.integers(1, 60))
     keys = data.draw(prompts(tokens, 2)).group
     tiles = tables.key_tiles(keys, 16, (4, 2, 1))
-    for row, places, slots in zip(keys, tiles.place, tiles.slot, strict=True):
+    for row, places, slots in zip(keys, tiles.index, tiles.slot, strict=True):
         there = places < tables.NONE
         assert sorted(places[there].tolist()) == (row >= 0).nonzero()[:, 0].tolist()
         assert torch.equal(row[places[there].long()], slots[there].long())
@@ -121,12 +123,12 @@ def test_visits_miss_no_key_and_mask_where_they_must(data):
     keys = torch.cat((torch.arange(seen).expand(2, -1), torch.where(group < 0, -1, group + seen)), 1)
     window = data.draw(st.sampled_from([None, 1, 7]))
     columns, rows = tables.key_tiles(keys, 16, (4, 2, 1)), tables.query_tiles(group, tokens + seen, 8)
-    counted = torch.arange(tokens + seen).expand(2, -1)
-    visits = columns.visits(rows, counted, window)
+    indices = torch.arange(tokens + seen).expand(2, -1)
+    visits = columns.visits(rows, indices, window)
     for b in range(2):
-        for tile, place in enumerate(rows.place[b].view(-1, 8)):
+        for tile, place in enumerate(rows.index[b].view(-1, 8)):
             query = place[place >= 0]
-            for table, (start, whole, end) in zip(columns.place[b], visits[b, tile].tolist(), strict=True):
+            for table, (start, whole, end) in zip(columns.index[b], visits[b, tile].tolist(), strict=True):
                 sees = (table <= query[:, None, None]) & (table < tables.NONE)
                 if window is not None:
                     sees &= query[:, None, None] - table < window
@@ -140,11 +142,11 @@ def test_a_model_answers_the_same():
     ids = torch.stack([tiny.prompt(model, 3, "image", length, seed=length) for length in (9, 9)])
     inputs = {"input_ids": ids, "pixel_values": tiny.pictures(2)}
     options = {"do_sample": False, "max_new_tokens": 3, "suppress_tokens": [tiny.IMAGE_TOKEN]}
-    found = []
+    outputs = []
     for name in ("triton", "sdpa"):
         with dymu.apply(model, merge=ThresholdMerge((0.9,) * tiny.LAYERS), backend=name):
-            found.append((model(**inputs).logits, model.generate(**inputs, **options)))
-    (logits, text), (expected_logits, expected_text) = found
+            outputs.append((model(**inputs).logits, model.generate(**inputs, **options)))
+    (logits, text), (expected_logits, expected_text) = outputs
     torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=0)
     assert torch.equal(text, expected_text)
 
@@ -163,19 +165,21 @@ def test_what_it_cannot_compute_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(("window", "unmerge", "new"), [(None, "exact", 1), (30, "exact", 3), (None, "compact", 1)])
 def test_the_gpu_benchmark_checks_by_a_formula_of_its_own(window, unmerge, new):
-    case = gpu.Case(made.Shape(4, 2, 16), "float32", window=window, unmerge=unmerge, side=8, kept=20, new=new)
+    case = gpu.Case(bench_prompts.Shape(4, 2, 16), "float32", window=window, unmerge=unmerge, side=8, kept=20, new=new)
     assert max(gpu.errors(case, "cpu")) < 1e-6
 
 
 def test_the_gpu_benchmark_merges_to_as_many_groups_as_asked():
-    groups = made.blobs(images=2, side=10, kept=40, seed=1)
+    groups = bench_prompts.blobs(images=2, side=10, kept=40, seed=1)
     assert sorted(set(groups)) == list(range(40))
     assert max(groups.count(group) for group in range(40)) > 5
 
 
 def test_chunks_save_products_and_alone_cost_none():
-    assert counted.work(images=4, side=27, kept=408, sizes=1) == counted.Work(1, 1, 1, pytest.approx(0.08, abs=0.02))
-    assert counted.work(images=4, side=27, kept=408).both < 0.75
+    assert kernel_work.work(images=4, side=27, kept=408, sizes=1) == kernel_work.Work(
+        1, 1, 1, pytest.approx(0.08, abs=0.02)
+    )
+    assert kernel_work.work(images=4, side=27, kept=408).both < 0.75
 
 
 def test_triton_is_optional_and_its_kernels_are_loaded_when_first_used():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dymu.merging.layout import Layout
 from dymu.merging.match import best_partner, similarity_metric
 
-fused = pytest.importorskip("dymu.merging.triton_match", reason="it needs Triton", exc_type=ImportError)
+fused = pytest.importorskip("benchmarks.candidates.triton_match", reason="it needs Triton", exc_type=ImportError)
 
 
 @settings(max_examples=15)

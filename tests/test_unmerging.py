@@ -10,18 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dymu.choices import UNMERGE
 from dymu.token_map import TokenMap
-from dymu.unmerging import (
-    BACKENDS,
-    UNMERGE,
-    History,
-    choose,
-    in_mean_order,
-    leaders_within,
-    place_leaders,
-    plan_step,
-    prompt_map,
-)
+from dymu.unmerging import BACKENDS, History, choose, in_mean_order, leaders_within, place_leaders, plan_step
 from dymu.unmerging.backends import IN_FLOAT64, sdpa
 from dymu.unmerging.step import Step
 
@@ -50,7 +41,7 @@ def prompts(draw: st.DrawFn, tokens: int, batch: int) -> TokenMap:
         leaders.append(row)
         present.append([start <= n < end for n in range(tokens)])
     mask = torch.tensor(present)
-    return prompt_map(torch.tensor(leaders), None if mask.all() else mask)
+    return TokenMap.from_leaders(torch.tensor(leaders), None if mask.all() else mask)
 
 
 @st.composite
@@ -73,7 +64,7 @@ def steps(draw: st.DrawFn, unmerge: str = "exact") -> tuple[Step, Tensor, Tensor
 
 
 def as_float32(step: Step) -> Step:
-    return dataclasses.replace(step, phase=step.phase.to(torch.complex64), _made={})
+    return dataclasses.replace(step, phase=step.phase.to(torch.complex64))
 
 
 @given(st.data())
@@ -112,8 +103,8 @@ def test_sdpa_in_pieces_equals_the_reference(limits, data):
     with pytest.MonkeyPatch.context() as patch:
         for name, limit in limits.items():
             patch.setattr(sdpa, name, limit)
-        found = BACKENDS["sdpa"](query, key, value, step, 0.3, window)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+        output = BACKENDS["sdpa"](query, key, value, step, 0.3, window)
+    torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
 
 
 @given(st.integers(1, 9), st.integers(0, 2**16), st.sampled_from([None, 2, 5]))
@@ -125,7 +116,7 @@ def test_the_reference_without_merging_is_rotary_causal_attention(tokens, seed, 
     step = plan_step(
         TokenMap.identity(1, tokens), positions, History(), angles, plain=True, unmerge="exact", backend="sdpa"
     )
-    found = BACKENDS["reference"](query, key, value, step, 0.3, window)
+    output = BACKENDS["reference"](query, key, value, step, 0.3, window)
 
     def turned(x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous())
@@ -139,13 +130,15 @@ def test_the_reference_without_merging_is_rotary_causal_attention(tokens, seed, 
     if window is not None:
         seen &= place[:, None] - place[None] < window
     expected = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
-    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-12, rtol=1e-12)
 
 
 def test_gradients_of_ragged_batches_are_finite():
     """Rows of padding attend to something, so no softmax is over nothing."""
     torch.set_grad_enabled(True)
-    queries = prompt_map(torch.tensor([[0, 0, 2], [0, 1, 2]]), torch.tensor([[True] * 3, [False, False, True]]))
+    queries = TokenMap.from_leaders(
+        torch.tensor([[0, 0, 2], [0, 1, 2]]), torch.tensor([[True] * 3, [False, False, True]])
+    )
     positions = torch.arange(3).expand(2, 3)
     step = plan_step(queries, positions, History(), angles, plain=False, unmerge="exact", backend="sdpa")
     query, key, value = (torch.randn(2, 1, queries.width, SIZE, dtype=torch.float64) for _ in range(3))
@@ -162,7 +155,7 @@ def test_gradients_of_ragged_later_turns_are_finite(few, monkeypatch):
     history, positions = History(), torch.arange(4).expand(2, 4)
     for leaders in ([[0, 0, 2, 3], [0, 1, 2, 3]], [[0, 1, 2, 3], [0, 1, 2, 3]]):
         present = torch.tensor([[True] * 4, [False, False, True, True]])
-        queries = prompt_map(torch.tensor(leaders), present)
+        queries = TokenMap.from_leaders(torch.tensor(leaders), present)
         step = plan_step(queries, positions, history, angles, plain=False, unmerge="exact", backend="sdpa")
     assert step.padded
     query = torch.randn(2, 1, queries.width, SIZE, dtype=torch.float64, requires_grad=True)
@@ -177,7 +170,7 @@ def test_prompt_maps_number_groups_by_their_first_token():
     leaders = place_leaders(torch.arange(5).expand(2, 5), places, list(images))
     assert leaders.tolist() == [[0, 1, 2, 1, 4], [0, 0, 0, 3, 4]]
     present = torch.tensor([[True] * 5, [True, True, True, True, False]])
-    tokens = prompt_map(leaders, present)
+    tokens = TokenMap.from_leaders(leaders, present)
     assert tokens.group.tolist() == [[0, 1, 2, 1, 3], [0, 0, 0, 1, -1]]
     assert tokens.kept.tolist() == [4, 2]
     assert leaders_within(leaders, 2, 2).tolist() == [[0, 1], [0, 1]]

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dymu import videos
 from dymu.errors import BadVideo, DymuError
-from dymu.images import MAX_PIXELS
-from dymu.videos import load, spread
+from dymu.media import film
+from dymu.media.frames import Frames
+from dymu.media.images import MAX_PIXELS
+from dymu.media.videos import load, spread
 
 try:
     import av
@@ -169,12 +170,12 @@ def test_seeking_and_decoding_everything_give_the_same_frames(tmp_path, monkeypa
     path = encode(tmp_path / "a.mp4", total=61, gop=gop)
 
     def missed(*_):
-        raise videos._Missed
+        raise film._Missed
 
     with monkeypatch.context() as only_seeking:
-        only_seeking.setattr(videos, "_survey_frames", missed)
+        only_seeking.setattr(film, "_survey_frames", missed)
         sought = load(path, frames=5)
-    monkeypatch.setattr(videos, "_seek_frames", missed)
+    monkeypatch.setattr(film, "_seek_frames", missed)
     decoded = load(path, frames=5)
     assert [which(frame, 61) for frame in sought.frames] == [0, 15, 30, 45, 60]
     assert [frame.tobytes() for frame in sought.frames] == [frame.tobytes() for frame in decoded.frames]
@@ -185,7 +186,7 @@ def test_seeking_and_decoding_everything_give_the_same_frames(tmp_path, monkeypa
 def test_a_long_film_is_not_held_in_memory(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", total=200, gop=20)
     kept = []
-    monkeypatch.setattr(videos._Frames, "add", lambda self, image, what: (kept.append(what), self.kept.append(image)))
+    monkeypatch.setattr(Frames, "add", lambda self, image, what: (kept.append(what), self.kept.append(image)))
     assert len(load(path, frames=3).frames) == len(kept) == 3
 
 
@@ -201,11 +202,11 @@ def test_a_phones_rotation_is_applied(tmp_path, turn):
         assert np.abs(np.asarray(frame).astype(int) - np.asarray(upright)).mean() < 12
 
 
-@pytest.mark.parametrize("matrix", videos._UPRIGHT)
+@pytest.mark.parametrize("matrix", film._UPRIGHT)
 def test_every_display_matrix_is_what_it_says(matrix):
     a, b, c, d = matrix
     marks = np.arange(1, 13, dtype=np.uint8).reshape(3, 4)
-    turned = np.asarray(Image.fromarray(marks).transpose(videos._UPRIGHT[matrix]))
+    turned = np.asarray(Image.fromarray(marks).transpose(film._UPRIGHT[matrix]))
     places = {(a * x + c * y, b * x + d * y): marks[y, x] for y in range(3) for x in range(4)}
     left, top = min(x for x, _ in places), min(y for _, y in places)
     assert turned.size == len(places)
@@ -468,7 +469,7 @@ def test_no_frames_are_not_to_be_had(frames):
 def test_too_large_and_too_small(tmp_path, monkeypatch):
     assert "too small" in refusal([Image.new("RGB", (3, 3))])
     path = animate(tmp_path / "a.gif", 3)
-    monkeypatch.setattr("dymu.images.MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr("dymu.media.images.MAX_PIXELS", 64 * 48 - 1)
     assert "million pixels" in refusal(path)
     if av is not None:
         assert "million pixels" in refusal(encode(tmp_path / "a.mp4", total=3))

@@ -9,9 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import training.cache
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    Dinov2Config,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+import training.cache
+from dymu.prompting import prompt
+from scenes import compose, evaluation_pack
 from training.vlm import base, pieces
 from training.vlm.assemble import LANGUAGE_PREFIX, assemble
 from training.vlm.data import (
@@ -32,16 +42,6 @@ from training.vlm.gguf import DEQUANTISE, Gguf
 from training.vlm.lora import LoraLinear, add_lora, lora_layers
 from training.vlm.losses import Objective
 from training.vlm.train import PEAKS, STAGE_1, Plan, Progress, Trainer, schedule
-from transformers import (
-    AutoModelForImageTextToText,
-    Dinov2Config,
-    LlamaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
-
-from dymu.asking import prompt
-from dymu.tasks.scenes import compose, evaluation_pack
 
 
 @pytest.fixture(scope="module")

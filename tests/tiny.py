@@ -16,6 +16,8 @@ from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -30,6 +32,8 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaProcessor,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -80,7 +84,15 @@ DECODERS = {
     "qwen3": lambda: Qwen3Config(**_TEXT),
     "mistral": lambda: MistralConfig(**_TEXT, sliding_window=40),
 }
-
+UNDESCRIBED_DECODERS = {
+    "gemma": lambda: GemmaConfig(**_TEXT),
+    "olmo2": lambda: Olmo2Config(**_TEXT),
+    "granite": lambda: GraniteConfig(
+        **_TEXT, embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5
+    ),
+    "phi3": lambda: Phi3Config(**_TEXT),
+}
+"""Decoders that transformers knows and the library does not: one that is described moves up to `DECODERS`."""
 
 ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
 """Families that cut an image into tiles. Their tests show images twice as wide as high: two tiles of `SIDE` pixels."""
@@ -115,13 +127,13 @@ def llava(
 ) -> Any:
     """A model of two tiny random models; SigLIP, which has no class token to drop, uses the strategy `full`."""
     torch.manual_seed(seed)
-    text_config = DECODERS[decoder]()
+    text_config = (DECODERS | UNDESCRIBED_DECODERS)[decoder]()
     for name, value in (text or {}).items():
         setattr(text_config, name, value)
     vision_config = TOWERS[tower]()
     vision_config.initializer_range = 0.2
-    make_config, make_model, own = FAMILIES[family]
-    more = dict(own) if family == "vipllava" else {"vision_feature_layer": -2, **own}
+    make_config, make_model, settings = FAMILIES[family]
+    more = dict(settings) if family == "vipllava" else {"vision_feature_layer": -2, **settings}
     if layer is not None:
         more["vision_feature_layer"] = layer
     if family != "vipllava":
@@ -180,6 +192,12 @@ def features_in(out: Any, modality: str = "image") -> Tensor | None:
     return None if features is None else features.flatten(0, -2)
 
 
+def close(actual: Tensor, expected: Tensor, part: float = 1e-5) -> None:
+    """Assert that nothing is off by more than this part of the largest expected magnitude."""
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(actual, expected, atol=part * float(expected.abs().max()), rtol=0)
+
+
 def pictures(count: int, seed: int = 0) -> Tensor:
     """[count, 3, SIDE, SIDE], each smoother than the one before, so that each merges to another number of tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -216,10 +234,10 @@ class VideoProcessor:
 
 def full_processor(family: str) -> Any:
     """The family's processor, for a tower with a class token that is dropped; llava_onevision's for one without."""
-    made = _full_processor(family)
+    full = _full_processor(family)
     if family in ("llava_onevision", "llava_next_video"):
-        made.video_processor = VideoProcessor()
-    return made
+        full.video_processor = VideoProcessor()
+    return full
 
 
 def _full_processor(family: str) -> Any:

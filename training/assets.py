@@ -133,9 +133,9 @@ def fetch(package: Package) -> Path:
     path = folder / package.file
     if not path.exists():
         subprocess.run(package.command, cwd=folder, check=True)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != package.sha256:
-        raise ValueError(f"{path} hashes to {found}, not {package.sha256}: delete it and rerun")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != package.sha256:
+        raise ValueError(f"{path} hashes to {digest}, not {package.sha256}: delete it and rerun")
     return path
 
 

@@ -18,14 +18,14 @@ CALIBRATE_SEED, TEST_BUDGETS_SEED = 3, 4
 def main(folder: Path, calibrate: int = 240, test: int = 100) -> None:
     """Two thirds scenes, one third photos, each as a JPEG."""
     pictures = photos("train", "background-train")
-    own = {"calibrate": [p for k, p in enumerate(pictures) if k % 3 < 2], "test": pictures[2::3]}
+    of_folder = {"calibrate": [p for k, p in enumerate(pictures) if k % 3 < 2], "test": pictures[2::3]}
     for name, count, seed in (
         ("calibrate", calibrate, CALIBRATE_SEED),
         ("test", test, TEST_BUDGETS_SEED),
     ):
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
-        chosen = own[name][: count // 3]
+        chosen = of_folder[name][: count // 3]
         for number, photo in enumerate(chosen):
             image = Image.open(photo.path).convert("RGB")
             image.thumbnail((640, 640), Image.Resampling.LANCZOS)

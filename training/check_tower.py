@@ -37,10 +37,10 @@ def main(images: int = 8) -> None:
     expected = session.run(list(outputs.values()), {"input_image": batch.numpy()})
     with torch.inference_mode():
         states = load_tower()(batch, output_hidden_states=True)
-    found = (states.hidden_states[FEATURE_LAYER], states.last_hidden_state)
+    computed = (states.hidden_states[FEATURE_LAYER], states.last_hidden_state)
     record: dict[str, object] = {"images": images, "torch": torch.__version__,
                                  "onnxruntime": onnxruntime.__version__}  # fmt: skip
-    for name, reference, ours in zip(outputs, expected, found, strict=True):
+    for name, reference, ours in zip(outputs, expected, computed, strict=True):
         record[name] = {
             "largest difference": float(np.abs(reference - ours.numpy()).max()),
             "largest value": float(np.abs(reference).max()),

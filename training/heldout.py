@@ -42,9 +42,9 @@ def scene_questions(per_kind: int = PER_KIND, unseen: bool = False, seed: int = 
     while any(left.values()):
         rng = np.random.default_rng((seed, 7, index))
         scene = compose("test", seed, index)
-        found = questions(scene.facts, rng)
+        possible = questions(scene.facts, rng)
         for kind in SCENE_KINDS:
-            of_kind = [question for question in found if question.kind == kind]
+            of_kind = [question for question in possible if question.kind == kind]
             if of_kind and left[kind]:
                 (question,) = choose(of_kind, 1, rng)
                 text = question.text(rng, unseen) + "?"

@@ -20,7 +20,7 @@ import cairosvg
 from fontTools import subset, ttLib
 from PIL import Image
 
-import dymu.tasks.scenes.materials as materials
+import scenes.assets as materials
 from training.assets import DEBIAN, debian_folder, emoji_folder, photos_folder
 from training.cache import cache_root
 

@@ -81,9 +81,9 @@ class DenseWords:
             "row": self._row,
         }
 
-    def _look_up(self, key: str, found: list[str]) -> torch.Tensor:
+    def _look_up(self, key: str, words: list[str]) -> torch.Tensor:
         index = self._index[key]
-        return torch.tensor([index.get(word, IGNORE) for word in found])
+        return torch.tensor([index.get(word, IGNORE) for word in words])
 
 
 def ask(question: Question, rng: np.random.Generator) -> str:
@@ -100,19 +100,19 @@ def ask(question: Question, rng: np.random.Generator) -> str:
     return text + ("?" if rng.random() < 0.7 else "." if rng.random() < 0.1 else "")
 
 
-def choose(found: list[Question], count: int, rng: np.random.Generator) -> list[Question]:
+def choose(possible: list[Question], count: int, rng: np.random.Generator) -> list[Question]:
     """Draw questions, some maybe twice: kinds as KIND_ODDS says, the answer "1" not too often.
 
     Most scenes have many names to ask for and one colour: without the balance, colours and places
     would hardly be practised.
     """
-    common = np.array([0.35 if question.answer in ("0", "1") else 1.0 for question in found])
-    kinds = np.array([question.kind for question in found])
-    odds = np.zeros(len(found))
+    common = np.array([0.35 if question.answer in ("0", "1") else 1.0 for question in possible])
+    kinds = np.array([question.kind for question in possible])
+    odds = np.zeros(len(possible))
     for kind in set(kinds):
         share = np.where(kinds == kind, common, 0.0)
         odds += KIND_ODDS[kind] * share / share.sum()
-    return [found[k] for k in rng.choice(len(found), count, p=odds / odds.sum())]
+    return [possible[k] for k in rng.choice(len(possible), count, p=odds / odds.sum())]
 
 
 def pack(examples: list[Example], dense: DenseWords, count: int, rng: np.random.Generator) -> Batch:

@@ -101,8 +101,8 @@ class Question:
 
 def questions(facts: Facts, rng: np.random.Generator) -> list[Question]:
     """All questions about a scene; those about absent things are drawn with ``rng``."""
-    found = list(_about_photo(facts)) if facts.photo else list(_about_items(facts, rng))
-    return found + list(_presence(facts, rng))
+    asked = list(_about_photo(facts)) if facts.photo else list(_about_items(facts, rng))
+    return asked + list(_presence(facts, rng))
 
 
 def _about_photo(facts: Facts) -> Iterator[Question]:

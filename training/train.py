@@ -143,9 +143,9 @@ class Trainer:
             position_ids=torch.cat([ahead, batch.positions], dim=1),
             use_cache=False,
         ).last_hidden_state[:, ahead.shape[1] :]
-        wanted = batch.targets >= 0
-        logits = (hidden[wanted] @ embed.weight.T).float()
-        targets = batch.targets[wanted]
+        supervised = batch.targets >= 0
+        logits = (hidden[supervised] @ embed.weight.T).float()
+        targets = batch.targets[supervised]
         right = float((logits.argmax(1) == targets).float().mean())
         return F.cross_entropy(logits, targets), right
 

@@ -3,37 +3,31 @@
 Importing this package costs nothing: each name is loaded when it is first asked for.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dymu.version import __version__
 
-_HOME = {
-    "apply": "dymu.apply",
-    "Handle": "dymu.apply",
-    "calibrate": "dymu.calibrate",
-    "calibrate_videos": "dymu.calibrate",
-    "evaluate": "dymu.evaluate",
-    "FixedMerge": "dymu.merging",
-    "Report": "dymu.report",
-    "Thresholds": "dymu.thresholds",
-    "TokenMap": "dymu.token_map",
-    "DymuError": "dymu.errors",
-    "AlreadyApplied": "dymu.errors",
-    "BadBudget": "dymu.errors",
-    "BadImage": "dymu.errors",
-    "BadPrompt": "dymu.errors",
-    "BadThresholds": "dymu.errors",
-    "BadVideo": "dymu.errors",
-    "UnsupportedCache": "dymu.errors",
-    "UnsupportedModel": "dymu.errors",
+_NAMES = {
+    "calibration.images": ("calibrate",),
+    "calibration.videos": ("calibrate_videos",),
+    "errors": (
+        *("AlreadyApplied", "BadBudget", "BadImage", "BadPrompt", "BadThresholds", "BadVideo"),
+        *("DymuError", "UnsupportedCache", "UnsupportedModel"),
+    ),
+    "evaluation.run": ("evaluate",),
+    "handle": ("Handle", "apply", "handle_of"),
+    "reducers": ("FixedMerge", "Reducer"),
+    "report": ("Report",),
+    "thresholds": ("Thresholds",),
+    "token_map": ("TokenMap",),
 }
+"""The public names of each module."""
+_HOME = {name: f"dymu.{module}" for module, names in _NAMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from dymu.apply import Handle, apply
-    from dymu.calibrate import calibrate, calibrate_videos
+    from dymu.calibration.images import calibrate
+    from dymu.calibration.videos import calibrate_videos
     from dymu.errors import (
         AlreadyApplied,
         BadBudget,
@@ -45,8 +39,9 @@ if TYPE_CHECKING:
         UnsupportedCache,
         UnsupportedModel,
     )
-    from dymu.evaluate import evaluate
-    from dymu.merging import FixedMerge
+    from dymu.evaluation.run import evaluate
+    from dymu.handle import Handle, apply, handle_of
+    from dymu.reducers import FixedMerge, Reducer
     from dymu.report import Report
     from dymu.thresholds import Thresholds
     from dymu.token_map import TokenMap
@@ -61,6 +56,7 @@ __all__ = [
     "DymuError",
     "FixedMerge",
     "Handle",
+    "Reducer",
     "Report",
     "Thresholds",
     "TokenMap",
@@ -71,6 +67,7 @@ __all__ = [
     "calibrate",
     "calibrate_videos",
     "evaluate",
+    "handle_of",
 ]
 
 
@@ -84,20 +81,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `dymu.apply`, `dymu.calibrate` and `dymu.evaluate` the functions.
-
-    Importing a submodule sets it as an attribute of its package, which would put the module
-    `dymu.apply` in the place of the function that it defines. Here the function takes that place,
-    whichever was asked for first; `from dymu.apply import Handle` works as ever.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOME.get(name) == value.__name__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

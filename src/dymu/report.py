@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dymu.drawing import draw
-from dymu.placed import Placed, View
-from dymu.sheets import contact_sheet
+from dymu.item import Item, View
+from dymu.media.contact_sheet import contact_sheet
+from dymu.media.drawing import draw
 
 
 @dataclass
@@ -20,14 +20,14 @@ class Report:
     """What merged in one call of the model. Its items are the images in the order of the prompts, then the videos.
 
     Attributes:
-        items: how each of them lies in the prompt.
+        items: the tokens of each in the prompt.
         kept_by_layer: after each encoder layer that may merge, int64 [pictures], the tokens left of each picture. An
             image that is cut into tiles is several pictures, and so is a video.
         cache_bytes: bytes of the KV cache after the last forward.
         cache_bytes_full: bytes that the same cache would have with every token in it.
     """
 
-    items: list[Placed] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
     kept_by_layer: list[Tensor] = field(default_factory=list)
     cache_bytes: int = 0
     cache_bytes_full: int = 0
@@ -53,8 +53,8 @@ class Report:
         """Bytes of KV cache that merging saves."""
         return self.cache_bytes_full - self.cache_bytes
 
-    def with_more(self, items: list[Placed], kept_by_layer: list[Tensor]) -> Report:
-        """This one's items, then more."""
+    def with_more(self, items: list[Item], kept_by_layer: list[Tensor]) -> Report:
+        """The items of this report, then more."""
         if not self.items:
             return Report(items, kept_by_layer)
         kept = [torch.cat(pair) for pair in zip(self.kept_by_layer, kept_by_layer, strict=True)]
@@ -78,8 +78,8 @@ class Report:
                 model sees beside them.
 
         Returns:
-            An RGB picture, see `dymu.drawing.draw`. A patch that stands for itself keeps its pixels; what the encoder
-            did not see of the image is dimmed.
+            An RGB picture, see `dymu.media.drawing.draw`. A patch that stands for itself keeps its pixels; what the
+            encoder did not see of the image is dimmed.
 
         Raises:
             IndexError: the call had no item i, or it no such view.
@@ -115,7 +115,7 @@ class Report:
         group = torch.where(first < item.picture, -1, item.group)
         return [_drawn(frame, view, group) for frame, view in zip(frames, item.views, strict=True)]
 
-    def _item(self, i: int) -> Placed:
+    def _item(self, i: int) -> Item:
         if not -len(self.items) <= i < len(self.items):
             what = "item" if any(item.video for item in self.items) else "image"
             raise IndexError(f"the last call had {len(self.items)} {what}s, so there is no {what} {i}")
@@ -124,5 +124,5 @@ class Report:
 
 def _drawn(image: Image.Image, view: View, group: Tensor) -> Image.Image:
     """One view, whose tokens [N] belong to the groups `group`."""
-    here = torch.where(view.place < 0, -1, group[view.place.clamp(min=0)])
+    here = torch.where(view.token < 0, -1, group[view.token.clamp(min=0)])
     return draw(image, here.cpu().numpy(), view.seen.float().cpu().numpy())

@@ -8,19 +8,27 @@ import numbers
 import os
 import pickle
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from dymu.errors import BadBudget, BadThresholds
+from dymu.files import Count, decoded, first_line, whole_file
 
 FORMAT = "dymu-thresholds"
 VERSION = 1
+FILE_NAME = "thresholds.json"
+"""In a model's folder."""
+
+Positive = Annotated[int, msgspec.Meta(gt=0, le=2**53)] | Annotated[float, msgspec.Meta(gt=0)]
 
 
-@dataclass(frozen=True)
-class Encoder:
+class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The vision encoder that thresholds belong to.
 
     Attributes:
@@ -31,57 +39,54 @@ class Encoder:
     """
 
     model_type: str
-    layers: int
-    depth: int
-    hidden_size: int
-    heads: int
-    tokens: int
+    layers: Count
+    depth: Count
+    hidden_size: Count
+    heads: Count
+    tokens: Count
 
 
-@dataclass(frozen=True)
-class Calibrated:
+class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Thresholds for one budget, and what they did to the calibration images.
 
     Attributes:
-        budget: wanted average number of image tokens.
+        budget: average number of image tokens to keep.
         thresholds: cosine similarity above which tokens merge, one per merging layer; above 1: no merging there.
         achieved, sd, min, max: image tokens that the calibration images kept; None where a file does not say.
         images, frames: the same per round of merging where an image, or a frame of a video, stands in the prompt; see
-            `dymu.settling`. Empty where the family's layout needs none.
+            `dymu.merging.in_prompt`. Empty where the family needs none.
     """
 
-    budget: float
+    budget: Positive
     thresholds: tuple[float, ...]
     achieved: float | None = None
     sd: float | None = None
-    min: int | None = None
-    max: int | None = None
+    min: Count | None = None
+    max: Count | None = None
     images: tuple[float, ...] = ()
     frames: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class OverTime:
+class OverTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A similarity for tokens of a video to go on from frame to frame, and what it did to the calibration videos.
 
     Attributes:
         budget: of the frames, as for images.
-        per_second: wanted average number of tokens for each second of video.
+        per_second: average number of tokens to keep for each second of video.
         threshold: cosine similarity above which a token is part of one in the frame before.
         achieved: tokens per second that the calibration videos kept.
         videos: how many they were; seconds: how long together.
     """
 
-    budget: float
-    per_second: float
+    budget: Positive
+    per_second: Positive
     threshold: float
-    achieved: float
-    videos: int
-    seconds: float
+    achieved: Positive
+    videos: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    seconds: Positive
 
 
-@dataclass(frozen=True)
-class Thresholds:
+class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_field="format", tag=FORMAT):
     """When to merge, for every budget between the calibrated ones; a JSON file with its provenance.
 
     Attributes:
@@ -91,26 +96,48 @@ class Thresholds:
         merge_layers: indices of the encoder layers that merge; None: all of them.
         over_time: one entry per budget and tokens per second, see `dymu.calibrate_videos`.
         model: the model's name or path at calibration.
-        image_tokens: tokens of an untouched image, on average over those they were found on, where images are cut into
+        image_tokens: tokens of an untouched image, on average over the calibration images, where images are cut into
             tiles; None: every image is one picture.
-        images: how many images they were found on.
+        images: how many calibration images there were.
         skipped: images that could not be used: `{"image": ..., "why": ...}`.
         created: ISO 8601 date; dymu: version of this library.
+        version: of the file format.
+
+    Raises:
+        ValueError: two entries of one budget, entries of different lengths, or `merge_layers` that no threshold is for.
     """
 
-    calibrated: tuple[Calibrated, ...]
+    calibrated: Annotated[tuple[Calibrated, ...], msgspec.Meta(min_length=1)]
     encoder: Encoder | None = None
     schedule: str = ""
-    merge_layers: tuple[int, ...] | None = None
+    merge_layers: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] | None = None
     over_time: tuple[OverTime, ...] = ()
     model: str = ""
-    image_tokens: float | None = None
-    images: int | None = None
-    skipped: tuple[Mapping[str, str], ...] = ()
+    image_tokens: Positive | None = None
+    images: Count | None = None
+    skipped: tuple[dict[str, str], ...] = ()
     created: str = ""
     dymu: str = ""
-    source: str = field(default="", compare=False)
-    """The file they were loaded from, for messages; not saved."""
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        in_order = tuple(sorted(self.calibrated, key=lambda entry: entry.budget))
+        msgspec.structs.force_setattr(self, "calibrated", in_order)
+        depths = {len(entry.thresholds) for entry in in_order}
+        for lower, upper in pairwise(in_order):
+            if lower.budget == upper.budget:
+                raise ValueError(f"two entries in `calibrated` have the budget {upper.budget:g}")
+        if len({(len(entry.images), len(entry.frames)) for entry in in_order}) != 1:
+            raise ValueError("every budget in `calibrated` needs as many rounds of merging in the prompt")
+        if len(depths) != 1 or depths == {0} or (self.encoder is not None and depths != {self.encoder.depth}):
+            raise ValueError("every budget in `calibrated` needs one threshold per merging layer")
+        if max(self.merge_layers or (0,)) >= max(depths):
+            raise ValueError(f"`merge_layers` are {list(self.merge_layers or ())}, not some of 0 to {max(depths) - 1}")
+
+    @cached_property
+    def source(self) -> str:
+        """The file they were loaded from, for messages; neither saved nor compared."""
+        return ""
 
     @property
     def budgets(self) -> list[float]:
@@ -129,22 +156,21 @@ class Thresholds:
             if len(self.calibrated) == 1:
                 return lowest
             raise BadBudget(f"no budget was given; choose one from {span} image tokens, the range of {self}.")
-        if isinstance(budget, bool) or not hasattr(budget, "__float__"):
-            raise BadBudget(f"a budget is a number of tokens or a fraction of them, not {budget!r}.")
-        wanted = float(budget)
-        if not _whole(budget) and 0 < wanted <= 1:
+        budget = number(budget)
+        tokens = float(budget)
+        if isinstance(budget, float) and 0 < budget <= 1:
             if self.encoder is None:
                 raise BadBudget(f"{self} does not say how many tokens an image has; give the budget in tokens: {span}.")
-            wanted *= self.image_tokens or self.encoder.tokens
+            tokens *= self.image_tokens or self.encoder.tokens
             # A fraction was rounded to whole tokens on calibration.
-            near = min(self.budgets, key=lambda calibrated: abs(calibrated - wanted))
-            wanted = near if abs(near - wanted) <= 0.5 else wanted
-        if not lowest - 0.5 <= wanted <= highest + 0.5:
+            near = min(self.budgets, key=lambda calibrated: abs(calibrated - tokens))
+            tokens = near if abs(near - tokens) <= 0.5 else tokens
+        if not lowest - 0.5 <= tokens <= highest + 0.5:
             raise BadBudget(
-                f"a budget of {budget:g} ({wanted:g} image tokens) is outside {span}, the range of {self}; "
+                f"a budget of {budget:g} ({tokens:g} image tokens) is outside {span}, the range of {self}; "
                 "choose one within, or calibrate for it (dymu calibrate -b)."
             )
-        return min(max(wanted, lowest), highest)
+        return min(max(tokens, lowest), highest)
 
     def per_layer(self, budget: int | float | None = None) -> list[float]:
         """One similarity per merging encoder layer, interpolated between the calibrated budgets around `budget`.
@@ -163,19 +189,17 @@ class Thresholds:
         Raises:
             BadBudget: see `tokens_for`.
         """
-        wanted = self.tokens_for(budget)
-        above = next(index for index, entry in enumerate(self.calibrated) if entry.budget >= wanted)
-        upper = self.calibrated[above]
-        if upper.budget == wanted or above == 0:
+        tokens = self.tokens_for(budget)
+        below, above, part = _around(self.budgets, tokens)
+        lower, upper = self.calibrated[below], self.calibrated[above]
+        if lower is upper:
             return upper
-        lower = self.calibrated[above - 1]
-        part = (wanted - lower.budget) / (upper.budget - lower.budget)
 
         def between(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[float, ...]:
             return tuple(_between(*pair, part) for pair in zip(low, high, strict=True))
 
         return Calibrated(
-            budget=wanted,
+            budget=tokens,
             thresholds=between(lower.thresholds, upper.thresholds),
             images=between(lower.images, upper.images),
             frames=between(lower.frames, upper.frames),
@@ -188,30 +212,25 @@ class Thresholds:
         Raises:
             BadBudget: nothing near was calibrated.
         """
-        if isinstance(per_second, bool) or not hasattr(per_second, "__float__"):
-            raise BadBudget(f"tokens per second are a number, not {per_second!r}.")
-        wanted = self.tokens_for(budget)
-        entries = sorted((e for e in self.over_time if e.budget == wanted), key=lambda entry: entry.per_second)
+        per_second = number(per_second, "tokens per second are a number")
+        tokens = self.tokens_for(budget)
+        entries = sorted((e for e in self.over_time if e.budget == tokens), key=lambda entry: entry.per_second)
         if not self.over_time:
             raise BadBudget(f"nothing in {self} is for videos over time; make it with `dymu calibrate-videos`.")
         if not entries:
             known = ", ".join(f"{known:g}" for known in sorted({entry.budget for entry in self.over_time}))
             raise BadBudget(
-                f"tokens per second of video were calibrated at budgets of {known}, and not at {wanted:g}; "
+                f"tokens per second of video were calibrated at budgets of {known}, and not at {tokens:g}; "
                 f"choose one of those, or calibrate for it with `dymu calibrate-videos`."
             )
-        if not entries[0].per_second <= per_second <= entries[-1].per_second:
+        rates = [entry.per_second for entry in entries]
+        if not rates[0] <= per_second <= rates[-1]:
             raise BadBudget(
-                f"{per_second:g} tokens per second is outside {entries[0].per_second:g} to "
-                f"{entries[-1].per_second:g}, the range of {self} at a budget of {wanted:g}; "
-                "choose one within, or calibrate for it with `dymu calibrate-videos`."
+                f"{per_second:g} tokens per second is outside {rates[0]:g} to {rates[-1]:g}, the range of {self} at a "
+                f"budget of {tokens:g}; choose one within, or calibrate for it with `dymu calibrate-videos`."
             )
-        above = next(index for index, entry in enumerate(entries) if entry.per_second >= per_second)
-        upper, lower = entries[above], entries[max(above - 1, 0)]
-        if upper.per_second == per_second:
-            return upper.threshold
-        part = (per_second - lower.per_second) / (upper.per_second - lower.per_second)
-        return _between(lower.threshold, upper.threshold, part)
+        below, above, part = _around(rates, per_second)
+        return _between(entries[below].threshold, entries[above].threshold, part)
 
     def check_fits(self, encoder: Encoder, cuts_images: bool = False) -> None:
         """Refuse a model with another encoder; the number of tokens (the image size) may differ.
@@ -234,8 +253,8 @@ class Thresholds:
         if cuts_images != (self.image_tokens is not None):
             ways = ("of one picture each", "cut into tiles")
             raise BadThresholds(
-                f"{self} was found on images {ways[not cuts_images]}, and this model's are {ways[cuts_images]}, so "
-                "that its budgets mean something else; calibrate for this model with `dymu calibrate`."
+                f"{self} was calibrated on images {ways[not cuts_images]}, and this model's are {ways[cuts_images]}, "
+                "so that its budgets mean something else; calibrate for this model with `dymu calibrate`."
             )
         differing = [
             f"{name.replace('_', ' ')} {getattr(self.encoder, name)} instead of {getattr(encoder, name)}"
@@ -249,16 +268,20 @@ class Thresholds:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file, whole or not at all."""
-        target = Path(path)
-        body = {key: value for key, value in asdict(self).items() if key != "source"}
-        body = {"format": FORMAT, "version": VERSION, **body}
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        """Write a JSON file, whole or not at all.
+
+        Raises:
+            BadThresholds: `load` would refuse it.
+        """
+        body = {"format": FORMAT, "version": VERSION} | msgspec.to_builtins(self)
+        what, then = f"{self} cannot be saved as {path}", "correct that, or calibrate again."
         try:
-            temporary.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+            text = json.dumps(body, indent=2, allow_nan=False) + "\n"
+        except ValueError as error:
+            raise BadThresholds(f"{what} (a number in it is NaN or infinite); {then}") from error
+        decoded(text.encode(), Thresholds, BadThresholds, what, then)
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Thresholds:
@@ -268,46 +291,76 @@ class Thresholds:
             BadThresholds: the file is missing, damaged, of another format or of a newer version.
         """
         source = Path(path)
-        if source.suffix.lower() in (".pth", ".pt"):
-            return _from_checkpoint(source)
-        try:
-            body = json.loads(source.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BadThresholds(
-                f"cannot read the thresholds file {source}: {(error.strerror or str(error)).lower()}; "
-                "check the path, or make one with `dymu calibrate`."
-            ) from error
-        except ValueError as error:
-            raise BadThresholds(
-                f"{source} is not whole JSON ({error}); it may be cut short: fetch or calibrate it again."
-            ) from error
-        return _from_json(body, source)
+        loaded = _from_checkpoint(source) if source.suffix.lower() in (".pth", ".pt") else _from_json(source)
+        loaded.__dict__["source"] = str(source)
+        return loaded
 
     def __str__(self) -> str:
-        return f"the thresholds file {self.source}" if self.source else "these thresholds"
+        return f"the thresholds file {self.source}" if self.source else "this set of thresholds"
 
 
-def _whole(budget: object) -> bool:
-    """Whether a number is of a type for whole numbers, Python's or numpy's."""
-    return isinstance(budget, numbers.Integral)
+class _Header(msgspec.Struct, tag_field="format", tag=FORMAT):
+    """What tells a thresholds file from other JSON, and its version."""
+
+    version: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 
-def _check_numbers(budget: object, *thresholds: object) -> None:
-    """Raises: ValueError, unless the budget is a positive and each threshold a finite number."""
-    for value in (budget, *thresholds):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{value!r} is not a finite number")
-    if not isinstance(budget, int | float) or budget <= 0:
-        raise ValueError(f"a budget of {budget!r} keeps nothing")
+def beside(model: str, option: str) -> Path:
+    """The thresholds file in a model's folder.
+
+    Args:
+        model: the folder; a hub name has none.
+        option: how the user names another file, for the message.
+
+    Raises:
+        BadThresholds: there is none.
+    """
+    path = Path(model).expanduser() / FILE_NAME
+    if not path.is_file():
+        raise BadThresholds(
+            f"{model} ships no {FILE_NAME}: name one with {option}, or make it with "
+            f"`dymu calibrate {model} IMAGES... -b 0.3 -o {FILE_NAME}`."
+        )
+    return path
 
 
-def _layers(given: object, depth: int) -> tuple[int, ...] | None:
-    """Raises: ValueError, unless they are a list of indices of `depth` layers, or None."""
-    if given is None:
-        return None
-    if not isinstance(given, list) or not given or not all(type(i) is int and 0 <= i < depth for i in given):
-        raise ValueError(f"the layers that merge are {given!r}, not a list of numbers from 0 to {depth - 1}")
-    return tuple(given)
+def number(value: Any, what: str = "a budget is a number of tokens or a fraction of them") -> int | float:
+    """A number of any library's type as one of Python's own, which JSON can hold.
+
+    Raises:
+        BadBudget: it is none; a sentence that begins with `what`.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise BadBudget(f"{what}, not {value!r}.")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _from_json(source: Path) -> Thresholds:
+    try:
+        text = source.read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadThresholds(
+            f"cannot read the thresholds file {source}: {first_line(error).lower()}; check the path, or make one with "
+            "`dymu calibrate`."
+        ) from error
+    again = "it may be cut short or changed: fetch or calibrate it again."
+    header = decoded(text, _Header, BadThresholds, f"{source} is no dymu thresholds file", again)
+    if header.version > VERSION:
+        raise BadThresholds(
+            f"{source} has format version {header.version}, this dymu reads up to {VERSION}; update dymu."
+        )
+    return decoded(text, Thresholds, BadThresholds, f"{source} misstates something", again)
+
+
+def _around(marks: Sequence[float], value: float) -> tuple[int, int, float]:
+    """Indices of the rising `marks` around a value, and its distance from the lower one in parts of theirs.
+
+    They are the same where it is one of them.
+    """
+    above = bisect_left(marks, value)
+    if marks[above] == value:
+        return above, above, 0.0
+    return above - 1, above, (value - marks[above - 1]) / (marks[above] - marks[above - 1])
 
 
 def _between(low: float, high: float, part: float) -> float:
@@ -315,62 +368,10 @@ def _between(low: float, high: float, part: float) -> float:
     return high if low > 1 else low + part * (min(high, 1.0) - low)
 
 
-def _calibrated(entry: Mapping[str, Any]) -> Calibrated:
-    given = {"images": (), "frames": (), **entry}
-    return Calibrated(**given | {name: tuple(map(float, given[name])) for name in ("thresholds", "images", "frames")})
-
-
-def _from_json(body: Any, source: Path) -> Thresholds:
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise BadThresholds(f"{source} is JSON but not a dymu thresholds file; make one with `dymu calibrate`.")
-    version = body.get("version")
-    if type(version) is not int or version < 1:
-        raise BadThresholds(f"{source} has no valid format version ({version!r}); fetch or calibrate it again.")
-    if version > VERSION:
-        raise BadThresholds(f"{source} has format version {version}, this dymu reads up to {VERSION}; update dymu.")
-    known = {item.name for item in fields(Thresholds)} - {
-        "source",
-        "calibrated",
-        "encoder",
-        "skipped",
-        "merge_layers",
-        "over_time",
-    }
-    try:
-        calibrated = sorted((_calibrated(entry) for entry in body["calibrated"]), key=lambda entry: entry.budget)
-        encoder = Encoder(**body["encoder"]) if body.get("encoder") else None
-        for entry in calibrated:
-            _check_numbers(entry.budget, *entry.thresholds, *entry.images, *entry.frames)
-        over_time = tuple(OverTime(**entry) for entry in body.get("over_time", ()))
-        for found in over_time:
-            _check_numbers(found.budget, found.threshold, found.achieved, found.seconds, found.videos)
-            _check_numbers(found.per_second)
-        if body.get("image_tokens") is not None:
-            _check_numbers(body["image_tokens"])
-        lengths = {len(entry.thresholds) for entry in calibrated}
-        if len({(len(entry.images), len(entry.frames)) for entry in calibrated}) != 1:
-            raise ValueError("every budget needs as many rounds of merging in the prompt")
-        if len(lengths) != 1 or (encoder is not None and lengths != {encoder.depth}):
-            raise ValueError("every budget needs one threshold per merging layer")
-        return Thresholds(
-            calibrated=tuple(calibrated),
-            encoder=encoder,
-            skipped=tuple(body.get("skipped", ())),
-            over_time=over_time,
-            merge_layers=_layers(body.get("merge_layers"), lengths.pop()),
-            source=str(source),
-            **{key: body[key] for key in known & body.keys()},
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadThresholds(
-            f"{source} lacks or misstates something ({type(error).__name__}: {error}); fetch or calibrate it again."
-        ) from error
-
-
 def _from_checkpoint(source: Path) -> Thresholds:
     """The authors' format: an encoder's state dict with a scalar `….<layer>.threshold` per layer, 1.0 for no merging.
 
-    The wanted number of tokens stands in the file's name only (`ViT-L-14-336-tome-72out.pth`).
+    The budget stands in the file's name only (`ViT-L-14-336-tome-72out.pth`).
     """
     import torch
 
@@ -378,20 +379,18 @@ def _from_checkpoint(source: Path) -> Thresholds:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise BadThresholds(
-            f"cannot read {source} as a checkpoint of tensors ({str(error).splitlines()[0]}); "
+            f"cannot read {source} as a checkpoint of tensors ({first_line(error)}); "
             "nothing in it was executed: check that it is one of the authors' encoder checkpoints."
         ) from error
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
-    found: dict[int, float] = {}
+    by_layer: list[tuple[int, float]] = []
     for name, value in state.items() if isinstance(state, Mapping) else ():
-        layer = re.search(r"(\d+)\.threshold$", str(name))
-        if layer and isinstance(value, torch.Tensor) and value.numel() == 1 and int(layer[1]) not in found:
-            found[int(layer[1])] = value.item()
-        elif layer:
-            found = {}
-            break
-    if not found or sorted(found) != list(range(len(found))) or not all(map(math.isfinite, found.values())):
+        if layer := re.search(r"(\d+)\.threshold$", str(name)):
+            scalar = isinstance(value, torch.Tensor) and value.numel() == 1
+            by_layer.append((int(layer[1]), value.item() if scalar else math.nan))
+    layers, values = zip(*sorted(by_layer), strict=True) if by_layer else ((), ())
+    if not layers or layers != tuple(range(len(layers))) or not all(map(math.isfinite, values)):
         raise BadThresholds(
             f"{source} holds no thresholds, one per layer; use one of the authors' encoder checkpoints."
         )
@@ -401,5 +400,5 @@ def _from_checkpoint(source: Path) -> Thresholds:
             f"{source} does not say its budget, which the authors keep in the name; rename it to end with, "
             "for example, -72out.pth."
         )
-    thresholds = tuple(2.0 if found[layer] >= 1 else found[layer] for layer in sorted(found))
-    return Thresholds((Calibrated(float(named[1]), thresholds),), model=source.stem, source=str(source))
+    thresholds = tuple(2.0 if value >= 1 else value for value in values)
+    return Thresholds((Calibrated(float(named[1]), thresholds),), model=source.stem)

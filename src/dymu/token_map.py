@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def at_least_float32(x: Tensor) -> Tensor:
+    """In the type of sums: float64 stays, all else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The entries at int64 [B, K] of each row of x [B, N, ...]: [B, K, ...]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def leaders_of(label: Tensor, labels: int) -> Tensor:
+    """int64 [B, N]: for each token the first one of its row with the same label.
+
+    Args:
+        label: int64 [B, N], below `labels`; -1 for tokens that are dropped, and so is the answer.
+    """
+    dropped, index = label < 0, torch.arange(label.shape[1], device=label.device).expand_as(label)
+    label = label.masked_fill(dropped, labels)
+    first = label.new_full((len(label), labels + 1), label.shape[1]).scatter_reduce(1, label, index, "amin")
+    return first.gather(1, label).masked_fill(dropped, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +42,7 @@ class TokenMap:
 
     Args:
         group: int64 [B, N], the merged token behind each original token; -1 where a row has no token (padding), or
-            where a token is gone without a trace.
+            where a token is dropped.
         kept: int64 [B], merged tokens per row.
         width: M, the largest of `kept`.
         padded: whether any `group` may be -1.
@@ -33,13 +52,34 @@ class TokenMap:
     kept: Tensor
     width: int
     padded: bool = False
-    _made: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> TokenMap:
         """Every token stands for itself."""
         group = torch.arange(tokens, device=device).expand(batch, tokens)
         return cls(group, torch.full((batch,), tokens, device=device), tokens)
+
+    @classmethod
+    def from_leaders(cls, leaders: Tensor, present: Tensor | None = None) -> TokenMap:
+        """Number the groups of each row by their first token; padding and dropped tokens belong to none.
+
+        Args:
+            leaders: int64 [B, N], for every token the first one of its group, or one that is not `present`; -1 for one
+                that is dropped.
+            present: bool [B, N], the tokens that there are; None: all.
+        """
+        index = torch.arange(leaders.shape[1], device=leaders.device).expand_as(leaders)
+        dropped = leaders < 0
+        if present is not None or bool(dropped.any()):
+            present = ~dropped if present is None else present & ~dropped
+            leaders = leaders.clamp(min=0)
+            leaders = torch.where(present.gather(1, leaders), leaders, index)
+        leads = leaders == index if present is None else (leaders == index) & present
+        group = (leads.cumsum(1) - 1).gather(1, leaders)
+        if present is not None:
+            group = torch.where(present, group, -1)
+        kept = leads.sum(1)
+        return cls(group, kept, max(int(kept.max()), 1), padded=present is not None)
 
     @property
     def batch(self) -> int:
@@ -50,36 +90,28 @@ class TokenMap:
         """N, original tokens per row."""
         return self.group.shape[1]
 
-    def _slot(self) -> tuple[Tensor, int]:
-        """Row of the flattened [B * stride, ...] merged tensor for each original token; padding has its own."""
-        stride = self.width + self.padded
-        group = torch.where(self.group < 0, self.width, self.group) if self.padded else self.group
-        offset = torch.arange(self.batch, device=group.device)[:, None] * stride
-        return (group + offset).flatten(), stride
+    @cached_property
+    def _bags(self) -> tuple[Tensor, Tensor, int]:
+        """The flattened original tokens ordered by merged token; where in that order the bag of each merged token
+        begins, and the end; and the bags of a row, of which padding has the last.
 
-    def _bags(self) -> tuple[Tensor, Tensor]:
-        """The flattened original tokens ordered by slot, and where in that order each slot begins; made once.
-
-        One pass over such bags is several times quicker on a CPU than to add to slots here and there, and on a GPU it
-        adds up in one order.
+        One pass over such bags is several times quicker on a CPU than to add to merged tokens here and there, and on a
+        GPU it adds up in one order.
         """
-        if "bags" not in self._made:
-            slot, stride = self._slot()
-            slot, order = slot.sort(stable=True)
-            first = torch.searchsorted(slot, torch.arange(self.batch * stride, device=slot.device))
-            self._made["bags"] = order, first
-        return self._made["bags"]
+        bags = self.width + self.padded
+        group = torch.where(self.group < 0, self.width, self.group) if self.padded else self.group
+        bag = group + torch.arange(self.batch, device=group.device)[:, None] * bags
+        bag, order = bag.flatten().sort(stable=True)
+        return order, torch.searchsorted(bag, torch.arange(self.batch * bags + 1, device=group.device)), bags
 
     def expand(self, merged: Tensor) -> Tensor:
         """Copy each merged token to the tokens it stands for: [B, M, ...] -> [B, N, ...]; padding becomes 0."""
         if merged.shape[:2] != (self.batch, self.width):
             raise ValueError(f"expected merged tokens [{self.batch}, {self.width}, ...], got {tuple(merged.shape)}")
-        rows = torch.arange(self.batch, device=merged.device)[:, None]
-        full = merged[rows, self.group.clamp(min=0) if self.padded else self.group]
-        if self.padded:
-            absent = (self.group < 0).view(self.batch, self.tokens, *(1,) * (merged.ndim - 2))
-            full = full.masked_fill(absent, 0)
-        return full
+        if not self.padded:
+            return take(merged, self.group)
+        absent = (self.group < 0).view(self.batch, self.tokens, *(1,) * (merged.ndim - 2))
+        return take(merged, self.group.clamp(min=0)).masked_fill(absent, 0)
 
     def sum(self, original: Tensor) -> Tensor:
         """Sum each group, in float32 or wider: [B, N, ...] -> [B, M, ...]; rows past `kept` are 0."""
@@ -87,33 +119,37 @@ class TokenMap:
             raise ValueError(
                 f"expected original tokens [{self.batch}, {self.tokens}, ...], got {tuple(original.shape)}"
             )
-        rest, dtype = original.shape[2:], _accumulation_dtype(original.dtype)
+        original, rest = at_least_float32(original), original.shape[2:]
         if original.numel() == 0:
-            return original.new_zeros(self.batch, self.width, *rest, dtype=dtype)
-        order, first = self._bags()
+            return original.new_zeros(self.batch, self.width, *rest)
+        order, begins, bags = self._bags
         flat = original.reshape(self.batch * self.tokens, -1)
-        total = embedding_bag(order, flat.to(dtype), first, mode="sum")
-        return total.view(self.batch, -1, *rest)[:, : self.width]
+        total = embedding_bag(order, flat, begins, mode="sum", include_last_offset=True)
+        return total.view(self.batch, bags, *rest)[:, : self.width]
 
-    def average(self, original: Tensor) -> Tensor:
-        """Mean of each group: [B, N, ...] -> [B, M, ...], summed in float32 or wider; rows past `kept` are 0."""
-        total = self.sum(original)
-        size = self.size().clamp(min=1).to(total.dtype)
+    def average(self, original: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Mean of each group: [B, N, ...] -> [B, M, ...], summed in float32 or wider; rows past `kept` are 0.
+
+        Args:
+            weight: float32 [B, N], of each token of `original` [B, N, C]; None: all weigh the same.
+        """
+        if weight is None:
+            total, size = self.sum(original), self.size()
+        else:
+            total, size = self.sum(at_least_float32(original) * weight[..., None]), self.sum(weight)
+        size = size.clamp(min=1).to(total.dtype)
         return (total / size.view(self.batch, self.width, *(1,) * (total.ndim - 2))).to(original.dtype)
 
     def size(self) -> Tensor:
         """float32 [B, M]: how many original tokens each merged token stands for."""
-        slot, stride = self._slot()
-        count = torch.zeros(self.batch * stride, device=slot.device)
-        return count.index_add_(0, slot, count.new_ones(slot.shape)).view(self.batch, stride)[:, : self.width]
+        _, begins, bags = self._bags
+        return begins.diff().view(self.batch, bags)[:, : self.width].float()
 
     def first(self) -> Tensor:
         """int64 [B, M]: the first original token of each group (0 past `kept`)."""
-        slot, stride = self._slot()
-        index = torch.arange(self.tokens, device=slot.device).expand(self.batch, -1).flatten()
-        first = torch.full((self.batch * stride,), self.tokens, device=slot.device)
-        first = first.scatter_reduce(0, slot, index, "amin").view(self.batch, stride)[:, : self.width]
-        return torch.where(first == self.tokens, 0, first)
+        order, begins, bags = self._bags
+        first = order[begins[:-1].clamp(max=len(order) - 1)] % self.tokens
+        return torch.where(begins.diff() > 0, first, 0).view(self.batch, bags)[:, : self.width]
 
     def then(self, further: TokenMap) -> TokenMap:
         """Merge the merged tokens once more: a map from this map's originals to `further`'s merged tokens."""
@@ -128,7 +164,7 @@ class TokenMap:
         return TokenMap(group, further.kept, further.width, self.padded or further.padded)
 
     def drop(self, tokens: int) -> TokenMap:
-        """The map without its first `tokens` original tokens, each of which must stand for itself in its place."""
+        """The map without its first `tokens` original tokens, each of which must stand for itself."""
         group = self.group[:, tokens:] - tokens
         if self.padded:
             group = group.clamp(min=-1)
@@ -136,6 +172,6 @@ class TokenMap:
 
     def after(self, tokens: int) -> TokenMap:
         """The inverse of `drop`: the map behind `tokens` more, each of which stands for itself."""
-        own = torch.arange(tokens, device=self.group.device).expand(self.batch, -1)
+        first = torch.arange(tokens, device=self.group.device).expand(self.batch, -1)
         group = torch.where(self.group < 0, -1, self.group + tokens)
-        return TokenMap(torch.cat((own, group), 1), self.kept + tokens, self.width + tokens, self.padded)
+        return TokenMap(torch.cat((first, group), 1), self.kept + tokens, self.width + tokens, self.padded)

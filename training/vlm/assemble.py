@@ -45,9 +45,9 @@ def assemble(parts: Path, target: Path, language: Callable[[], dict[str, torch.T
         return target
     trained: dict[str, torch.Tensor] = {}
     for name, sha256 in index["sha256"].items():
-        found = hashlib.sha256((parts / name).read_bytes()).hexdigest()
-        if found != sha256:
-            raise ValueError(f"{parts / name} hashes to {found}, not {sha256}: fetch it again")
+        digest = hashlib.sha256((parts / name).read_bytes()).hexdigest()
+        if digest != sha256:
+            raise ValueError(f"{parts / name} hashes to {digest}, not {sha256}: fetch it again")
         trained |= load_file(parts / name)
     weights = (language or _packaged)()
     tensors = {name: value for name, value in trained.items() if not name.startswith(LANGUAGE_PREFIX)}

@@ -69,11 +69,11 @@ def main(
         RECORD.write_text(json.dumps({"batch": digest, "loss": losses}, indent=2) + "\n", encoding="utf-8")
         print(f"{RECORD}: {losses}")
         return
-    wanted = json.loads(RECORD.read_text(encoding="utf-8"))
-    if wanted["batch"] != digest:
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    if recorded["batch"] != digest:
         print("the batch is another one: the pack, Pillow or numpy differ, so that losses cannot be compared")
     for name, value in losses.items():
-        expected = wanted["loss"].get(name, float("nan"))
+        expected = recorded["loss"].get(name, float("nan"))
         verdict = "ok" if abs(value - expected) <= TOLERANCE * expected else "DIFFERS"
         print(f"{name:12} {value:9.4f}, on the CPU {expected:9.4f}  {verdict}")
     difference = resumes(pack, device)

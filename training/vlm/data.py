@@ -17,10 +17,10 @@ from PIL import Image, ImageEnhance
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dymu.tasks.photos import NAMING, PRESENCE
-from dymu.tasks.scenes import KINDS, Materials, Question, Scene, compose, questions
-from dymu.tasks.scenes.drawing import COLOURS, SHAPES
-from dymu.tasks.scenes.questions import WORDS, article, choose
+from scenes import KINDS, Materials, Question, Scene, compose, questions
+from scenes.drawing import COLOURS, SHAPES
+from scenes.photos import NAMING, PRESENCE
+from scenes.questions import WORDS, article, choose
 from training.vlm.base import CHAT_TEMPLATE, GRID, IMAGE, PATCH, SIDE
 
 TRAINED_KINDS = (*(kind for kind in KINDS if kind != "naming_unseen"), "caption", "photo", "talk")
@@ -124,9 +124,9 @@ class Examples:
         """One question of each kind in turn, until the room is full; what the scene is made for comes first."""
         options = {}
         for kind in TRAINED_KINDS[:-2]:
-            wanted = kind != "caption" or rng.random() < CAPTION_SHARE
-            if wanted and (found := questions(scene, self.materials, kind, rng)):
-                options[kind] = found
+            asks = kind != "caption" or rng.random() < CAPTION_SHARE
+            if asks and (possible := questions(scene, self.materials, kind, rng)):
+                options[kind] = possible
         order = [str(kind) for kind in rng.permutation(sorted(options))]
         order.sort(key=lambda kind: kind != focus)
         asked, room = [], ROOM

@@ -46,13 +46,13 @@ def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float)
 def add_lora(model: nn.Module, rank: int, scale: float) -> None:
     """Replace every linear layer below ``model``, in place, and freeze everything else."""
     model.requires_grad_(False)
-    found = [
+    linear = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.Linear)
     ]
-    for parent, name, child in found:
+    for parent, name, child in linear:
         setattr(parent, name, LoraLinear.around(child, rank, scale))
 
 

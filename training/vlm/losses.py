@@ -142,8 +142,8 @@ def questions_mask(turns: torch.Tensor, ahead: int) -> torch.Tensor:
     """Who sees whom, bool [B, 1, S, ahead + S]: a question sees all that is ahead of it and its own earlier tokens."""
     rows, room = turns.shape
     earlier = torch.ones(room, room, dtype=torch.bool, device=turns.device).tril()
-    own = (turns[:, :, None] == turns[:, None, :]) & earlier
-    return torch.cat([own.new_ones(rows, room, ahead), own], dim=2)[:, None]
+    seen = (turns[:, :, None] == turns[:, None, :]) & earlier
+    return torch.cat([seen.new_ones(rows, room, ahead), seen], dim=2)[:, None]
 
 
 def register(ahead: int) -> str:

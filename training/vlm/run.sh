@@ -25,8 +25,9 @@ case "$1" in
     evaluate)
         MODEL=$($PYTHON -m training.vlm.assemble | tail -n 1)
         RESULTS=${RESULTS:-vlm-quick.jsonl}
-        $PYTHON -c "from dymu.cli import main; main()" evaluate "$MODEL" --task composed --task photos \
-            --method tome --budget 0.3 --limit 270 --batch-size 32 --timed 0 --output "$RESULTS"
+        $PYTHON -c "from dymu.cli.main import main; main()" evaluate "$MODEL" \
+            --task scenes/composed.py --task scenes/photos.py --method tome --budget 0.3 \
+            --limit 270 --batch-size 32 --timed 0 --output "$RESULTS"
         ;;
     *) sed -n 2,6p "$0"; exit 2 ;;
 esac

@@ -73,13 +73,13 @@ def answers(
         **inputs, max_new_tokens=longest, do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.05,
         eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id,
     )  # fmt: skip
-    found = []
+    answers = []
     for row in output[:, inputs["input_ids"].shape[1] :]:
         text = processor.tokenizer.decode(row, skip_special_tokens=True).strip()
         if processor.tokenizer.eos_token_id not in row.tolist():
             text = text[: max(text.rfind(mark) for mark in ".!?") + 1]
-        found.append(text)
-    return found
+        answers.append(text)
+    return answers
 
 
 def main(

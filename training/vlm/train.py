@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from dymu.tasks.scenes import Materials
+from scenes import Materials
 from training.vlm import base
 from training.vlm.assemble import INDEX, LANGUAGE_PREFIX, PARTS, assemble
 from training.vlm.data import BACKGROUND, TRAINED_KINDS, Batch, Batches, Chat, Examples, read_talks

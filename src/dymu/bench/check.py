@@ -1,11 +1,10 @@
-"""A backend is timed only if it computes what the reference computes."""
+"""Comparison of backends with the reference; only those that agree are timed."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from dymu.apply import Handle
 from dymu.bench.replay import Replay
+from dymu.bench.results import Checked
 from dymu.bench.variants import Variant
-from dymu.families import FAMILIES, Parts, resolve
+from dymu.families import Parts, resolve
+from dymu.handle import Handle
 from dymu.hooks.versions import going_on
 
 ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -31,35 +31,22 @@ BATCH, DECODED = 2, 2
 WIDTH_PER_HEAD = 64
 
 
-@dataclass(frozen=True)
-class Checked:
-    """How far a variant is from the reference; `error` is None where it could not run at all, for `why`."""
-
-    error: float | None
-    allowed: float
-    why: str = ""
-
-    @property
-    def right(self) -> bool:
-        return self.error is not None and self.error <= self.allowed
-
-
 class Reference:
-    """A small model like the measured one, and what the reference computes for a prompt.
+    """A small model like the measured one, and the reference's attention outputs for a prompt.
 
     It keeps the family with its way to lay out tiles, the size of a head, how many query heads share a key head, rotary
     angles and windows, and has two layers, up to two key heads and coarser patches. Two images merge at random, each to
     another number of tokens, and two tokens are decoded. The reference runs in float32 on the CPU.
 
     Args:
-        model: the measured one, which gives its device and dtype.
-        shown: what it takes to see one and the same image twice. Here the pixels are noise.
+        model: the measured one; the small one runs on its device and in its dtype.
+        shown: the measured model's image arguments for one image twice; the pixels are replaced by noise.
     """
 
     def __init__(self, model: Any, shown: Mapping[str, Tensor]) -> None:
         self._device, self._dtype = model.device, model.dtype
         torch.manual_seed(0)
-        parts = resolve(model, FAMILIES)
+        parts = resolve(model)
         pixels = shown["pixel_values"]
         config = _small(parts, pictures=pixels.shape[1] if pixels.ndim > 4 else 1)
         self._model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
@@ -77,23 +64,23 @@ class Reference:
         self._ids, self._decoded = torch.cat((words[0], image, words[1]), 1), words[2]
         _cast(self._model, self._dtype)  # to weights that the measured dtype holds: only the arithmetic differs
         _cast(self._model, torch.float32)
-        self._wanted = self._attended(self._model, Variant("reference", "reference"))
+        self._expected = self._attended(self._model, Variant("reference", "reference"))
 
     def check(self, variant: Variant) -> Checked:
-        """How far the variant's attention is from the reference's."""
+        """Compare the variant's attention outputs with the reference's."""
         allowed = ALLOWED.get(self._dtype, max(ALLOWED.values()))
         model = copy.deepcopy(self._model).to(self._device)
         _cast(model, self._dtype)
         try:
-            found = self._attended(model, variant)
-        except Exception as error:  # compilers of kernels have kinds of their own
+            attended = self._attended(model, variant)
+        except Exception as error:  # kernel compilers raise many kinds of errors
             return Checked(None, allowed, " ".join(str(error).split()) or type(error).__name__)
-        off = float((found - self._wanted).norm() / self._wanted.norm())
-        return Checked(off, allowed) if math.isfinite(off) else Checked(None, allowed, "what it gives is not finite")
+        off = float((attended - self._expected).norm() / self._expected.norm())
+        return Checked(off, allowed) if math.isfinite(off) else Checked(None, allowed, "its outputs are not finite")
 
     @torch.no_grad()
     def _attended(self, model: Any, variant: Variant) -> Tensor:
-        """What the attention layers put out, for every merged token of the prompt and of the decoding, [all, C]."""
+        """Outputs of the attention layers for every merged token of the prompt and of the decoding, [all, C]."""
         outputs: list[Tensor] = []
         handle: Handle | None = None
 
@@ -103,7 +90,7 @@ class Reference:
             lengths = [sum(TEXT) + kept for kept in handle.last.kept]
             outputs.extend(row[:length] for row, length in zip(rows, lengths, strict=True))  # padding may be anything
 
-        hooks = [module.register_forward_hook(take) for module in resolve(model, FAMILIES).attentions]
+        hooks = [module.register_forward_hook(take) for module in resolve(model).attentions]
         try:
             with variant.on(model, {"merge": self._rule}) as handle:
                 prompt = {"input_ids": self._ids, **self._shown}
@@ -146,7 +133,7 @@ def _small(parts: Parts, pictures: int) -> Any:
 
 
 def _random_merges(pictures: int, tokens: int) -> Replay:
-    """In every layer a random half of the tokens at even places merge, in pictures of the second image a quarter."""
+    """In every layer a random half of the tokens of even index merges, in pictures of the second image a quarter."""
     generator = np.random.default_rng(0)
     into_of = []
     for picture in range(pictures):

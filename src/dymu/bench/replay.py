@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,11 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from dymu.errors import BadBudget, UnsupportedModel
-from dymu.merging import Chooser
+from dymu.reducers import Candidates, Reducer
 
 FOLDER = Path(__file__).parent
 NEAR = 0.05
-"""A budget this much off a recorded one is taken for it."""
+"""Largest relative distance of a budget from the recorded one that is used for it."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Recorded:
     Attributes:
         tokens: of every photo ahead of the first layer, class token not counted.
         layers: of the recorded encoder; all merge.
-        photos: files of the evaluation pack.
+        photos: names of their files.
         thresholds: at each budget, the similarity per layer that decided.
-        into: at each budget, for each photo and layer, int16 [A] as a `Chooser` answers.
+        into: at each budget, for each photo and layer, int16 [A] as `Reducer.in_layer` answers.
     """
 
     tokens: int
@@ -61,13 +61,12 @@ class Recorded:
             BadBudget: none is within 5 % of it.
         """
         full = pictures * self.tokens
-        wanted = budget * full if isinstance(budget, float) and budget <= 1 else budget
-        nearest = min(self.into, key=lambda recorded: abs(pictures * recorded - wanted))
-        if abs(pictures * nearest - wanted) > NEAR * pictures * nearest:
+        asked = budget * full if isinstance(budget, float) and budget <= 1 else budget
+        nearest = min(self.into, key=lambda recorded: abs(pictures * recorded - asked))
+        if abs(pictures * nearest - asked) > NEAR * pictures * nearest:
             known = ", ".join(str(pictures * recorded) for recorded in sorted(self.into))
             raise BadBudget(
-                f"merges were recorded at {known} of {full} tokens, none of them near {wanted:g}; take one of those, "
-                "or record more with `python -m benchmarks.record_merges`."
+                f"merges were recorded at {known} of {full} tokens, none of them near {asked:g}; take one of those."
             )
         return nearest
 
@@ -90,7 +89,7 @@ class Recorded:
 
     @classmethod
     def load(cls, path: Path) -> Recorded:
-        """Read what `save` wrote."""
+        """Read a file that `save` wrote."""
         with safe_open(path, "numpy") as file:
             about = json.loads(file.metadata()["dymu"])
             flat = {int(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
@@ -107,7 +106,7 @@ class Recorded:
 
 
 def file_for(tokens: int) -> Path:
-    """Where the merges of pictures of so many tokens are."""
+    """The file with the merges of pictures of so many tokens."""
     return FOLDER / f"merges-{tokens}.safetensors"
 
 
@@ -119,15 +118,12 @@ def recorded(tokens: int = 576) -> Recorded:
         UnsupportedModel: there are none.
     """
     if not file_for(tokens).exists():
-        raise UnsupportedModel(
-            f"no merges were recorded for pictures of {tokens} tokens; take a shape with others, or record some with "
-            "`python -m benchmarks.record_merges`."
-        )
+        raise UnsupportedModel(f"no merges were recorded for pictures of {tokens} tokens; take a shape with others.")
     return Recorded.load(file_for(tokens))
 
 
 def _cut(flat: np.ndarray, tokens: int, layers: int, photos: int) -> tuple[tuple[np.ndarray, ...], ...]:
-    """What `save` joined: a layer has as many numbers as tokens at even places reach it."""
+    """Split what `save` joined: a layer has a number for each token of even index that reaches it."""
     start = 0
     cut = []
     for _ in range(photos):
@@ -142,41 +138,43 @@ def _cut(flat: np.ndarray, tokens: int, layers: int, photos: int) -> tuple[tuple
 
 
 @dataclass(frozen=True)
-class Replay:
-    """A `MergeRule` that merges as was recorded, one record per image of the batch.
+class Replay(Reducer):
+    """Repeat recorded merges, one record per image of the batch.
 
     Over a deeper encoder the recorded layers spread by depth: each merges in the first layer that is as far along, so
-    layer l of L in layer ceil((l + 1) / L x layers) - 1. Similarities are computed as ever and looked at, so that
-    finding partners takes the time that it takes; what they are does not matter.
+    layer l of L in layer ceil((l + 1) / L x layers) - 1. Similarities are computed as always and read, so that matching
+    takes its usual time; their values do not matter.
 
     Args:
         tokens: of every image ahead of the first layer.
-        into: for each image and recorded layer, whole numbers [A] as a `Chooser` answers.
+        into: for each image and recorded layer, whole numbers [A] as `Reducer.in_layer` answers.
     """
 
     tokens: int
     into: tuple[tuple[np.ndarray, ...], ...]
     _padded: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def choosers(self, tokens: int, layers: int) -> list[Chooser | None]:
-        """See `MergeRule`.
-
-        Raises:
-            UnsupportedModel: the images have another number of tokens, or the encoder has too few layers.
-        """
+    def check_fits(self, layers: int, tokens: int | None = None) -> None:
         recorded_layers = len(self.into[0])
-        if tokens != self.tokens or layers < recorded_layers:
+        if layers < recorded_layers or tokens not in (None, self.tokens):
             raise UnsupportedModel(
                 f"the recorded merges are of {self.tokens} tokens and {recorded_layers} layers, and do not fit an "
                 f"encoder of {tokens} tokens of which {layers} layers are used; take a shape of {self.tokens} tokens "
                 f"that uses {recorded_layers} layers or more."
             )
-        choosers: list[Chooser | None] = [None] * layers
-        for layer in range(recorded_layers):
-            choosers[-(-(layer + 1) * layers // recorded_layers) - 1] = partial(self._choose, layer)
-        return choosers
 
-    def _choose(self, layer: int, similarity: Tensor, partner: Tensor) -> Tensor:
+    def recorded_layer(self, layer: int, layers: int) -> int | None:
+        """The recorded layer that merges in layer `layer` of `layers`, if any."""
+        recorded_layers = len(self.into[0])
+        merging = {-(-(index + 1) * layers // recorded_layers) - 1: index for index in range(recorded_layers)}
+        return merging.get(layer)
+
+    def in_layer(self, candidates: Candidates) -> Tensor | None:
+        self.check_fits(candidates.layers, candidates.tokens)
+        layer = self.recorded_layer(candidates.layer, candidates.layers)
+        if layer is None:
+            return None
+        similarity, partner = candidates.similarity, candidates.partner
         key = (layer, partner.device)
         if key not in self._padded:
             rows = [torch.from_numpy(image[layer].astype(np.int64)) for image in self.into]

@@ -2,78 +2,132 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from dymu.errors import DymuError
+import msgspec
 
-FORMAT = 1
+from dymu.bench.variants import Variant
+from dymu.files import Count, decoded, whole_file
+from dymu.measure.results import BadResults, Number, check_same_run, read_bytes
+
+FORMAT: Literal[1] = 1
 SAME = ("model", "device", "dtype", "seed", "versions", "variants", "answer_tokens")
-"""What a run and its continuation must agree in."""
-PLACE = ("layout", "batch", "budget", "kept")
-NEEDED = (*SAME, "full_tokens", "checks", "cells", "date", "command")
+"""Fields in which a run and its continuation must agree."""
 
 
-class BadBench(DymuError):
-    """A file that `dymu bench` did not write, or that belongs to another run."""
+class Checked(msgspec.Struct, forbid_unknown_fields=True):
+    """A variant's relative error from the reference; None where it could not run at all, for `why`."""
+
+    error: float | None
+    allowed: float
+    why: str = ""
+
+    @property
+    def right(self) -> bool:
+        return self.error is not None and self.error <= self.allowed
 
 
-class BenchFile:
-    """The result file of one run.
+class Measured(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The measurements of one variant in one cell.
 
-    Args:
-        path: made if it does not exist; else continued.
-        header: what is measured, without `cells`.
-
-    Raises:
-        BadBench: the file belongs to another run, or is none.
+    Attributes:
+        left_out: why it has none; empty where it has.
+        peak_bytes, cache_bytes: see `dymu.bench.probes.memory`.
+        encoder_ms, prefill_ms, decode_ms_per_token: of every round, see `dymu.measure.timing.Times`.
+        merge_ms, merge_of_ms: see `dymu.bench.probes.merging`; None where nothing merges.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self._path = path
-        self.body: dict[str, Any] = json.loads(json.dumps({"dymu_bench": FORMAT, **header, "cells": []}))
-        if path.exists():
-            before = load(path)
-            differing = [name for name in SAME if before[name] != self.body[name]]
-            if differing:
-                raise BadBench(
-                    f"{path} belongs to another run, which differs in {', '.join(differing)}: name another file with "
-                    "-o, or delete it."
-                )
-            self.body["cells"] = [cell for cell in before["cells"] if not cell.get("left_out")]
-
-    def has(self, **place: Any) -> bool:
-        """Whether the cell at this budget, batch and layout was measured."""
-        return any(all(cell[name] == value for name, value in place.items()) for cell in self.body["cells"])
-
-    def add(self, cell: dict[str, Any]) -> None:
-        """Add a cell and write the file, whole or not at all."""
-        self.body["cells"].append(json.loads(json.dumps(cell)))
-        part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(self.body, indent=1) + "\n", encoding="utf-8")
-            part.replace(self._path)
-        finally:
-            part.unlink(missing_ok=True)
+    left_out: str = ""
+    peak_bytes: Count = 0
+    cache_bytes: Count = 0
+    encoder_ms: list[float] = []
+    prefill_ms: list[float] = []
+    decode_ms_per_token: list[float] = []
+    merge_ms: float | None = None
+    merge_of_ms: float | None = None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What a result file holds, finished or not.
+class Cell(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One prompt, batch and budget.
+
+    Attributes:
+        prompt: its name, see `dymu.bench.prompts`.
+        budget: of an image, in tokens.
+        kept: image tokens that remain of each image.
+        left_out: why it has no measurements; empty where it has.
+        variants: by name.
+        flops: counted `encoder_flops` and `prefill_flops` of `untouched` and `dymu`.
+    """
+
+    prompt: str = msgspec.field(name="layout")
+    batch: Count
+    budget: Number
+    kept: list[Count]
+    left_out: str = ""
+    variants: dict[str, Measured] = {}
+    flops: dict[str, dict[str, Number]] = {}
+
+
+class Bench(msgspec.Struct, forbid_unknown_fields=True):
+    """The contents of a result file.
+
+    Attributes:
+        model: see `Workload.describe`.
+        full_tokens: of an image, unmerged.
+        answer_tokens: of the answer in the time from end to end.
+        checks: by name of the variant.
+        cells: the finished ones.
+    """
+
+    dymu_bench: Literal[1]
+    command: str
+    date: str
+    model: dict[str, str]
+    device: str
+    dtype: str
+    seed: int
+    versions: dict[str, str]
+    full_tokens: Count
+    answer_tokens: Count
+    variants: Annotated[list[Variant], msgspec.Meta(min_length=1)]
+    checks: dict[str, Checked]
+    cells: list[Cell]
+
+
+def continued(path: Path, bench: Bench) -> Bench:
+    """The run with the checks and the finished cells of its result file, if there is one.
 
     Raises:
-        BadBench: it is none.
+        BadResults: the file belongs to another run, or is none.
     """
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadBench(f"{path} cannot be read ({error.strerror}): check its name.") from error
-    except ValueError as error:
-        raise BadBench(f"{path} is no result file: it is no JSON; name one that dymu bench wrote.") from error
-    if not isinstance(body, dict) or body.get("dymu_bench") != FORMAT or not set(NEEDED) <= set(body):
-        raise BadBench(f"{path} is no result file of this version of dymu bench; name one that it wrote.")
-    for number, cell in enumerate(body["cells"], 1):
-        if not set(PLACE) <= set(cell) or not {"left_out", "variants"} & set(cell):
-            raise BadBench(f"cell {number} of {path} is damaged; delete it there, and dymu bench measures it anew.")
-    return body
+    if not path.exists():
+        return bench
+    before = load(path)
+    check_same_run(path, bench, before, SAME)
+    finished = [cell for cell in before.cells if not cell.left_out]
+    return msgspec.structs.replace(bench, checks=before.checks, cells=finished)
+
+
+def save(path: Path, bench: Bench) -> None:
+    """Write a result file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(bench), indent=1) + b"\n")
+
+
+def load(path: Path) -> Bench:
+    """Read a result file, finished or not.
+
+    Raises:
+        BadResults: it is none, or damaged: which field, and why.
+    """
+    other_version = f"{path} is no result file of this version of dymu bench"
+    bench = decoded(read_bytes(path), Bench, BadResults, other_version, "name one that it wrote.")
+    for number, cell in enumerate(bench.cells, 1):
+        missing = {variant.name for variant in bench.variants} - set(cell.variants)
+        if missing and not cell.left_out:
+            raise BadResults(
+                f"cell {number} of {path} is damaged (it lacks {', '.join(sorted(missing))}); delete it there, and "
+                "dymu bench measures it anew."
+            )
+    return bench

@@ -1,58 +1,56 @@
-"""Measure one model at every budget, batch and prompt layout, in every way that is compared."""
+"""Measure every variant of one model at every budget, batch and prompt."""
 
 from __future__ import annotations
 
 import os
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 from typing import Any, TypeVar
 
+import msgspec
+import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dymu import __version__
-from dymu.apply import handle_of
-from dymu.bench import measure
-from dymu.bench.check import BATCH, Checked, Reference
-from dymu.bench.layouts import LAYOUTS, ids, images_in
-from dymu.bench.results import BenchFile
-from dymu.bench.subject import Subject, spread
+from dymu.bench import probes
+from dymu.bench.check import BATCH, Reference
+from dymu.bench.prompts import PROMPTS, ids, images_in
+from dymu.bench.results import FORMAT, Bench, Cell, Checked, Measured, continued, save
 from dymu.bench.variants import UNTOUCHED, Variant, variants
+from dymu.bench.workload import Workload, spread
 from dymu.errors import AlreadyApplied
-from dymu.evaluate.run import device_name
-from dymu.families import FAMILIES, resolve
-from dymu.timing import Times, interleaved
-from dymu.timing import measure as time_once
+from dymu.families import resolve
+from dymu.handle import handle_of
+from dymu.measure.costs import count
+from dymu.measure.progress import bar_of
+from dymu.measure.provenance import device_name, versions
+from dymu.measure.timing import PARTS, Times, interleaved
+from dymu.measure.timing import measure as time_once
 
 Inputs = dict[str, Any]
-Found = TypeVar("Found")
-OUT_OF_MEMORY = "out of memory"
+Answer = TypeVar("Answer")
 COUNTED = Variant("dymu", "sdpa")
-"""DyMU while its FLOPs are counted: on operations that torch can count."""
+"""DyMU while its FLOPs are counted: a backend whose operations torch can count."""
 
 
-class _OutOfMemory(Exception):
-    """Raised in the place of whatever an allocator raises."""
+class _LeftOut(Exception):
+    """Why a cell or a variant cannot be measured."""
 
 
 def bench(
-    subject: Subject,
+    workload: Workload,
     output: str | os.PathLike[str],
     *,
     budgets: Sequence[int | float],
     batches: Sequence[int] = (1,),
-    layouts: Sequence[str] = ("image-text",),
+    prompts: Sequence[str] = ("image-text",),
     backends: Sequence[str] = ("auto",),
     answer_tokens: int = 32,
     repeats: int = 7,
@@ -60,200 +58,182 @@ def bench(
     seed: int = 0,
     command: str = "",
     progress: bool = True,
-) -> dict[str, Any]:
-    """Time every variant in turn in every cell of budgets x batches x layouts, and write the result file.
+) -> Bench:
+    """Time every variant in turn in every cell of budgets x batches x prompts, and write the result file.
 
-    Backends that do not compute what the reference computes are not timed. A file that holds some of the cells is
-    continued.
+    Backends whose outputs differ from the reference's are not timed. A file that holds some of the cells is continued.
 
     Args:
-        subject: what is measured; its model is as it was afterwards.
+        workload: model and images; the model is as it was afterwards.
         output: the result file.
-        budgets: wanted average of tokens of an image; a float up to 1 is a fraction.
+        budgets: average tokens of an image to keep; a float up to 1 is a fraction.
         batches: prompts that are run together.
-        layouts: see `LAYOUTS`.
+        prompts: see `PROMPTS`.
         backends: of DyMU's attention, see `dymu.apply`.
-        answer_tokens: of the answer whose time from end to end is told.
+        answer_tokens: length of the answer in the time from end to end.
         repeats: rounds, in each of which every variant is timed once.
         limit_s: for one cell. Where that is not enough for one round, the cell says so and holds no times.
         seed: of random words.
-        command: how it was called, for the record.
+        command: recorded in the file.
         progress: show a bar on stderr, if that is a terminal.
 
     Returns:
-        What the file holds.
+        The contents of the file.
 
     Raises:
         AlreadyApplied: DyMU is applied to the model.
-        BadBench: `output` belongs to another run.
+        BadResults: `output` belongs to another run.
         BadBudget: a budget cannot be had.
-        ValueError: an unknown layout or backend.
+        ValueError: an unknown prompt or backend.
     """
-    unknown = set(layouts) - set(LAYOUTS)
+    unknown = set(prompts) - set(PROMPTS)
     if unknown:
-        raise ValueError(f"unknown layout {', '.join(sorted(unknown))}; choose some of {', '.join(LAYOUTS)}")
-    if handle_of(subject.model) is not None:
+        raise ValueError(f"unknown prompt {', '.join(sorted(unknown))}; choose some of {', '.join(PROMPTS)}")
+    if handle_of(workload.model) is not None:
         raise AlreadyApplied("DyMU is applied to this model, so nothing could be compared; call handle.remove() first.")
-    compared = variants(backends)
-    wanted = list(dict.fromkeys(subject.budget(budget) for budget in budgets))
-    header = {
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": subject.describe(),
-        "device": device_name(subject.model.device),
-        "dtype": str(subject.model.dtype).removeprefix("torch."),
-        "seed": seed,
-        "versions": _versions(),
-        "full_tokens": subject.tokens,
-        "answer_tokens": answer_tokens,
-        "variants": [asdict(variant) for variant in compared],
-        "checks": {},
-    }
-    file = BenchFile(Path(output), header)
-    cells = [
-        cell
-        for cell in product(layouts, batches, wanted)
-        if not file.has(layout=cell[0], batch=cell[1], budget=cell[2])
-    ]
-    if not cells:
-        return file.body
-    untouched: dict[str, dict[str, int]] = {}
-    with _bar(progress) as bar:
-        task = bar.add_task("holding backends against the reference", total=len(cells))
-        checks = _checks(subject, compared)
-        file.body["checks"] = {name: asdict(found) for name, found in checks.items()}
-        for layout, batch, budget in cells:
-            bar.update(task, description=f"{layout} · batch {batch} · {budget:g} tokens")
-            cell = _cell(subject, compared, checks, layout, batch, budget, repeats, limit_s, seed, untouched)
-            file.add(cell)
+    bench = Bench(
+        dymu_bench=FORMAT,
+        command=command,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=workload.describe(),
+        device=device_name(workload.model.device),
+        dtype=str(workload.model.dtype).removeprefix("torch."),
+        seed=seed,
+        versions=versions("torch", "transformers", "triton"),
+        full_tokens=workload.tokens,
+        answer_tokens=answer_tokens,
+        variants=variants(backends),
+        checks={},
+        cells=[],
+    )
+    possible = dict.fromkeys(workload.budget(budget) for budget in budgets)
+    bench = continued(Path(output), bench)
+    finished = {(cell.prompt, cell.batch, cell.budget) for cell in bench.cells}
+    todo = [cell for cell in product(prompts, batches, possible) if cell not in finished]
+    if not todo:
+        return bench
+    with bar_of(progress, remaining=False) as bar:
+        task = bar.add_task("comparing backends with the reference", total=len(todo))
+        bench.checks = _checks(workload, bench.variants)
+        run = _Run(workload, bench, repeats, limit_s)
+        for prompt, batch, budget in todo:
+            bar.update(task, description=f"{prompt} · batch {batch} · {budget:g} tokens")
+            bench.cells.append(run.cell(prompt, batch, budget))
+            save(Path(output), bench)
             bar.advance(task)
-    return file.body
+    return bench
 
 
-def _checks(subject: Subject, compared: Sequence[Variant]) -> dict[str, Checked]:
-    reference = Reference(subject.model, subject.shown([0] * BATCH))
+def _checks(workload: Workload, compared: Sequence[Variant]) -> dict[str, Checked]:
+    reference = Reference(workload.model, workload.shown([0] * BATCH))
     return {variant.name: reference.check(variant) for variant in compared if variant.backend}
 
 
-def _cell(
-    subject: Subject,
-    compared: Sequence[Variant],
-    checks: dict[str, Checked],
-    layout: str,
-    batch: int,
-    budget: int | float,
-    repeats: int,
-    limit_s: float,
-    seed: int,
-    untouched: dict[str, dict[str, int]],
-) -> dict[str, Any]:
-    """Everything of one budget, batch and layout; `untouched` as in `_flops`."""
-    ends = perf_counter() + limit_s
-    counts = subject.kept(budget)
-    images = spread(counts, batch * images_in(layout))
-    kept = [counts[image] for image in images]
-    found: dict[str, dict[str, Any]] = {}
-    cell: dict[str, Any] = {"layout": layout, "batch": batch, "budget": budget, "kept": kept}
-    try:
-        with _memory_errors():
-            prompts = _Prompts(
-                subject, layout, batch, images, round(fmean(kept)), subject.merging(budget, images), seed
-            )
+@dataclass
+class _Run:
+    """What all cells share.
+
+    Attributes:
+        untouched_flops: of one prompt without DyMU, by the prompt's name.
+    """
+
+    workload: Workload
+    bench: Bench
+    repeats: int
+    limit_s: float
+    untouched_flops: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def cell(self, prompt: str, batch: int, budget: int | float) -> Cell:
+        """Measure every variant at one budget, batch and prompt."""
+        ends = perf_counter() + self.limit_s
+        counts = self.workload.kept(budget)
+        images = spread(counts, batch * images_in(prompt))
+        cell = Cell(prompt, batch, budget, [counts[image] for image in images])
+        try:
+            self._measure(cell, images, ends)
+        except _LeftOut as why:
+            return Cell(prompt, batch, budget, cell.kept, left_out=str(why))
+        return cell
+
+    def _measure(self, cell: Cell, images: Sequence[int], ends: float) -> None:
+        """Fill in the cell's measurements, rounds of them until `ends` on the clock of `perf_counter`."""
+        prompts = _Prompts(self.workload, cell, images, self.bench.seed)
         timed: dict[str, Callable[[], Times]] = {}
-        for variant in compared:
-            checked = checks.get(variant.name)
+        for variant in self.bench.variants:
+            checked = self.bench.checks.get(variant.name)
             if checked is not None and not checked.right:
-                found[variant.name] = {"left_out": _refusal(checked)}
+                cell.variants[variant.name] = Measured(left_out=_refusal(checked))
                 continue
             try:
-                if subject.model.device.type != "cpu":  # kernels to compile, workspaces to take
+                if self.workload.model.device.type != "cpu":  # compiles kernels and allocates workspaces
                     prompts.run(variant, time_once)
-                found[variant.name] = prompts.run(variant, measure.memory)
-            except _OutOfMemory:
-                found[variant.name] = {"left_out": OUT_OF_MEMORY}
+                peak_bytes, cache_bytes = prompts.run(variant, probes.memory)
+            except _LeftOut as why:
+                cell.variants[variant.name] = Measured(left_out=str(why))
                 continue
+            cell.variants[variant.name] = Measured(peak_bytes=peak_bytes, cache_bytes=cache_bytes)
             timed[variant.name] = partial(prompts.run, variant, time_once)
             if perf_counter() > ends:
-                return {**cell, "left_out": f"one round takes longer than the limit of {limit_s:g} s"}
-        for name, runs in interleaved(timed, repeats=repeats, limit_s=ends - perf_counter()).items():
-            found[name] |= {part.name: [round(getattr(run, part.name), 4) for run in runs] for part in fields(Times)}
-        for variant in compared:
+                raise _LeftOut(f"one round takes longer than the limit of {self.limit_s:g} s")
+        for name, rounds in interleaved(timed, repeats=self.repeats, limit_s=ends - perf_counter()).items():
+            for part in PARTS:
+                setattr(cell.variants[name], part, [round(getattr(times, part), 4) for times in rounds])
+        for variant in self.bench.variants:
             if variant.backend and variant.name in timed:
-                found[variant.name] |= prompts.run(variant, measure.merging)
-        counted = _flops(subject, layout, batch, budget, images, seed, untouched)
-    except _OutOfMemory:
-        return {**cell, "left_out": OUT_OF_MEMORY}
-    return {**cell, "variants": found, "flops": counted}
+                measured = cell.variants[variant.name]
+                measured.merge_ms, measured.merge_of_ms = prompts.run(variant, probes.merging)
+        cell.flops = self._flops(cell, images)
+
+    def _flops(self, cell: Cell, images: Sequence[int]) -> dict[str, dict[str, int | float]]:
+        """FLOPs of the untouched model and of DyMU, prompt by prompt, so that none is spent on padding."""
+        total = {"untouched": Counter[str](), "dymu": Counter[str]()}
+        for shown in np.split(np.array(images), cell.batch):
+            single = msgspec.structs.replace(cell, batch=1)
+            prompts = _Prompts(self.workload, single, shown.tolist(), self.bench.seed)
+            if cell.prompt not in self.untouched_flops:
+                self.untouched_flops[cell.prompt] = prompts.run(UNTOUCHED, _flops)
+            total["untouched"].update(self.untouched_flops[cell.prompt])
+            total["dymu"].update(prompts.run(COUNTED, _flops))
+        return {name: dict(counted) for name, counted in total.items()}
 
 
-def _flops(
-    subject: Subject,
-    layout: str,
-    batch: int,
-    budget: int | float,
-    images: Sequence[int],
-    seed: int,
-    untouched: dict[str, dict[str, int]],
-) -> dict[str, dict[str, int]]:
-    """FLOPs of the untouched model and of DyMU, prompt by prompt, so that none is spent on padding.
-
-    Args:
-        untouched: those of one prompt in each layout that was counted already; this one's is added.
-    """
-    total = {"untouched": Counter[str](), "dymu": Counter[str]()}
-    for row in range(batch):
-        own = images[row * len(images) // batch : (row + 1) * len(images) // batch]
-        prompts = _Prompts(subject, layout, 1, own, 0, subject.merging(budget, own), seed)
-        if layout not in untouched:
-            untouched[layout] = prompts.run(UNTOUCHED, measure.flops)
-        total["untouched"].update(untouched[layout])
-        total["dymu"].update(prompts.run(COUNTED, measure.flops))
-    return {name: dict(found) for name, found in total.items()}
+def _flops(model: Any, inputs: Inputs) -> dict[str, int]:
+    encoder, prefill, _ = count(model, inputs)
+    return {"encoder_flops": encoder, "prefill_flops": prefill}
 
 
 class _Prompts:
-    """The prompts of one cell: with images, and for the floor of as many text tokens as remain.
+    """The prompts of a cell, and for the floor prompts with as many text tokens as remain of its images."""
 
-    Args:
-        left: tokens of an image that remain, on average.
-        merging: what `dymu.apply` is to merge by.
-    """
+    def __init__(self, workload: Workload, cell: Cell, images: Sequence[int], seed: int) -> None:
+        self._model = workload.model
+        config = resolve(self._model).language_model.config
+        token = resolve(self._model).placeholders["image"]
 
-    def __init__(
-        self,
-        subject: Subject,
-        layout: str,
-        batch: int,
-        images: Sequence[int],
-        left: int,
-        merging: dict[str, Any],
-        seed: int,
-    ) -> None:
-        self._model, self._merging = subject.model, merging
-        config = resolve(self._model, FAMILIES).language_model.config
-        token = resolve(self._model, FAMILIES).placeholders["image"]
-
-        def prompt(tokens: int, placeholder: bool) -> Inputs:
-            words = ids(layout, batch, tokens, token, config.vocab_size, placeholder, seed).to(self._model.device)
+        def inputs(tokens: int, placeholder: bool) -> Inputs:
+            words = ids(cell.prompt, cell.batch, tokens, token, config.vocab_size, placeholder, seed)
+            words = words.to(self._model.device)
             return {"input_ids": words, "attention_mask": torch.ones_like(words)}
 
-        self._shown = {**prompt(subject.tokens, True), **subject.shown(images)}
-        self._short = prompt(left, False)
+        with _memory_errors():
+            self._merging = workload.merging(cell.budget, images)
+            self._shown = {**inputs(workload.tokens, True), **workload.shown(images)}
+            self._short = inputs(round(fmean(cell.kept)), False)
 
-    def run(self, variant: Variant, of: Callable[[Any, Inputs], Found]) -> Found:
-        """What `of` says of the model, run as the variant wants."""
+    def run(self, variant: Variant, measure: Callable[[Any, Inputs], Answer]) -> Answer:
+        """Call `measure` with the model, the variant applied to it, and the prompt."""
         with _memory_errors(), variant.on(self._model, self._merging):
-            return of(self._model, self._short if variant.floor else self._shown)
+            return measure(self._model, self._short if variant.floor else self._shown)
 
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Whatever an allocator raises becomes an `_OutOfMemory`."""
+    """Raise `_LeftOut` for every error of an allocator."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise _OutOfMemory from None
+            raise _LeftOut("out of memory") from None
         raise
 
 
@@ -261,17 +241,3 @@ def _refusal(checked: Checked) -> str:
     if checked.error is None:
         return f"not timed, since it cannot run: {checked.why}"
     return f"not timed, since it is off from the reference by {checked.error:.1e} (allowed: {checked.allowed:.0e})"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "dymu": __version__}
-    for name in ("torch", "transformers", "triton"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _bar(wanted: bool) -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal))

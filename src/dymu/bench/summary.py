@@ -1,17 +1,17 @@
-"""From a result file to numbers: medians, and how each variant stands to the untouched model."""
+"""From a result file to numbers: medians, and each variant's ratios to the untouched model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from dymu.bench.results import Bench, Cell, Measured
 from dymu.bench.variants import UNTOUCHED, Variant
 
 PARTS = {"encoder": "encoder", "prefill": "prefill", "decode": "each token after", "end_to_end": "end to end"}
-"""What is timed, and what it is called."""
+"""The parts that are timed, and their names in tables."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Line:
         median_ms: by part, see `PARTS`; the floor, which has no image, has only the two of the language model.
         quartiles_ms: the same, lower and upper.
         ratios: to the untouched model; empty where that has no times, and for that itself.
-        merge_share: of the encoder's time, what finding partners and merging takes; None where nothing merges.
-        peak_bytes, cache_bytes: see `dymu.bench.measure.memory`.
+        merge_share: fraction of the encoder's time for matching and merging; None where nothing merges.
+        peak_bytes, cache_bytes: see `dymu.bench.probes.memory`.
         rounds: measured.
     """
 
@@ -60,12 +60,12 @@ class Line:
     @property
     def slower_in(self) -> list[str]:
         """The parts in which it is slower than the untouched model, beyond noise."""
-        return [PARTS[part] for part, found in self.ratios.items() if found.slower]
+        return [PARTS[part] for part, ratio in self.ratios.items() if ratio.slower]
 
 
 @dataclass(frozen=True)
 class CellSummary:
-    """One budget, batch and layout.
+    """One budget, batch and prompt.
 
     Attributes:
         kept: image tokens that remain of each image.
@@ -73,7 +73,7 @@ class CellSummary:
         flop_ratios: counted FLOPs of DyMU to those of the untouched model, of encoder and prefill.
     """
 
-    layout: str
+    prompt: str
     batch: int
     budget: float
     kept: list[int]
@@ -87,28 +87,25 @@ class CellSummary:
         return float(np.mean(self.kept))
 
 
-def summarise(results: dict[str, Any]) -> list[CellSummary]:
-    """Every cell of a result file, by layout, batch and budget."""
-    compared = [Variant(**variant) for variant in results["variants"]]
-    cells = sorted(results["cells"], key=lambda cell: (cell["layout"], cell["batch"], -cell["budget"]))
-    return [_cell(cell, compared, results["answer_tokens"]) for cell in cells]
+def summarise(bench: Bench) -> list[CellSummary]:
+    """Every cell of a result file, by prompt, batch and budget."""
+    cells = sorted(bench.cells, key=lambda cell: (cell.prompt, cell.batch, -cell.budget))
+    return [_cell(cell, bench) for cell in cells]
 
 
-def _cell(cell: dict[str, Any], compared: Sequence[Variant], answer_tokens: int) -> CellSummary:
-    lines = []
-    if "variants" in cell:
-        times = {variant: _times(cell["variants"][variant.name], variant, answer_tokens) for variant in compared}
-        lines = [
-            _line(cell["variants"][variant.name], variant, times[variant], times[UNTOUCHED]) for variant in compared
-        ]
-    flops = cell.get("flops", {})
+def _cell(cell: Cell, bench: Bench) -> CellSummary:
+    times = {
+        variant: _times(cell.variants[variant.name], variant, bench.answer_tokens)
+        for variant in (bench.variants if cell.variants else ())
+    }
+    flops = cell.flops
     return CellSummary(
-        layout=cell["layout"],
-        batch=cell["batch"],
-        budget=cell["budget"],
-        kept=cell["kept"],
-        left_out=cell.get("left_out", ""),
-        lines=lines,
+        prompt=cell.prompt,
+        batch=cell.batch,
+        budget=cell.budget,
+        kept=cell.kept,
+        left_out=cell.left_out,
+        lines=[_line(cell.variants[variant.name], variant, ms, times[UNTOUCHED]) for variant, ms in times.items()],
         flop_ratios={
             part: flops["dymu"][f"{part}_flops"] / flops["untouched"][f"{part}_flops"]
             for part in ("encoder", "prefill")
@@ -117,38 +114,35 @@ def _cell(cell: dict[str, Any], compared: Sequence[Variant], answer_tokens: int)
     )
 
 
-def _times(found: dict[str, Any], variant: Variant, answer_tokens: int) -> dict[str, np.ndarray]:
+def _times(measured: Measured, variant: Variant, answer_tokens: int) -> dict[str, np.ndarray]:
     """Milliseconds of every round, by part; the answer's first token comes with the prefill."""
-    if "prefill_ms" not in found:
+    if not measured.prefill_ms:
         return {}
-    encoder, prefill, decode = (np.array(found[name]) for name in ("encoder_ms", "prefill_ms", "decode_ms_per_token"))
+    encoder, prefill, decode = map(np.array, (measured.encoder_ms, measured.prefill_ms, measured.decode_ms_per_token))
     if variant.floor:
         return {"prefill": prefill, "decode": decode}
     whole = encoder + prefill + (answer_tokens - 1) * decode
     return {"encoder": encoder, "prefill": prefill, "decode": decode, "end_to_end": whole}
 
 
-def _line(
-    found: dict[str, Any], variant: Variant, times: dict[str, np.ndarray], untouched: dict[str, np.ndarray]
-) -> Line:
-    of_untouched = {} if variant == UNTOUCHED else untouched
+def _line(measured: Measured, variant: Variant, times: dict[str, np.ndarray], untouched: dict[str, np.ndarray]) -> Line:
+    compared = {} if variant == UNTOUCHED else {part: (ms, untouched[part]) for part, ms in times.items() if untouched}
     return Line(
         variant=variant,
-        left_out=found.get("left_out", ""),
+        left_out=measured.left_out,
         median_ms={part: float(np.median(ms)) for part, ms in times.items()},
         quartiles_ms={part: _quartiles(ms) for part, ms in times.items()},
         ratios={
-            part: Ratio(float(np.median(ms) / np.median(of_untouched[part])), *_quartiles(ms / of_untouched[part]))
-            for part, ms in times.items()
-            if part in of_untouched
+            part: Ratio(float(np.median(ms) / np.median(full)), *_quartiles(ms / full))
+            for part, (ms, full) in compared.items()
         },
-        merge_share=found["merge_ms"] / found["merge_of_ms"] if "merge_ms" in found else None,
-        peak_bytes=found.get("peak_bytes", 0),
-        cache_bytes=found.get("cache_bytes", 0),
-        rounds=len(next(iter(times.values()), [])),
+        merge_share=None if measured.merge_ms is None else measured.merge_ms / (measured.merge_of_ms or math.nan),
+        peak_bytes=measured.peak_bytes,
+        cache_bytes=measured.cache_bytes,
+        rounds=len(measured.prefill_ms),
     )
 
 
 def _quartiles(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, (0.25, 0.75))
-    return float(low), float(high)
+    low, high = np.quantile(values, (0.25, 0.75)).tolist()
+    return low, high

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
-from dymu.bench.summary import PARTS, CellSummary, Line, Ratio, summarise
-from dymu.evaluate.tables import markdown
+from dymu.bench.results import Bench
+from dymu.bench.summary import PARTS, CellSummary, Line, summarise
+from dymu.measure.markdown import markdown
 
 MIB = 2**20
 
 
 def title(cell: CellSummary, full_tokens: int) -> str:
-    """What the cell measured."""
+    """The cell's prompt, batch and tokens."""
     spread = f" ({min(cell.kept)} to {max(cell.kept)})" if len(cell.kept) > 1 else ""
     prompts = "1 prompt" if cell.batch == 1 else f"{cell.batch} prompts"
-    return f"{cell.layout}, {prompts}, {cell.tokens:.0f}{spread} of {full_tokens} tokens per image"
+    return f"{cell.prompt}, {prompts}, {cell.tokens:.0f}{spread} of {full_tokens} tokens per image"
 
 
 def header(answer_tokens: int) -> list[str]:
@@ -27,8 +27,8 @@ def header(answer_tokens: int) -> list[str]:
 def lines(cell: CellSummary, brief: bool = False) -> list[list[str]]:
     """A line for each variant: the untouched model in milliseconds and MiB, the others as parts of that.
 
-    Medians with their quartiles or, `brief`, with half of what lies between them. Merging is told as a part of the
-    variant's own encoder time.
+    Medians with their quartiles or, if `brief`, with half of the distance between those. The time for merging is a part
+    of the variant's own encoder time.
     """
     if cell.left_out:
         return []
@@ -41,14 +41,14 @@ def lines(cell: CellSummary, brief: bool = False) -> list[list[str]]:
 
 
 def left_out(cell: CellSummary) -> list[str]:
-    """What has no numbers, and why."""
+    """Why the cell, or which of its variants, has no numbers."""
     if cell.left_out:
         return [f"not timed: {cell.left_out}"]
     return [f"{line.variant.name}: {line.left_out}" for line in cell.lines if line.left_out]
 
 
 def slower(cell: CellSummary) -> list[str]:
-    """What is slower than the untouched model, and in which part."""
+    """Variants that are slower than the untouched model, and in which parts."""
     return [
         f"{line.variant.name}: slower than untouched ({', '.join(line.slower_in)})"
         for line in cell.lines
@@ -56,83 +56,53 @@ def slower(cell: CellSummary) -> list[str]:
     ]
 
 
-def _line(line: Line, base: Line, brief: bool = False) -> list[str]:
-    absolute = not line.ratios
-    parts = [_ms(line, part, brief) if absolute else _ratio(line, part, brief) for part in PARTS]
+def _line(line: Line, base: Line, brief: bool) -> list[str]:
+    if line.ratios:
+        times = {
+            part: _with_spread(ratio.ratio, ratio.low, ratio.high, "{:.2f}".format, brief)
+            for part, ratio in line.ratios.items()
+        }
+        sizes = [f"{line.peak_bytes / base.peak_bytes:.2f}", f"{line.cache_bytes / base.cache_bytes:.2f}"]
+    else:
+        times = {
+            part: _with_spread(ms, *line.quartiles_ms[part], _number, brief, " ms")
+            for part, ms in line.median_ms.items()
+        }
+        sizes = [f"{size / MIB:,.1f} MiB" for size in (line.peak_bytes, line.cache_bytes)]
     share = "" if line.merge_share is None else f"{line.merge_share:.0%}"
-    sizes = [
-        _bytes(line.peak_bytes, 0 if absolute else base.peak_bytes),
-        _bytes(line.cache_bytes, 0 if absolute else base.cache_bytes),
-    ]
-    return [line.variant.name, *parts, share, *sizes]
+    return [line.variant.name, *(times.get(part, "") for part in PARTS), share, *sizes]
 
 
-def _ms(line: Line, part: str, brief: bool) -> str:
-    if part not in line.median_ms:
-        return ""
-
-    def number(ms: float) -> str:
-        return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 1 else f"{ms:.2g}"
-
-    low, high = line.quartiles_ms[part]
+def _with_spread(
+    median: float, low: float, high: float, number: Callable[[float], str], brief: bool, unit: str = ""
+) -> str:
     spread = f"±{number((high - low) / 2)}" if brief else f"[{number(low)}, {number(high)}]"
-    return f"{number(line.median_ms[part])} ms {spread}"
+    return f"{number(median)}{unit} {spread}"
 
 
-def _ratio(line: Line, part: str, brief: bool) -> str:
-    found = line.ratios.get(part)
-    if found is None:
-        return ""
-    spread = f"±{(found.high - found.low) / 2:.2f}" if brief else f"[{found.low:.2f}, {found.high:.2f}]"
-    return f"{found.ratio:.2f} {spread}"
+def _number(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 1 else f"{ms:.2g}"
 
 
-def _bytes(count: int, of: int) -> str:
-    return f"{count / of:.2f}" if of else f"{count / MIB:,.1f} MiB"
-
-
-def page(results: dict[str, Any]) -> str:
-    """All cells in Markdown, with what they were measured with."""
+def page(bench: Bench) -> str:
+    """All cells in Markdown, and the provenance."""
     parts = []
-    for cell in summarise(results):
-        parts.append(f"**{title(cell, results['full_tokens'])}**")
+    for cell in summarise(bench):
+        parts.append(f"**{title(cell, bench.full_tokens)}**")
         if not cell.left_out:
-            parts.append(markdown(header(results["answer_tokens"]), lines(cell)))
+            parts.append(markdown(header(bench.answer_tokens), lines(cell)))
         parts.append("\n".join(f"* {remark}" for remark in left_out(cell) + slower(cell)))
-    return "\n\n".join([*filter(None, parts), f"<sub>{provenance(results)}</sub>"])
+    return "\n\n".join([*filter(None, parts), f"<sub>{provenance(bench)}</sub>"])
 
 
-def overview(results: dict[str, Any]) -> str:
-    """One Markdown table over all cells: times and bytes as parts of the untouched model's; slower ones in bold."""
-    rows = []
-    for cell in summarise(results):
-        place = [f"{cell.tokens:.0f} of {results['full_tokens']}", str(cell.batch), cell.layout]
-        for line in cell.lines:
-            if line.ratios:
-                ratios = [_short(line.ratios.get(part)) for part in PARTS]
-                rows.append([*place, line.variant.name, *ratios, *_line(line, cell.lines[0])[-2:]])
-        rows += [[*place, line[0], *line[1 : len(PARTS) + 1], "", ""] for line in lines(cell)[-1:]]
-        rows += [[*place, remark, *[""] * (len(PARTS) + 2)] for remark in left_out(cell)]
-    return markdown(["image tokens", "batch", "prompt", "", *PARTS.values(), "peak memory", "KV cache"], rows)
-
-
-def _short(found: Ratio | None) -> str:
-    if found is None:
-        return ""
-    return f"**{found.ratio:.2f}**" if found.slower else f"{found.ratio:.2f}"
-
-
-def provenance(results: dict[str, Any]) -> str:
-    """One line: what was measured, how, and with what."""
-    model = results["model"]
-    rounds = sorted({line.rounds for cell in summarise(results) for line in cell.lines if line.rounds})
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+def provenance(bench: Bench) -> str:
+    """One line: the command, the model, the number of rounds, device and versions."""
+    model = bench.model
+    rounds = [len(run.prefill_ms) for cell in bench.cells for run in cell.variants.values() if run.prefill_ms]
+    counts = " to ".join(str(count) for count in sorted({min(rounds), max(rounds)})) if rounds else "no"
+    versions = ", ".join(f"{name} {number}" for name, number in bench.versions.items())
     return (
-        f"`{results['command']}`: {model['name']} (weights: {model['weights']}; merges: {model['merges']}), "
-        f"{results['dtype']}, seed {results['seed']}; medians of {_listed(rounds)} interleaved rounds; "
-        f"{results['device']}, {versions}, {results['date'][:10]}"
+        f"`{bench.command}`: {model['name']} (weights: {model['weights']}; merges: {model['merges']}), "
+        f"{bench.dtype}, seed {bench.seed}; medians of {counts} interleaved rounds; "
+        f"{bench.device}, {versions}, {bench.date[:10]}"
     )
-
-
-def _listed(rounds: Sequence[int]) -> str:
-    return " to ".join(str(count) for count in dict.fromkeys((*rounds[:1], *rounds[-1:]))) or "no"

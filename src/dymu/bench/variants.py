@@ -1,26 +1,26 @@
-"""What is compared: ways to run one model on one prompt. Data."""
+"""The ways to run one model on one prompt that are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
-from dymu.apply import Handle, apply
+import msgspec
+
+from dymu.choices import CacheForm
+from dymu.handle import Handle, applied
 from dymu.unmerging import BACKENDS
-from dymu.unmerging.cache import CacheForm
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One way.
 
     Attributes:
         name: in files and tables.
-        backend: of DyMU's attention; empty: DyMU is not applied, and the attention is the model's own (SDPA).
-        cache: what DyMU's KV cache stores.
-        floor: the language model is given as many text tokens as merged tokens remain, and no image.
+        backend: of DyMU's attention; empty: DyMU is not applied, and the model attends as usual (SDPA).
+        cache: the form of DyMU's KV cache.
+        floor: the prompt has as many text tokens as merged tokens remain, and no image.
     """
 
     name: str
@@ -28,18 +28,13 @@ class Variant:
     cache: CacheForm = "merged"
     floor: bool = False
 
-    @contextmanager
-    def on(self, model: Any, merging: dict[str, Any]) -> Iterator[Handle | None]:
-        """The model run this way, for a moment.
+    def on(self, model: Any, merging: dict[str, Any]) -> AbstractContextManager[Handle | None]:
+        """Apply this variant to the model while the context lasts; the handle is None where DyMU is not applied.
 
         Args:
-            merging: what `dymu.apply` is to merge by.
+            merging: arguments of `dymu.apply` that say what merges.
         """
-        if not self.backend:
-            yield None
-            return
-        with apply(model, **merging, backend=self.backend, cache=self.cache) as handle:
-            yield handle
+        return applied(model, {**merging, "backend": self.backend, "cache": self.cache} if self.backend else None)
 
 
 UNTOUCHED = Variant("untouched")
@@ -49,7 +44,7 @@ AUTHORS = Variant("authors' way (sdpa, expanded cache)", "sdpa", "expanded")
 
 
 def timed_backends() -> list[str]:
-    """Those that can be timed: all but the reference, which they are held against."""
+    """Names of the backends that can be timed: all but the reference, which they are compared with."""
     return ["auto", *(name for name in BACKENDS if name != "reference")]
 
 
@@ -57,7 +52,7 @@ def variants(backends: Iterable[str]) -> list[Variant]:
     """The untouched model, DyMU by each backend, the authors' way, and the floor; each once.
 
     Raises:
-        ValueError: an unknown backend, or the reference, which is what the others are held against.
+        ValueError: an unknown backend, or the reference, which the others are compared with.
     """
     timed = timed_backends()
     for backend in backends:

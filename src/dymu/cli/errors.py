@@ -1,14 +1,6 @@
-"""From an exception to what the user sees of it: one sentence and an exit code.
-
-A user's mistake never shows a traceback, unless it is asked for by `--debug` or `DYMU_DEBUG=1`.
-"""
-
-import os
-import sys
+"""The errors of the command line alone, and what a user sees of any exception: one sentence."""
 
 from dymu.errors import DymuError
-
-FAILED = 1
 
 
 class BadModel(DymuError):
@@ -21,29 +13,6 @@ class BadOutput(DymuError):
 
 class BadInput(DymuError):
     """Something named that is not there, or not what is needed."""
-
-
-class Traceback:
-    """Whether full tracebacks are wanted."""
-
-    wanted = False
-
-    @classmethod
-    def reset(cls) -> None:
-        cls.wanted = os.environ.get("DYMU_DEBUG", "") not in ("", "0")
-
-    @classmethod
-    def ask(cls, asked: bool) -> None:
-        cls.wanted = cls.wanted or asked
-
-
-def report(error: BaseException) -> int:
-    """Say what happened on stderr; the exit code."""
-    if isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    print(f"dymu: {sentence(error)}", file=sys.stderr)
-    return FAILED
 
 
 def sentence(error: BaseException) -> str:
@@ -64,5 +33,5 @@ def sentence(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's own words without their line breaks."""
+    """An exception's message without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,17 +1,15 @@
 """From a folder or a hub name to a model ready to be asked, and from a question to its prompt."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dymu.cli.errors import BadModel, one_line
-from dymu.errors import BadPrompt, BadThresholds, UnsupportedModel
+from dymu.errors import BadPrompt, DymuError, UnsupportedModel
+from dymu.thresholds import beside
 
 DEMO_BUDGET = 0.30
-THRESHOLDS_NAME = "thresholds.json"
 
 
 @dataclass(frozen=True)
@@ -27,68 +25,71 @@ def demo_model() -> str:
     named = os.environ.get("DYMU_DEMO_MODEL")
     folder = Path(named) if named else Path(__file__).parents[3] / "models" / "demo"
     if not (folder / "config.json").is_file():
-        where = (
-            f"DYMU_DEMO_MODEL names {folder}, which holds no model"
-            if named
-            else ("the demo model comes with the repository, and this dymu was installed without it")
+        where = "the demo model comes with the repository, and this dymu was installed without it"
+        if named:
+            where = f"DYMU_DEMO_MODEL names {folder}, which holds no model"
+        raise BadModel(
+            f"{where}: say which model to use, dymu run with --model, other commands as their first argument."
         )
-        raise BadModel(f"{where}: say which model to use with --model.")
     return str(folder)
 
 
 def thresholds_beside(model: str) -> Path:
-    """The thresholds that a model folder ships."""
-    path = Path(_source(model)) / THRESHOLDS_NAME
-    if path.is_file():
-        return path
-    raise BadThresholds(
-        f"{model} ships no {THRESHOLDS_NAME}: name one with --thresholds, or make it with "
-        f"`dymu calibrate {model} IMAGES... -b 0.3 -o {THRESHOLDS_NAME}`."
-    )
+    """The thresholds file that a model folder ships."""
+    return beside(_source(model), "--thresholds")
 
 
 def load(name: str) -> Loaded:
     """Model and processor from a folder or a hub name, on the accelerator if there is one."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
     from dymu.families import FAMILIES
 
     source = _source(name)
-    with _as_bad_model(name):
-        model_type = _model_type(source)
-    if model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"{name} is of the type {model_type!r}, which dymu does not know; it knows "
-            f"{', '.join(sorted(FAMILIES))}: docs/add-a-family.md says how to add one."
-        )
-    accelerated = torch.accelerator.is_available()
-    with _as_bad_model(name):
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source)
+        model_type = config.get("model_type", "(none)")
+        if model_type not in FAMILIES:
+            raise UnsupportedModel(
+                f"{name} is of the type {model_type!r}, which dymu does not know; it knows "
+                f"{', '.join(sorted(FAMILIES))}: docs/add-a-family.md says how to add one."
+            )
         processor = AutoProcessor.from_pretrained(source)
         # CPUs are slow in bfloat16, so there the weights are widened.
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto" if accelerated else torch.float32)
-    if accelerated:
-        model = model.to(torch.accelerator.current_accelerator())
-    return Loaded(model.eval(), processor)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto" if accelerator else torch.float32)
+    except (MemoryError, DymuError):
+        raise
+    except ImportError as error:
+        missing = "torchvision" if "torchvision" in str(error).lower() else one_line(error).rstrip(".")
+        raise BadModel(
+            f"{name} needs a package that is not installed ({missing}): install it, for example with "
+            "`pip install torchvision`."
+        ) from error
+    except Exception as error:  # safetensors, tokenizers, json and the hub each raise their own
+        why = one_line(error).rstrip(".")
+        if Path(name).expanduser().is_dir():
+            sentence = f"{name} could not be loaded ({why}): check that the folder is whole."
+        else:
+            sentence = f"{name} is no folder here, and the hub did not give it ({why}): check its name."
+        raise BadModel(sentence) from error
+    return Loaded(model.to(accelerator or "cpu").eval(), processor)
 
 
 def ask(loaded: Loaded, shown: Any, question: str) -> dict[str, Any]:
     """What the model takes for one image, or the frames of a video, and one question."""
-    from dymu.asking import inputs_for, video_inputs_for
-    from dymu.families import FAMILIES, resolve
+    from dymu.families import resolve
+    from dymu.prompting import inputs_for, video_inputs_for
 
     if not isinstance(shown, list):
-        return _checked(loaded, inputs_for(loaded.model, loaded.processor, [([shown], question)]), "the image")
-    if "video" not in resolve(loaded.model, FAMILIES).placeholders:
+        what, inputs = "the image", inputs_for(loaded.model, loaded.processor, [([shown], question)])
+    elif "video" in resolve(loaded.model).placeholders:
+        what, inputs = f"{len(shown)} frames", video_inputs_for(loaded.model, loaded.processor, shown, question)
+    else:
         raise BadModel(
             "this model takes no videos: take one that does, such as a llava_onevision, or show it an image."
         )
-    inputs = video_inputs_for(loaded.model, loaded.processor, shown, question)
-    return _checked(loaded, inputs, f"{len(shown)} frames")
-
-
-def _checked(loaded: Loaded, inputs: dict[str, Any], what: str) -> dict[str, Any]:
-    """The inputs, unless they are longer than the language model was made for."""
     tokens, limit = inputs["input_ids"].shape[1], loaded.model.config.get_text_config().max_position_embeddings
     if tokens > limit:
         raise BadPrompt(
@@ -100,8 +101,8 @@ def _checked(loaded: Loaded, inputs: dict[str, Any], what: str) -> dict[str, Any
 
 def answer(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> tuple[str, int]:
     """The model's greedy answer, and the bytes of its KV cache at the end of it."""
-    from dymu.asking import generate
-    from dymu.unmerging import cache_bytes
+    from dymu.hooks.cache import cache_bytes
+    from dymu.prompting import generate
 
     texts, cache = generate(loaded.model, loaded.processor, inputs, max_new_tokens)
     return texts[0], cache_bytes(cache)
@@ -122,32 +123,3 @@ def _source(name: str) -> str:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BadModel(f"{name} does not exist: check the path.")
     return name
-
-
-def _model_type(source: str) -> str:
-    from transformers import PreTrainedConfig
-
-    config, _ = PreTrainedConfig.get_config_dict(source)
-    return str(config.get("model_type", "(none)"))
-
-
-@contextmanager
-def _as_bad_model(name: str) -> Iterator[None]:
-    """Whatever loading stumbles over, in one sentence; a lack of memory is passed on as it is."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except ImportError as error:
-        missing = "torchvision" if "torchvision" in str(error).lower() else one_line(error).rstrip(".")
-        raise BadModel(
-            f"{name} needs a package that is not installed ({missing}): install it, for example with "
-            "`pip install torchvision`."
-        ) from error
-    except Exception as error:  # safetensors, tokenizers, json and the hub each raise their own
-        why = one_line(error).rstrip(".")
-        if Path(name).expanduser().is_dir():
-            sentence = f"{name} could not be loaded ({why}): check that the folder is whole."
-        else:
-            sentence = f"{name} is no folder here, and the hub did not give it ({why}): check its name."
-        raise BadModel(sentence) from error

@@ -1,4 +1,4 @@
-"""What a model family is: where it keeps the parts that merging and unmerging need. Data, no behaviour of its own."""
+"""What a model family is: where it keeps the parts that merging and unmerging need."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Family:
     tower: str = "vision_tower"
     projector: str = "multi_modal_projector"
     pooler: str | None = None
-    """What pools the frames of a video ahead of the projector, if anything does."""
+    """The module that pools the frames of a video ahead of the projector."""
     language_model: str = "language_model"
     image_token: str = "image_token_id"
     video_token: str | None = None

@@ -1,4 +1,4 @@
-"""From a loaded model to the parts that merging and unmerging change, found by name, once and loudly."""
+"""Find the parts of a loaded model that merging and unmerging change, by name, or raise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dymu.errors import UnsupportedModel
 from dymu.families.family import Decoder, Family, Tower
+from dymu.families.known import FAMILIES
 from dymu.merging import EncoderLayer
 
 Kind = TypeVar("Kind", Tower, Decoder)
@@ -20,7 +21,13 @@ Kind = TypeVar("Kind", Tower, Decoder)
 Modality = Literal["image", "video"]
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Kinds whose cached keys keep the angles of a shorter prompt in the stock models."""
+"""Kinds of rotary angles that depend on how long the prompt is."""
+
+ENCODER_PARTS, ENCODER_LISTS = (
+    ("norm1", "query", "key", "value", "out", "norm2", "mlp"),
+    ("after_attention", "after_mlp"),
+)
+"""Fields of `Tower` that hold a path, or several, and of `EncoderLayer` that hold the module there, or several."""
 
 HOW_TO_ADD = "docs/add-a-family.md says how to describe another"
 
@@ -46,19 +53,19 @@ class Parts:
 
     @property
     def placeholders(self) -> dict[Modality, int]:
-        """Ids of the placeholders that stand for one token of an image, or of a video, in `input_ids`."""
+        """In `input_ids`, the id that stands for one token of an image, or of a video."""
         names: dict[Modality, str | None] = {"image": self.family.image_token, "video": self.family.video_token}
         return {modality: int(getattr(self.config, name)) for modality, name in names.items() if name is not None}
 
     @property
     def pools_with_weights(self) -> bool:
-        """Whether what pools the frames of a video was learned."""
+        """Whether the frames of a video are pooled by learned weights."""
         return self.pooler is not None and any(True for _ in self.pooler.parameters())
 
-    def feature_layers(self, given: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
-        """Encoder layers that each used feature went through, by the arguments of a call or else by the config."""
+    def feature_layers(self, arguments: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
+        """How many encoder layers each used feature went through, by the arguments of a call or else by the config."""
         names = self.family.feature_layer.split("|")
-        named = [given[name] for name in names if given.get(name) is not None]
+        named = [arguments[name] for name in names if arguments.get(name) is not None]
         requested = named[0] if named else find(self.config, self.family.feature_layer)
         layers = [requested] if isinstance(requested, int) else list(requested)
         return [layer % (len(self.encoder_layers) + 1) for layer in layers]
@@ -69,7 +76,7 @@ class Parts:
 
 
 def find(root: nn.Module, path: str) -> Any:
-    """The part of `root` at a dotted path; `a.b|c.d` names alternatives, of which the first that exists is taken.
+    """The part of `root` at a dotted path; of alternatives `a.b|c.d`, the first that exists.
 
     Raises:
         UnsupportedModel: no alternative exists.
@@ -94,21 +101,12 @@ def _kind(kinds: tuple[Kind, ...], what: str, model_type: str) -> Kind:
 
 
 def _encoder_layer(module: nn.Module, tower: Tower, heads: int) -> EncoderLayer:
-    return EncoderLayer(
-        norm1=find(module, tower.norm1),
-        query=find(module, tower.query),
-        key=find(module, tower.key),
-        value=find(module, tower.value),
-        out=find(module, tower.out),
-        after_attention=tuple(find(module, path) for path in tower.after_attention),
-        norm2=find(module, tower.norm2),
-        mlp=find(module, tower.mlp),
-        after_mlp=tuple(find(module, path) for path in tower.after_mlp),
-        heads=heads,
-    )
+    parts: dict[str, Any] = {name: find(module, getattr(tower, name)) for name in ENCODER_PARTS}
+    parts |= {name: tuple(find(module, path) for path in getattr(tower, name)) for name in ENCODER_LISTS}
+    return EncoderLayer(heads=heads, **parts)
 
 
-def resolve(model: PreTrainedModel, families: dict[str, Family]) -> Parts:
+def resolve(model: PreTrainedModel) -> Parts:
     """Find the parts of `model`.
 
     Raises:
@@ -116,10 +114,10 @@ def resolve(model: PreTrainedModel, families: dict[str, Family]) -> Parts:
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
-    family = families.get(model_type)
+    family = FAMILIES.get(model_type)
     if family is None:
         raise UnsupportedModel(
-            f"the model type {model_type!r} is not described; described are {', '.join(families)}; {HOW_TO_ADD}."
+            f"the model type {model_type!r} is not described; described are {', '.join(FAMILIES)}; {HOW_TO_ADD}."
         )
     if not hasattr(model, family.inner.split(".")[0]):
         raise UnsupportedModel(

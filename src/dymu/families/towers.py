@@ -6,7 +6,7 @@ from dymu.families.family import Tower
 
 CLIP = Tower(
     model_types=("clip_vision_model",),
-    layers="encoder.layers|vision_model.encoder.layers",
+    layers="encoder.layers",
     norm1="layer_norm1",
     query="self_attn.q_proj",
     key="self_attn.k_proj",
@@ -22,10 +22,10 @@ DINOV2 = Tower(
     model_types=("dinov2", "dinov2_with_registers"),
     layers="encoder.layer",
     norm1="norm1",
-    query="attention.q_proj|attention.attention.query",
-    key="attention.k_proj|attention.attention.key",
-    value="attention.v_proj|attention.attention.value",
-    out="attention.o_proj|attention.output.dense",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.o_proj",
     after_attention=("layer_scale1", "drop_path"),
     norm2="norm2",
     mlp="mlp",

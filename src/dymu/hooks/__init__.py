@@ -1,1 +1,1 @@
-"""What is hung into a stock transformers model, and all that knows transformers' insides."""
+"""What `dymu.apply` hooks into a stock transformers model, and all code that knows transformers' insides."""

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
-from transformers import Cache, __version__
+from transformers import Cache
 from transformers.generation import utils as generation
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -25,7 +25,7 @@ def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
 
 
 def pop_cache(arguments: MutableMapping[str, Any]) -> Cache | None:
-    """The same, taken out."""
+    """Take the KV cache out of the arguments of a call."""
     cache = cache_among(arguments)
     for name in CACHE_NAMES:
         arguments.pop(name, None)
@@ -33,7 +33,7 @@ def pop_cache(arguments: MutableMapping[str, Any]) -> Cache | None:
 
 
 def cache_of(output: Any) -> Any:
-    """The KV cache in what a model or `generate` gave."""
+    """The KV cache in the output of a model or of `generate`."""
     return next((getattr(output, name) for name in CACHE_NAMES if hasattr(output, name)), None)
 
 
@@ -45,8 +45,3 @@ def going_on(model: Any, output: Any) -> dict[str, Any]:
 def cuts_encoded_images() -> bool:
     """Whether chunked prefill cuts the features of encoded images along with the prompt (from transformers 5.23 on)."""
     return hasattr(generation, "_slice_mm_encoder_output")
-
-
-def version() -> str:
-    """Of the transformers in use."""
-    return str(__version__)

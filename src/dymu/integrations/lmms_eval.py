@@ -23,11 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from dymu.apply import Handle, apply
-from dymu.asking import adds_special_tokens
-from dymu.errors import BadBudget, BadPrompt, BadThresholds, DymuError
-from dymu.merging import FixedMerge
-from dymu.unmerging import Unmerge
+from dymu.choices import Unmerge
+from dymu.errors import BadBudget, BadPrompt, DymuError
+from dymu.handle import Handle, apply
+from dymu.prompting import adds_special_tokens, processed
+from dymu.reducers import FixedMerge
+from dymu.thresholds import beside
 
 _MAX_NEW_TOKENS = 1024
 _KNOWN_SETTINGS = frozenset(vars(GenerationConfig()))
@@ -39,7 +40,7 @@ class Dymu(lmms):
     Args:
         pretrained: folder or hub name of a model of a described family (`dymu families`).
         thresholds: a thresholds file; without it, `thresholds.json` in the model's folder.
-        budget: wanted average of image tokens, in tokens or as a fraction. With neither a budget nor thresholds nor
+        budget: average of image tokens, in tokens or as a fraction. With neither a budget nor thresholds nor
             `merge_fixed`, the model is untouched.
         merge_fixed: every image keeps so many tokens (plain ToMe, `dymu.FixedMerge`), instead of thresholds.
         unmerge: see `dymu.apply`.
@@ -47,7 +48,7 @@ class Dymu(lmms):
         dtype: as in transformers; without it, the checkpoint's on an accelerator and `float32` on a CPU.
         batch_size: prompts at a time.
         max_length: tokens of a prompt and its answer together, at most; without it, what the language model allows.
-        chat_template: a file with a Jinja chat template, in the place of the processor's own.
+        chat_template: a file with a Jinja chat template, instead of the processor's.
 
     Raises:
         BadThresholds, BadBudget, UnsupportedModel: see `dymu.apply`.
@@ -78,7 +79,6 @@ class Dymu(lmms):
         if self.processor.chat_template is None:
             raise BadPrompt(f"{pretrained} has no chat template; name a Jinja file of one with chat_template=FILE.")
         self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         dtype = dtype or ("float32" if self.device.type == "cpu" else "auto")
@@ -97,8 +97,7 @@ class Dymu(lmms):
             inputs = self._inputs([self._prompt(args[0], *args[2:]) for args in batch.values()])
             width = inputs["input_ids"].shape[1]
             self._check_length(width + 1)
-            wanted = next(iter(batch.values()))[1]
-            settings, until = _settings(wanted), _until(wanted)
+            settings, until = _settings(next(iter(batch.values()))[1])
             settings["max_new_tokens"] = min(settings["max_new_tokens"], self.max_length - width)
             if until:
                 settings["stopping_criteria"] = [functools.partial(self._ended, width, until)]
@@ -106,7 +105,7 @@ class Dymu(lmms):
             output = self.model.generate(**inputs, **settings, pad_token_id=self.tokenizer.pad_token_id)
             new = output[:, width:]
             self._count(time.perf_counter() - start, int((new != self.tokenizer.pad_token_id).sum()))
-            for index, text in zip(batch, self._texts(new), strict=True):
+            for index, text in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 for stop in until:
                     text = text.split(stop, 1)[0]
                 answers[index] = text
@@ -200,16 +199,10 @@ class Dymu(lmms):
         prompt: str = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         return prompt, [image.convert("RGB") for image in images]
 
-    def _inputs(self, prompts: Sequence[tuple[str, list[Image.Image]]]) -> Any:
+    def _inputs(self, prompts: Sequence[tuple[str, list[Image.Image]]]) -> dict[str, Any]:
         texts = [text for text, _ in prompts]
         images = [image for _, shown in prompts for image in shown]
-        options = {
-            "add_special_tokens": adds_special_tokens(self.tokenizer, texts[0]),
-            "padding": True,
-            "return_tensors": "pt",
-        }
-        inputs = self.processor(text=texts, images=images or None, **options)
-        return inputs.to(self.device, dtype=self.model.dtype)
+        return processed(self.model, self.processor, texts, images=images or None)
 
     def _tokens_added(self, text: str, continuation: str) -> int:
         """How many tokens at the end of the whole are the continuation's; one that holds a piece of both is."""
@@ -220,13 +213,10 @@ class Dymu(lmms):
         shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False))
         return len(whole) - sum(1 for _ in shared)
 
-    def _texts(self, ids: Tensor) -> list[str]:
-        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts
-
     def _ended(self, width: int, until: Sequence[str], ids: Tensor, *_: Any, **__: Any) -> Tensor:
         """Which rows hold a string to end at. (`stop_strings` refuses those that the vocabulary cannot spell.)"""
-        ended = [any(stop in text for stop in until) for text in self._texts(ids[:, width:])]
+        texts = self.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+        ended = [any(stop in text for stop in until) for text in texts]
         return torch.tensor(ended, device=ids.device)
 
     def _check_length(self, length: int) -> None:
@@ -248,7 +238,7 @@ def _device(named: str | None) -> torch.device:
     """The named device, or the accelerator of this process: `accelerate launch` and `torchrun` start several."""
     if named is not None:
         return torch.device(named)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}")
 
 
@@ -268,26 +258,16 @@ def _applied(
         if unmerge != "exact":
             raise BadBudget(f"unmerge={unmerge} needs something merged; give a budget or merge_fixed as well.")
         return None
-    if thresholds is None:
-        beside = Path(pretrained).expanduser() / "thresholds.json"
-        if not beside.is_file():
-            raise BadThresholds(
-                f"{pretrained} has no thresholds.json beside it; name a file with thresholds=FILE, or make one with "
-                f"`dymu calibrate {pretrained} IMAGES... -o FILE`."
-            )
-        thresholds = str(beside)
-    return apply(model, thresholds, budget=budget, unmerge=unmerge)
+    return apply(model, thresholds or beside(pretrained, "thresholds=FILE"), budget=budget, unmerge=unmerge)
 
 
-def _settings(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's generation settings as transformers takes them; what it does not know, such as `until`, is left out."""
-    known = {"max_new_tokens": _MAX_NEW_TOKENS} | {key: wanted[key] for key in wanted if key in _KNOWN_SETTINGS}
-    temperature = wanted.get("temperature")
-    if wanted.get("do_sample", temperature) and temperature != 0:
-        return known | {"do_sample": True}
-    return known | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-
-
-def _until(wanted: Mapping[str, Any]) -> list[str]:
-    until = wanted.get("until") or []
-    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+def _settings(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A task's generation settings that transformers knows, and the strings to end at."""
+    known = {"max_new_tokens": _MAX_NEW_TOKENS} | {key: options[key] for key in options if key in _KNOWN_SETTINGS}
+    temperature = options.get("temperature")
+    if options.get("do_sample", temperature) and temperature != 0:
+        known["do_sample"] = True
+    else:
+        known |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    until = options.get("until") or []
+    return known, [stop for stop in ([until] if isinstance(until, str) else until) if stop]

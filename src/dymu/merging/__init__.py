@@ -1,40 +1,10 @@
-"""The encoder half of DyMU: tokens that are alike merge (paper section 3.1)."""
+"""The encoder half of DyMU: tokens that are alike merge (paper section 3.1). Torch only."""
 
-from dymu.merging.baselines import AveragePool, RandomKeep
-from dymu.merging.encoder_layer import EncoderLayer, MergedTokens, MergeRun
+from dymu.merging.encoder_layer import EncoderLayer, MergedTokens
+from dymu.merging.in_prompt import PictureTokens
 from dymu.merging.layout import Layout
-from dymu.merging.match import best_partner
+from dymu.merging.match import above
 from dymu.merging.merge import merge_step
-from dymu.merging.rule import (
-    SCHEDULES,
-    Chooser,
-    FixedMerge,
-    MergeRule,
-    Reduction,
-    Schedule,
-    Settling,
-    ThresholdMerge,
-    above,
-    removals,
-)
+from dymu.merging.schedule import removals
 
-__all__ = [
-    "SCHEDULES",
-    "AveragePool",
-    "Chooser",
-    "EncoderLayer",
-    "FixedMerge",
-    "Layout",
-    "MergeRule",
-    "MergeRun",
-    "MergedTokens",
-    "RandomKeep",
-    "Reduction",
-    "Schedule",
-    "Settling",
-    "ThresholdMerge",
-    "above",
-    "best_partner",
-    "merge_step",
-    "removals",
-]
+__all__ = ["EncoderLayer", "Layout", "MergedTokens", "PictureTokens", "above", "merge_step", "removals"]

@@ -1,4 +1,4 @@
-"""One encoder layer that merges between its attention and its MLP, and the run of a batch through all of them."""
+"""One encoder layer in two halves, between which tokens merge, and the tokens of a batch on their way through."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from dymu.merging.attention import sized_attention
 from dymu.merging.layout import Layout
 from dymu.merging.match import best_partner, similarity_metric
-from dymu.merging.merge import merge_step, merge_tokens, reduce_tokens
-from dymu.merging.rule import Chooser, MergeRule, Reduction
+from dymu.merging.merge import merge_step, merge_tokens
 from dymu.token_map import TokenMap
 
 
@@ -93,65 +92,7 @@ class MergedTokens:
 
     def merge(self, x: Tensor, into: Tensor, prefix: int) -> tuple[Tensor, MergedTokens]:
         """Merge the A tokens of x, in the layout, into their partners `into`, see `merge_step`."""
-        step, layout = merge_step(into, self.layout, prefix)
-        x, size = merge_tokens(x, self.size, step, self.layout, layout)
-        # No original goes, also where a row of `step` is padded.
-        return x, MergedTokens(replace(self.map.then(step), padded=self.map.padded), layout, size)
-
-
-class MergeRun:
-    """One batch on its way through the encoder.
-
-    Args:
-        rule: which tokens merge.
-        depth: encoder layers that run and may merge, from the first on.
-        prefix: leading tokens that never merge.
-    """
-
-    def __init__(self, rule: MergeRule, depth: int, prefix: int) -> None:
-        self.rule, self.depth, self.prefix = rule, depth, prefix
-        self.states: list[MergedTokens] = []
-        self._choosers: list[Chooser | None] = []
-
-    def layer(self, index: int, layer: EncoderLayer, x: Tensor) -> Tensor:
-        """Run encoder layer `index` on what the layer before it gave.
-
-        Fewer tokens may come out. Between layers they travel as the states' layouts say; the last of `depth` gives
-        [B, T, C] again, and those past it give back what they are given, since nobody reads their features.
-        """
-        if index == 0:
-            self.states = [MergedTokens.unmerged(x)]
-            self._choosers = list(self.rule.choosers(x.shape[1] - self.prefix, self.depth))
-        state = self.states[-1]
-        if index < self.depth:
-            x, keys = layer.attend(x, state)
-            chooser = self._choosers[index]
-            if chooser is not None:
-                similarity, partner = state.match(keys, self.prefix)
-                x, state = state.merge(x, chooser(similarity, partner), self.prefix)
-            x = layer.feed_forward(x)
-        if index + 1 == self.depth:
-            x = state.layout.pad(x)
-            if isinstance(self.rule, Reduction):
-                step = self.rule.reduction(len(x), x.shape[1] - self.prefix, x.device).after(self.prefix)
-                x, _ = reduce_tokens(x, state.map.size(), step)
-                state = MergedTokens(state.map.then(step), Layout.of(step.kept))
-        self.states.append(state)
-        return x
-
-    @property
-    def map(self) -> TokenMap:
-        """Encoder tokens, prefix included, to those that are left."""
-        return self.states[-1].map
-
-    def in_final_tokens(self, hidden: Tensor, layers: int) -> Tensor:
-        """Average what the first `layers` layers gave down to the tokens left at the end, [B, M, C]."""
-        if layers >= self.depth:
-            return hidden
-        state, final = self.states[layers], self.map
-        hidden = state.layout.pad(hidden)
-        if state.map is final:
-            return hidden
-        group = final.group.gather(1, state.map.first())
-        onward = TokenMap(torch.where(state.layout.present, group, -1), final.kept, final.width, padded=True)
-        return reduce_tokens(hidden, state.map.size(), onward)[0]
+        merge_map, layout = merge_step(into, self.layout, prefix)
+        x, size = merge_tokens(x, self.size, merge_map, self.layout, layout)
+        # No original is dropped, also where a row of `merge_map` is padded.
+        return x, MergedTokens(replace(self.map.then(merge_map), padded=self.map.padded), layout, size)

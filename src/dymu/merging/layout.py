@@ -71,79 +71,87 @@ class Layout:
         """int64 [B, 1], where each image begins among all S tokens."""
         return (self.length.cumsum(0) - self.length)[:, None]
 
-    def index(self, place: Tensor) -> Tensor:
-        """Places [B, ...] within each image, to those among all S tokens."""
-        return place if self.batch == 1 else place + self.start
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Of the tokens as they travel, without channels."""
+        return (1, self.total) if self.packed else (self.batch, self.longest)
+
+    def index(self, position: Tensor) -> Tensor:
+        """Positions [B, ...] within each image, to positions among all S tokens."""
+        return position if self.batch == 1 else position + self.start
 
     @cached_property
     def present(self) -> Tensor:
-        """bool [B, T], the places that hold a token."""
-        return self._places(self.longest) < self.length[:, None]
+        """bool [B, T], whether there is a token."""
+        return self._range(self.longest) < self.length[:, None]
 
     def pad(self, x: Tensor) -> Tensor:
         """Tokens as they travel, to [B, T, ...]; past an image's end stands some token, which the reader must mask."""
-        return x if not self.packed else self._rows(x, self.start, self.longest)
+        return self._rows(x, self.start, self.longest) if self.packed else x
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to tokens as they travel."""
-        return x.flatten(0, 1).index_select(0, self._slot)[None] if self.packed else x
+        return x.flatten(0, 1).index_select(0, self._padded_row)[None] if self.packed else x
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Tokens as they travel, to [b, t, ...] for each bucket, like `pad`."""
-        if self._order is None:
-            return [self.pad(x)]
-        return [self._rows(x, self.start[images], longest) for images, longest in self._buckets]
+        if not self.packed:
+            return [x]
+        return [self._rows(x, start, longest) for start, _, longest in self._buckets]
 
     def absent(self) -> list[Tensor | None]:
-        """bool [b, t] for each bucket, the places that hold no token; None: no such place."""
-        if self._order is None:
-            return [~self.present if self.packed else None]
-        return [self._places(longest) >= self.length[images, None] for images, longest in self._buckets]
+        """bool [b, t] for each bucket, whether there is no token; None: there are all."""
+        if not self.packed:
+            return [None]
+        return [self._range(longest) >= length for _, length, longest in self._buckets]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`."""
-        if self._order is None:
+        if len(parts) == 1:
             return self.pack(parts[0])
-        return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self._bucket_slot)[None]
+        return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self._bucket_row)[None]
 
-    def _places(self, longest: int) -> Tensor:
-        return torch.arange(longest, device=self.length.device)
+    def _range(self, end: int) -> Tensor:
+        return torch.arange(end, device=self.length.device)
 
     def _rows(self, x: Tensor, start: Tensor, longest: int) -> Tensor:
-        place = (start + self._places(longest)).clamp_(max=self.total - 1)
-        return x[0].index_select(0, place.flatten()).view(*place.shape, *x.shape[2:])
+        index = (start + self._range(longest)).clamp_(max=self.total - 1)
+        return x[0].index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
 
     @cached_property
-    def _order(self) -> list[list[int]] | None:
-        """The images of each bucket, the shortest first; None: one bucket of all, in their order."""
-        size = bucket_size(self.length.device, self.batch)
-        if not self.packed or size >= self.batch:
-            return None
+    def _images(self) -> list[list[int]]:
+        """The images of each bucket, the shortest first."""
         rising = sorted(range(self.batch), key=self.lengths.__getitem__)
+        size = bucket_size(self.length.device, self.batch)
         return [rising[first : first + size] for first in range(0, self.batch, size)]
 
     @cached_property
-    def _buckets(self) -> list[tuple[Tensor, int]]:
-        """The images int64 [b] and the longest of each bucket."""
-        order = self._order or []
-        return [(torch.tensor(images, device=self.length.device), self.lengths[images[-1]]) for images in order]
+    def _buckets(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Of each bucket, where its images begin and how long they are, int64 [b, 1], and the longest of them.
+
+        Images in one bucket keep their order.
+        """
+        length = self.length[:, None]
+        if len(self._images) == 1:
+            return [(self.start, length, self.longest)]
+        return [(self.start[images], length[images], self.lengths[images[-1]]) for images in self._images]
 
     @cached_property
-    def _slot(self) -> Tensor:
-        """int64 [S], the padded place of each packed token."""
-        return self._slots(torch.arange(self.batch, device=self.length.device) * self.longest)
+    def _padded_row(self) -> Tensor:
+        """int64 [S], the row of each packed token among the [B * T] padded ones."""
+        return self._row(self._range(self.batch) * self.longest)
 
     @cached_property
-    def _bucket_slot(self) -> Tensor:
-        """int64 [S], the place of each packed token among those of all buckets."""
+    def _bucket_row(self) -> Tensor:
+        """int64 [S], the row of each packed token among the padded ones of all buckets."""
         begins, behind = [0] * self.batch, 0
-        for images in self._order or []:
+        for images in self._images:
             for image in images:
                 begins[image] = behind
                 behind += self.lengths[images[-1]]
-        return self._slots(torch.tensor(begins, device=self.length.device))
+        return self._row(torch.tensor(begins, device=self.length.device))
 
-    def _slots(self, begins: Tensor) -> Tensor:
-        """int64 [S], the place of each packed token where image b begins at `begins[b]`."""
+    def _row(self, begins: Tensor) -> Tensor:
+        """int64 [S], the row of each packed token where image b begins at row `begins[b]`."""
         shift = begins - self.start[:, 0]
-        return shift.repeat_interleave(self.length, output_size=self.total) + self._places(self.total)
+        return shift.repeat_interleave(self.length, output_size=self.total) + self._range(self.total)

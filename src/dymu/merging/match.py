@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dymu.merging.layout import Layout
+from dymu.token_map import at_least_float32
 
 
 def similarity_metric(keys: Tensor) -> Tensor:
@@ -18,17 +19,16 @@ def similarity_metric(keys: Tensor) -> Tensor:
     Returns:
         [..., D], unit vectors.
     """
-    total = (keys if keys.dtype == torch.float64 else keys.float()).sum(-2)  # as long as the mean, once normalised
-    return normalize(total, dim=-1)
+    return normalize(at_least_float32(keys).sum(-2), dim=-1)  # a sum, once normalised, is a mean
 
 
 def best_partner(metric: Tensor, layout: Layout, prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """For every token at an even place (A), the most similar one at an odd place (B).
+    """For every token at an even index (A), the most similar one at an odd index (B).
 
     Args:
         metric: unit vectors of all tokens, in `layout`, with D channels.
         layout: of the tokens.
-        prefix: leading tokens (class, registers) of each image that never merge; places are counted from behind them.
+        prefix: leading tokens (class, registers) of each image that never merge; counting starts behind them.
 
     Returns:
         similarity: [B, A] of A = ceil((T - prefix) / 2), cosine to the best partner; -inf where an image has no such
@@ -47,3 +47,15 @@ def best_partner(metric: Tensor, layout: Layout, prefix: int = 0) -> tuple[Tenso
     absent = ~layout.present
     similarity, partner = scores.masked_fill_(absent[:, None, prefix + 1 :: 2], -torch.inf).max(-1)
     return similarity.masked_fill(absent[:, prefix::2], -torch.inf), partner
+
+
+def above(threshold: float, similarity: Tensor, partner: Tensor) -> Tensor:
+    """Merge what is more similar than `threshold`.
+
+    Args:
+        similarity, partner: of the A tokens, see `best_partner`.
+
+    Returns:
+        int64 [B, A], the partner that each A token merges into; -1: it stays.
+    """
+    return torch.where(similarity > threshold, partner, -1)

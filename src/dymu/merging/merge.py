@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from dymu.merging.layout import Layout
-from dymu.token_map import TokenMap
+from dymu.token_map import TokenMap, at_least_float32
 
 
 def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap, Layout]:
@@ -22,65 +22,45 @@ def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap,
         prefix: leading tokens of each image that never merge.
 
     Returns:
-        TokenMap from T places to the tokens that remain, and their layout. One host synchronisation.
+        TokenMap from the T tokens to those that remain, and their layout. One host synchronisation.
     """
     batch, tokens, device = before.batch, before.longest, into.device
     b_count = (tokens - prefix) // 2
     stays = into < 0
-    place = stays.cumsum(1).add_(prefix - 1)
-    b_start = place[:, -1:] + 1
+    stay_at = stays.cumsum(1).add_(prefix - 1)
+    b_start = stay_at[:, -1:] + 1
     if before.packed:  # an image's missing A tokens are its last ones, and stay
         b_start -= into.shape[1] - (before.length[:, None] - prefix + 1) // 2
     group = torch.empty(batch, tokens, dtype=torch.long, device=device)
     group[:, :prefix] = torch.arange(prefix, device=device)
-    torch.where(stays, place, into + b_start, out=group[:, prefix::2])
+    torch.where(stays, stay_at, into + b_start, out=group[:, prefix::2])
     torch.add(b_start, torch.arange(b_count, device=device), out=group[:, prefix + 1 :: 2])
     if before.packed:
         group.masked_fill_(~before.present, -1)
-        after = Layout.of(b_start[:, 0] + (before.length - prefix) // 2)
-    else:
-        after = Layout.of(b_start[:, 0] + b_count)
+    after = Layout.of(b_start[:, 0] + ((before.length - prefix) // 2 if before.packed else b_count))
     return TokenMap(group, after.length, after.longest, before.packed), after
 
 
 def merge_tokens(
-    x: Tensor, size: Tensor | None, step: TokenMap, before: Layout, after: Layout
+    x: Tensor, size: Tensor | None, merge_map: TokenMap, before: Layout, after: Layout
 ) -> tuple[Tensor, Tensor]:
-    """Size-weighted mean of every group of `step`: x_j = sum(s x) / sum(s), s_j = sum(s).
+    """Size-weighted mean of every group of `merge_map`: x_j = sum(s x) / sum(s), s_j = sum(s).
 
     Args:
         x: tokens, in the layout `before`, with C channels.
         size: float32, in the layout `before`, how many original tokens each stands for; None: one each.
-        step, after: see `merge_step`.
+        merge_map, after: see `merge_step`.
 
     Returns:
         Tokens in x's dtype and their float32 sizes, in the layout `after`.
     """
-    goal = before.pack(after.index(step.group)).flatten()
+    goal = before.pack(after.index(merge_map.group)).flatten()
     ones = torch.ones(before.total, device=x.device) if size is None else size.flatten()
     merged_size = ones.new_zeros(after.total).index_add(0, goal, ones)
     goal, order = goal.sort(stable=True)
     first = torch.searchsorted(goal, torch.arange(after.total, device=x.device))
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = at_least_float32(x)
     weight = ones[order].to(wide.dtype) / merged_size[goal]
     # A bag of one token has weight 1 and is copied. Bags add up in one order, where scattered adds on a GPU do not.
     merged = embedding_bag(order, wide.flatten(0, 1), first, mode="sum", per_sample_weights=weight).to(x.dtype)
-    shape = (1, after.total) if after.packed else (after.batch, after.longest)
-    return merged.unflatten(0, shape), merged_size.view(shape)
-
-
-def reduce_tokens(x: Tensor, size: Tensor, step: TokenMap) -> tuple[Tensor, Tensor]:
-    """The same for padded tokens and any map, which may leave tokens out.
-
-    Args:
-        x: [B, T, C] tokens.
-        size: float32 [B, T], how many original tokens each stands for.
-        step: map from T to the tokens that remain.
-
-    Returns:
-        [B, M, C] tokens in x's dtype (0 past a row's end) and their float32 [B, M] sizes (0 past a row's end).
-    """
-    merged_size = step.sum(size)
-    wide = x if x.dtype == torch.float64 else x.float()
-    total = step.sum(wide * size[..., None])
-    return (total / merged_size.clamp(min=1)[..., None]).to(x.dtype), merged_size
+    return merged.unflatten(0, after.shape), merged_size.view(after.shape)

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from dymu.choices import COMPACT, Unmerge
 from dymu.token_map import TokenMap
-from dymu.unmerging.cache import History
-from dymu.unmerging.rotary import as_phase
-
-Unmerge = Literal["exact", "compact", "compact-unsized", "none"]
-"""How the language model attends to merged tokens.
-
-- `exact`: every token of the full prompt is a virtual token at its own position (VTU, paper section 3.2).
-- `compact`: every merged token is one, at the mean position of its group and with log(size) added to the logits of its
-  key. Attention is M x M, so it would fit any kernel and any paged cache.
-- `compact-unsized`: the same without log(size).
-- `none`: every merged token is one, at consecutive positions, as if the prompt had been that short.
-
-Only `exact` gives a prompt that is prefilled in chunks the logits of the whole: elsewhere, what merged stands once in
-each chunk.
-"""
-UNMERGE: tuple[Unmerge, ...] = get_args(Unmerge)
-COMPACT: tuple[Unmerge, ...] = ("compact", "compact-unsized")
+from dymu.unmerging.history import History
+from dymu.unmerging.virtual import as_phase
 
 Angles = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions [B, N] -> cosines and sines of their rotary angles, each [B, N, D]."""
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,34 +29,33 @@ class Step:
         queries: Nq virtual tokens to the Mq merged ones that this forward computes.
         keys: int64 [B, Nk], the cache entry (without a cache: the merged token) behind each virtual key; -1 for none.
         phase: complex [B, Nk, D / 2], cos + i sin of the rotary angles of the virtual tokens.
-        place: int64 [B, Nk], what a sliding window counts in: positions, or where merged tokens are virtual ones those.
+        position: int64 [B, Nk], what a sliding window counts in: positions; for `compact`, `original` and `none`, ranks
+            of merged tokens.
         expand_queries: whether virtual queries differ from merged ones, in number or order.
-        expand_keys: the same of the keys.
-        padded: whether absent keys (-1) may stand before present ones; without it they stand after all of them, where
-            causality hides them.
-        rotated: whether the keys and values given are those of the virtual tokens already, the keys rotated (see
-            `dymu.unmerging.cache.ExpandedLayer`).
+        expand_keys: whether virtual keys differ from cache entries, in number or order.
+        padded: whether absent keys (-1) may come before present ones; if not, causality hides them.
+        rotated: whether the cache holds keys and values of virtual tokens, the keys rotated (`cache="expanded"`).
         bias: float32 [B, Nk], added to the logits of each virtual key; None for 0.
     """
 
     queries: TokenMap
     keys: Tensor
     phase: Tensor
-    place: Tensor
+    position: Tensor
     expand_queries: bool
     expand_keys: bool
     padded: bool
     backend: str
     rotated: bool = False
     bias: Tensor | None = None
-    _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    _results: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
-    def once(self, what: Any, make: Callable[[], Made]) -> Made:
-        """What `make` returns, made in the first decoder layer that asks for `what` and kept for the others."""
-        if what not in self._made:
-            self._made[what] = make()
-        made: Made = self._made[what]
-        return made
+    def once(self, name: Any, compute: Callable[[], T]) -> T:
+        """What `compute` returns, computed in the first decoder layer that asks for `name` and kept for the others."""
+        if name not in self._results:
+            self._results[name] = compute()
+        result: T = self._results[name]
+        return result
 
     @property
     def query_phase(self) -> Tensor:
@@ -111,7 +96,7 @@ class Step:
         key = torch.arange(last, device=self.keys.device)
         mask = (key <= key[first:, None])[None]
         if window is not None and window < seen:
-            mask = mask & (self.place[:, None, :last] > self.place[:, first:last, None] - window)
+            mask = mask & (self.position[:, None, :last] > self.position[:, first:last, None] - window)
         if self.padded:
             mask = mask & (self.keys[:, None, :last] >= 0)
             mask = mask | (self.queries.group[:, start:end] < 0)[:, :, None]
@@ -138,35 +123,29 @@ def plan_step(
         history: what the cache holds; the new tokens are appended.
         angles: rotary angles of positions.
         plain: whether `queries` is the identity.
-        unmerge: see `Unmerge`. But for `exact`, a sliding window counts merged tokens.
+        unmerge: see `Unmerge`.
         backend: name of the backend to compute it with.
     """
     first = history.length == 0
     if unmerge != "exact" and not (plain and history.plain):
         return _merged_tokens(queries, positions, history, angles, plain, unmerge, backend)
-    step = _virtual_tokens(queries, positions, history, angles, plain, backend)
-    return _absent_last(step) if first and step.padded and not step.rotated else step
-
-
-def _virtual_tokens(
-    queries: TokenMap, positions: Tensor, history: History, angles: Angles, plain: bool, backend: str
-) -> Step:
     if history.length and history.phase is None:
         assert history.position is not None
         history.phase = as_phase(*angles(history.position))
-    slot, place = history.append(queries, positions, plain, as_phase(*angles(positions)))
+    keys, position = history.append(queries, positions, plain, as_phase(*angles(positions)))
     assert history.phase is not None
-    return Step(
+    step = Step(
         queries,
-        keys=slot,
-        phase=history.phase,
-        place=place,
+        keys,
+        history.phase,
+        position,
         expand_queries=not plain,
         expand_keys=not (history.plain or history.expanded),
         padded=history.padded,
         backend=backend,
         rotated=history.expanded,
     )
+    return _absent_last(step) if first and step.padded and not step.rotated else step
 
 
 def _merged_tokens(
@@ -180,22 +159,23 @@ def _merged_tokens(
 ) -> Step:
     """Every merged token is one virtual token."""
     first = history.length == 0
-    slot, stood = history.append(queries, positions, plain)
+    slot, position = history.append(queries, positions, plain)
     entries = TokenMap(slot, queries.kept, history.entries, history.padded)
     size = entries.size()
+    rank = (size > 0).cumsum(1)
     if unmerge in COMPACT:
-        positions = entries.average(stood.double()).float()
+        positions = entries.average(position.double()).float()
     else:
-        positions = ((size > 0).cumsum(1) - 1).clamp(min=0)
+        positions = (rank - 1).clamp(min=0)
     keys = torch.where(size > 0, torch.arange(history.entries, device=size.device), -1)
-    own = torch.arange(queries.width, device=keys.device).expand(queries.batch, -1)
-    group = torch.where(own < queries.kept[:, None], own, -1)
+    group = torch.arange(queries.width, device=keys.device).expand(queries.batch, -1)
+    group = torch.where(group < queries.kept[:, None], group, -1)
     ragged = bool((group < 0).any())
     return Step(
         TokenMap(group, queries.kept, queries.width, ragged),
         keys,
         as_phase(*angles(positions)),
-        place=(keys >= 0).cumsum(1),
+        rank,
         expand_queries=ragged,
         expand_keys=False,
         padded=not first and bool((keys < 0).any()),
@@ -205,16 +185,15 @@ def _merged_tokens(
 
 
 def _absent_last(step: Step) -> Step:
-    """The same virtual tokens with those that are absent behind the others, so that causality alone hides them."""
+    """The same virtual tokens with the absent ones behind the others, so that causality alone hides them."""
     order = (step.keys < 0).int().argsort(dim=1, stable=True)
-    group = step.queries.group.gather(1, order)
-    return Step(
-        TokenMap(group, step.queries.kept, step.queries.width, step.queries.padded),
-        step.keys.gather(1, order),
-        step.phase.gather(1, order[..., None].expand_as(step.phase)),
-        step.place.gather(1, order),
+    return replace(
+        step,
+        queries=replace(step.queries, group=step.queries.group.gather(1, order)),
+        keys=step.keys.gather(1, order),
+        phase=step.phase.gather(1, order[..., None].expand_as(step.phase)),
+        position=step.position.gather(1, order),
         expand_queries=True,
         expand_keys=True,
         padded=False,
-        backend=step.backend,
     )

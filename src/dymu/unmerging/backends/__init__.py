@@ -1,4 +1,4 @@
-"""One way each to compute the same attention; all have the signature of `reference.attend`."""
+"""Ways to compute the same attention, all with the signature of `reference.attend`."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ Backend = Callable[..., Tensor]
 
 
 def _triton(*args: Any, **kwargs: Any) -> Tensor:
-    """Triton takes a while to import, so it is when it first computes."""
+    """Imports Triton, which takes a while, when it first computes."""
     from dymu.unmerging.backends import triton
 
     return triton.attend(*args, **kwargs)

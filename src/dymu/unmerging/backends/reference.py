@@ -48,13 +48,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
                 merged = step.queries.group[b, n]
                 if merged < 0:
                     continue
-                place = seen - tokens + n
+                at = seen - tokens + n
                 seen_keys = [
                     j
                     for j in visible
-                    if j <= place and (window is None or step.place[b, place] - step.place[b, j] < window)
+                    if j <= at and (window is None or step.position[b, at] - step.position[b, j] < window)
                 ]
-                virtual_query = _rotate(query[b, h, merged], cos[b, place], sin[b, place])
+                virtual_query = _rotate(query[b, h, merged], cos[b, at], sin[b, at])
                 logits = torch.stack([virtual_query @ virtual_keys[j] * scaling for j in seen_keys])
                 if step.bias is not None:
                     logits = logits + step.bias[b, seen_keys]

@@ -16,6 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from dymu.unmerging.step import Step
 from dymu.unmerging.virtual import rows_behind, virtual_keys, virtual_queries, virtual_values
 
+Mask = Callable[[int, int], Tensor]
+"""The mask of the queries from a start to an end, and the keys up to the last of them."""
+
 FEW = 8
 """Up to so many virtual queries, weights are summed over each group instead of copying the group's value."""
 
@@ -56,20 +59,16 @@ def _attend_many(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling:
 def _attend_masked(
     attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, step: Step, window: int | None
 ) -> Tensor:
-    """Attention that a mask must limit, a few queries at a time, with the keys up to the last of them."""
-    tokens, seen = step.queries.tokens, step.keys.shape[1]
+    """Attention that a mask must limit."""
+
+    def mask(start: int, end: int) -> Tensor:
+        mask = step.mask(window, start, end)
+        return mask.to(query.dtype) if mask.is_floating_point() else mask
+
+    tokens = step.queries.tokens
     if tokens <= MASK:
-        mask = step.once((window, "mask"), lambda: _mask(step, window, 0, tokens, query.dtype))
-        return attend(query, key, value, attn_mask=mask).transpose(1, 2)
-    attended = []
-    for start in range(0, tokens, MASK):
-        end = min(start + MASK, tokens)
-        last = seen - tokens + end
-        # Too much to keep for the other layers.
-        mask = _mask(step, window, start, end, query.dtype)
-        piece = attend(query[:, :, start:end], key[:, :, :last], value[:, :, :last], attn_mask=mask)
-        attended.append(piece.transpose(1, 2))
-    return torch.cat(attended, 1)
+        return attend(query, key, value, attn_mask=step.once((window, "mask"), lambda: mask(0, tokens))).transpose(1, 2)
+    return _attend_in_pieces(attend, query, key, value, MASK, mask)  # masks too large to keep for the other layers
 
 
 # Compiled, its loop would be unrolled, and compiled again for other lengths.
@@ -80,7 +79,7 @@ def _attend_causal(attend: Callable[..., Tensor], query: Tensor, key: Tensor, va
     """Causal attention between equally many queries and keys, or of one query to all keys.
 
     torch's kernel for CPUs computes whole blocks of 512 keys and hides what comes after a query, so there short prompts
-    go through it a few queries at a time, with the keys up to the last of them.
+    go through it a few queries at a time.
     """
     tokens = query.shape[2]
     if tokens == 1:
@@ -90,12 +89,20 @@ def _attend_causal(attend: Callable[..., Tensor], query: Tensor, key: Tensor, va
     # Slices of the mask's lower right corner hide the right keys from every piece.
     mask = query.new_zeros(PIECE, tokens)
     mask[:, -PIECE:].masked_fill_(mask.new_ones(PIECE, PIECE, dtype=torch.bool).triu(1), -torch.inf)
+    return _attend_in_pieces(attend, query, key, value, PIECE, lambda start, end: mask[start - end :, tokens - end :])
+
+
+def _attend_in_pieces(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, piece: int, mask: Mask
+) -> Tensor:
+    """Attention of `piece` queries at a time, with the keys up to the last of them."""
+    tokens, seen = query.shape[2], key.shape[2]
     attended = []
-    for start in range(0, tokens, PIECE):
-        end = min(start + PIECE, tokens)
-        hidden = mask[start - end :, tokens - end :]
-        piece = attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], attn_mask=hidden)
-        attended.append(piece.transpose(1, 2))
+    for start in range(0, tokens, piece):
+        end = min(start + piece, tokens)
+        last = seen - tokens + end
+        part = attend(query[:, :, start:end], key[:, :, :last], value[:, :, :last], attn_mask=mask(start, end))
+        attended.append(part.transpose(1, 2))
     return torch.cat(attended, 1)
 
 
@@ -137,11 +144,6 @@ def _query_rows(step: Step) -> Tensor | None:
 def _key_rows(step: Step, key: Tensor) -> Tensor:
     heads, stored = key.shape[1:3]
     return step.once(("key rows", heads), lambda: rows_behind(step.keys, stored, heads))
-
-
-def _mask(step: Step, window: int | None, start: int, end: int, dtype: torch.dtype) -> Tensor:
-    mask = step.mask(window, start, end)
-    return mask.to(dtype) if mask.is_floating_point() else mask
 
 
 def _added(mask: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def prefill(
     group, keys = step.queries.group, step.keys
     rows = step.once(("triton", "query_tiles", tiles.rows), lambda: query_tiles(group, keys.shape[1], tiles.rows))
     columns = step.once(("triton", "key_tiles", tiles.width, sizes), lambda: key_tiles(keys, tiles.width, sizes))
-    visits = step.once(("triton", "visits", tiles, window), lambda: columns.visits(rows, step.place, window))
+    visits = step.once(("triton", "visits", tiles, window), lambda: columns.visits(rows, step.position, window))
     share = step.once(("triton", "share"), lambda: 1 / step.queries.size().clamp(min=1))
     if step.expand_queries:
         out = query.new_zeros(batch, merged, heads, size, dtype=torch.float32)
@@ -141,15 +141,15 @@ def prefill(
         out = query.new_empty(batch, merged, heads, size)
     arguments = {
         "out": out,
-        "row_place": rows.place,
+        "row_index": rows.index,
         "row_group": rows.group,
         "share": share,
-        "key_place": columns.place,
+        "key_index": columns.index,
         "key_slot": columns.slot,
         "visits": visits,
         "merged": merged,
         "query_tiles": rows.first.shape[1],
-        "key_tiles": columns.place.shape[2],
+        "key_tiles": columns.index.shape[2],
     }
     constants = {"ROWS": tiles.rows, "WIDTH": tiles.width, "SIZES": tiles.sizes, "AVERAGE": step.expand_queries}
     common, flags = _common(query, key, value, step, scaling, window)
@@ -167,7 +167,7 @@ def decode(
     tiles = decode_tiles(rows, size, query.dtype)
     keys = step.keys
     columns = step.once(("triton", "sorted_keys", tiles.width), lambda: sorted_keys(keys, tiles.width))
-    total = columns.place.shape[2]
+    total = columns.index.shape[2]
     splits = _splits(batch * key.shape[1], total, query.device)
     common, flags = _common(query, key, value, step, scaling, window)
     tops, totals = query.new_empty(2, batch, key.shape[1], splits, rows, dtype=torch.float32)
@@ -176,7 +176,7 @@ def decode(
     partial = {"tops": tops, "totals": totals, "parts": parts}
     arguments = {
         "row_group": step.queries.group.contiguous(),
-        "key_place": columns.place,
+        "key_index": columns.index,
         "key_slot": columns.slot,
         "new": new,
         "key_tiles": total,
@@ -219,8 +219,8 @@ def _splits(programs: int, tiles: int, device: torch.device) -> int:
     """Into how many parts decoding cuts the keys: a power of two, to compile few variants, of at least two tiles each,
     until every multiprocessor has two programs."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted: int = min(triton.cdiv(2 * processors, programs), triton.cdiv(tiles, 2), 64)
-    return 1 << max(wanted - 1, 0).bit_length()
+    parts: int = min(triton.cdiv(2 * processors, programs), triton.cdiv(tiles, 2), 64)
+    return 1 << max(parts - 1, 0).bit_length()
 
 
 def _common(
@@ -232,14 +232,14 @@ def _common(
         ("triton", "angles", query.dtype),
         lambda: (step.phase.real.to(query.dtype).contiguous(), step.phase.imag.to(query.dtype).contiguous()),
     )
-    counted = step.once(("triton", "counted"), lambda: step.place.int().contiguous())
+    position = step.once(("triton", "position"), lambda: step.position.int().contiguous())
     arguments: dict[str, Any] = {
         "query": query,
         "key": key,
         "value": value,
         "cos": cos,
         "sin": sin,
-        "counted": counted,
+        "position": position,
         "bias": cos if step.bias is None else step.bias.contiguous(),  # not read where there is none
         "turn_row": cos.stride(0),
         "turn_stride": cos.stride(1),

@@ -26,20 +26,20 @@ def _half(pointer, row, stride, column, SIZE: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _rotated(pointer, row, stride, cos, sin, place, turn_stride, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """Both halves of rows of `pointer`, turned by the angles of their places in float32, in the type of the rows."""
+def _rotated(pointer, row, stride, cos, sin, index, turn_stride, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """Both halves of rows of `pointer`, turned by the angles of their tokens in float32, in the type of the rows."""
     column = tl.arange(0, HALF)
     first = _half(pointer, row, stride, column, SIZE, HALF)
     second = _half(pointer + SIZE // 2, row, stride, column, SIZE, HALF)
-    c = _half(cos, place, turn_stride, column, SIZE, HALF).to(tl.float32)
-    s = _half(sin, place, turn_stride, column, SIZE, HALF).to(tl.float32)
+    c = _half(cos, index, turn_stride, column, SIZE, HALF).to(tl.float32)
+    s = _half(sin, index, turn_stride, column, SIZE, HALF).to(tl.float32)
     x, y = first.to(tl.float32), second.to(tl.float32)
     return (x * c - y * s).to(first.dtype), (y * c + x * s).to(first.dtype)
 
 
 @triton.jit
 def _visit(
-    start, end, place, slot, key, value, cos, sin, counted, bias,
+    start, end, index, slot, key, value, cos, sin, position, bias,
     query_first, query_second, query_place, query_count, top, total, mixed,
     key_stride, value_stride, turn_stride, tokens, scale, window,
     SIZE: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr,
@@ -55,7 +55,7 @@ def _visit(
     part = tl.arange(0, WIDTH // CHUNK)
     across = tl.arange(0, 2 * HALF)
     for tile in range(start, end):
-        at = tl.load(place + tile * WIDTH + column)
+        at = tl.load(index + tile * WIDTH + column)
         here = tl.minimum(at, tokens - 1) if MASKED else at
         entry = tl.load(slot + tile * WIDTH + column)
         first, second = _rotated(key, entry, key_stride, cos, sin, here, turn_stride, SIZE, HALF)
@@ -66,7 +66,7 @@ def _visit(
         if MASKED:
             seen = at[None, :] <= query_place[:, None]
             if WINDOWED:
-                seen = seen & (query_count[:, None] - tl.load(counted + here)[None, :] < window)
+                seen = seen & (query_count[:, None] - tl.load(position + here)[None, :] < window)
             logit = tl.where(seen, logit, float("-inf"))
         new_top = tl.maximum(top, tl.max(logit, 1))
         fade = tl.exp2(top - new_top)
@@ -87,7 +87,7 @@ def _visit(
 
 @triton.jit(do_not_specialize=["merged", "tokens", "query_tiles", "key_tiles", "window"])
 def prefill(
-    query, key, value, cos, sin, out, row_place, row_group, share, key_place, key_slot, visits, counted, bias,
+    query, key, value, cos, sin, out, row_index, row_group, share, key_index, key_slot, visits, position, bias,
     query_row, query_head, query_stride, key_row, key_head, key_stride, value_row, value_head, value_stride,
     turn_row, turn_stride, merged, tokens, query_tiles, key_tiles, scale, window,
     SHARED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -102,34 +102,34 @@ def prefill(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     row = tl.arange(0, ROWS)
     tables = (batch * query_tiles + tile) * ROWS
-    at, group = tl.load(row_place + tables + row), tl.load(row_group + tables + row)
+    at, group = tl.load(row_index + tables + row), tl.load(row_group + tables + row)
     here = tl.maximum(at, 0)
     cos += batch * turn_row
     sin += batch * turn_row
-    counted += batch * tokens
+    position += batch * tokens
     bias += batch * tokens
     query += batch * query_row + head.to(tl.int64) * query_head
     key += batch * key_row + (head // SHARED).to(tl.int64) * key_head
     value += batch * value_row + (head // SHARED).to(tl.int64) * value_head
     first, second = _rotated(query, tl.maximum(group, 0), query_stride, cos, sin, here, turn_stride, SIZE, HALF)
-    count = tl.load(counted + here) if WINDOWED else here
+    count = tl.load(position + here) if WINDOWED else here
     top = tl.full((ROWS,), FLOOR, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, 2 * HALF), tl.float32)
     for size in tl.static_range(SIZES):
         visit = visits + ((batch * query_tiles + tile) * SIZES + size) * 3
         start, whole, end = tl.load(visit), tl.load(visit + 1), tl.load(visit + 2)
-        place = key_place + (batch * SIZES + size) * key_tiles * WIDTH
+        index = key_index + (batch * SIZES + size) * key_tiles * WIDTH
         slot = key_slot + (batch * SIZES + size) * key_tiles * WIDTH
         if not WINDOWED:
             top, total, mixed = _visit(
-                start, whole, place, slot, key, value, cos, sin, counted, bias,
+                start, whole, index, slot, key, value, cos, sin, position, bias,
                 first, second, at, count, top, total, mixed,
                 key_stride, value_stride, turn_stride, tokens, scale, window,
                 SIZE, HALF, WIDTH, 2 ** (SIZES - 1 - size), False, WINDOWED, BIASED, PRECISION,
             )  # fmt: skip
         top, total, mixed = _visit(
-            whole, end, place, slot, key, value, cos, sin, counted, bias,
+            whole, end, index, slot, key, value, cos, sin, position, bias,
             first, second, at, count, top, total, mixed,
             key_stride, value_stride, turn_stride, tokens, scale, window,
             SIZE, HALF, WIDTH, 2 ** (SIZES - 1 - size), True, WINDOWED, BIASED, PRECISION,
@@ -153,7 +153,7 @@ def prefill(
 
 @triton.jit(do_not_specialize=["merged", "tokens", "new", "key_tiles", "tiles", "window"])
 def decode(
-    query, key, value, cos, sin, row_group, key_place, key_slot, counted, bias, tops, totals, parts,
+    query, key, value, cos, sin, row_group, key_index, key_slot, position, bias, tops, totals, parts,
     query_row, query_head, query_stride, key_row, key_head, key_stride, value_row, value_head, value_stride,
     turn_row, turn_stride, tokens, new, key_tiles, tiles, scale, window,
     SHARED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -174,21 +174,21 @@ def decode(
     here = tl.maximum(at, 0)
     cos += batch * turn_row
     sin += batch * turn_row
-    counted += batch * tokens
+    position += batch * tokens
     bias += batch * tokens
     head = (shared * SHARED + row % SHARED).to(tl.int64)
     first, second = _rotated(
         query + batch * query_row, head * query_head + tl.maximum(group, 0) * query_stride, 1,
         cos, sin, here, turn_stride, SIZE, HALF,
     )  # fmt: skip
-    count = tl.load(counted + here) if WINDOWED else here
+    count = tl.load(position + here) if WINDOWED else here
     start = split * tiles
     top, total, mixed = _visit(
         start, tl.minimum(start + tiles, key_tiles),
-        key_place + batch * key_tiles * WIDTH, key_slot + batch * key_tiles * WIDTH,
+        key_index + batch * key_tiles * WIDTH, key_slot + batch * key_tiles * WIDTH,
         key + batch * key_row + shared.to(tl.int64) * key_head,
         value + batch * value_row + shared.to(tl.int64) * value_head,
-        cos, sin, counted, bias, first, second, at, count,
+        cos, sin, position, bias, first, second, at, count,
         tl.full((ROWS,), FLOOR, tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, 2 * HALF), tl.float32),
         key_stride, value_stride, turn_stride, tokens, scale, window,
         SIZE, HALF, WIDTH, 1, True, WINDOWED, BIASED, PRECISION,

@@ -1,5 +1,5 @@
-"""Who attends to whom, as tiles: made once per forward on the tensors' device, without waiting for it, and read by the
-kernels of all layers."""
+"""Who attends to whom, as tiles: computed once per forward on the tensors' device, without waiting for it, and read by
+the kernels of all layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 NONE = 2**31 - 1
-"""Place of a key that is not there: later than any query, so no query sees it."""
+"""Index of a key that is absent: later than any query, so no query sees it."""
 SPAN = 512
-"""Virtual tokens of one entry that lie in the same stretch of so many places share a chunk. Longer stretches make fewer
+"""Virtual tokens of one entry share a chunk where they lie in the same stretch of so many. Longer stretches make fewer
 chunks, but chunks that reach further past the queries that may see only a part of them."""
 
 
@@ -21,12 +21,12 @@ class QueryTiles:
     """Virtual queries in their order, cut into tiles of `width`, each tile sorted by group.
 
     Attributes:
-        place: int32 [B, tiles * width], which of the Nk virtual tokens each row is; -1 for none.
+        index: int32 [B, tiles * width], which of the Nk virtual tokens each row is; -1 for none.
         group: int32 [B, tiles * width], the merged query it is a copy of; -1 for none.
-        first, last: int64 [B, tiles], the smallest and largest place in each tile; NONE and -1 if it has none.
+        first, last: int64 [B, tiles], the smallest and largest index in each tile; NONE and -1 if it has none.
     """
 
-    place: Tensor
+    index: Tensor
     group: Tensor
     first: Tensor
     last: Tensor
@@ -39,33 +39,33 @@ class KeyTiles:
     the turn-th token of its chunk.
 
     Attributes:
-        place: int32 [B, sizes, tiles, width], which of the Nk virtual tokens each column is; NONE for none.
+        index: int32 [B, sizes, tiles, width], which of the Nk virtual tokens each column is; NONE for none.
         slot: int32 [B, sizes, tiles, width], its cache entry; 0 for none.
     """
 
-    place: Tensor
+    index: Tensor
     slot: Tensor
 
-    def visits(self, queries: QueryTiles, counted: Tensor, window: int | None) -> Tensor:
+    def visits(self, queries: QueryTiles, position: Tensor, window: int | None) -> Tensor:
         """int32 [B, query tiles, sizes, 3]: of each size, the first key tile that some query of the tile may see, the
         first that some query does not see whole, and the end.
 
         Args:
             queries: the tiles that visit.
-            counted: int64 [B, Nk], what the window counts in.
+            position: int64 [B, Nk], what the window counts in.
             window: sliding window in virtual tokens, or None. With one, no tile is taken to be seen whole.
         """
-        sizes = self.place.shape[1]
-        place = self.place.long()
+        sizes = self.index.shape[1]
+        index = self.index.long()
         first, last = (edge[:, None].expand(-1, sizes, -1).contiguous() for edge in (queries.first, queries.last))
-        end = torch.searchsorted(place[..., 0].contiguous(), last, right=True)
+        end = torch.searchsorted(index[..., 0].contiguous(), last, right=True)
         if window is None:
             start = torch.zeros_like(end)
-            whole = torch.searchsorted(place.amax(-1).cummax(-1).values, first, right=True).minimum(end)
+            whole = torch.searchsorted(index.amax(-1).cummax(-1).values, first, right=True).minimum(end)
         else:
-            there = place < NONE
-            key_count = _gather(counted, place).masked_fill(~there, torch.iinfo(torch.int64).min)
-            query_count = _gather(counted, queries.place.long()).masked_fill(queries.place < 0, NONE)
+            there = index < NONE
+            key_count = _gather(position, index).masked_fill(~there, torch.iinfo(torch.int64).min)
+            query_count = _gather(position, queries.index.long()).masked_fill(queries.index < 0, NONE)
             oldest = query_count.view(*queries.first.shape, -1).amin(-1) - window
             oldest = oldest[:, None].expand(-1, sizes, -1).contiguous()
             start = torch.searchsorted(key_count.amax(-1).cummax(-1).values, oldest, right=True)
@@ -79,11 +79,11 @@ def query_tiles(group: Tensor, seen: int, width: int) -> QueryTiles:
     group = torch.where(group < 0, NONE, group)
     group, order = pad(group, (0, -tokens % width), value=NONE).view(batch, -1, width).sort(dim=-1, stable=True)
     tile = torch.arange(group.shape[1], device=group.device)[:, None]
-    place = order + tile * width + (seen - tokens)
+    index = order + tile * width + (seen - tokens)
     absent = group == NONE
-    first, last = place.masked_fill(absent, NONE).amin(-1), place.masked_fill(absent, -1).amax(-1)
-    place, group = (x.masked_fill(absent, -1).flatten(1).int() for x in (place, group))
-    return QueryTiles(place, group, first, last)
+    first, last = index.masked_fill(absent, NONE).amin(-1), index.masked_fill(absent, -1).amax(-1)
+    index, group = (x.masked_fill(absent, -1).flatten(1).int() for x in (index, group))
+    return QueryTiles(index, group, first, last)
 
 
 def key_tiles(keys: Tensor, width: int, sizes: tuple[int, ...]) -> KeyTiles:
@@ -101,32 +101,32 @@ def key_tiles(keys: Tensor, width: int, sizes: tuple[int, ...]) -> KeyTiles:
     start = torch.searchsorted(run, run)
     count = torch.searchsorted(run, run, right=True) - start
     turn, start, count = (here - start), start, count.masked_fill(run == 1 << 62, 0)
-    places = []
+    indices = []
     for size in sizes:
         inside = (turn >= 0) & (turn < count // size * size)
         lead = order.gather(1, (start + turn // size * size).clamp(0, tokens - 1))
         rank, chosen = torch.where(inside, lead * size + turn % size, NONE << 8).sort(1)
-        place = order.gather(1, chosen).masked_fill(rank == NONE << 8, NONE)
-        place = pad(place, (0, -tokens % width), value=NONE).view(len(keys), -1, width // size, size)
-        places.append(place.transpose(2, 3).flatten(2))
+        index = order.gather(1, chosen).masked_fill(rank == NONE << 8, NONE)
+        index = pad(index, (0, -tokens % width), value=NONE).view(len(keys), -1, width // size, size)
+        indices.append(index.transpose(2, 3).flatten(2))
         used = count // size * size
         turn, start, count = turn - used, start + used, count - used
-    return _with_slots(torch.stack(places, 1), keys)
+    return _with_slots(torch.stack(indices, 1), keys)
 
 
 def sorted_keys(keys: Tensor, width: int) -> KeyTiles:
     """Cut virtual keys, int64 [B, Nk], into tiles for a few queries that see nearly all: in the order of their cache
     entries, so that neighbouring columns read the same entry, as chunks of one token."""
     slot, order = torch.where(keys < 0, NONE, keys).sort(dim=1, stable=True)
-    place = pad(order.masked_fill(slot == NONE, NONE), (0, -keys.shape[1] % width), value=NONE)
-    return _with_slots(place.view(len(keys), 1, -1, width), keys)
+    index = pad(order.masked_fill(slot == NONE, NONE), (0, -keys.shape[1] % width), value=NONE)
+    return _with_slots(index.view(len(keys), 1, -1, width), keys)
 
 
-def _with_slots(place: Tensor, keys: Tensor) -> KeyTiles:
-    slot = _gather(keys, place).masked_fill(place == NONE, 0)
-    return KeyTiles(place.int(), slot.int())
+def _with_slots(index: Tensor, keys: Tensor) -> KeyTiles:
+    slot = _gather(keys, index).masked_fill(index == NONE, 0)
+    return KeyTiles(index.int(), slot.int())
 
 
-def _gather(row: Tensor, place: Tensor) -> Tensor:
-    """row[b, place[b, ...]] for int64 row [B, Nk]; anything where place is not one of them."""
-    return row.gather(1, place.clamp(0, row.shape[1] - 1).flatten(1)).view(place.shape)
+def _gather(row: Tensor, index: Tensor) -> Tensor:
+    """row[b, index[b, ...]] for int64 row [B, Nk]; anything where index is not one of them."""
+    return row.gather(1, index.clamp(0, row.shape[1] - 1).flatten(1)).view(index.shape)

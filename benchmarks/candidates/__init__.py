@@ -1,0 +1,1 @@
+"""Code that the library does not use yet: it is to be measured first."""

@@ -1,0 +1,129 @@
+"""The tables of finished studies, from their result files; `python -m benchmarks.tables` fills them in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.record import made_by, read
+from dymu.evaluation.summary import Share
+from dymu.evaluation.tables import points
+from dymu.measure.markdown import markdown
+from experiments import RESULTS
+
+
+def calibration_size() -> str:
+    """By how much held-out images miss their budget, for calibration sets of several sizes and kinds."""
+    result = read(RESULTS / "calibration_size.json")
+    sets: dict[tuple[str, int], list[dict[str, list[float]]]] = {}
+    for row in result["rows"]:
+        sets.setdefault((row["calibrated_on"], row["images"]), []).append(row["kept"])
+    columns = [(test, index) for test in result["tests"] for index in range(len(result["budgets"]))]
+    rows = []
+    for (kind, images), draws in sets.items():
+        cells = []
+        for test, index in columns:
+            missed = [100 * (kept[test][index] / result["budgets"][index] - 1) for kept in draws]
+            cells.append(" ".join(f"{each:+.1f}" for each in missed))
+        rows.append([kind, str(images), *cells])
+    header = ["calibrated on", "images"]
+    header += [f"{result['tests'][test]} {test}, budget {result['budgets'][index]}" for test, index in columns]
+    return markdown(header, rows) + made_by(result)
+
+
+def _with_interval(cell: dict[str, float], sign: str = "") -> str:
+    return f"{cell['mean']:{sign}.3f} [{cell['low']:{sign}.3f}, {cell['high']:{sign}.3f}]"
+
+
+def _saliency_rows(rows: list[dict[str, Any]], full: int, first: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+    """`first` column, share, tokens and three metrics with their intervals."""
+    return [
+        [first(row), f"{row['budget'] / full:.0%}", f"{row['tokens']:.0f} ± {row['tokens_sd']:.0f}",
+         *(_with_interval(row[metric]) for metric in ("correlation", "mae", "iou"))]
+        for row in rows
+    ]  # fmt: skip
+
+
+SALIENCY_HEADER = ["budget", "tokens, mean ± sd", "correlation", "mean absolute error", "IoU above 0.5"]
+
+
+def saliency() -> str:
+    """Saliency maps after merging, and after other ways to have fewer tokens, against those of all tokens."""
+    result = read(RESULTS / "saliency.json")
+    tables = []
+    for size in result["sizes"]:
+        chosen = [r for r in size["rows"] if "budget" in r and r.get("schedule") in (None, "reverse_linear")]
+        rows = _saliency_rows(chosen, size["full_tokens"], lambda row: str(row["method"]))
+        title = f"**{size['size_px']} px: {size['full_tokens']} tokens, {result['photos']} photos**"
+        tables.append(f"{title}\n\n{markdown(['', *SALIENCY_HEADER], rows)}")
+    return "\n\n".join(tables) + made_by(result)
+
+
+def saliency_schedules() -> str:
+    """Where to merge: the three schedules at the same budgets."""
+    result = read(RESULTS / "saliency.json")
+    size = result["sizes"][0]
+    compared = {row["budget"] for row in size["rows"] if row.get("schedule") == "constant"}
+    chosen = [row for row in size["rows"] if row.get("budget") in compared and "schedule" in row]
+    chosen.sort(key=lambda row: (-row["budget"], row["method"]))
+    rows = _saliency_rows(chosen, size["full_tokens"], lambda row: f"{row['method']}, {row['schedule']}")
+    return markdown([f"{size['size_px']} px", *SALIENCY_HEADER], rows) + made_by(result)
+
+
+def saliency_paired() -> str:
+    """DToMe less ToMe on each photo, in thousandths of correlation, and on which photos."""
+    result = read(RESULTS / "saliency.json")
+
+    def thousandths(cell: dict[str, float]) -> str:
+        return f"{1000 * cell['mean']:+.1f} [{1000 * cell['low']:+.1f}, {1000 * cell['high']:+.1f}]"
+
+    rows = []
+    for size in result["sizes"]:
+        for pair in size["dtome_against_tome"]:
+            rank = pair["gain_with_kept"]
+            rows.append(
+                [f"{size['size_px']} px, {pair['schedule']}, {pair['budget'] / size['full_tokens']:.0%}",
+                 f"{pair['tokens'][0]:.1f}, {pair['tokens'][1]:.0f}", thousandths(pair["gain_correlation"]),
+                 f"{pair['better_on']:.0%}", f"{rank['value']:+.2f} [{rank['low']:+.2f}, {rank['high']:+.2f}]",
+                 *(thousandths(third["gain_correlation"]) for third in pair["by_kept"])]
+            )  # fmt: skip
+    header = ["", "tokens: DToMe, ToMe", "gain, all photos", "better on", "rank correlation of gain and kept tokens",
+              "third that keeps least", "middle third", "third that keeps most"]  # fmt: skip
+    return markdown(header, rows) + made_by(result)
+
+
+def _letters(cell: dict[str, Any]) -> str:
+    return f"{100 * cell['letters']['mean']:.0f}, {points(Share(**cell['letters_less_untouched'], n=0))}"
+
+
+def _parts(result: dict[str, Any]) -> list[str]:
+    return [f"{part['pages']} pages of {part['letters_a_page']:.0f} letters" for part in result["parts"]]
+
+
+def legibility() -> str:
+    """Letters and words that are read after merging, for all pages and for thirds of them by how much they show."""
+    result = read(RESULTS / "legibility.json")
+    header = ["", "budget", "tokens", "words, %", "letters, %; against all tokens", *_parts(result)]
+    rows = []
+    for row in result["rows"]:
+        share = f"{row['budget'] / result['full_tokens']:.0%}" if row["budget"] else ""
+        rows.append(
+            [row["method"], share, f"{row['tokens']:.0f} ± {row['tokens_sd']:.0f}", f"{100 * row['words']['mean']:.0f}",
+             _letters(row), *(f"{_letters(part)} at {part['tokens']:.0f}" for part in row["parts"])]
+        )  # fmt: skip
+    return markdown(header, rows) + made_by(result)
+
+
+def legibility_paired() -> str:
+    """DToMe less ToMe on each page, in points of letters."""
+    result = read(RESULTS / "legibility.json")
+    header = ["letters, DToMe less ToMe", "all pages", *_parts(result)]
+    rows = [
+        [f"{pair['budget'] / result['full_tokens']:.0%}", *(points(Share(**cell, n=0)) for cell in cells)]
+        for pair in result["dtome_against_tome"]
+        for cells in [(pair["all"], *pair["parts"])]
+    ]
+    return markdown(header, rows) + made_by(result)
+
+
+FUNCTIONS = (calibration_size, saliency, saliency_schedules, saliency_paired, legibility, legibility_paired)

@@ -1,0 +1,206 @@
+"""Models and images to measure: a model on real photos, or a shape with random weights and recorded merges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dymu.bench import shapes
+from dymu.bench.replay import recorded
+from dymu.errors import UnsupportedModel
+from dymu.families import resolve
+from dymu.handle import apply, encoder_of, name_of
+from dymu.hooks.trace import grid, trace
+from dymu.measure.provenance import fingerprint, thresholds_hash
+from dymu.media import images as image_files
+from dymu.thresholds import Thresholds
+from dymu.token_map import TokenMap
+
+PHOTOS = Path(__file__).with_name("photos")
+CHUNK = 4
+"""Photos that are encoded together while only their tokens are counted."""
+SQUARE_PX = 448
+"""Where a model cuts images into tiles, photos are squares of this side, so that all prompts are equally long."""
+
+
+class Workload(Protocol):
+    """A model, images for it, and how to merge them.
+
+    Attributes:
+        name: of the model.
+        model: without DyMU.
+        tokens: of one image in the prompt, unmerged, those between its tiles included.
+    """
+
+    name: str
+    model: Any
+    tokens: int
+
+    def budget(self, asked: int | float) -> int | float:
+        """The nearest possible budget, in tokens.
+
+        Raises:
+            BadBudget: there is none.
+        """
+        ...
+
+    def kept(self, budget: int | float) -> list[int]:
+        """Tokens left in the prompt of each image of the workload."""
+        ...
+
+    def shown(self, images: Sequence[int]) -> dict[str, Tensor]:
+        """The model's image arguments for these images, on its device."""
+        ...
+
+    def merging(self, budget: int | float, images: Sequence[int]) -> dict[str, Any]:
+        """Arguments of `dymu.apply` that say what merges in these images."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The model's entry in the result file: `name`, `weights`, `merges`."""
+        ...
+
+
+class Shape:
+    """A shape that comes with the library, with random weights and recorded merges.
+
+    Where an image is several pictures, each is merged like another photo: the image's own and those that follow it.
+
+    Raises:
+        UnsupportedModel: no merges fit its pictures, or it crops or shrinks its image.
+    """
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+        self.name = name
+        self.model = shapes.build(shapes.config(name), device, dtype, seed)
+        self._image = shapes.image(name)
+        parts = resolve(self.model)
+        vision = self.model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        self._recorded = recorded(patches)
+        shown = self.shown([0])
+        unmerged = TokenMap.identity(self._image.pictures, parts.prefix + patches, device)
+        colours = torch.zeros(
+            self._image.pictures, 3, *grid(parts, shown["pixel_values"].flatten(0, -4)), device=device
+        )
+        (item,) = trace(parts, "image", (), shown, unmerged, colours)
+        self.tokens = len(item.leaders)
+        pictured = self._image.pictures * patches
+        if item.mixes or int(item.patch.sum()) != pictured:
+            raise UnsupportedModel(
+                f"the shape {name} crops or shrinks its image, so recorded merges do not say what is left of it; "
+                "show it one that its pictures cover."
+            )
+        self._learned = self.tokens - pictured
+
+    def budget(self, asked: int | float) -> int:
+        return self._image.pictures * self._recorded.budget_near(asked, self._image.pictures)
+
+    def kept(self, budget: int | float) -> list[int]:
+        of_photos = self._recorded.kept(int(budget) // self._image.pictures)
+        return [
+            self._learned + sum(of_photos[photo] for photo in self._photos(image)) for image in range(len(of_photos))
+        ]
+
+    def shown(self, images: Sequence[int]) -> dict[str, Tensor]:
+        side, pictures = self.model.config.vision_config.image_size, self._image.pictures
+        generator = torch.Generator().manual_seed(0)
+        cut = (len(images),) if pictures == 1 else (len(images), pictures)
+        pixels = torch.randn(*cut, 3, side, side, generator=generator)
+        arguments = {
+            name: torch.tensor([value] * len(images), device=self.model.device)
+            for name, value in self._image.arguments.items()
+        }
+        return {"pixel_values": pixels.to(self.model.device, self.model.dtype), **arguments}
+
+    def merging(self, budget: int | float, images: Sequence[int]) -> dict[str, Any]:
+        photos = [photo for image in images for photo in self._photos(image)]
+        return {"merge": self._recorded.rule(int(budget) // self._image.pictures, photos)}
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "weights": "random", "merges": "recorded from real photos"}
+
+    def _photos(self, image: int) -> list[int]:
+        """The photos whose merges the pictures of an image take."""
+        return [(image + picture) % len(self._recorded.photos) for picture in range(self._image.pictures)]
+
+
+class Pretrained:
+    """A pretrained model with thresholds, on real photos.
+
+    Args:
+        images: files; None: the photos that come with the library.
+
+    Raises:
+        BadThresholds: they are of another encoder.
+        BadImage: one of the images cannot be used.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, thresholds: Thresholds, images: Sequence[Path] | None = None
+    ) -> None:
+        self.name, self.model = name_of(model), model
+        parts = resolve(model)
+        thresholds.check_fits(encoder_of(parts), parts.family.cuts_images)
+        files = images or [PHOTOS / Path(photo).name for photo in recorded().photos]
+        self._photos = [image_files.load(file).image for file in files]
+        self._processor, self._thresholds, self._tiles = processor.image_processor, thresholds, False
+        self._tiles = self._processed([0])["pixel_values"].ndim > 4
+        with torch.inference_mode():
+            self.tokens = len(model.get_image_features(**self.shown([0]), return_dict=True).pooler_output[0])
+        self._counted: dict[int | float, list[int]] = {}
+
+    def budget(self, asked: int | float) -> float:
+        return self._thresholds.tokens_for(asked)
+
+    @torch.inference_mode()
+    def kept(self, budget: int | float) -> list[int]:
+        if budget in self._counted:
+            return self._counted[budget]
+        kept = self._counted[budget] = []
+        with apply(self.model, self._thresholds, budget=budget) as handle:
+            for start in range(0, len(self._photos), CHUNK):
+                photos = range(start, min(start + CHUNK, len(self._photos)))
+                self.model.get_image_features(**self.shown(photos))
+                kept += handle.last.kept
+        return kept
+
+    def shown(self, images: Sequence[int]) -> dict[str, Tensor]:
+        shown = {name: value.to(self.model.device) for name, value in self._processed(images).items()}
+        return {**shown, "pixel_values": shown["pixel_values"].to(self.model.dtype)}
+
+    def merging(self, budget: int | float, images: Sequence[int]) -> dict[str, Any]:
+        return {"thresholds": self._thresholds, "budget": budget}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "weights": fingerprint(self.model),
+            "merges": f"its own, by thresholds {thresholds_hash(self._thresholds)}",
+        }
+
+    def _processed(self, photos: Sequence[int]) -> dict[str, Tensor]:
+        pictures: list[Image.Image] = [self._photos[photo] for photo in photos]
+        if self._tiles:
+            pictures = [ImageOps.fit(picture, (SQUARE_PX, SQUARE_PX)) for picture in pictures]
+        return dict(self._processor(images=pictures, return_tensors="pt"))
+
+
+def spread(kept: Sequence[int], count: int) -> list[int]:
+    """Indices of `count` representative photos: of each of `count` equal parts by tokens kept, the nearest to its mean.
+
+    If `count` is larger than the number of photos, every photo comes once for each full turn.
+    """
+    order = np.argsort(kept, kind="stable")
+    turns, rest = divmod(count, len(order))
+    chosen = [int(photo) for photo in order] * turns
+    for part in np.array_split(order, rest) if rest else ():
+        tokens = np.array([kept[photo] for photo in part])
+        chosen.append(int(part[np.abs(tokens - tokens.mean()).argmin()]))
+    return chosen

@@ -1,0 +1,190 @@
+"""Sample images -> Thresholds: at which similarity tokens merge so that so many of them stay on average."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import nn
+
+from dymu.calibration.layerwise import Batch, Run, Sizes, summed_up
+from dymu.calibration.samples import ImageSource, Samples
+from dymu.calibration.spill import Spill
+from dymu.choices import SCHEDULES, Schedule
+from dymu.errors import DymuError
+from dymu.families import resolve
+from dymu.handle import encoder_of, name_of
+from dymu.measure.progress import bar_of
+from dymu.merging import removals
+from dymu.thresholds import Calibrated, Thresholds, number
+from dymu.version import __version__
+
+TRIES = 4
+"""At a budget for images whose tiles are partly padding."""
+
+TOLERANCE = 0.005
+"""Part of a budget by which the achieved average may miss it before a warning says so."""
+
+
+def calibrate(
+    model: nn.Module,
+    processor: Any,
+    images: Iterable[ImageSource],
+    budgets: Iterable[int | float],
+    *,
+    schedule: Schedule = "reverse_linear",
+    merge_layers: Iterable[int] | None = None,
+    batch_size: int = 8,
+    memory_limit_bytes: int = 2 * 2**30,
+    progress: bool = True,
+) -> Thresholds:
+    """Find the thresholds at which a model keeps so many tokens of sample images on average.
+
+    It goes layer by layer (paper section 3.1 averages per-batch thresholds instead, and misses its budgets): all
+    images' tokens wait at layer l, its threshold is put where exactly as many edges of all images lie above it as the
+    schedule asks for, they merge, and all go on to layer l + 1. So each budget is met on these images but for ties,
+    and on others of their kind but for chance. It costs one forward pass of the merging layers per budget, of which
+    the embedding and the first attention are shared; up to four where images are cut into tiles that hold padding.
+
+    Args:
+        model: a transformers model of a described family, with or without DyMU applied; it is not changed.
+        processor: the model's processor or image processor.
+        images: paths or PIL images, gone through once. What cannot be read is skipped, and named in a warning.
+        budgets: image tokens (class token and registers not counted) to keep on average; a float up to 1 is a fraction
+            of all of them, rounded to whole tokens.
+        schedule: where to merge: `constant`, `linear` or `reverse_linear` (more in later layers; the paper's choice).
+        merge_layers: indices of the encoder layers that merge, at the same budgets; None: all. Fewer merges cost
+            less time but each takes more tokens at once, see docs/encoder.md.
+        batch_size: pictures (images, or tiles of them) that go through a layer together, at least; but for rounding,
+            the thresholds do not depend on it.
+        memory_limit_bytes: hidden states beyond so many bytes wait in a temporary file, see `Spill`. An image takes
+            tokens * width * bytes per number, twice that where there are several budgets.
+        progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+        UnsupportedModel: the model is of no described family.
+        BadBudget: a budget is no number, above the number of tokens, or below what halving them in every layer leaves.
+        DymuError: no image could be used, the processor makes pictures of several sizes, the model has no such
+            `merge_layers` or does not read them, or it reads several layers and pools what they give.
+        ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
+    """
+    budgets = [number(budget) for budget in budgets]
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if not budgets or batch_size < 1:
+        raise ValueError("calibrate needs at least one budget, and a batch_size of at least 1")
+    parts = resolve(model)
+    prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
+    if depth == 0:
+        raise DymuError("this model reads its image features ahead of the first encoder layer, so no layer can merge.")
+    merging_layers = _indices(range(depth) if merge_layers is None else merge_layers, depth)
+    samples = Samples(getattr(processor, "image_processor", processor), images, parts)
+    batches: list[Batch] = []
+    with ExitStack() as opened:
+        opened.enter_context(torch.inference_mode())
+        bar = opened.enter_context(bar_of(progress))
+        spill = opened.enter_context(Spill(memory_limit_bytes))
+        run = Run(parts, merging_layers, prefix)
+
+        def removed(sizes: Sizes, keep: float) -> list[float]:
+            return removals(sizes.tokens, keep, depth, schedule, merging_layers)
+
+        def possible(sizes: Sizes) -> list[int | float]:
+            targets = sizes.targets(budgets)
+            for target in targets:
+                removed(sizes, sizes.per_picture(target))
+            return targets
+
+        reading = bar.add_task("reading images", total=samples.expected)
+        for embedded, inputs in samples.batches(batch_size, lambda: bar.advance(reading)):
+            batches.append(run.begin(embedded, inputs, spill.slot(embedded.nbytes)))
+            if len(batches) == 1 and (first := run.sizes(batches)).plain:
+                possible(first)  # so that what cannot be met is refused before all are read
+        if not batches:
+            raise DymuError(f"no image could be used for calibration: {samples.why_none()}")
+        sizes = run.sizes(batches)
+        targets = possible(sizes)
+
+        merging = [target for target in targets if target < sizes.full]
+        slots = [batch.slot for batch in batches]
+        if len(merging) > 1 or not sizes.plain:
+            spare = [spill.slot(slot.capacity_bytes) for slot in slots]
+        calibrated = []
+        for target in merging:
+            aim = sizes.per_picture(target)
+            for _ in range(TRIES):
+                task = bar.add_task(f"budget {target:g}", total=(depth - 1) * len(batches))
+                thresholds, ended = run.thresholds(
+                    removed(sizes, aim),
+                    batches,
+                    slots if sizes.plain and target == merging[-1] else spare,
+                    lambda task=task: bar.advance(task),  # type: ignore[misc]
+                )
+                kept = run.kept(ended, thresholds[-1])
+                achieved = sum(kept) / len(kept)
+                if sizes.plain or sizes.mixes or abs(achieved - target) <= TOLERANCE * target:
+                    break
+                # Merged tokens of a tile may show nothing but padding, which the language model never gets.
+                aim = min(max(aim * target / achieved, sizes.tokens / 2 ** len(merging_layers)), sizes.tokens)
+            images_rounds: tuple[float, ...] = ()
+            frames_rounds: tuple[float, ...] = ()
+            if sizes.mixes or sizes.videos:
+                with Spill(memory_limit_bytes) as room:
+                    images_rounds, kept, frames_rounds = run.in_prompt(target, ended, thresholds[-1], sizes, room)
+            calibrated.append(summed_up(target, thresholds, kept, images_rounds, frames_rounds))
+        if len(merging) < len(targets):
+            calibrated.append(sizes.untouched(depth))
+
+    _warn(samples, calibrated)
+    return Thresholds(
+        calibrated=tuple(calibrated),
+        encoder=encoder_of(parts, sizes.tokens),
+        schedule=schedule,
+        merge_layers=None if merge_layers is None else merging_layers,
+        model=name_of(model),
+        image_tokens=None if sizes.plain else sizes.full,
+        images=samples.used,
+        skipped=tuple(samples.skipped),
+        created=datetime.now(UTC).date().isoformat(),
+        dymu=__version__,
+    )
+
+
+def _indices(layers: Iterable[int], depth: int) -> tuple[int, ...]:
+    """The layers to merge in, each once, in rising order.
+
+    Raises:
+        DymuError: they are not some of the first `depth` layers.
+    """
+    layers = list(layers)
+    try:
+        indices = sorted({operator.index(layer) for layer in layers})
+    except TypeError:
+        indices = []
+    if not indices or not 0 <= indices[0] <= indices[-1] < depth:
+        raise DymuError(
+            f"the layers to merge in, {indices or layers}, are not some of the layers 0 to {depth - 1} that feed "
+            "this model; name some of those."
+        )
+    return tuple(indices)
+
+
+def _warn(samples: Samples, calibrated: Sequence[Calibrated]) -> None:
+    if samples.skipped:
+        total = len(samples.skipped) + samples.used
+        named = "; ".join(f"{skipped['image']} {skipped['why']}" for skipped in samples.skipped)
+        warnings.warn(f"skipped {len(samples.skipped)} of {total} images: {named}", stacklevel=3)
+    for entry in calibrated:
+        assert entry.achieved is not None
+        if abs(entry.achieved - entry.budget) > max(TOLERANCE * entry.budget, 0.5 / samples.used):
+            warnings.warn(
+                f"for a budget of {entry.budget:g} tokens the images keep {entry.achieved:.2f} on average: too many of "
+                "their tokens are exactly alike, too few are left to merge, or their tiles are mostly padding; "
+                "calibrate on more varied images.",
+                stacklevel=3,
+            )

@@ -1,0 +1,254 @@
+"""All sample images on their way through the encoder, layer by layer, and into the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dymu.calibration.in_prompt import ROUNDS, Waiting, rounds
+from dymu.calibration.quantile import NEVER, threshold_for
+from dymu.calibration.samples import Inputs, shape_only
+from dymu.calibration.spill import Slot, Spill
+from dymu.errors import BadBudget, DymuError
+from dymu.families import Parts
+from dymu.hooks.trace import features_of, grid, trace
+from dymu.item import Item
+from dymu.merging import MergedTokens, above
+from dymu.reducers import picture_tokens
+from dymu.thresholds import Calibrated
+from dymu.token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many tokens the sample images have.
+
+    Attributes:
+        tokens: patches of one picture.
+        counts: patches of every image, as the language model gets them.
+        plain: whether every image is one picture.
+        mixes: whether some images are shrunk, see `dymu.item.Item.mixes`.
+        videos: whether the family takes videos that can be followed.
+    """
+
+    tokens: int
+    counts: list[int]
+    plain: bool
+    mixes: bool
+    videos: bool
+
+    @property
+    def full(self) -> float:
+        """Tokens of an untouched image, on average."""
+        return self.tokens if self.plain else sum(self.counts) / len(self.counts)
+
+    def targets(self, budgets: Sequence[int | float]) -> list[int | float]:
+        """The budgets in tokens, each once, smallest first.
+
+        Raises:
+            BadBudget: one is more than there are.
+        """
+        targets = {
+            min(round(budget * self.full), self.full) if isinstance(budget, float) and 0 < budget <= 1 else budget
+            for budget in budgets
+        }
+        if not self.plain and max(targets) > self.full:
+            raise BadBudget(
+                f"cannot keep {max(targets):g} tokens of images that have {self.full:.1f} on average; take fewer."
+            )
+        return sorted(targets)
+
+    def per_picture(self, target: float) -> float:
+        """Of `target` tokens of an image, those of one picture."""
+        return target if self.plain else self.tokens * target / self.full
+
+    def untouched(self, depth: int) -> Calibrated:
+        """What keeps every token."""
+        never = (NEVER,) * ROUNDS
+        return summed_up(self.full, (NEVER,) * depth, self.counts, never * self.mixes, never * self.videos)
+
+
+def summed_up(
+    target: float,
+    thresholds: Sequence[float],
+    kept: Sequence[int],
+    images: tuple[float, ...],
+    frames: tuple[float, ...],
+) -> Calibrated:
+    counts = torch.tensor(kept)
+    return Calibrated(
+        budget=target,
+        thresholds=tuple(thresholds),
+        achieved=int(counts.sum()) / len(kept),
+        sd=counts.double().std(correction=0).item(),
+        min=int(counts.min()),
+        max=int(counts.max()),
+        images=images,
+        frames=frames,
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pictures of some images between the attention of a layer and its merging."""
+
+    images: list[Inputs]
+    slot: Slot
+    """Holds their tokens, in the state's layout."""
+    state: MergedTokens
+    similarity: Tensor
+    """[B, A] of each A token to its best partner, -inf where a row has no such token; see `best_partner`. [B, 0] where
+    the layer does not merge."""
+    partner: Tensor
+
+
+def _by_image(batch: Batch, tokens: TokenMap) -> Iterator[tuple[Inputs, slice, TokenMap]]:
+    """For each image: its inputs, which of the batch's pictures are its own, and their part of `tokens`."""
+    end = 0
+    for image in batch.images:
+        start, end = end, end + image.pictures
+        yield image, slice(start, end), TokenMap(tokens.group[start:end], tokens.kept[start:end], tokens.width)
+
+
+class Run:
+    """All images on their way through the encoder, layer by layer, by the arithmetic of inference."""
+
+    def __init__(self, parts: Parts, merging: Collection[int], prefix: int) -> None:
+        self._parts, self._merging, self._prefix = parts, merging, prefix
+        self._layers = parts.encoder_layers[: max(parts.feature_layers())]
+
+    def begin(self, embedded: Tensor, images: list[Inputs], slot: Slot) -> Batch:
+        """The embedded pictures [B, T, C] of some images, through the first attention."""
+        return self._attend(0, embedded, MergedTokens.unmerged(embedded), images, slot)
+
+    def thresholds(
+        self,
+        removed: Sequence[float],
+        batches: Sequence[Batch],
+        slots: Sequence[Slot],
+        advance: Callable[[], object],
+    ) -> tuple[list[float], Sequence[Batch]]:
+        """Find the thresholds at which layer l removes `removed[l]` tokens per picture, and run the pictures through.
+
+        Args:
+            removed: one number per layer.
+            batches: from `begin`; not changed, but for the slots they share with `slots`.
+            slots: where each batch may keep its tokens from here on.
+            advance: called when a batch has gone through a layer.
+
+        Returns:
+            The thresholds, and the batches ahead of the last merging.
+        """
+        pictures = sum(batch.state.map.batch for batch in batches)
+        thresholds: list[float] = []
+        due, merged = 0.0, 0
+        for index, removed_here in enumerate(removed):
+            due += pictures * removed_here  # what earlier layers could not remove is still among it
+            edges = torch.cat([batch.similarity.flatten() for batch in batches])
+            threshold, count = threshold_for(edges[edges.isfinite()], round(due) - merged)
+            thresholds.append(threshold)
+            merged += count
+            if index + 1 < len(removed):
+                onward = []
+                for batch, slot in zip(batches, slots, strict=True):
+                    onward.append(self._next(index, batch, threshold, slot))
+                    advance()
+                batches = onward
+        return thresholds, batches
+
+    def kept(self, batches: Sequence[Batch], threshold: float) -> list[int]:
+        """Tokens of each image as it stands in the prompt, after the last merging.
+
+        Args:
+            batches, threshold: from `thresholds`, the last of them.
+        """
+        traced = (self.items(batch, self._merged(batch, threshold)[1].map) for batch in batches)
+        return [item.budgeted for items in traced for item in items]
+
+    def in_prompt(
+        self, target: float, batches: Sequence[Batch], threshold: float, sizes: Sizes, spill: Spill
+    ) -> tuple[tuple[float, ...], list[int], tuple[float, ...]]:
+        """The rounds that merge images in the prompt, what they leave of each, and the rounds of the frames of videos.
+
+        Args:
+            target: tokens of an image to leave on average.
+            batches, threshold: see `kept`.
+            spill: for what stands in the prompt.
+        """
+        images, kept, videos, patches = list[Waiting](), list[int](), list[Waiting](), 0
+        for batch in batches:
+            x, state = self._merged(batch, threshold)
+            tokens, hidden = state.map, state.layout.pad(self._layers[-1].feed_forward(x))
+            items = self.items(batch, tokens)
+            kept += [item.budgeted for item in items]
+            by_image = list(_by_image(batch, tokens))
+            if sizes.mixes:
+                for (image, pictures, merged), item in zip(by_image, items, strict=True):
+                    features = features_of(self._parts, "image", (), image.kwargs, merged, hidden[pictures])
+                    images.append(Waiting.put(picture_tokens([item], list(features)), spill))
+            if sizes.videos:
+                # The whole image, which comes first, is what the family would see of a frame.
+                first = [pictures.start for _, pictures, _ in by_image]
+                whole = TokenMap(tokens.group[first], tokens.kept[first], tokens.width)
+                args = (shape_only(len(first), 1, *batch.images[0].pixels.shape[-3:]),)
+                frames = trace(self._parts, "video", args, {}, whole, self._colourless(batch.images[0], len(first)))
+                features = features_of(self._parts, "video", args, {}, whole, hidden[first])
+                videos.append(Waiting.put(picture_tokens(frames, list(features)), spill))
+                patches += sum(int(item.patch.sum()) for item in frames)
+        for_images: tuple[float, ...] = ()
+        if sizes.mixes:
+            for_images, images = rounds(images, round(target * len(kept)))
+            kept = [image.tokens.state.layout.total for image in images]
+        for_frames = rounds(videos, round(target / sizes.full * patches))[0] if sizes.videos else ()
+        return for_images, kept, for_frames
+
+    def sizes(self, batches: Sequence[Batch]) -> Sizes:
+        """How many tokens the images of unmerged batches have."""
+        items = [item for batch in batches for item in self.items(batch, batch.state.map)]
+        tokens = batches[0].state.map.tokens - self._prefix
+        counts = [item.budgeted for item in items]
+        plain = all(item.pictures == 1 and count == tokens for item, count in zip(items, counts, strict=True))
+        parts = self._parts
+        mixes = any(item.mixes for item in items)
+        videos = "video" in parts.placeholders and not parts.pools_with_weights
+        if (mixes or videos) and len(parts.feature_layers()) > 1:
+            raise DymuError(
+                "this model reads features of several encoder layers and makes means over neighbouring tokens, which "
+                "calibration does not know yet; set vision_feature_layer to one layer."
+            )
+        return Sizes(tokens, counts, plain, mixes, videos)
+
+    def items(self, batch: Batch, tokens: TokenMap) -> list[Item]:
+        """How the images lie in the prompt, once `tokens` of their pictures were merged."""
+        return [
+            item
+            for image, _, merged in _by_image(batch, tokens)
+            for item in trace(self._parts, "image", (), image.kwargs, merged, self._colourless(image, image.pictures))
+        ]
+
+    def _colourless(self, image: Inputs, pictures: int) -> Tensor:
+        """float [pictures, 3, rows, columns] of 0: the colours of patches, which only a drawing needs."""
+        return torch.zeros(pictures, 3, *grid(self._parts, image.pixels), device=self._parts.tower.device)
+
+    def _merged(self, batch: Batch, threshold: float) -> tuple[Tensor, MergedTokens]:
+        x, state = batch.slot.get().to(batch.similarity.device), batch.state
+        if threshold <= 1:
+            x, state = state.merge(x, above(threshold, batch.similarity, batch.partner), self._prefix)
+        return x, state
+
+    def _next(self, index: int, batch: Batch, threshold: float, slot: Slot) -> Batch:
+        """Merge, finish layer `index` and go through the next one's attention."""
+        x, state = self._merged(batch, threshold)
+        return self._attend(index + 1, self._layers[index].feed_forward(x), state, batch.images, slot)
+
+    def _attend(self, index: int, x: Tensor, state: MergedTokens, images: list[Inputs], slot: Slot) -> Batch:
+        x, keys = self._layers[index].attend(x, state)
+        if index in self._merging:
+            similarity, partner = state.match(keys, self._prefix)
+        else:
+            similarity, partner = keys.new_empty(state.map.batch, 0), state.layout.length.new_empty(state.map.batch, 0)
+        slot.put(x)
+        return Batch(images, slot, state, similarity, partner)

@@ -1,0 +1,259 @@
+"""`dymu evaluate` and `dymu report`: accuracy against image tokens, with tables and charts."""
+
+from __future__ import annotations
+
+import inspect
+import runpy
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from dymu.choices import UNMERGE
+from dymu.cli import errors
+from dymu.cli.app import CHARTS, Debug, Json, app, parse_budget, quieten_transformers
+from dymu.cli.output import Output, check_writable, write_text, write_whole
+from dymu.errors import DymuError
+from dymu.evaluation.methods import COMPARED
+
+MethodName = StrEnum("MethodName", [(name.upper(), name) for name in COMPARED])  # type: ignore[misc]
+UnmergeName = StrEnum("UnmergeName", [(name.upper(), name) for name in UNMERGE])  # type: ignore[misc]
+
+BUDGETS = ["0.3", "0.15"]
+ATTENDED = [UnmergeName("exact")]
+USUAL = [MethodName("dtome"), MethodName("tome"), MethodName("random")]
+
+
+@app.command()
+def evaluate(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The result file; one there is continued.")
+    ],
+    task: Annotated[
+        list[Path],
+        typer.Option("--task", "-t", metavar="FOLDER|FILE.py", help="What to ask: a folder with questions.jsonl, or a "
+                     "Python file whose task() gives a task. Give several."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A model's folder or hub name.", show_default="the demo model"),
+    ] = None,
+    thresholds: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="When DToMe merges; one file for each schedule.",
+                     show_default="thresholds.json beside the model"),
+    ] = None,
+    budget: Annotated[
+        list[str],
+        typer.Option("--budget", "-b", metavar="N|0.15", help="Image tokens to keep on average. Give several."),
+    ] = BUDGETS,
+    method: Annotated[
+        list[MethodName],
+        typer.Option("--method", "-m", help="How to reduce image tokens. Give several."),
+    ] = USUAL,
+    unmerge: Annotated[
+        list[UnmergeName],
+        typer.Option("--unmerge", "-u", help="How the language model attends to them. Give several."),
+    ] = ATTENDED,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    timed: Annotated[int, typer.Option(min=0, help="Questions per task of which every row is timed.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Compare methods that reduce image tokens: accuracy, tokens, time, memory."""
+    from dymu.cli import models
+    from dymu.thresholds import Thresholds
+
+    out = Output(as_json)
+    budgets = [parse_budget(text) for text in budget]
+    check_writable(output, "results", (".jsonl",))
+    tasks = [_task(path.expanduser()) for path in task]  # before anything heavy is loaded
+    name = model or models.demo_model()
+    files = thresholds or ([models.thresholds_beside(name)] if "dtome" in method else [])
+    calibrated = [Thresholds.load(file) for file in files]
+    schedules = [each.schedule or "" for each in calibrated]
+    if len(set(schedules)) < len(schedules):
+        raise typer.BadParameter("two of the --thresholds files are of one schedule; give one for each.")
+    with out.during("loading torch and transformers"):
+        quieten_transformers()
+        from dymu.evaluation.methods import rows_for
+        from dymu.evaluation.run import evaluate as run_all
+        from dymu.evaluation.run import full_tokens
+    with out.during(f"loading {name}"):
+        loaded = models.load(name)
+    full = full_tokens(loaded.model, loaded.processor, calibrated)
+    rows = rows_for(
+        [max(round(each * full if isinstance(each, float) and each <= 1 else each), 1) for each in budgets],
+        [item.value for item in method], [item.value for item in unmerge], schedules or ["constant"],
+    )  # fmt: skip
+    results = run_all(
+        loaded.model, loaded.processor, tasks, rows, output,
+        thresholds=calibrated, limit=limit, batch_size=batch_size, timed=timed, seed=seed,
+    )  # fmt: skip
+    _say(out, [(output, results)])
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Files that `dymu evaluate` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.md", help="Write the tables into this file.")
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy against tokens and time (one file only).")
+    ] = None,
+    against: Annotated[
+        MethodName | None,
+        typer.Option(help="Tell differences from this method's rows at the nearest budget.", show_default="untouched"),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MEASURE",
+            help="Tell thirds of the questions apart by how complex their images are: "
+            "bytes, pixels, objects, … as the task knows. Give several.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make the tables and the picture of result files, finished or not."""
+    from dymu.evaluation.results import Results
+
+    out = Output(as_json)
+    if output is not None:
+        check_writable(output, "the tables", (".md",))
+    if chart is not None:
+        check_writable(chart, "the chart", CHARTS)
+        if len(results) > 1:
+            raise typer.BadParameter("--chart draws one result file; give one.")
+    read = [(path, Results.load(path)) for path in results]
+    pages = _say(out, read, against.value if against else "untouched", by or [], quiet=output is not None)
+    if output is not None:
+        write_text(output, "\n\n".join(pages) + "\n")
+    if chart is not None:
+        from dymu.evaluation.chart import draw_chart
+        from dymu.evaluation.summary import summarise
+
+        summaries = summarise(read[0][1])
+        write_whole(chart, lambda path: draw_chart(summaries, path))
+
+
+def _task(path: Path) -> Any:
+    """The task of a folder or of a Python file, which is run.
+
+    Raises:
+        BadInput: the path holds no task.
+    """
+    from dymu.evaluation.tasks import Task
+    from dymu.evaluation.tasks.folder import QUESTIONS, Folder
+
+    known = f"name a folder with {QUESTIONS}, or a Python file whose task() gives a task."
+    if path.is_dir():
+        if not (path / QUESTIONS).is_file():
+            raise errors.BadInput(f"{path} is a folder without {QUESTIONS}: {known}")
+        return Folder(path)
+    if not path.exists():
+        raise errors.BadInput(f"{path} does not exist: {known}")
+    if path.suffix != ".py":
+        raise errors.BadInput(f"{path} is neither a folder nor a Python file: {known}")
+    _add_to_search_path(path)
+    try:
+        names = runpy.run_path(str(path), run_name=f"dymu_task_{path.stem}")
+    except SyntaxError as error:
+        raise errors.BadInput(f"{path} cannot be read as Python ({errors.one_line(error)}): mend it.") from error
+    except (Exception, SystemExit) as error:
+        raise errors.BadInput(f"{path} cannot be run ({_why(error)}): mend it.") from error
+    if "task" not in names:
+        raise errors.BadInput(f"{path} has no function task(): write one that gives a task, see docs/evaluation.md.")
+    try:
+        task = names["task"]() if callable(names["task"]) else names["task"]
+        is_task = isinstance(task, Task) and not isinstance(task, type)
+    except (Exception, SystemExit) as error:
+        raise errors.BadInput(f"task() of {path} cannot be run ({_why(error)}): mend it.") from error
+    if inspect.iscoroutine(task):
+        task.close()  # else Python warns that nobody awaited it
+    if not is_task:
+        kind = type(task).__name__
+        raise errors.BadInput(f"task() of {path} gives a {kind}, which is no task: see docs/evaluation.md.")
+    return task
+
+
+def _why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {errors.one_line(error)}".rstrip(".")
+
+
+def _add_to_search_path(path: Path) -> None:
+    """Put the folder of a Python file, or the one that holds its package, at the end of the search path."""
+    folder = path.resolve().parent
+    while (folder / "__init__.py").is_file():
+        folder = folder.parent
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _say(
+    out: Output,
+    read: list[tuple[Path, Any]],
+    against: str = "untouched",
+    by: Sequence[str] = (),
+    quiet: bool = False,
+) -> list[str]:
+    """Print the tables of result files, and return the Markdown of each."""
+    from dymu.evaluation import tables
+    from dymu.evaluation.summary import parts_by, skipped, summarise
+
+    pages, printed = [], []
+    for path, results in read:
+        methods = dict.fromkeys(row.method for row in results.header.rows)
+        if against not in ("untouched", *methods):
+            raise errors.BadInput(f"{path} has no rows of {against}; compare with one of: {', '.join(methods)}.")
+        left_out = skipped(results)
+        if left_out:
+            out.note(f"{path}: {len(left_out)} questions were left out: {'; '.join(left_out)}")
+        summaries = summarise(results, against=against)
+        if not summaries:
+            raise errors.BadInput(
+                f"{path} holds no question that every row has answered: let it run on, or mend images."
+            )
+        try:
+            split = {
+                measure: [(part, summarise(results, part, against)) for part in parts_by(results, measure)]
+                for measure in by
+            }
+        except DymuError as error:
+            raise errors.BadInput(f"{path}: {error}") from error
+        page = [
+            f"**{path}**" if len(read) > 1 else "",
+            tables.accuracy_table(summaries, against),
+            *(tables.part_table(parts, against) for parts in split.values()),
+            tables.cost_table(summaries),
+            f"<sub>{tables.provenance(results)}</sub>",
+        ]
+        pages.append("\n\n".join(filter(None, page)))
+        printed.append(
+            {
+                "file": str(path),
+                "rows": _rows(summaries),
+                "by": {
+                    measure: [{"low": part.low, "high": part.high, "rows": _rows(rows)} for part, rows in parts]
+                    for measure, parts in split.items()
+                },
+                "skipped": left_out,
+            }
+        )
+    if out.as_json or not quiet:
+        out.result({"against": against, "results": printed}, lambda: pages)
+    return pages
+
+
+def _rows(summaries: Sequence[Any]) -> list[dict[str, Any]]:
+    from dymu.evaluation.tables import series
+
+    return [{"name": series(summary.row), **msgspec.to_builtins(summary)} for summary in summaries]

@@ -1,0 +1,94 @@
+"""`dymu inspect`, `dymu families` and `dymu env`: what there is."""
+
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dymu.cli.app import Debug, Json, app
+from dymu.cli.output import Output, facts, table, thresholds_data, thresholds_for_people
+from dymu.files import first_line
+from dymu.thresholds import Thresholds
+from dymu.version import __version__
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A thresholds file.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a thresholds file holds and what it belongs to."""
+    data = {"file": str(file), **thresholds_data(Thresholds.load(file))}
+    Output(as_json).result(data, lambda: thresholds_for_people(data))
+
+
+@app.command()
+def families(as_json: Json = False, debug: Debug = False) -> None:
+    """List the model families that dymu knows."""
+    from dymu.families import FAMILIES
+
+    known: list[dict[str, Any]] = [
+        {
+            "model_type": model_type,
+            "videos": family.video_token is not None,
+            "towers": [name for tower in family.towers for name in tower.model_types],
+            "decoders": [name for decoder in family.decoders for name in decoder.model_types],
+        }
+        for model_type, family in sorted(FAMILIES.items())
+    ]
+
+    listed = table("model type", "videos", "vision towers", "language models", numbers=False)
+    for family in known:
+        videos = "yes" if family["videos"] else "–"
+        listed.add_row(family["model_type"], videos, ", ".join(family["towers"]), ", ".join(family["decoders"]))
+    Output(as_json).result({"families": known}, lambda: [listed])
+
+
+@app.command()
+def env(as_json: Json = False, debug: Debug = False) -> None:
+    """Show the versions and the device, for a bug report. It never fails: what cannot be found out says why."""
+    packages = ("torch", "transformers", "numpy", "pillow")
+    data: dict[str, Any] = {
+        "dymu": __version__,
+        "python": platform.python_version(),
+        **{name: _or_why(metadata.version, name) for name in packages},
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": _or_why(_threads),
+        "accelerator": _or_why(_accelerator),
+    }
+    told = {name.replace("_", " "): str(value or "none") for name, value in data.items()}
+    Output(as_json).result(data, lambda: facts(told))
+
+
+def _or_why(find_out: Callable[..., Any], *args: str) -> Any:
+    """What a call answers, or in words why it does not."""
+    try:
+        return find_out(*args)
+    except metadata.PackageNotFoundError:
+        return None
+    except Exception as error:  # broken installations have kinds of their own
+        return f"unknown ({first_line(error)})"
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _accelerator() -> str | None:
+    import torch
+
+    # A build for CUDA names that device also where no driver is there.
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return None
+    if not torch.accelerator.is_available():
+        return f"{device.type}, which torch is built for and cannot use here"
+    return f"cuda: {torch.cuda.get_device_name()}" if device.type == "cuda" else device.type

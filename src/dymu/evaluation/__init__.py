@@ -1,0 +1,1 @@
+"""Accuracy against image tokens and time, for every method that reduces them."""

@@ -1,0 +1,113 @@
+"""Run a model in the way of a row."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from dymu.errors import BadBudget, UnsupportedModel
+from dymu.evaluation.methods import METHODS, Row, check_names
+from dymu.families import resolve
+from dymu.handle import Handle, applied
+from dymu.thresholds import Thresholds
+
+
+def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds]) -> None:
+    """Check, before any work, that a model can run a row.
+
+    Args:
+        tokens: of one image, unmerged.
+        thresholds: by their schedule.
+
+    Raises:
+        BadBudget: it keeps more tokens than there are, or fewer than its method can; or there are no thresholds for it.
+        UnsupportedModel: its method's budget is of a picture, and the model cuts images into several.
+        BadThresholds: see `dymu.apply`.
+        ValueError: an unknown method or way to unmerge.
+    """
+    check_names([row.method], [row.unmerge])
+    method, parts = METHODS[row.method], resolve(model)
+    if parts.family.cuts_images and not method.of_images:
+        others = ", ".join(name for name, other in METHODS.items() if other.of_images)
+        raise UnsupportedModel(
+            f"{row.method} keeps a number of tokens of each picture, and this model cuts images into several; "
+            f"compare some of {others}."
+        )
+    if row.budget > tokens:
+        raise BadBudget(f"a budget of {row.budget} is more than the {tokens} image tokens that there are; take less.")
+    if method.reducer:
+        method.make(row, row.budget / tokens, 0).check_fits(max(parts.feature_layers()), tokens)
+    if row.method == "dtome":
+        with running(row, model, None, thresholds, tokens):
+            pass
+
+
+@contextmanager
+def running(
+    row: Row, model: Any, processor: Any, thresholds: Mapping[str, Thresholds], tokens: int, seed: int = 0
+) -> Iterator[Handle | None]:
+    """Change the model (and for a smaller image the processor) as the row says, while the context lasts.
+
+    Args:
+        thresholds: by their schedule.
+        tokens: of one image, unmerged.
+        seed: of all random numbers.
+
+    Raises:
+        BadBudget: there are no thresholds of the row's schedule.
+        UnsupportedModel: this model cannot run the row.
+    """
+    method = METHODS[row.method]
+    options: dict[str, Any] | None = None
+    if row.method == "dtome":
+        if row.schedule not in thresholds:
+            raise BadBudget(
+                f"there are no thresholds of the schedule {row.schedule!r}; calibrate them with "
+                f"`dymu calibrate … --schedule {row.schedule}`."
+            )
+        options = {"thresholds": thresholds[row.schedule], "budget": row.budget, "unmerge": row.unmerge}
+    elif method.reducer:
+        options = {"merge": method.make(row, row.budget / tokens, seed), "unmerge": row.unmerge}
+    if row.method == "downscale":
+        with _smaller(model, processor, math.isqrt(row.budget)):
+            yield None
+    else:
+        with applied(model, options) as handle:
+            yield handle
+
+
+@contextmanager
+def _smaller(model: Any, processor: Any, side: int) -> Iterator[None]:
+    """Show the stock model images of `side` x `side` patches, with interpolated position embeddings."""
+    parts = resolve(model)
+    images = processor.image_processor
+    crop, patch = getattr(images, "crop_size", None), parts.tower.config.patch_size
+    size = images.size
+    if size is None or not {"shortest_edge", "height"} & set(dict(size)):
+        raise UnsupportedModel("this image processor has no fixed size that could be made smaller.")
+    pixels = side * patch
+    interpolates = "interpolate_pos_encoding" in inspect.signature(parts.tower.forward).parameters
+
+    def interpolated(_tower: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "interpolate_pos_encoding": True}
+
+    hook = parts.tower.register_forward_pre_hook(interpolated, with_kwargs=True) if interpolates else None
+    square = {"height": pixels, "width": pixels}
+    if "shortest_edge" in dict(size):  # as much is cropped as of the full image
+        shown = crop["height"] if crop is not None else size["shortest_edge"]
+        images.size = type(size)(shortest_edge=round(size["shortest_edge"] * pixels / shown))
+    else:
+        images.size = type(size)(**square)
+    if crop is not None:
+        images.crop_size = type(crop)(**square)
+    try:
+        yield
+    finally:
+        images.size = size
+        if crop is not None:
+            images.crop_size = crop
+        if hook is not None:
+            hook.remove()

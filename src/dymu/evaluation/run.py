@@ -1,0 +1,244 @@
+"""Ask a model the questions of tasks, in every row of a comparison."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedModel
+
+from dymu.errors import AlreadyApplied, BadImage, DymuError
+from dymu.evaluation.methods import Row
+from dymu.evaluation.results import FORMAT, Answers, Examples, Header, Line, Model, ResultFile, Results
+from dymu.evaluation.rows import check, running
+from dymu.evaluation.tasks import Example, Task, check_task, example_of, score_of
+from dymu.families import resolve
+from dymu.handle import Handle, handle_of, name_of
+from dymu.measure.costs import Cost, cost
+from dymu.measure.progress import bar_of
+from dymu.measure.provenance import device_name, fingerprint, short_hash, thresholds_hash, versions
+from dymu.measure.results import BadResults
+from dymu.prompting import generate, image_tokens, inputs_for
+from dymu.thresholds import Thresholds
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: Any,
+    tasks: Sequence[Task],
+    rows: Sequence[Row],
+    output: str | os.PathLike[str],
+    *,
+    thresholds: Iterable[Thresholds] = (),
+    limit: int | None = None,
+    batch_size: int = 8,
+    timed: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> Results:
+    """Ask every question in every way, and write the answers and their costs.
+
+    All rows answer a batch before the next batch, so that a run stopped at any point compares like with like. A file
+    that holds a part of this very run is continued.
+
+    Args:
+        model: a transformers model of a described family, without DyMU; it is as it was afterwards.
+        processor: the model's processor.
+        tasks: the questions.
+        rows: ways to run the model, each once, see `rows_for`.
+        output: the result file.
+        thresholds: for the rows that need them, one for each schedule.
+        limit: questions per task; None: all.
+        batch_size: questions that are answered together.
+        timed: questions per task of which every row is timed as well, alone, one row after the other.
+        seed: of all random numbers.
+        progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+        BadResults: `output` belongs to another run.
+        BadBudget, BadThresholds, UnsupportedModel: the model cannot run a row.
+        AlreadyApplied: DyMU is applied to the model.
+        DymuError: two tasks have the same name.
+        BadPrompt: a task, or an example or score of it, is not as `Task` and `Example` say.
+        ValueError: a `batch_size` below 1, or a row of an unknown method or way to unmerge.
+    """
+    if batch_size < 1:
+        raise ValueError("evaluate needs a batch_size of at least 1")
+    if handle_of(model) is not None:
+        raise AlreadyApplied("DyMU is applied to this model, so nothing could be compared; call handle.remove() first.")
+    by_schedule = {calibrated.schedule or "": calibrated for calibrated in thresholds}
+    lengths = {task.name: len(task) if limit is None else min(limit, len(task)) for task in tasks}
+    if len(lengths) < len(tasks):
+        names = Counter(task.name for task in tasks)
+        name = next(name for name in names if names[name] > 1)
+        raise DymuError(f"{names[name]} tasks are named {name}; give each task once, or rename a folder.")
+    for task in tasks:
+        check_task(task)
+    tokens = full_tokens(model, processor, by_schedule.values())
+    for row in rows:
+        check(row, model, tokens, by_schedule)
+    header = Header(
+        dymu_results=FORMAT,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=Model(
+            name=name_of(model),
+            revision=getattr(model.config, "_commit_hash", None),
+            weights=fingerprint(model),
+            dtype=str(model.dtype).removeprefix("torch."),
+        ),
+        tasks={task.name: {**task.describe(), "length": lengths[task.name]} for task in tasks},
+        rows=list(rows),
+        yes_no={task.name: list(task.yes_no) for task in tasks},
+        batch_size=batch_size,
+        timed=timed,
+        seed=seed,
+        versions=versions("torch", "transformers"),
+        device=device_name(model.device),
+        processor=short_hash([processor.chat_template, processor.image_processor.to_dict()]),
+        thresholds={schedule: thresholds_hash(calibrated) for schedule, calibrated in by_schedule.items()},
+    )
+    asker = _Asker(ResultFile(Path(output), header), model, processor, by_schedule, tokens, seed)
+    with bar_of(progress, remaining=False) as bar:
+        todo = bar.add_task("", total=sum(lengths.values()) * len(rows))
+        for task in tasks:
+            for start in range(0, lengths[task.name], batch_size):
+                batch = _Batch(asker, task, start, min(start + batch_size, lengths[task.name]))
+                for row in rows:
+                    bar.update(todo, description=f"{task.name} · {row.key}")
+                    batch.answer(row)
+                    bar.advance(todo, batch.stop - batch.start)
+                batch.time(rows, timed)
+    return asker.file.results
+
+
+def full_tokens(model: PreTrainedModel, processor: Any, thresholds: Iterable[Thresholds] = ()) -> int:
+    """Image tokens of one image before any merging, without class token and registers, which no budget counts.
+
+    Where images are cut into tiles, this is the mean over the images that the thresholds were calibrated on.
+    """
+    for calibrated in thresholds:
+        if calibrated.image_tokens is not None:
+            return round(calibrated.image_tokens)
+    parts = resolve(model)
+    inputs = inputs_for(model, processor, [([Image.new("RGB", (64, 64))], "?")])
+    return image_tokens(model, inputs)[0] - max(parts.prefix - parts.dropped(), 0)
+
+
+@dataclass
+class _Asker:
+    """The model and the result file, which all batches share."""
+
+    file: ResultFile
+    model: PreTrainedModel
+    processor: Any
+    thresholds: dict[str, Thresholds]
+    tokens: int
+    seed: int
+    warm: set[Row] = field(default_factory=set)
+
+    def inputs(self, examples: Sequence[Example]) -> dict[str, Any]:
+        return inputs_for(self.model, self.processor, [(example.images, example.question) for example in examples])
+
+    def running(self, row: Row) -> AbstractContextManager[Handle | None]:
+        return running(row, self.model, self.processor, self.thresholds, self.tokens, self.seed)
+
+    def cost(self, row: Row, example: Example) -> Cost:
+        """Measure an example for a row, once more where the row has not run before."""
+        with self.running(row):
+            inputs = self.inputs([example])
+            if row not in self.warm:
+                cost(self.model, inputs)
+                self.warm.add(row)
+            return cost(self.model, inputs)
+
+
+@dataclass
+class _Batch:
+    """Some examples of a task, loaded when the first row that has not answered them yet asks for them."""
+
+    asker: _Asker
+    task: Task
+    start: int
+    stop: int
+
+    def answer(self, row: Row) -> None:
+        """Ask one row, unless its answers are in the file."""
+        asker = self.asker
+        if (self.task.name, self.start) in asker.file.results.answers.get(row.key, {}):
+            return
+        answers, kept = list[str](), list[int]()
+        if self.examples:
+            with asker.running(row) as handle:
+                inputs = asker.inputs([*self.examples.values()]) if row.method == "downscale" else self.inputs
+                answers, _ = generate(asker.model, asker.processor, inputs, self.task.max_new_tokens)
+                if handle is None:
+                    kept = image_tokens(asker.model, inputs)
+                else:
+                    left = iter(handle.last.kept)
+                    kept = [sum(islice(left, len(example.images))) for example in self.examples.values()]
+        scores = [
+            round(score_of(self.task, index, example, answer), 4)
+            for (index, example), answer in zip(self.examples.items(), answers, strict=True)
+        ]
+        asker.file.add(Line(self.task.name, self.start, row.key, answers=Answers(answers, scores, kept)))
+
+    def time(self, rows: Sequence[Row], timed: int) -> None:
+        """Time every row on each example among the first `timed`, unless its costs are in the file."""
+        for index in range(self.start, min(self.stop, timed)):
+            turn = index % len(rows)  # so that no row always comes after the same other
+            costs = self.asker.file.results.costs
+            todo = [
+                row for row in (*rows[turn:], *rows[:turn]) if (self.task.name, index) not in costs.get(row.key, {})
+            ]
+            if not todo:
+                continue
+            try:
+                example = example_of(self.task, index)
+            except BadImage:
+                continue
+            for row in todo:
+                self.asker.file.add(Line(self.task.name, index, row.key, cost=self.asker.cost(row, example)))
+
+    @cached_property
+    def examples(self) -> dict[int, Example]:
+        """The examples by index, without those whose image cannot be read; they are written to the file if new.
+
+        Raises:
+            BadResults: the file holds others.
+            BadPrompt: one is not as `Example` says.
+        """
+        now, examples = Examples([], [], [], [], []), dict[int, Example]()
+        for index in range(self.start, self.stop):
+            try:
+                example = example_of(self.task, index)
+            except BadImage as error:
+                now.skipped.append((index, str(error)))
+                continue
+            examples[index] = example
+            now.index.append(index)
+            now.kind.append(example.kind)
+            now.references.append(list(example.references))
+            now.measures.append({name: round(float(value), 4) for name, value in example.measures.items()})
+        before = self.asker.file.results.examples.get((self.task.name, self.start))
+        if before is None:
+            self.asker.file.add(Line(self.task.name, self.start, examples=now))
+        elif before != now:
+            raise BadResults(
+                f"examples {self.start} to {self.stop - 1} of {self.task.name} are not those of the result file, "
+                "as where an image was mended or replaced: begin a new file with -o."
+            )
+        return examples
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """The prompts of all rows that keep the images' size."""
+        return self.asker.inputs([*self.examples.values()])

@@ -1,0 +1,118 @@
+"""Interface of a task: examples with reference answers, and a rule that scores a model's answers."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Protocol, runtime_checkable
+
+from PIL import Image
+
+from dymu.errors import BadPrompt
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one or several images.
+
+    Attributes:
+        images: RGB, in the order in which the question shows them.
+        question: as the model is to read it, instructions on the form of the answer included.
+        references: answers that count as right; more than one where people disagree.
+        kind: of question (`counting`, `colour`, ...); accuracy is also computed for each.
+        measures: of the image's complexity (`objects`, `words`, ...).
+    """
+
+    images: tuple[Image.Image, ...]
+    question: str
+    references: tuple[str, ...]
+    kind: str
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Examples in an order in which the first N, for any N, are balanced over the kinds and so a fair sample.
+
+    Attributes:
+        name: short, for tables.
+        max_new_tokens: of an answer, at most.
+        yes_no: kinds whose answers are yes or no; F1 of "yes" is computed for them as well.
+    """
+
+    name: str
+    max_new_tokens: int
+    yes_no: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """The example at this index, the same on every machine."""
+        ...
+
+    def score(self, example: Example, answer: str) -> float:
+        """Score an answer from 0 (wrong) to 1 (right)."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """Identity of the questions: two runs whose descriptions are equal ask the same."""
+        ...
+
+
+def check_task(task: Task) -> None:
+    """Raises: BadPrompt, unless a task's own fields are as `Task` says."""
+    if type(task.max_new_tokens) is not int or task.max_new_tokens < 1:
+        raise _bad(str(task.name), "max_new_tokens", task.max_new_tokens, "a whole number of at least 1")
+    if not _are_texts(task.yes_no):
+        raise _bad(str(task.name), "yes_no", task.yes_no, "a tuple of texts")
+
+
+def example_of(task: Task, index: int) -> Example:
+    """The example of a task at this index.
+
+    Raises:
+        BadPrompt: a field of it is not as `Example` says.
+    """
+    example, where = task[index], f"example {index} of {task.name}"
+    if not isinstance(example, Example):
+        raise BadPrompt(f"{where} is {reprlib.repr(example)}, which is no Example: mend the task.")
+    if not isinstance(example.kind, str) or example.kind in ("", "all"):
+        raise _bad(where, "kind", example.kind, 'a text, but not "all", which stands for all kinds together')
+    if not _are_texts(example.references):
+        raise _bad(where, "references", example.references, "a tuple of texts")
+    if example.kind in task.yes_no and not example.references:
+        raise _bad(where, "references", example.references, "at least one text where the answer is yes or no")
+    measures = example.measures
+    if not isinstance(measures, Mapping) or not _are_texts([*measures]) or not all(map(_is_finite, measures.values())):
+        raise _bad(where, "measures", measures, "finite numbers by name")
+    return example
+
+
+def score_of(task: Task, index: int, example: Example, answer: str) -> float:
+    """The task's score of an answer to the example at this index.
+
+    Raises:
+        BadPrompt: it is no number from 0 to 1.
+    """
+    score = task.score(example, answer)
+    if not _is_finite(score) or not 0 <= score <= 1:
+        raise _bad(f"example {index} of {task.name}", "score", score, "a number from 0 to 1")
+    return float(score)
+
+
+def _bad(where: str, field: str, value: object, rule: str) -> BadPrompt:
+    return BadPrompt(f"{where} has the {field} {reprlib.repr(value)}, which must be {rule}: mend the task.")
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer larger than any float
+        return False

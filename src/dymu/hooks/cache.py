@@ -1,0 +1,128 @@
+"""The KV cache: it says the length of the full prompt, and stores merged, un-rotated tokens or, for
+`cache="expanded"`, rotated ones of the full prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from dymu.choices import CacheForm
+from dymu.errors import UnsupportedCache
+from dymu.unmerging import History
+from dymu.unmerging.virtual import rows_behind, virtual_keys, virtual_values
+
+
+class MergedLayer(DynamicLayer):
+    """One layer of the cache: keys and values [B, H, entries, D] as projected, before rotation.
+
+    Args:
+        history: shared by all layers of the cache.
+        leads: whether this layer keeps `history` up to date when rows or tokens are dropped (one layer does).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, history: History, leads: bool) -> None:
+        super().__init__()
+        self.history, self.leads = history, leads
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self._expect(key_states.shape[-2])
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return updated
+
+    def _expect(self, entries: int) -> None:
+        stored = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        if stored + entries != self.history.entries:
+            raise UnsupportedCache(
+                "this KV cache was filled with DyMU, and the model cannot read it while DyMU is removed or disabled; "
+                "start with a new cache or apply DyMU again."
+            )
+
+    def get_seq_length(self) -> int:
+        return self.history.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.history.length + query_length, 0
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self.keys = self.values = torch.tensor([])
+        self.history.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.leads:
+            self.history.select(indices)
+        if self.is_initialized:
+            rows = indices.to(self.keys.device)
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens of the full prompt from the end: as in transformers, minus so many."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, such as -3, not {tokens_to_remove}")
+        if self.leads:
+            self.history.crop(max(self.history.length + tokens_to_remove, 0))
+        if self.is_initialized:
+            self.keys = self.keys[..., : self.history.entries, :]
+            self.values = self.values[..., : self.history.entries, :]
+
+
+class ExpandedLayer(MergedLayer):
+    """One layer of the cache: keys and values [B, H, tokens, D] of the full prompt, the keys rotated and interleaved
+    (see `dymu.unmerging.virtual.interleaved`)."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        newest, phase = self.history.newest, self.history.phase
+        self._expect(0 if newest is None else newest.tokens)
+        assert newest is not None
+        assert phase is not None
+        rows = rows_behind(newest.group, newest.width, key_states.shape[1])
+        keys = virtual_keys(key_states, rows, phase[:, -newest.tokens :])
+        return super().update(keys, virtual_values(value_states, rows), *args, **kwargs)
+
+
+def adopt(cache: Cache, form: CacheForm = "merged") -> History:
+    """Make an empty stock `DynamicCache` store merged tokens; a cache adopted before keeps its form and its history.
+
+    Raises:
+        UnsupportedCache: another kind of cache, or one that was filled without DyMU.
+    """
+    if cache.layers and isinstance(cache.layers[0], MergedLayer):
+        return cache.layers[0].history
+    if type(cache) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        raise UnsupportedCache(
+            f"DyMU stores merged tokens in a DynamicCache, not in a {type(cache).__name__}; "
+            "leave cache_implementation and past_key_values unset."
+        )
+    if cache.get_seq_length():
+        raise UnsupportedCache(
+            "this KV cache was filled without DyMU and holds rotated keys of all tokens; start with a new cache."
+        )
+    layer = ExpandedLayer if form == "expanded" else MergedLayer
+    history = History(expanded=form == "expanded")
+    if cache.layer_class_to_replicate is None:
+        cache.layers = [layer(history, leads=index == 0) for index in range(len(cache.layers))]
+    else:
+        cache.layers.append(layer(history, leads=True))
+        cache.layer_class_to_replicate = lambda: layer(history, leads=False)
+    return history
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that the cache holds."""
+    stored = [states for layer in cache.layers if layer.is_initialized for states in (layer.keys, layer.values)]
+    return sum(states.numel() * states.element_size() for states in stored)

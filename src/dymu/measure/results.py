@@ -1,0 +1,39 @@
+"""Result files: continued by the run that they belong to, refused by any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from dymu.errors import DymuError
+from dymu.files import first_line
+
+Number = int | float
+
+
+class BadResults(DymuError):
+    """A result file that cannot be read, or that belongs to another run."""
+
+
+def check_same_run(path: Path, header: msgspec.Struct, before: msgspec.Struct, names: Iterable[str]) -> None:
+    """Raises: BadResults, unless the record of a run and that of the file agree in all of these fields."""
+    differing = sorted(name for name in names if getattr(header, name) != getattr(before, name))
+    if differing:
+        raise BadResults(
+            f"{path} belongs to another run, which differs in {', '.join(differing)}: name another file with -o, or "
+            "delete it."
+        )
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a result file.
+
+    Raises:
+        BadResults: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadResults(f"{path} cannot be read ({first_line(error)}): check its name.") from error

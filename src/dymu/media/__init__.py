@@ -1,0 +1,1 @@
+"""Images and videos as people have them, and pictures of what merged."""

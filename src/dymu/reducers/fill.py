@@ -1,0 +1,38 @@
+"""What stands for a dropped token: the kept one that is nearest, by what it shows or by where it lies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dymu.reducers.reducer import Reduced, Tokens
+from dymu.token_map import TokenMap, at_least_float32, take
+
+
+def fill_alike(tokens: Tokens, reduced: Reduced) -> Reduced:
+    """Let each dropped token stand with the kept one of the largest cosine; features of kept tokens do not change."""
+    unit = normalize(at_least_float32(tokens.features), dim=-1)
+    return _filled(tokens, reduced, unit @ unit.mT)
+
+
+def fill_beside(tokens: Tokens, reduced: Reduced) -> Reduced:
+    """Let each dropped token stand with the kept one that lies nearest in the user's picture, of the same view: the
+    whole image, its tiles put together, or a frame."""
+    first = tokens.map.first()
+    box = take(tokens.location, first).nan_to_num()
+    centre = (box[..., :2] + box[..., 2:]) / 2
+    picture = tokens.picture.gather(1, first)[..., None]
+    view = picture if tokens.shown.video else picture.clamp(max=1)
+    where = torch.cat((centre, 2.0 * view), -1)
+    return _filled(tokens, reduced, -torch.cdist(where, where, compute_mode="donot_use_mm_for_euclid_dist"))
+
+
+def _filled(tokens: Tokens, reduced: Reduced, nearness: Tensor) -> Reduced:
+    """Fill by the nearness [B, T, T] of two tokens; of equally near ones the first is taken."""
+    kept = reduced.map.group >= 0
+    nearest = nearness.masked_fill(~kept[:, None], -torch.inf).argmax(-1)
+    group = torch.where(kept, reduced.map.group, reduced.map.group.gather(1, nearest))
+    group = group.masked_fill(~tokens.present, -1)
+    filled = TokenMap(group, reduced.map.kept, reduced.map.width, tokens.map.padded)
+    return Reduced(filled, tokens.features_of(reduced))

@@ -1,0 +1,70 @@
+"""Reduce tokens where they stand in the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dymu.item import Item
+from dymu.merging import PictureTokens
+from dymu.reducers.reducer import Reducer, Shown, Tokens
+from dymu.token_map import TokenMap, leaders_of, take
+
+
+def tokens_of(items: Sequence[Item], features: Sequence[Tensor], shown: Shown) -> Tokens:
+    """The tokens of some items in the prompt, by the `features` [N, C] of each."""
+    # Learned and dropped tokens take no part.
+    parts = [torch.where(item.patch & (item.leaders >= 0), item.leaders, -1) for item in items]
+    tokens = TokenMap.from_leaders(pad_sequence(parts, True, -1))
+    padded = pad_sequence([feature.flatten(0, -2) for feature in features], True)
+    return Tokens(
+        features=take(padded, tokens.first()),
+        map=tokens,
+        picture=pad_sequence([item.picture for item in items], True),
+        first=tuple(accumulate((item.pictures for item in items), initial=0)),
+        shown=shown,
+        find_grids=lambda: [item.grids for item in items],
+        find_location=lambda: pad_sequence([item.location for item in items], True, torch.nan),
+    )
+
+
+def picture_tokens(items: Sequence[Item], features: Sequence[Tensor]) -> PictureTokens:
+    """The tokens of some items in the prompt, picture by picture."""
+    nothing = torch.empty(0)
+    return tokens_of(items, features, Shown(nothing, 0, 0, False, False)).by_picture()[0]
+
+
+def reduce_in_prompt(reducer: Reducer, items: list[Item], features: Any, shown: Shown) -> tuple[list[Item], Any]:
+    """The items of one call and their features, reduced where they stand in the prompt.
+
+    Args:
+        features: of each item, [..., C], in a list or as one tensor, as they are returned.
+    """
+    if not reducer.reduces("in_prompt", shown):
+        return items, features
+    tokens = tokens_of(items, features, shown)
+    reduced = reducer.in_prompt(tokens)
+    if reduced is None:
+        return items, features
+    reduced.check_answers(reducer, "in_prompt", tokens)
+    merged = tokens.features_of(reduced)
+    pairs = zip(items, features, tokens.map.group, reduced.map.group, merged, strict=True)
+    changed = [_reduced(*row) for row in pairs]
+    after = [feature for _, feature in changed]
+    return [item for item, _ in changed], torch.stack(after) if isinstance(features, Tensor) else after
+
+
+def _reduced(item: Item, feature: Tensor, token: Tensor, group: Tensor, merged: Tensor) -> tuple[Item, Tensor]:
+    """One item and its features [..., C], with token n of it now the merged one `group[token[n]]`, or dropped."""
+    token = token[: len(item.leaders)]
+    label = torch.where(token < 0, -1, group[token.clamp(min=0)])
+    leaders = torch.where(token < 0, item.leaders, leaders_of(label[None], len(merged))[0])
+    stands = (label >= 0).view(*feature.shape[:-1], 1)
+    features = merged[label.clamp(min=0)].view_as(feature).to(feature.dtype)
+    return replace(item, leaders=leaders), torch.where(stands, features, feature)

@@ -1,0 +1,91 @@
+"""What the entries of a KV cache of merged, un-rotated tokens stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dymu.token_map import TokenMap
+
+
+class History:
+    """What the entries of one cache stand for; shared by its layers.
+
+    Args:
+        expanded: whether the cache stores an entry for every token of the full prompt.
+
+    Attributes:
+        slot: int64 [B, N], the cache entry behind each token of the full prompt so far; -1 for padding.
+        position: int64 [B, N], the rotary position of each of them.
+        phase: complex [B, N, D / 2], their rotary angles; None while nobody needs them.
+        entries: entries stored per row (the widest row's).
+        plain: whether so far no token was merged and none is missing.
+        padded: whether some row misses tokens.
+        newest: map of the tokens that were appended last to their merged ones.
+    """
+
+    def __init__(self, expanded: bool = False) -> None:
+        self.expanded = expanded
+        self.reset()
+
+    def reset(self) -> None:
+        self.slot: Tensor | None = None
+        self.position: Tensor | None = None
+        self.phase: Tensor | None = None
+        self.newest: TokenMap | None = None
+        self.entries = 0
+        self.plain, self.padded = True, False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the full prompt so far."""
+        return 0 if self.slot is None else self.slot.shape[1]
+
+    def append(
+        self, tokens: TokenMap, position: Tensor, plain: bool, phase: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens of the full prompt whose merged forms are about to be stored after the present entries.
+
+        Returns:
+            `slot` and `position` of all tokens so far.
+        """
+        group = torch.arange(tokens.tokens, device=tokens.group.device) if self.expanded else tokens.group
+        slot = (group + self.entries).expand_as(tokens.group)
+        if tokens.padded:
+            slot = torch.where(tokens.group < 0, -1, slot)
+        if self.slot is not None and self.position is not None:
+            slot, position = torch.cat((self.slot, slot), 1), torch.cat((self.position, position), 1)
+            phase = None if phase is None or self.phase is None else torch.cat((self.phase, phase), 1)
+        self.slot, self.position, self.phase = slot, position, phase
+        self.entries += tokens.tokens if self.expanded else tokens.width
+        self.plain, self.padded = self.plain and plain, self.padded or tokens.padded
+        self.newest = tokens
+        return slot, position
+
+    def hide(self, hidden: Tensor) -> None:
+        """Let nobody see some of the tokens so far again, bool [B, N]; such as what stands behind a shorter answer."""
+        if self.slot is not None:
+            hidden = hidden & (self.slot >= 0)
+            if bool(hidden.any()):
+                self.slot = self.slot.masked_fill(hidden, -1)
+                self.plain, self.padded = False, True
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        if self.slot is not None:
+            self._index(rows.to(self.slot.device))
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens, and the entries that only they needed."""
+        if self.slot is not None and length < self.length:
+            self._index((slice(None), slice(length)))
+            held = int(self.slot.max()) + 1 if self.slot.numel() else 0
+            self.entries = length if self.expanded else held
+
+    def _index(self, index: Any) -> None:
+        assert self.slot is not None
+        assert self.position is not None
+        self.slot, self.position = self.slot[index], self.position[index]
+        self.phase = None if self.phase is None else self.phase[index]
