@@ -77,7 +77,7 @@ def bench_short() -> str:
     ]
     header = ["image tokens", "", *PARTS.values(), "KV cache"]
     measured_on = f"{results.device}, {results.dtype}, torch {results.versions['torch']}, {results.date[:10]}"
-    return f"{markdown(header, rows)}\n\n<sub>`dymu bench {results.model['name']}` on {measured_on}</sub>"
+    return f"{markdown(header, rows)}\n\n<sub>`dymu bench {results.model.name}` on {measured_on}</sub>"
 
 
 def _bench(path: Path) -> str:

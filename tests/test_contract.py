@@ -518,9 +518,12 @@ def test_a_later_mask_hides_cached_tokens(model):
         return outputs
 
     stock = turns()
-    with dymu.apply(model, merge=SOME):
-        for hidden, expected in zip(turns(), stock, strict=True):
-            tiny.close(hidden, expected)
+    for options in ({}, {"cache": "expanded"}, {"backend": "reference"}, {"unmerge": "compact"}):
+        with dymu.apply(model, merge=SOME, **options):
+            for hidden, expected in zip(turns(), stock, strict=True):
+                tiny.close(hidden, expected)
+    with dymu.apply(model, merge=SOME, unmerge="none"), pytest.raises(ValueError, match="hides tokens"):
+        turns()
 
 
 def test_a_second_turn_brings_another_image(model):

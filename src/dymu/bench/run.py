@@ -22,7 +22,7 @@ import torch
 from dymu.bench import probes
 from dymu.bench.check import BATCH, Reference
 from dymu.bench.prompts import PROMPTS, ids, images_in
-from dymu.bench.results import FORMAT, Bench, Cell, Checked, Measured, continued, save
+from dymu.bench.results import FORMAT, Bench, Cell, Checked, Flops, Measured, continued, save
 from dymu.bench.variants import UNTOUCHED, Variant, variants
 from dymu.bench.workload import Workload, spread
 from dymu.errors import AlreadyApplied
@@ -184,7 +184,7 @@ class _Run:
                 measured.merge_ms, measured.merge_of_ms = prompts.run(variant, probes.merging)
         cell.flops = self._flops(cell, images)
 
-    def _flops(self, cell: Cell, images: Sequence[int]) -> dict[str, dict[str, int | float]]:
+    def _flops(self, cell: Cell, images: Sequence[int]) -> dict[str, Flops]:
         """FLOPs of the untouched model and of DyMU, prompt by prompt, so that none is spent on padding."""
         total = {"untouched": Counter[str](), "dymu": Counter[str]()}
         for shown in np.split(np.array(images), cell.batch):
@@ -194,7 +194,7 @@ class _Run:
                 self.untouched_flops[cell.prompt] = prompts.run(UNTOUCHED, _flops)
             total["untouched"].update(self.untouched_flops[cell.prompt])
             total["dymu"].update(prompts.run(COUNTED, _flops))
-        return {name: dict(counted) for name, counted in total.items()}
+        return {name: Flops(**counted) for name, counted in total.items()}
 
 
 def _flops(model: Any, inputs: Inputs) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +106,7 @@ def _cell(cell: Cell, bench: Bench) -> CellSummary:
         left_out=cell.left_out,
         lines=[_line(cell.variants[variant.name], variant, ms, times[UNTOUCHED]) for variant, ms in times.items()],
         flop_ratios={
-            part: flops["dymu"][f"{part}_flops"] / flops["untouched"][f"{part}_flops"]
+            part: getattr(flops["dymu"], f"{part}_flops") / getattr(flops["untouched"], f"{part}_flops")
             for part in ("encoder", "prefill")
             if flops
         },
@@ -136,7 +135,7 @@ def _line(measured: Measured, variant: Variant, times: dict[str, np.ndarray], un
             part: Ratio(float(np.median(ms) / np.median(full)), *_quartiles(ms / full))
             for part, (ms, full) in compared.items()
         },
-        merge_share=None if measured.merge_ms is None else measured.merge_ms / (measured.merge_of_ms or math.nan),
+        merge_share=measured.merge_share,
         peak_bytes=measured.peak_bytes,
         cache_bytes=measured.cache_bytes,
         rounds=len(measured.prefill_ms),

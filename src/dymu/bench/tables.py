@@ -102,7 +102,7 @@ def provenance(bench: Bench) -> str:
     counts = " to ".join(str(count) for count in sorted({min(rounds), max(rounds)})) if rounds else "no"
     versions = ", ".join(f"{name} {number}" for name, number in bench.versions.items())
     return (
-        f"`{bench.command}`: {model['name']} (weights: {model['weights']}; merges: {model['merges']}), "
+        f"`{bench.command}`: {model.name} (weights: {model.weights}; merges: {model.merges}), "
         f"{bench.dtype}, seed {bench.seed}; medians of {counts} interleaved rounds; "
         f"{bench.device}, {versions}, {bench.date[:10]}"
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dymu.bench import shapes
 from dymu.bench.replay import recorded
+from dymu.bench.results import Model
 from dymu.errors import UnsupportedModel
 from dymu.families import resolve
 from dymu.handle import apply, encoder_of, name_of
@@ -62,8 +63,8 @@ class Workload(Protocol):
         """Arguments of `dymu.apply` that say what merges in these images."""
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """The model's entry in the result file: `name`, `weights`, `merges`."""
+    def describe(self) -> Model:
+        """The model's entry in the result file."""
         ...
 
 
@@ -123,8 +124,8 @@ class Shape:
         photos = [photo for image in images for photo in self._photos(image)]
         return {"merge": self._recorded.rule(int(budget) // self._image.pictures, photos)}
 
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "weights": "random", "merges": "recorded from real photos"}
+    def describe(self) -> Model:
+        return Model(self.name, "random", "recorded from real photos")
 
     def _photos(self, image: int) -> list[int]:
         """The photos whose merges the pictures of an image take."""
@@ -178,12 +179,9 @@ class Pretrained:
     def merging(self, budget: int | float, images: Sequence[int]) -> dict[str, Any]:
         return {"thresholds": self._thresholds, "budget": budget}
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "weights": fingerprint(self.model),
-            "merges": f"its own, by thresholds {thresholds_hash(self._thresholds)}",
-        }
+    def describe(self) -> Model:
+        merges = f"its own, by thresholds {thresholds_hash(self._thresholds)}"
+        return Model(self.name, fingerprint(self.model), merges)
 
     def _processed(self, photos: Sequence[int]) -> dict[str, Tensor]:
         pictures: list[Image.Image] = [self._photos[photo] for photo in photos]

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dymu.evaluation.methods import METHODS, UNTOUCHED
+from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED
 from dymu.evaluation.summary import ALL, RowSummary
 from dymu.evaluation.tables import series
 from dymu.measure.charts import Chart
 
 _OF_SCHEDULE = {"constant": "#56b4e9", "linear": "#1b2a49"}
 """Colours of DToMe on schedules other than the default."""
-_LINES = {"exact": "-", "compact": "--", "original": "-.", "compact-unsized": "-.", "none": ":"}
+_LINES = {"exact": "-", "compact": "--", "original": "-.", FORMER: "-.", "none": ":"}
 _MARKS = {"reverse_linear": "o", "linear": "v", "constant": "s", "": "D"}
 PANEL_INCHES = (3.4, 2.8)
 COLUMNS = 4

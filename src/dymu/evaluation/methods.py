@@ -20,6 +20,9 @@ from dymu.measure.charts import GREY, PALETTE
 if TYPE_CHECKING:
     from dymu.reducers import Reducer
 
+FORMER = "compact-unsized"
+"""What files of older versions call `original`."""
+
 Remains = Literal["groups", "singles", "grid"]
 """What is left: groups of merged tokens, single tokens at their positions, or the tokens of a smaller image."""
 
@@ -89,7 +92,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         method: one of `METHODS`.
         budget: image tokens to keep; 0 for `untouched`.
-        unmerge: see `dymu.choices.Unmerge`; files of older versions say compact-unsized for original.
+        unmerge: see `dymu.choices.Unmerge`; `FORMER` in files of older versions.
         schedule: how merges spread over the layers; empty where nothing merges in layers.
     """
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from dymu.evaluation.methods import Row
+from dymu.choices import UNMERGE
+from dymu.evaluation.methods import FORMER, Row
 from dymu.files import Count, decoded
 from dymu.measure.costs import Cost
 from dymu.measure.results import BadResults, check_same_run, read_bytes
@@ -40,6 +41,9 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
         yes_no: by task, the kinds whose answers are yes or no.
         timed: questions per task of which every row is timed.
         processor, thresholds: hashes of the model's processor, and of thresholds by schedule.
+
+    Raises:
+        ValueError: a task without its length, or a row of an unknown way to unmerge.
     """
 
     dymu_results: Literal[1]
@@ -55,6 +59,14 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     device: str
     processor: str = ""
     thresholds: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        for name, task in self.tasks.items():
+            if not isinstance(task.get("length"), int):
+                raise ValueError(f"`tasks` does not say the `length` of {name}")
+        for row in self.rows:
+            if row.unmerge not in (*UNMERGE, FORMER):
+                raise ValueError(f"`rows` hold an unknown way to unmerge, {row.unmerge!r}")
 
 
 class Examples(msgspec.Struct, forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dymu.evaluation.methods import METHODS, UNTOUCHED, Row
+from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Row
 from dymu.evaluation.results import Results
 from dymu.evaluation.summary import ALL, Part, RowSummary, Share
 from dymu.measure.markdown import markdown
@@ -13,10 +13,9 @@ _UNMERGE = {
     "exact": " + VTU",
     "compact": ", compact",
     "original": ", original positions",
-    "compact-unsized": ", compact without sizes",
+    FORMER: ", compact without sizes",
     "none": "",
 }
-"""Files of older versions say compact-unsized for original."""
 
 
 def series(row: Row) -> str:

@@ -79,7 +79,7 @@ class LanguageHooks:
                 "start with a new cache."
             )
 
-        present = _present(inputs.pop("attention_mask", None), tokens, history)
+        present = _present(inputs.pop("attention_mask", None), tokens, history, self._unmerge)
         positions = inputs.pop("position_ids", None)
         if positions is None:
             positions = torch.arange(history.length, history.length + tokens, device=embeds.device)[None]
@@ -126,11 +126,11 @@ class LanguageHooks:
         return output
 
 
-def _present(mask: Any, tokens: int, history: History) -> Tensor | None:
+def _present(mask: Any, tokens: int, history: History, unmerge: Unmerge) -> Tensor | None:
     """bool [B, N], whether each new token is there; None: all are. Cached tokens that the mask hides go.
 
     Raises:
-        ValueError: the mask is not [B, N].
+        ValueError: the mask is not [B, N], or hides cached tokens from those that are numbered consecutively.
     """
     if mask is None:
         return None
@@ -143,6 +143,13 @@ def _present(mask: Any, tokens: int, history: History) -> Tensor | None:
     if bool(mask.all()):
         return None
     earlier, newest = mask[:, :-tokens].bool(), mask[:, -tokens:].bool()
-    if earlier.shape[1] == history.length:
-        history.hide(~earlier)
+    if history.slot is not None and earlier.shape == history.slot.shape:
+        hidden = ~earlier & (history.slot >= 0)
+        if bool(hidden.any()):
+            if unmerge == "none":
+                raise ValueError(
+                    'the attention_mask hides tokens that the KV cache holds, and with unmerge="none" those after them '
+                    "would move up; give cached tokens the mask that they came with, or start with a new cache"
+                )
+            history.hide(hidden)
     return None if bool(newest.all()) else newest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, get_args
 
@@ -44,7 +45,7 @@ def kept_of(keep: int | float, tokens: int) -> int:
     return kept
 
 
-class FixedKeep(Reducer):
+class FixedKeep(Reducer, ABC):
     """Of every image or video, `keep` tokens stay where they stand; `fill` says what stands for the others."""
 
     keep: int | float
@@ -60,9 +61,9 @@ class FixedKeep(Reducer):
         if tokens is not None:
             kept_of(self.keep, tokens)
 
+    @abstractmethod
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor | Sequence[int]:
         """Which `keep` tokens of a row stay."""
-        raise NotImplementedError
 
     def in_prompt(self, tokens: Tokens) -> Reduced:
         kept = torch.zeros_like(tokens.present)

@@ -67,10 +67,8 @@ class History:
     def hide(self, hidden: Tensor) -> None:
         """Let nobody see some of the tokens so far again, bool [B, N]; such as what stands behind a shorter answer."""
         if self.slot is not None:
-            hidden = hidden & (self.slot >= 0)
-            if bool(hidden.any()):
-                self.slot = self.slot.masked_fill(hidden, -1)
-                self.plain, self.padded = False, True
+            self.slot = self.slot.masked_fill(hidden, -1)
+            self.plain, self.padded = False, True
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
