@@ -12,7 +12,7 @@ from dymu.measure.markdown import markdown
 _UNMERGE = {
     "exact": " + VTU",
     "compact": ", compact",
-    "original": ", original positions",
+    "original": ", compact without sizes",
     FORMER: ", compact without sizes",
     "none": "",
 }
