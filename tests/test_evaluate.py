@@ -92,8 +92,8 @@ ROWS = rows_for([16], [m for m in METHODS if m != "untouched"], ["exact", "compa
 
 
 HEADER = Header(
-    dymu_results=1, date="", model=Model("", None, "", ""), tasks={"t": {"length": 2}}, rows=[UNTOUCHED], yes_no={"t": ["yesno"]},
-    batch_size=1, timed=0, seed=0, versions={}, device="",
+    dymu_results=1, date="", model=Model("", None, "", ""), tasks={"t": {"length": 2}},
+    rows=[UNTOUCHED], yes_no={"t": ["yesno"]}, batch_size=1, timed=0, seed=0, versions={}, device="",
 )  # fmt: skip
 COST = msgspec.json.encode(Cost(1.0, 1.0, 1.0, 1, 1)).decode()
 FIRST_LINE = msgspec.json.encode(HEADER).decode() + "\n"
