@@ -43,7 +43,7 @@ from transformers import (
 
 import dymu
 from benchmarks import record
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.merging import MergedTokens, attention, layout
 from scenes.composed import Composed, calibration_images
 from scenes.photos import Photos

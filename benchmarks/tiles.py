@@ -20,7 +20,7 @@ from benchmarks import record
 from benchmarks.encoder import clocked, counted, encode, load, processed, seconds
 from dymu.bench.replay import recorded
 from dymu.bench.workload import spread
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 
 TOWER, SIDE, TOKENS = "so400m", 384, 729
 

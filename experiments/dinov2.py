@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import Dinov2Model, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.merging import EncoderLayer
 from dymu.reducers import EncoderRun, Reducer, Shown
 from dymu.token_map import TokenMap

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 
 
 def unmerged_by_hand(model: Any, ids: Tensor, features: Tensor, group: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from dymu.bench.variants import AUTHORS, FLOOR, UNTOUCHED, Variant, variants
 from dymu.bench.workload import PHOTOS, Pretrained, Shape, spread
 from dymu.cli import main
 from dymu.errors import AlreadyApplied, BadBudget, UnsupportedModel
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.measure import timing
 from dymu.measure.costs import ATTENTION_FLOPS
 from dymu.measure.provenance import short_hash

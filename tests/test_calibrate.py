@@ -22,7 +22,7 @@ import tiny
 from dymu.calibration.quantile import NEVER, threshold_for
 from dymu.calibration.spill import Spill
 from dymu.choices import SCHEDULES
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.merging import removals
 from dymu.reducers import FixedMerge
 

@@ -15,7 +15,8 @@ import dymu
 import tiny
 from dymu import prompting
 from dymu.cli import main, models
-from dymu.families import FAMILIES, resolve
+from dymu.families import FAMILIES
+from dymu.families.resolve import resolve
 from dymu.handle import encoder_of
 from dymu.measure import timing
 from dymu.thresholds import Calibrated, Thresholds

@@ -20,7 +20,7 @@ import tiny
 from by_hand import unmerged_by_hand
 from dymu.choices import CACHE_FORMS, COMPACT, UNMERGE
 from dymu.errors import AlreadyApplied, BadBudget, BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.versions import cuts_encoded_images, going_on
 from dymu.reducers import AveragePool, RandomKeep, ThresholdMerge

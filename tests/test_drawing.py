@@ -12,7 +12,7 @@ from transformers import BitImageProcessorPil, CLIPImageProcessorPil
 
 import dymu
 import tiny
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.item import Item
 from dymu.media.drawing import LONGEST, SHORTEST, fits, likeness
 from dymu.media.images import load

@@ -29,7 +29,7 @@ from dymu.evaluation.summary import Part, Share, compared_with, parts_by, share,
 from dymu.evaluation.tables import accuracy_table, cost_table, part_table
 from dymu.evaluation.tasks import Example, scoring
 from dymu.evaluation.tasks.folder import Folder
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.handle import encoder_of
 from dymu.measure.costs import Cost, cost
 from dymu.measure.results import BadResults

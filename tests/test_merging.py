@@ -18,7 +18,7 @@ import dymu
 import tiny
 from dymu.choices import SCHEDULES
 from dymu.errors import BadBudget
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.merging import EncoderLayer, Layout, above, removals
 from dymu.merging.attention import sized_attention
 from dymu.merging.layout import BUCKET

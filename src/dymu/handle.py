@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dymu.choices import CACHE_FORMS, UNMERGE, CacheForm, Unmerge
 from dymu.errors import AlreadyApplied, BadBudget, DymuError, UnsupportedModel
-from dymu.families import Parts, resolve
+from dymu.families.resolve import Parts, resolve
 from dymu.hooks.attention import NAME
 from dymu.hooks.call import CallState
 from dymu.hooks.generation import GenerationHooks

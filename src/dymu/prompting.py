@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from dymu.errors import BadPrompt
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.hooks.versions import cache_of
 
 _LLAVA_PROMPT = "USER: {items}\n{question} ASSISTANT:"

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from dymu.bench.replay import Replay
 from dymu.bench.results import Checked
 from dymu.bench.variants import Variant
-from dymu.families import Parts, resolve
+from dymu.families.resolve import Parts, resolve
 from dymu.handle import Handle
 from dymu.hooks.versions import going_on
 

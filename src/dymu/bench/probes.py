@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.hooks.cache import cache_bytes
 from dymu.hooks.versions import cache_of
 from dymu.measure.timing import next_token, now

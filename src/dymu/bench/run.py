@@ -26,7 +26,7 @@ from dymu.bench.results import FORMAT, Bench, Cell, Checked, Flops, Measured, co
 from dymu.bench.variants import UNTOUCHED, Variant, variants
 from dymu.bench.workload import Workload, spread
 from dymu.errors import AlreadyApplied
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.handle import handle_of
 from dymu.measure.costs import count
 from dymu.measure.progress import bar_of

@@ -15,7 +15,7 @@ from dymu.bench import shapes
 from dymu.bench.replay import recorded
 from dymu.bench.results import Model
 from dymu.errors import UnsupportedModel
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.handle import apply, encoder_of, name_of
 from dymu.hooks.trace import grid, trace
 from dymu.measure.provenance import fingerprint, thresholds_hash

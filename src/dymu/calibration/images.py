@@ -17,7 +17,7 @@ from dymu.calibration.samples import ImageSource, Samples
 from dymu.calibration.spill import Spill
 from dymu.choices import SCHEDULES, Schedule
 from dymu.errors import DymuError
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.handle import encoder_of, name_of
 from dymu.measure.progress import bar_of
 from dymu.merging import removals

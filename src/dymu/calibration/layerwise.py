@@ -13,7 +13,7 @@ from dymu.calibration.quantile import NEVER, threshold_for
 from dymu.calibration.samples import Inputs, shape_only
 from dymu.calibration.spill import Slot, Spill
 from dymu.errors import BadBudget, DymuError
-from dymu.families import Parts
+from dymu.families.resolve import Parts
 from dymu.hooks.trace import features_of, grid, trace
 from dymu.item import Item
 from dymu.merging import MergedTokens, above

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dymu.errors import BadImage, DymuError
-from dymu.families import Parts
+from dymu.families.resolve import Parts
 from dymu.media.images import load
 
 ImageSource = str | os.PathLike[str] | Image.Image

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dymu.calibration.quantile import NEVER
 from dymu.errors import BadBudget, BadVideo, DymuError
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.handle import apply
 from dymu.measure.progress import bar_of
 from dymu.media.videos import LoadedVideo, load

@@ -79,7 +79,7 @@ def load(name: str) -> Loaded:
 
 def ask(loaded: Loaded, shown: Any, question: str) -> dict[str, Any]:
     """What the model takes for one image, or the frames of a video, and one question."""
-    from dymu.families import resolve
+    from dymu.families.resolve import resolve
     from dymu.prompting import inputs_for, video_inputs_for
 
     if not isinstance(shown, list):

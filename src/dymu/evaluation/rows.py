@@ -10,7 +10,7 @@ from typing import Any
 
 from dymu.errors import BadBudget, UnsupportedModel
 from dymu.evaluation.methods import METHODS, Row, check_names
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.handle import Handle, applied
 from dymu.thresholds import Thresholds
 

@@ -21,7 +21,7 @@ from dymu.evaluation.methods import Row
 from dymu.evaluation.results import FORMAT, Answers, Examples, Header, Line, Model, ResultFile, Results
 from dymu.evaluation.rows import check, running
 from dymu.evaluation.tasks import Example, Task, check_task, example_of, score_of
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.handle import Handle, handle_of, name_of
 from dymu.measure.costs import Cost, cost
 from dymu.measure.progress import bar_of

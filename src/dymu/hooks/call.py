@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dymu.errors import BadPrompt
-from dymu.families import Modality, Parts
+from dymu.families.resolve import Modality, Parts
 from dymu.item import Item
 from dymu.report import Report
 from dymu.unmerging.prompt import Features, carried_leaders, leaders_within, place_leaders

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from dymu.errors import BadPrompt
-from dymu.families import Parts
+from dymu.families.resolve import Parts
 from dymu.hooks.call import PIXELS, CallState, Prompts, arguments_of, length
 from dymu.hooks.versions import cache_among, cuts_encoded_images
 from dymu.unmerging.prompt import Features, carried_leaders, carry_leaders

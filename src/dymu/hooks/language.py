@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from dymu.choices import COMPACT, CacheForm, Unmerge
 from dymu.errors import UnsupportedCache
-from dymu.families import Parts
+from dymu.families.resolve import Parts
 from dymu.hooks.cache import adopt, cache_bytes
 from dymu.hooks.call import PIXELS, CallState, Prompts, arguments_of, length
 from dymu.hooks.versions import cache_among, cache_argument, cache_of, pop_cache

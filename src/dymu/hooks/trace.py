@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dymu.errors import UnsupportedModel
-from dymu.families import Modality, Parts
+from dymu.families.resolve import Modality, Parts
 from dymu.item import Item
 from dymu.token_map import TokenMap, take
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dymu.errors import UnsupportedModel
-from dymu.families import Modality, Parts
+from dymu.families.resolve import Modality, Parts
 from dymu.hooks.call import arguments_of
 from dymu.hooks.trace import grid, locations, seen_by, trace
 from dymu.item import Item

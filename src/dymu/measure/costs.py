@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.files import Amount, Count
 from dymu.hooks.cache import cache_bytes
 from dymu.hooks.versions import cache_of

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import nn
 
-from dymu.families import resolve
+from dymu.families.resolve import resolve
 from dymu.files import Amount
 from dymu.handle import Handle
 from dymu.hooks.versions import going_on
