@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from dymu.choices import CACHE_FORMS, UNMERGE, CacheForm, Unmerge
-from dymu.errors import AlreadyApplied, BadBudget, DymuError, UnsupportedModel
+from dymu.errors import AlreadyApplied, BadBudget, UnsupportedModel
 from dymu.families.resolve import Parts, resolve
+from dymu.files import expanded
 from dymu.hooks.attention import NAME
-from dymu.hooks.call import CallState
+from dymu.hooks.call import Calls, CallState, refuse_merged_features
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.language import LanguageHooks
+from dymu.hooks.probe import check_layers
+from dymu.hooks.refusals import warn_of_hooks
+from dymu.hooks.replaced import Around, Method, Replaced, config_view, refuse_copy
 from dymu.hooks.vision import VisionHooks
 from dymu.reducers import Reducer, Stage, ThresholdMerge
 from dymu.report import Report
-from dymu.thresholds import Encoder, Thresholds
+from dymu.thresholds import Encoder, Thresholds, beside
 from dymu.unmerging import choose
-from dymu.unmerging.virtual import no_rotation
 
 _MARK = "_dymu_handle"
+_ABSENT = object()
+_APPLYING = threading.Lock()
 
 
 def apply(
@@ -71,39 +75,57 @@ def apply(
             than `sdpa`.
         TypeError: `merge` is no `Reducer`, or acts in no stage.
     """
-    parts = resolve(model)
-    if max(parts.feature_layers()) == 0:
-        raise UnsupportedModel("this model reads its image features ahead of the first encoder layer: none can merge.")
-    if _MARK in parts.inner.__dict__:
-        raise AlreadyApplied(
-            "DyMU is already applied to this model; set handle.budget to change the budget, or call handle.remove() "
-            "first (dymu.handle_of(model) gives the handle)."
-        )
-    if (thresholds is None) == (merge is None):
-        raise ValueError("give either thresholds (and a budget) or merge=, not both and not neither")
-    if merge is not None:
-        if not isinstance(merge, Reducer):
-            raise TypeError(f"merge= takes a dymu.Reducer such as dymu.FixedMerge(keep=94), not {merge!r}")
-        if all(getattr(type(merge), stage) is getattr(Reducer, stage) for stage in get_args(Stage)):
-            raise TypeError(f"{type(merge).__name__} defines none of {', '.join(get_args(Stage))}: it reduces nothing")
-        merge.check_fits(max(parts.feature_layers()))
-    if unmerge not in UNMERGE:
-        raise ValueError(f"unknown unmerge {unmerge!r}; choose {', '.join(UNMERGE)}")
-    if thresholds is not None and not isinstance(thresholds, Thresholds):
-        thresholds = Thresholds.load(thresholds)
-    if cache not in CACHE_FORMS:
-        raise ValueError(f"unknown cache {cache!r}; choose {' or '.join(CACHE_FORMS)}")
-    if cache == "expanded" and (unmerge != "exact" or choose(backend) != "sdpa"):
-        raise ValueError('cache="expanded" needs unmerge="exact" and the backend sdpa')
-    handle = Handle(parts, thresholds, merge, unmerge, choose(backend), cache)
-    if thresholds is not None:
-        thresholds.check_fits(encoder_of(parts), parts.family.cuts_images)
-        handle.set_budget(budget, per_second)
-    elif budget is not None or per_second is not None:
-        raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
-    parts.inner.__dict__[_MARK] = handle
-    handle._install()
-    return handle
+    with _APPLYING:
+        parts = resolve(model)
+        if max(parts.feature_layers()) == 0:
+            raise UnsupportedModel(
+                "this model reads its image features ahead of the first encoder layer: none can merge."
+            )
+        if _MARK in parts.inner.__dict__:
+            raise AlreadyApplied(
+                "DyMU is already applied to this model; set handle.budget to change the budget, or call "
+                "handle.remove() first (dymu.handle_of(model) gives the handle)."
+            )
+        if thresholds is not None and merge is not None:
+            raise ValueError("give either thresholds (and a budget) or merge=, not both")
+        if unmerge not in UNMERGE:
+            raise ValueError(f"unknown unmerge {unmerge!r}; choose {', '.join(UNMERGE)}")
+        if cache not in CACHE_FORMS:
+            raise ValueError(f"unknown cache {cache!r}; choose {' or '.join(CACHE_FORMS)}")
+        if cache == "expanded" and (unmerge != "exact" or choose(backend) != "sdpa"):
+            raise ValueError('cache="expanded" needs unmerge="exact" and the backend sdpa')
+        calibrated: Thresholds | None = None
+        if merge is not None:
+            _check_reducer(merge, parts)
+            if budget is not None or per_second is not None:
+                raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
+        else:
+            if isinstance(thresholds, Thresholds):
+                calibrated = thresholds
+            elif thresholds is not None:
+                calibrated = Thresholds.load(thresholds)
+            else:
+                calibrated = beside(parts.model.config._name_or_path, "dymu.apply(model, thresholds)")
+            prefix = max(parts.prefix, parts.dropped())
+            calibrated.check_fits(encoder_of(parts), parts.family.cuts_images, prefix)
+        handle = Handle(parts, calibrated, merge, unmerge, choose(backend), cache)
+        if merge is None:
+            handle.set_budget(budget, per_second)
+        try:
+            handle._install(parts)
+            check_layers(parts)
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
+
+
+def _check_reducer(merge: Any, parts: Parts) -> None:
+    if not isinstance(merge, Reducer):
+        raise TypeError(f"merge= takes a dymu.Reducer such as dymu.FixedMerge(keep=94), not {merge!r}")
+    if all(getattr(type(merge), stage) is getattr(Reducer, stage) for stage in get_args(Stage)):
+        raise TypeError(f"{type(merge).__name__} defines none of {', '.join(get_args(Stage))}: it reduces nothing")
+    merge.check_fits(max(parts.feature_layers()))
 
 
 @contextmanager
@@ -142,7 +164,7 @@ def encoder_of(parts: Parts, tokens: int = 0) -> Encoder:
 def name_of(model: nn.Module) -> str:
     """The model's name on the hub, or its folder's without the path to it."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    path = Path(name).expanduser()
+    path = expanded(name)
     return path.resolve().name if name and (path.is_absolute() or path.exists()) else name
 
 
@@ -158,19 +180,21 @@ class Handle:
         backend: str,
         cache: CacheForm,
     ) -> None:
-        self._parts, self._thresholds, self._state = parts, thresholds, CallState()
+        self._thresholds, self._calls = thresholds, Calls()
+        self._parts, self._state = parts, CallState(self._calls)
         self._language = LanguageHooks(parts, self._state, unmerge, backend, cache)
         self._generation = GenerationHooks(parts, self._state)
-        self._vision = VisionHooks(parts, reducer, self._state.encoded, self._state.text_of)
+        self._vision = VisionHooks(parts, self._state, reducer)
         self._budget: float | None = None
         self._per_second: float | None = None
         self._undo = ExitStack()
-        self._disabled = 0
+        self._refused: str | None = None
 
     @property
     def last(self) -> Report:
-        """What merged in the last call."""
-        return self._state.report
+        """What merged in the last call of this thread; in one that made none, in the newest call of any, such as a
+        thread that streams."""
+        return self._state.last
 
     @property
     def budget(self) -> float | None:
@@ -215,23 +239,24 @@ class Handle:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The untouched model inside `with`. KV caches do not carry over, either way."""
-        self._disabled += 1
-        self._uninstall()
+        """The untouched model inside `with`, in this thread: calls of others go on merging. KV caches and encoded
+        images do not carry over, either way."""
+        self._state.disabled += 1
         try:
             yield
         finally:
-            self._disabled -= 1
-            if self._parts.inner.__dict__.get(_MARK) is self and not self._disabled:
-                self._install()
+            self._state.disabled -= 1
 
     def remove(self) -> None:
-        """Give the model back as it was."""
-        try:
+        """Give the model back as it was, when the calls of other threads are over. What somebody else put in place of
+        something of ours stays.
+
+        Raises:
+            DymuError: a call of this thread runs. Nothing has changed then.
+        """
+        with self._state.alone():
+            self._calls.removed = True
             self._uninstall()
-        finally:
-            if self._parts.inner.__dict__.get(_MARK) is self:
-                del self._parts.inner.__dict__[_MARK]
 
     def __enter__(self) -> Handle:
         return self
@@ -239,59 +264,110 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def __reduce_ex__(self, _protocol: object) -> NoReturn:
-        raise DymuError(
-            "a model cannot be copied while DyMU is applied to it: the copy would run this model's layers; "
-            "call handle.remove() first (save_pretrained works as ever)."
-        )
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
 
-    def _install(self) -> None:
-        """Hang in everything, or nothing after an error."""
-        try:
-            self._install_all()
-        except BaseException:
-            self.remove()
-            raise
+    def __repr__(self) -> str:
+        how = "removed" if self._calls.removed else repr(self._vision.reducer)
+        if self._thresholds is not None and not self._calls.removed:
+            how = f"budget {self._budget:g}" + (f", {self._per_second:g} per second" if self._per_second else "")
+        return f"<dymu.Handle of {type(self._parts.model).__name__}: {how}>"
 
-    def _install_all(self) -> None:
-        parts, vision, language = self._parts, self._vision, self._language
+    def _run(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:
+        """A call of the model: of the outermost one, the parts are those that the model has now."""
+        with self._state.call() as outermost:
+            if not self._state.active:
+                refuse_merged_features(kwargs)
+                return method(*args, **kwargs)
+            if outermost:
+                self._follow()
+            return around(method, *args, **kwargs)
+
+    def _run_within(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:
+        return around(method, *args, **kwargs) if self._state.active else method(*args, **kwargs)
+
+    def _follow(self) -> None:
+        """Hang everything into the parts that somebody put in place of those before.
+
+        Raises:
+            UnsupportedModel: they are not what the description says.
+        """
+        with self._calls.changed:
+            parts = resolve(self._parts.model)
+            if any(now is not before for now, before in zip(parts.hooked, self._parts.hooked, strict=True)):
+                self._uninstall()
+                self._install(parts)
+                self._refused = None
+                try:
+                    check_layers(parts)
+                except UnsupportedModel as error:
+                    self._refused = str(error)
+            if self._refused is not None:
+                raise UnsupportedModel(self._refused)
+
+    def _install(self, parts: Parts) -> None:
+        vision, language, generation, state = self._vision, self._language, self._generation, self._state
+        self._parts = vision.parts = language.parts = generation.parts = parts
+        parts.inner.__dict__[_MARK] = self
+        self._undo.callback(self._unmark, parts.inner)
         # The encoder merges.
         for modality in parts.placeholders:
-            name = f"get_{modality}_features"
-            self._set(parts.inner, name, vision.features(modality, getattr(parts.inner, name)))
+            self._call(parts.inner, f"get_{modality}_features", functools.partial(vision.features, modality))
+        self._within(parts.tower, "forward", vision.tower)
         for index, module in enumerate(parts.encoder_modules):
-            self._set(module, "forward", vision.layer(index, module.forward))
-        self._hook(parts.tower.register_forward_pre_hook(vision.before_tower, with_kwargs=True))
-        self._hook(parts.tower.register_forward_hook(vision.after_tower))
+            self._within(module, "forward", functools.partial(vision.layer, index))
         if parts.pooler is not None:
-            self._hook(parts.pooler.register_forward_pre_hook(vision.before_pooler))
-        self._hook(parts.projector.register_forward_hook(vision.after_projector))
+            self._within(parts.pooler, "forward", vision.pooler)
+        self._within(parts.projector, "forward", vision.projector)
         # The language model unmerges.
-        self._hook(parts.inner.register_forward_pre_hook(language.before_inner, with_kwargs=True))
-        self._hook(parts.inner.register_forward_hook(language.after_inner, always_call=True))
-        self._hook(parts.language_model.register_forward_pre_hook(language.before_decoder, with_kwargs=True))
-        self._hook(parts.language_model.register_forward_hook(language.after_decoder))
-        self._set(parts.rotary, "forward", no_rotation)
-        for name, replacing in self._generation.names.items():
-            self._set(parts.model, name, replacing(getattr(parts.model, name)))
-        for module in (parts.language_model, *parts.attentions):
-            config = copy.copy(module.config)
-            config._attn_implementation = NAME
-            self._set(module, "config", config)
+        self._call(parts.inner, "forward", language.inner)
+        self._call(parts.language_model, "forward", language.decoder)
+        self._within(parts.rotary, "forward", language.rotary)
+        views = {id(module.config): config_view(module.config, lambda: NAME) for module in parts.attentions}
+        for module in parts.attentions:
+            self._set(module, "config", views[id(module.config)])
+        view = config_view(parts.language_model.config, lambda: NAME if state.unmerging else None)
+        self._set(parts.language_model, "config", view)
+        # Both, from one call to the next.
+        self._call(parts.model, "forward", _as_it_is)
+        self._call(parts.model, "generate", generation.generate)
+        for name, around in generation.names.items():
+            self._within(parts.model, name, around)
+        warn_of_hooks(parts.encoder_attentions, self._calls.warned)
+        for module in (parts.model, parts.inner, parts.tower, parts.language_model):
+            self._set(module, "__getstate__", refuse_copy)
 
     def _uninstall(self) -> None:
         """Undo everything, last things first, also after an error in one of them."""
         self._undo.close()
 
-    def _hook(self, registered: Any) -> None:
-        self._undo.callback(registered.remove)
+    def _unmark(self, inner: nn.Module) -> None:
+        if inner.__dict__.get(_MARK) is self:
+            del inner.__dict__[_MARK]
+
+    def _call(self, module: nn.Module, name: str, around: Around) -> None:
+        """Put `around` a method that callers call."""
+        self._set(module, name, Replaced(getattr(module, name), functools.partial(self._run, around)))
+
+    def _within(self, module: nn.Module, name: str, around: Around) -> None:
+        """Put `around` a method that runs within a call."""
+        self._set(module, name, Replaced(getattr(module, name), functools.partial(self._run_within, around)))
 
     def _set(self, module: nn.Module, name: str, value: object) -> None:
         """Set an attribute of this instance, and remember what it was."""
-        undo: Callable[..., object]
-        if name in module.__dict__:
-            undo = functools.partial(module.__dict__.__setitem__, name, module.__dict__[name])
-        else:
-            undo = functools.partial(module.__dict__.pop, name, None)
+        before = module.__dict__.get(name, _ABSENT)
+
+        def undo() -> None:
+            if module.__dict__.get(name, _ABSENT) is not value:
+                return  # somebody else has set or removed it since; ours, if it is still called, does nothing
+            if before is _ABSENT:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+
         self._undo.callback(undo)
         module.__dict__[name] = value
+
+
+def _as_it_is(method: Method, *args: Any, **kwargs: Any) -> Any:
+    return method(*args, **kwargs)

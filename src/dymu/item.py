@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -37,6 +37,8 @@ class Item:
         seen: float [N, 3], the colour that the encoder saw there.
         shown: float [pictures, 3, rows, columns], the colours of every picture that the item was cut into.
         video: whether the pictures are frames.
+        kept_by_layer: int64 [layers, pictures], the tokens left of each picture after every encoder layer that may
+            merge; none where no encoder ran.
     """
 
     leaders: Tensor
@@ -46,6 +48,7 @@ class Item:
     seen: Tensor
     shown: Tensor
     video: bool
+    kept_by_layer: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     @property
     def pictures(self) -> int:
@@ -101,9 +104,9 @@ class Item:
         Raises:
             ValueError: see `grids`.
         """
-        boxes = torch.full((len(self.leaders), 4), torch.nan, device=self.leaders.device)
+        boxes = torch.full((len(self.leaders), 4), torch.nan, dtype=torch.float32, device=self.leaders.device)
         for grid in self.grids:
-            size = torch.tensor(grid.shape, device=grid.device).flip(0)
+            size = torch.tensor(grid.shape, dtype=torch.float32, device=grid.device).flip(0)
             column_row = (grid >= 0).nonzero().flip(1)
             boxes[grid[grid >= 0]] = torch.cat((column_row / size, (column_row + 1) / size), 1)
         return boxes

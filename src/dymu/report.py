@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from PIL import Image
@@ -21,14 +20,11 @@ class Report:
 
     Attributes:
         items: the tokens of each in the prompt.
-        kept_by_layer: after each encoder layer that may merge, int64 [pictures], the tokens left of each picture. An
-            image that is cut into tiles is several pictures, and so is a video.
         cache_bytes: bytes of the KV cache after the last forward.
         cache_bytes_full: bytes that the same cache would have with every token in it.
     """
 
     items: list[Item] = field(default_factory=list)
-    kept_by_layer: list[Tensor] = field(default_factory=list)
     cache_bytes: int = 0
     cache_bytes_full: int = 0
 
@@ -45,20 +41,12 @@ class Report:
     @property
     def layers(self) -> list[list[int]]:
         """After each encoder layer that may merge, the tokens left of each item."""
-        ends = list(accumulate(item.pictures for item in self.items))
-        return [[int(part.sum()) for part in kept.tensor_split(ends[:-1])] for kept in self.kept_by_layer]
+        return [list(kept) for kept in zip(*(item.kept_by_layer.sum(1).tolist() for item in self.items), strict=True)]
 
     @property
     def cache_bytes_saved(self) -> int:
         """Bytes of KV cache that merging saves."""
         return self.cache_bytes_full - self.cache_bytes
-
-    def with_more(self, items: list[Item], kept_by_layer: list[Tensor]) -> Report:
-        """The items of this report, then more."""
-        if not self.items:
-            return Report(items, kept_by_layer)
-        kept = [torch.cat(pair) for pair in zip(self.kept_by_layer, kept_by_layer, strict=True)]
-        return Report(self.items + items, kept)
 
     def group(self, i: int = 0) -> Tensor:
         """int64 [N]: for item i, the merged token behind every token the language model expects.

@@ -8,6 +8,7 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -44,12 +45,38 @@ class Parts:
     projector: nn.Module
     pooler: nn.Module | None
     language_model: PreTrainedModel
+    tower_kind: Tower
     encoder_modules: tuple[nn.Module, ...]
-    encoder_layers: tuple[EncoderLayer, ...]
     attentions: tuple[nn.Module, ...]
     rotary: nn.Module
     prefix: int
     """Class and register tokens ahead of the image's."""
+
+    def encoder_layer(self, index: int) -> EncoderLayer:
+        """Encoder layer `index`, its parts as they are now: adapters and quantisation exchange them at any time."""
+        module, kind = self.encoder_modules[index], self.tower_kind
+        parts: dict[str, Any] = {name: find(module, getattr(kind, name)) for name in ENCODER_PARTS}
+        parts |= {name: tuple(find(module, path) for path in getattr(kind, name)) for name in ENCODER_LISTS}
+        return EncoderLayer(heads=self.tower.config.num_attention_heads, **parts)
+
+    @property
+    def encoder_layers(self) -> tuple[EncoderLayer, ...]:
+        """All of them, see `encoder_layer`."""
+        return tuple(map(self.encoder_layer, range(len(self.encoder_modules))))
+
+    @property
+    def encoder_attentions(self) -> tuple[nn.Module, ...]:
+        """The modules that hold the query of each encoder layer, whose own forward does not run."""
+        path = self.tower_kind.query.rpartition(".")[0]
+        return tuple(find(module, path) for module in self.encoder_modules)
+
+    @property
+    def hooked(self) -> tuple[nn.Module | None, ...]:
+        """Every module that `dymu.apply` changes."""
+        return (
+            self.inner, self.tower, self.projector, self.pooler, self.language_model, self.rotary,
+            *self.encoder_modules, *self.attentions,
+        )  # fmt: skip
 
     @property
     def placeholders(self) -> dict[Modality, int]:
@@ -68,7 +95,7 @@ class Parts:
         named = [arguments[name] for name in names if arguments.get(name) is not None]
         requested = named[0] if named else find(self.config, self.family.feature_layer)
         layers = [requested] if isinstance(requested, int) else list(requested)
-        return [layer % (len(self.encoder_layers) + 1) for layer in layers]
+        return [layer % (len(self.encoder_modules) + 1) for layer in layers]
 
     def dropped(self, strategy: str | None = None) -> int:
         """Leading encoder tokens that the language model does not get: 1 for the strategy `default`, 0 for `full`."""
@@ -86,10 +113,37 @@ def find(root: nn.Module, path: str) -> Any:
             return attrgetter(alternative)(root)
         except AttributeError:
             continue
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    why = "somebody exchanged that part of the model, or the description is wrong"
+    if not (5, 18) <= (major, minor) < (6, 0):
+        why = f"dymu supports transformers >=5.18,<6, and this is {transformers.__version__}"
     raise UnsupportedModel(
         f"{type(root).__name__} has no part named {path.replace('|', ' or ')}, where its family description "
-        "expects one; it may be a version of transformers that dymu does not know (dymu supports >=5.18,<6)."
+        f"expects one: {why}."
     )
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model within wrappers of PEFT, torch.compile and DistributedDataParallel.
+
+    Raises:
+        UnsupportedModel: DataParallel, which copies the model for every call.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise UnsupportedModel(
+                "DataParallel copies the model for every call, which dymu cannot follow: apply it to the model itself "
+                "(wrapper.module) on one device, or use DistributedDataParallel."
+            )
+        modules = getattr(model, "_modules", {})
+        if "_orig_mod" in modules:  # torch.compile
+            model = modules["_orig_mod"]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif callable(getattr(type(model), "get_base_model", None)):  # PEFT
+            model = model.get_base_model()
+        else:
+            return model
 
 
 def _kind(kinds: tuple[Kind, ...], what: str, model_type: str) -> Kind:
@@ -100,18 +154,13 @@ def _kind(kinds: tuple[Kind, ...], what: str, model_type: str) -> Kind:
     raise UnsupportedModel(f"the {what} {model_type!r} is not described; described are {known}; {HOW_TO_ADD}.")
 
 
-def _encoder_layer(module: nn.Module, tower: Tower, heads: int) -> EncoderLayer:
-    parts: dict[str, Any] = {name: find(module, getattr(tower, name)) for name in ENCODER_PARTS}
-    parts |= {name: tuple(find(module, path) for path in getattr(tower, name)) for name in ENCODER_LISTS}
-    return EncoderLayer(heads=heads, **parts)
-
-
 def resolve(model: PreTrainedModel) -> Parts:
-    """Find the parts of `model`.
+    """Find the parts of `model`, or of the one that it wraps, see `unwrapped`.
 
     Raises:
         UnsupportedModel: its family, vision encoder or language model is not described.
     """
+    model = unwrapped(model)
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     family = FAMILIES.get(model_type)
@@ -152,10 +201,8 @@ def resolve(model: PreTrainedModel) -> Parts:
         projector=find(inner, family.projector),
         pooler=None if family.pooler is None else find(inner, family.pooler),
         language_model=language_model,
+        tower_kind=tower_kind,
         encoder_modules=modules,
-        encoder_layers=tuple(
-            _encoder_layer(module, tower_kind, tower.config.num_attention_heads) for module in modules
-        ),
         attentions=tuple(find(layer, decoder_kind.attention) for layer in find(language_model, decoder_kind.layers)),
         rotary=rotary,
         prefix=int(tower_kind.class_token) + registers,

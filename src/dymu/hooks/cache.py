@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -21,8 +24,8 @@ class MergedLayer(DynamicLayer):
         leads: whether this layer keeps `history` up to date when rows or tokens are dropped (one layer does).
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Any
+    values: Any
 
     def __init__(self, history: History, leads: bool) -> None:
         super().__init__()
@@ -50,9 +53,15 @@ class MergedLayer(DynamicLayer):
         return self.history.length + query_length, 0
 
     def reset(self) -> None:
-        self.is_initialized = False
-        self.keys = self.values = torch.tensor([])
         self.history.reset()
+        self.keep_first(0)
+
+    def keep_first(self, entries: int) -> None:
+        """Forget all but so many entries."""
+        if not entries:
+            self.is_initialized, self.keys, self.values = False, None, None
+        elif self.is_initialized:
+            self.keys, self.values = self.keys[..., :entries, :], self.values[..., :entries, :]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -74,9 +83,7 @@ class MergedLayer(DynamicLayer):
             raise ValueError(f"crop takes minus the number of tokens to remove, such as -3, not {tokens_to_remove}")
         if self.leads:
             self.history.crop(max(self.history.length + tokens_to_remove, 0))
-        if self.is_initialized:
-            self.keys = self.keys[..., : self.history.entries, :]
-            self.values = self.values[..., : self.history.entries, :]
+        self.keep_first(self.history.entries)
 
 
 class ExpandedLayer(MergedLayer):
@@ -118,8 +125,15 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
         cache.layers = [layer(history, leads=index == 0) for index in range(len(cache.layers))]
     else:
         cache.layers.append(layer(history, leads=True))
-        cache.layer_class_to_replicate = lambda: layer(history, leads=False)
+        cache.layer_class_to_replicate = functools.partial(layer, history, leads=False)
     return history
+
+
+def rewind(cache: Cache, history: History, before: History) -> None:
+    """Bring a cache back to what it held `before` a call that did not end well."""
+    history.restore(before)
+    for layer in cache.layers:
+        layer.keep_first(history.entries)
 
 
 def cache_bytes(cache: Cache) -> int:

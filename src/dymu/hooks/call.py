@@ -1,8 +1,12 @@
-"""What the hooks of one model share while a call is running."""
+"""What the hooks of one model know of the calls that run, each thread for itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import Signature
 from itertools import accumulate
 from typing import Any
@@ -10,14 +14,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dymu.errors import BadPrompt
+from dymu.errors import BadPrompt, DymuError
 from dymu.families.resolve import Modality, Parts
+from dymu.hooks.cache import cache_bytes
 from dymu.item import Item
 from dymu.report import Report
-from dymu.unmerging.prompt import Features, carried_leaders, leaders_within, place_leaders
+from dymu.unmerging import History, leaders_within, place_leaders
+
+_log = logging.getLogger("dymu")
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 """Arguments of a call that hold images, or videos."""
+
+
+_CARRIED = "_dymu_item"
+
+Features = Tensor | Sequence[Tensor]
+"""Of the images or videos of a call: [N, C] each, or where all have as many tokens [items, N, C]."""
+
+
+def carry_items(features: Features, items: Sequence[Item]) -> None:
+    """Let each item's features carry it wherever generation, or a caller, takes them."""
+    if isinstance(features, Tensor):
+        setattr(features, _CARRIED, list(items))
+        return
+    for feature, item in zip(features, items, strict=True):
+        setattr(feature, _CARRIED, item)
+
+
+def carried_items(features: Features) -> list[Item] | None:
+    """The items that the features carry; None for features that carry none, or not all."""
+    if isinstance(features, Tensor):
+        return getattr(features, _CARRIED, None)
+    if not all(hasattr(feature, _CARRIED) for feature in features):
+        return None
+    return [getattr(feature, _CARRIED) for feature in features]
+
+
+def refuse_merged_features(arguments: Mapping[str, Any]) -> None:
+    """Raises BadPrompt where the untouched model would get items that were encoded with merging."""
+    for modality, output in (arguments.get("mm_encoder_outputs") or {}).items():
+        if output is not None and carried_items(output.pooler_output) is not None:
+            raise BadPrompt(
+                f"these {modality}s were encoded with DyMU, which is disabled now; encode them again within "
+                "handle.disabled(), or ask without."
+            )
 
 
 class Prompts:
@@ -29,7 +70,7 @@ class Prompts:
         present: [B, N], the attention mask; None: all are there.
 
     Attributes:
-        leaders: int64 [B, N], see `place_leaders`; None while no item was merged.
+        leaders: int64 [B, N], see `place_leaders`; None while no item is shown.
     """
 
     def __init__(
@@ -52,11 +93,11 @@ class Prompts:
         rows = table(torch.tensor(list(tokens.values()), device=embeds.device))
         return cls(dict(zip(tokens, ((embeds == row).all(-1) for row in rows), strict=True)))
 
-    def show(self, modality: Modality, features: Features) -> None:
-        """Take over the leaders that the features of the images, or of the videos, carry.
+    def show(self, modality: Modality, features: Features) -> list[Item]:
+        """Take over the token maps that the features of the images, or of the videos, carry.
 
         Raises:
-            BadPrompt: the prompts have more or fewer placeholders than the items have tokens.
+            BadPrompt: the prompts have more or fewer placeholders than the items have tokens, or features carry none.
         """
         mask = self.placeholders[modality]
         there, needed = int(mask.sum()), sum(feature.shape[:-1].numel() for feature in features)
@@ -66,24 +107,32 @@ class Prompts:
                 f"{needed}; write one placeholder per {modality} into the text, let the processor expand it, and give "
                 f"{'an image' if modality == 'image' else 'a video'} only once, with the turn that shows it."
             )
-        carried = carried_leaders(features)
-        if carried is not None:
-            ends = {0, *accumulate(len(item) for item in carried)}
-            for row, end in enumerate(mask.sum(1).cumsum(0).tolist()):
-                if end not in ends:
-                    raise BadPrompt(
-                        f"the {modality} placeholders of prompt {row} do not fit whole {modality}s, though those of "
-                        f"all prompts together do; give every prompt the placeholders of its own {modality}s."
-                    )
-            if self.leaders is None:
-                self.leaders = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-            self.leaders = place_leaders(self.leaders, mask, carried)
+        carried = carried_items(features)
+        if carried is None:
+            raise BadPrompt(
+                f"the features of the {modality}s carry no token map: they were made without DyMU, or copied, cast or "
+                f"cut since; give the output of get_{modality}_features as it is, such as "
+                f'mm_encoder_outputs={{"{modality}": output}}, or the pixels, or ask within handle.disabled().'
+            )
+        ends = {0, *accumulate(len(item.leaders) for item in carried)}
+        for row, end in enumerate(mask.sum(1).cumsum(0).tolist()):
+            if end not in ends:
+                raise BadPrompt(
+                    f"the {modality} placeholders of prompt {row} do not fit whole {modality}s, though those of "
+                    f"all prompts together do; give every prompt the placeholders of its own {modality}s."
+                )
+        if self.leaders is None:
+            self.leaders = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        self.leaders = place_leaders(self.leaders, mask, [item.leaders for item in carried])
+        return carried
 
-    def show_encoded(self, outputs: Mapping[str, Any]) -> None:
-        """Take over the leaders of items that were encoded ahead of the call."""
+    def show_encoded(self, outputs: Mapping[str, Any]) -> list[Item]:
+        """Take over the token maps of items that were encoded ahead of the call."""
+        items = list[Item]()
         for modality in self.placeholders:
             if outputs.get(modality) is not None:
-                self.show(modality, outputs[modality].pooler_output)
+                items += self.show(modality, outputs[modality].pooler_output)
+        return items
 
     def text_of(self, modality: Modality, tokens: Sequence[int]) -> list[Tensor]:
         """The ids int64 [words] of the prompt that shows each item, without placeholders and padding.
@@ -114,31 +163,125 @@ class Prompts:
         return [self.ids[row][words[row]] for row in rows]
 
 
-class CallState:
-    """Shared by the hooks of one model.
+class Calls:
+    """The calls of one model in all threads.
 
     Attributes:
-        report: what merged in the last call.
-        prompts: of the running forward, if it shows anything.
-        asked: the prompts that pictures are encoded for, within a forward or ahead of one.
-        collecting: whether items that are encoded add to the report, instead of beginning a new one.
-        chunked: while a prompt with encoded images is prefilled in chunks, the number of tokens before it, and its
-            leaders int64 [B, N].
+        running: threads in which a call runs, under which DyMU is not removed.
+        removed: whether it was.
+        newest: report of the newest call; reports: those of KV caches.
+        warned: what was said once and needs no saying again.
     """
 
     def __init__(self) -> None:
-        self.report = Report()
+        self.changed = threading.Condition()
+        self.running = set[int]()
+        self.removed = False
+        self.newest = Report()
+        self.reports = weakref.WeakKeyDictionary[Any, Report]()
+        self.warned = set[str]()
+
+
+class CallState(threading.local):
+    """What the hooks of one model share while a call runs; every thread has its own.
+
+    Attributes:
+        disabled: how many `handle.disabled()` this thread is in.
+        report: what merged in this thread's last call; None: it made none.
+        prompts: of the running forward, if it shows anything.
+        asked: the prompts that pictures are encoded for, within a forward or ahead of one.
+        collecting: whether items that are encoded add to the report, instead of beginning a new one.
+        generating: whether `generate` runs, whose forwards share one report.
+        knows_ids: whether the running forward was given ids, so that it is known where pictures stand.
+        chunked: while a prompt with encoded images is prefilled in chunks, the number of tokens before it, and its
+            leaders int64 [B, N].
+        encoding: the running call of `get_image_features` or `get_video_features`.
+        unmerging: whether the language model runs on merged tokens.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+        self.disabled = self._depth = 0
+        self.report: Report | None = None
+        self._cache: weakref.ref[Any] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self.prompts: Prompts | None = None
         self.asked: Prompts | None = None
-        self.collecting = False
+        self.collecting = self.generating = self.knows_ids = self.unmerging = False
         self.chunked: tuple[int, Tensor] | None = None
+        self.encoding: Any = None
 
-    def begin_report(self) -> None:
-        self.report, self.collecting = Report(), True
+    @property
+    def active(self) -> bool:
+        """Whether this thread's calls merge."""
+        return not self.disabled and not self.calls.removed
 
-    def encoded(self, modality: Modality, items: list[Item], kept: list[Tensor], features: Features) -> None:
+    @contextmanager
+    def call(self) -> Iterator[bool]:
+        """Around all that belongs to one call, and whether it is the outermost, which begins and ends, however it does,
+        with nothing of another."""
+        depth, thread = self._depth, threading.get_ident()
+        try:
+            self._depth = depth + 1
+            if not depth:
+                self._forget()
+                with self.calls.changed:
+                    self.calls.running.add(thread)
+            yield not depth
+        finally:
+            self._depth = depth
+            if not depth:
+                self._forget()
+                with self.calls.changed:
+                    self.calls.running.discard(thread)
+                    self.calls.changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no call runs, and let none begin.
+
+        Raises:
+            DymuError: a call of this very thread runs.
+        """
+        if self._depth:
+            raise DymuError("DyMU cannot be removed from within a call of the model: remove it when the call is over.")
+        with self.calls.changed:
+            self.calls.changed.wait_for(lambda: not self.calls.running)
+            yield
+
+    @property
+    def last(self) -> Report:
+        """The report of this thread's last call; where it made none, of the newest call of any."""
+        return self.calls.newest if self.report is None else self.report
+
+    def begin_report(self, items: Sequence[Item] = (), cache: Any = None) -> None:
+        """Begin the report of a call; of one that goes on with a KV cache, go on with the cache's."""
+        going_on = self.calls.reports.get(cache) if length(cache) else None
+        self.report = self.calls.newest = going_on or Report(list(items))
+        self._cache = None if going_on is None else weakref.ref(cache)
+
+    def filled(self, cache: Any, history: History) -> None:
+        """Report the bytes of the KV cache after a forward; a call may have others beside, as with guidance."""
+        if self.report is None:
+            self.begin_report()
+        assert self.report is not None
+        if self._cache is None:
+            self._cache, self.calls.reports[cache] = weakref.ref(cache), self.report
+        if self._cache() is cache:
+            self.report.cache_bytes = stored = cache_bytes(cache)
+            self.report.cache_bytes_full = stored * history.length // max(history.entries, 1)
+
+    def encoded(self, modality: Modality, items: list[Item], features: Features) -> None:
         """See `dymu.hooks.vision.Encoded`."""
-        self.report = (self.report if self.collecting else Report()).with_more(items, kept)
+        if not self.collecting or self.report is None:
+            self.begin_report()
+        assert self.report is not None
+        self.report.items += items
+        if _log.isEnabledFor(logging.DEBUG):
+            original, kept = [len(item.leaders) for item in items], [item.kept for item in items]
+            _log.debug("%ss of %s tokens keep %s", modality, original, kept)
         if self.prompts is not None:
             self.prompts.show(modality, features)
 

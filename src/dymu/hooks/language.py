@@ -13,16 +13,24 @@ from transformers import DynamicCache
 from dymu.choices import COMPACT, CacheForm, Unmerge
 from dymu.errors import UnsupportedCache
 from dymu.families.resolve import Parts
-from dymu.hooks.cache import adopt, cache_bytes
-from dymu.hooks.call import PIXELS, CallState, Prompts, arguments_of, length
-from dymu.hooks.versions import cache_among, cache_argument, cache_of, pop_cache
-from dymu.report import Report
+from dymu.hooks.cache import adopt, rewind
+from dymu.hooks.call import PIXELS, CallState, Prompts, arguments_of
+from dymu.hooks.refusals import (
+    drops_out,
+    refuse_attention_weights,
+    refuse_lost_features,
+    refuse_packed,
+    warn_of_dropout,
+)
+from dymu.hooks.replaced import Method
+from dymu.hooks.versions import cache_among, cache_argument, pop_cache
 from dymu.token_map import TokenMap, take
 from dymu.unmerging import History, in_mean_order, plan_step
+from dymu.unmerging.virtual import no_rotation
 
 
 class LanguageHooks:
-    """Hooks for the module that holds both halves, and for the language model.
+    """What stands around the module that holds both halves, the language model, and its rotary angles.
 
     Args:
         parts: of the model.
@@ -31,40 +39,46 @@ class LanguageHooks:
     """
 
     def __init__(self, parts: Parts, state: CallState, unmerge: Unmerge, backend: str, cache: CacheForm) -> None:
-        self._parts, self._state = parts, state
+        self.parts, self._state = parts, state
         self._unmerge, self._backend, self._cache = unmerge, backend, cache
-        self._angles = parts.rotary.forward
-        self._inner_signature = inspect.signature(parts.inner.forward)
-        self._decoder_signature = inspect.signature(parts.language_model.forward)
-        self._cache_argument = cache_argument(parts.language_model.forward)
-        self._map: TokenMap | None = None
-        self._plain = True
 
-    def before_inner(self, _inner: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def inner(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Find the placeholders of this call's images and videos."""
-        state = self._state
-        inputs = arguments_of(self._inner_signature, args, kwargs)
+        state, parts = self._state, self.parts
+        inputs = arguments_of(inspect.signature(forward), args, kwargs)
+        refuse_attention_weights(inputs, parts.language_model.config)
+        ids = inputs.get("input_ids")
         encoded = inputs.get("mm_encoder_outputs") or {}
-        if not any(encoded.values()) and all(inputs.get(name) is None for name in PIXELS):
-            if not length(cache_among(inputs)):
-                state.report = Report()
-            return
-        state.prompts = state.asked = Prompts.of(
-            self._parts, inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("attention_mask")
-        )
-        state.prompts.show_encoded(encoded)
-        if not any(encoded.values()):
-            state.begin_report()
+        ahead = any(output is not None for output in encoded.values())
+        try:
+            state.knows_ids = ids is not None
+            if ahead or any(inputs.get(name) is not None for name in PIXELS):
+                embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
+                state.knows_ids = True
+                state.prompts = state.asked = Prompts.of(parts, ids, embeds, mask)
+                items = [] if state.chunked else state.prompts.show_encoded(encoded)
+                if not (ahead and state.generating):
+                    state.begin_report(items)
+                state.collecting = True
+            elif not state.generating:
+                state.begin_report(cache=cache_among(inputs))
+            return forward(*args, **kwargs)
+        finally:
+            state.prompts = state.asked = None
+            state.collecting = state.knows_ids = False
 
-    def after_inner(self, *_: Any) -> None:
-        """Forget this call's items, also after an error."""
-        self._state.prompts = self._state.asked = None
-        self._state.collecting = False
+    def decoder(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
+        """Keep one token of each group, plan the attention over all, and give all tokens the outputs of their groups.
 
-    def before_decoder(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Keep one token of each group, and plan the attention over all."""
-        inputs = arguments_of(self._decoder_signature, args, kwargs)
+        A call that ends in an error leaves the cache as it was.
+        """
+        state, decoder = self._state, self.parts.language_model
+        inputs = arguments_of(inspect.signature(forward), args, kwargs)
+        refuse_attention_weights(inputs, decoder.config)
+        if decoder.training and drops_out(decoder.config):
+            warn_of_dropout(state.calls.warned)
         embeds, ids = inputs.pop("inputs_embeds", None), inputs.pop("input_ids", None)
+        knows_ids = state.knows_ids or embeds is None
         if embeds is None:
             embeds = decoder.get_input_embeddings()(ids)
         batch, tokens = embeds.shape[:2]
@@ -79,59 +93,74 @@ class LanguageHooks:
                 "start with a new cache."
             )
 
-        present = _present(inputs.pop("attention_mask", None), tokens, history, self._unmerge)
-        positions = inputs.pop("position_ids", None)
-        if positions is None:
-            positions = torch.arange(history.length, history.length + tokens, device=embeds.device)[None]
-        leaders = self._state.leaders(history.length, tokens)
-        self._plain = leaders is None and present is None
-        if self._plain:
-            self._map = TokenMap.identity(batch, tokens, embeds.device)
-        else:
-            index = torch.arange(tokens, device=embeds.device).expand(batch, tokens)
-            self._map = TokenMap.from_leaders(index if leaders is None else leaders, present)
-            if self._unmerge in COMPACT:
-                self._map = in_mean_order(self._map)
-            embeds = take(embeds, self._map.first())
-        step = plan_step(
-            self._map,
-            positions.expand(batch, tokens),
-            history,
-            functools.partial(self._angles, embeds),
-            plain=self._plain,
-            unmerge=self._unmerge,
-            backend=self._backend,
-        )
-        merged = torch.arange(self._map.width, device=embeds.device)[None]
-        return (), {
-            **inputs,
-            "inputs_embeds": embeds,
-            "position_ids": merged,  # not rotated by: the step has the angles
-            self._cache_argument: cache,
-            "dymu_step": step,
-        }
-
-    def after_decoder(self, _decoder: Any, _args: Any, output: Any) -> Any:
-        """Give each token of the full prompt the output of its merged token."""
-        assert self._map is not None
-        expand, cache = self._map.expand, cache_of(output)
-        if cache is not None:
-            history, report = adopt(cache), self._state.report
-            report.cache_bytes = stored = cache_bytes(cache)
-            report.cache_bytes_full = stored * history.length // max(history.entries, 1)
-        if not self._plain:
-            output.last_hidden_state = expand(output.last_hidden_state)
+        before = history.copy()
+        try:
+            mask = inputs.pop("attention_mask", None)
+            present = _present(mask, tokens, history, self._unmerge)
+            positions = inputs.pop("position_ids", None)
+            if positions is None:
+                positions = torch.arange(history.length, history.length + tokens, device=embeds.device)[None]
+            elif mask is None and cache is None:
+                refuse_packed(positions)
+            leaders = state.leaders(history.length, tokens)
+            if leaders is None and not knows_ids and tokens > 1:
+                refuse_lost_features(embeds, present, decoder.get_input_embeddings().weight)
+            plain = leaders is None and present is None
+            if plain:
+                merged = TokenMap.identity(batch, tokens, embeds.device)
+            else:
+                index = torch.arange(tokens, device=embeds.device).expand(batch, tokens)
+                merged = TokenMap.from_leaders(index if leaders is None else leaders, present)
+                if self._unmerge in COMPACT:
+                    merged = in_mean_order(merged)
+                embeds = take(embeds, merged.first())
+            step = plan_step(
+                merged,
+                positions.expand(batch, tokens),
+                history,
+                functools.partial(self._angles, embeds),
+                plain=plain,
+                unmerge=self._unmerge,
+                backend=self._backend,
+            )
+            state.unmerging = True
+            output = forward(
+                **inputs,
+                inputs_embeds=embeds,
+                position_ids=torch.arange(merged.width, device=embeds.device)[None],  # the step has the angles
+                **{cache_argument(forward): cache},
+                dymu_step=step,
+            )
+        except BaseException:
+            if cache is not None:
+                rewind(cache, history, before)
+            raise
+        finally:
+            state.unmerging = False
+        if not plain:
+            output.last_hidden_state = merged.expand(output.last_hidden_state)
             if output.hidden_states is not None:
-                output.hidden_states = tuple(expand(hidden) for hidden in output.hidden_states)
+                output.hidden_states = tuple(merged.expand(hidden) for hidden in output.hidden_states)
+        if cache is not None:
+            state.filled(cache, history)
         return output
+
+    def rotary(self, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Angles that leave queries and keys as they are, while the language model runs on merged tokens."""
+        return no_rotation(x) if self._state.unmerging else forward(x, *args, **kwargs)
+
+    def _angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos_sin: tuple[Tensor, Tensor] = self.parts.rotary.forward(like, positions)
+        return cos_sin
 
 
 def _present(mask: Any, tokens: int, history: History, unmerge: Unmerge) -> Tensor | None:
-    """bool [B, N], whether each new token is there; None: all are. Cached tokens that the mask hides go.
+    """bool [B, N], whether each new token is there; None: all are. Cached tokens that the mask hides are not seen.
 
     Raises:
         ValueError: the mask is not [B, N], or hides cached tokens from those that are numbered consecutively.
     """
+    history.hide(None)
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import Modality, Parts
-from dymu.hooks.call import arguments_of
+from dymu.hooks.call import CallState, arguments_of, carry_items
+from dymu.hooks.refusals import drops_out, refuse_attention_weights, warn_of_dropout, warn_of_hooks
+from dymu.hooks.replaced import Method
 from dymu.hooks.trace import grid, locations, seen_by, trace
 from dymu.item import Item
 from dymu.reducers import EncoderRun, Reducer, Shown, reduce_in_prompt
 from dymu.token_map import TokenMap
-from dymu.unmerging.prompt import carry_leaders
-
-Encoded = Callable[[Modality, list[Item], list[Tensor], Sequence[Tensor]], object]
-"""Called with every batch that was encoded: its items, the tokens left of each picture after each layer, and the
-features of each item."""
-
-TextOf = Callable[[Modality, Sequence[int]], list[Tensor]]
-"""For items of so many tokens each, the ids of the prompts that show them."""
 
 
 @dataclass
@@ -59,115 +53,128 @@ class _Call:
 
 
 class VisionHooks:
-    """Hooks for `get_image_features` and `get_video_features`, the encoder's layers, the encoder, and what follows it.
+    """What stands around `get_image_features` and `get_video_features`, the encoder, its layers, and what follows it.
 
     Args:
         parts: of the model.
+        state: of the running call.
         reducer: which tokens merge; may be replaced between calls.
-        encoded: see `Encoded`.
-        text_of: see `TextOf`.
     """
 
-    def __init__(self, parts: Parts, reducer: Reducer | None, encoded: Encoded, text_of: TextOf) -> None:
-        self.reducer = reducer
-        self._parts, self._encoded, self._text_of = parts, encoded, text_of
-        self._call: _Call | None = None
+    def __init__(self, parts: Parts, state: CallState, reducer: Reducer | None) -> None:
+        self.parts, self.reducer, self._state = parts, reducer, state
 
-    def features(self, modality: Modality, get_features: Callable[..., Any]) -> Callable[..., Any]:
-        """`get_features` whose encoder merges, and whose features carry their token maps wherever they go."""
-        family, signature = self._parts.family, inspect.signature(get_features)
+    def features(self, modality: Modality, get_features: Method, *args: Any, **kwargs: Any) -> Any:
+        """`get_features` with an encoder that merges. Its features carry their items wherever they go.
 
-        @functools.wraps(get_features)
-        def merging(*args: Any, **kwargs: Any) -> Any:
-            arguments = arguments_of(signature, args, kwargs)
-            as_dict = kwargs.pop("return_dict", None)
-            dropped = self._parts.dropped(arguments.get(family.select_strategy))
-            call = _Call(modality, args, kwargs, self._parts.feature_layers(arguments), dropped)
-            self._call = call
-            try:
-                output = get_features(*args, **kwargs, return_dict=True)
-            finally:
-                self._call = None
-            run = call.running
-            if run.gives_features and len(call.layers) > 1:
-                raise UnsupportedModel(
-                    f"{type(run.reducer).__name__} gives features of its own instead of one layer's, and this "
-                    "model reads several layers; set its feature layer to one."
-                )
-            seen = seen_by(run.shown.pixels, run.shown.rows, run.shown.columns)
-            items = trace(self._parts, modality, args, kwargs, run.map, seen)
-            items, output.pooler_output = reduce_in_prompt(run.reducer, items, output.pooler_output, run.shown)
-            carry_leaders(output.pooler_output, [item.leaders for item in items])
-            kept = [state.map.kept - dropped for state in run.states[1 : run.depth + 1]]
-            self._encoded(modality, items, kept, output.pooler_output)
-            return output.to_tuple() if as_dict is False else output
+        Raises:
+            UnsupportedModel: what is asked of the encoder cannot be had with merged tokens.
+        """
+        state, family = self._state, self.parts.family
+        arguments = arguments_of(inspect.signature(get_features), args, kwargs)
+        refuse_attention_weights(arguments, self.parts.tower.config)
+        self._refuse_checkpointing()
+        warn_of_hooks(self.parts.encoder_attentions, state.calls.warned)
+        if self.parts.tower.training and drops_out(self.parts.tower.config):
+            warn_of_dropout(state.calls.warned)
+        as_dict = kwargs.pop("return_dict", None)
+        dropped = self.parts.dropped(arguments.get(family.select_strategy))
+        call = _Call(modality, args, kwargs, self.parts.feature_layers(arguments), dropped)
+        try:
+            state.encoding = call
+            output = get_features(*args, **kwargs, return_dict=True)
+        finally:
+            state.encoding = None
+        run = call.running
+        if run.gives_features and len(call.layers) > 1:
+            raise UnsupportedModel(
+                f"{type(run.reducer).__name__} gives features of its own instead of one layer's, and this "
+                "model reads several layers; set its feature layer to one."
+            )
+        seen = seen_by(run.shown.pixels, run.shown.rows, run.shown.columns)
+        items = trace(self.parts, modality, args, kwargs, run.map, seen)
+        items, output.pooler_output = reduce_in_prompt(run.reducer, items, output.pooler_output, run.shown)
+        kept = torch.stack([state.map.kept - dropped for state in run.states[1 : run.depth + 1]])
+        each = kept.split([item.pictures for item in items], dim=1)
+        items = [replace(item, kept_by_layer=layers) for item, layers in zip(items, each, strict=True)]
+        carry_items(output.pooler_output, items)
+        state.encoded(modality, items, output.pooler_output)
+        return output.to_tuple() if as_dict is False else output
 
-        return merging
+    def tower(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
+        """The encoder: a reducer may show it other pixels, and its features come in the tokens left at the end.
 
-    def before_tower(self, _tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Begin to reduce; a reducer may show the encoder other pixels."""
-        if self._call is None:
-            return None
+        Features of several layers are joined token by token, hence all in the same tokens; those of layers that did not
+        run, since the language model reads none of them, are None.
+        """
+        call = self._state.encoding
+        if call is None:
+            return forward(*args, **kwargs)
         assert self.reducer is not None
         pixels = args[0] if args else kwargs["pixel_values"]
-        shown = self._shown(self._call, pixels)
-        run = EncoderRun(self.reducer, max(self._call.layers), shown, self._parts.prefix, self._call.dropped)
-        self._call.run, pixels = run, run.pixels(pixels)
-        return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
-
-    def layer(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Encoder layer `index`, which merges between its attention and its MLP, or does not run: see `EncoderRun`."""
-        layer = self._parts.encoder_layers[index]
-
-        @functools.wraps(forward)
-        def merging_layer(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._call is None:
-                return forward(hidden_states, *args, **kwargs)
-            return self._call.running.layer(index, layer, hidden_states)
-
-        return merging_layer
-
-    def after_tower(self, _tower: nn.Module, _args: Any, output: Any) -> None:
-        """Features of several layers are joined token by token, so bring them all to the tokens left at the end.
-
-        The features of layers that did not run, since the language model reads none of them, are None.
-        """
-        if self._call is None:
-            return
-        run = self._call.running
+        shown = self._shown(call, pixels)
+        run = EncoderRun(self.reducer, max(call.layers), shown, self.parts.prefix, call.dropped)
+        call.run, pixels = run, run.pixels(pixels)
+        if args:
+            args = (pixels, *args[1:])
+        else:
+            kwargs = {**kwargs, "pixel_values": pixels}
+        output = forward(*args, **kwargs)
         if output.hidden_states is not None:
             output.hidden_states = tuple(
                 None if hidden is None or layers > run.depth else run.in_final_tokens(hidden, layers)
                 for layers, hidden in enumerate(output.hidden_states)
             )
+        return output
 
-    def before_pooler(self, _pooler: nn.Module, args: Any) -> Any:
-        """Copy the features [B, M, C] to all tokens ahead of pooling."""
-        return args if self._call is None else (self._call.expand(args[0]), *args[1:])
+    def layer(self, index: int, forward: Method, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Encoder layer `index`, which merges between its attention and its MLP, or does not run: see `EncoderRun`."""
+        call = self._state.encoding
+        if call is None:
+            return forward(hidden_states, *args, **kwargs)
+        return call.running.layer(index, self.parts.encoder_layer(index), hidden_states)
 
-    def after_projector(self, _projector: nn.Module, _args: Any, features: Tensor) -> Tensor:
+    def pooler(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Pool the features [B, M, C] copied to all tokens."""
+        call = self._state.encoding
+        return forward(features if call is None else call.expand(features), *args, **kwargs)
+
+    def projector(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Copy the projected features [B, M, C] to all N tokens of each picture, which the family's code arranges."""
-        return features if self._call is None or self._call.expanded else self._call.expand(features)
+        call, features = self._state.encoding, forward(*args, **kwargs)
+        return features if call is None or call.expanded else call.expand(features)
+
+    def _refuse_checkpointing(self) -> None:
+        """Raises UnsupportedModel where the encoder would compute its layers again, on other tokens, for gradients."""
+        if torch.is_grad_enabled() and any(
+            module.training and getattr(module, "gradient_checkpointing", False)
+            for module in self.parts.encoder_modules
+        ):
+            raise UnsupportedModel(
+                "gradient checkpointing computes the vision encoder's layers again when nothing merges any more; call "
+                f"{self.parts.family.tower}.gradient_checkpointing_disable() on the module that holds it, or train "
+                "within handle.disabled()."
+            )
 
     def _shown(self, call: _Call, pixels: Tensor) -> Shown:
-        rows, columns = grid(self._parts, pixels)
+        rows, columns = grid(self.parts, pixels)
 
         @functools.cache
         def untouched() -> list[Item]:
             """The items with nothing merged."""
-            tokens = TokenMap.identity(len(pixels), self._parts.prefix + rows * columns, pixels.device)
-            colours = torch.zeros(len(pixels), 3, rows, columns, device=pixels.device)
-            return trace(self._parts, call.modality, call.args, call.kwargs, tokens, colours)
+            tokens = TokenMap.identity(len(pixels), self.parts.prefix + rows * columns, pixels.device)
+            colours = torch.zeros(len(pixels), 3, rows, columns, dtype=torch.float32, device=pixels.device)
+            return trace(self.parts, call.modality, call.args, call.kwargs, tokens, colours)
 
         def text() -> list[Tensor]:
-            texts = self._text_of(call.modality, [len(item.leaders) for item in untouched()])
+            texts = self._state.text_of(call.modality, [len(item.leaders) for item in untouched()])
             return [text for text, item in zip(texts, untouched(), strict=True) for _ in range(item.pictures)]
 
         return Shown(
             pixels=pixels,
             rows=rows,
             columns=columns,
-            single=call.modality == "image" and not self._parts.family.cuts_images,
+            single=call.modality == "image" and not self.parts.family.cuts_images,
             video=call.modality == "video",
             find_text=text,
             find_location=lambda: locations(untouched(), rows, columns),

@@ -55,7 +55,7 @@ def merge_tokens(
         Tokens in x's dtype and their float32 sizes, in the layout `after`.
     """
     goal = before.pack(after.index(merge_map.group)).flatten()
-    ones = torch.ones(before.total, device=x.device) if size is None else size.flatten()
+    ones = torch.ones(before.total, dtype=torch.float32, device=x.device) if size is None else size.flatten()
     merged_size = ones.new_zeros(after.total).index_add(0, goal, ones)
     goal, order = goal.sort(stable=True)
     first = torch.searchsorted(goal, torch.arange(after.total, device=x.device))

@@ -36,4 +36,4 @@ class RandomKeep(FixedKeep):
         bits = picture.view(torch.int32).flatten().long()
         digest = int((bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()) & (2**62 - 1)
         generator = torch.Generator().manual_seed(self.seed ^ digest)
-        return torch.rand(tokens.counts[row], generator=generator).argsort()[:keep].to(bits.device)
+        return torch.rand(tokens.counts[row], generator=generator, dtype=torch.float32).argsort()[:keep].to(bits.device)

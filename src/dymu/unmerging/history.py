@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class History:
         plain: whether so far no token was merged and none is missing.
         padded: whether some row misses tokens.
         newest: map of the tokens that were appended last to their merged ones.
+        hidden: bool [B, N], tokens that the present call does not see; None: it sees all.
     """
 
     def __init__(self, expanded: bool = False) -> None:
@@ -35,6 +37,7 @@ class History:
         self.position: Tensor | None = None
         self.phase: Tensor | None = None
         self.newest: TokenMap | None = None
+        self.hidden: Tensor | None = None
         self.entries = 0
         self.plain, self.padded = True, False
 
@@ -49,7 +52,7 @@ class History:
         """Add tokens of the full prompt whose merged forms are about to be stored after the present entries.
 
         Returns:
-            `slot` and `position` of all tokens so far.
+            `slot` (-1 for hidden ones too) and `position` of all tokens so far.
         """
         group = torch.arange(tokens.tokens, device=tokens.group.device) if self.expanded else tokens.group
         slot = (group + self.entries).expand_as(tokens.group)
@@ -62,13 +65,25 @@ class History:
         self.entries += tokens.tokens if self.expanded else tokens.width
         self.plain, self.padded = self.plain and plain, self.padded or tokens.padded
         self.newest = tokens
+        if self.hidden is not None:
+            self.hidden = torch.cat((self.hidden, torch.zeros_like(tokens.group, dtype=torch.bool)), 1)
+            slot = slot.masked_fill(self.hidden, -1)
         return slot, position
 
-    def hide(self, hidden: Tensor) -> None:
-        """Let nobody see some of the tokens so far again, bool [B, N]; such as what stands behind a shorter answer."""
-        if self.slot is not None:
-            self.slot = self.slot.masked_fill(hidden, -1)
+    def hide(self, hidden: Tensor | None) -> None:
+        """Of the tokens so far, those that the present call does not see, bool [B, N], such as what stands behind a
+        shorter answer; None: it sees all."""
+        self.hidden = hidden
+        if hidden is not None:
             self.plain, self.padded = False, True
+
+    def copy(self) -> History:
+        """The history so far, which appending to this one leaves as it is."""
+        return copy.copy(self)
+
+    def restore(self, earlier: History) -> None:
+        """Forget what came after `earlier`, an earlier copy of this history."""
+        self.__dict__.update(earlier.__dict__)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
@@ -87,3 +102,4 @@ class History:
         assert self.position is not None
         self.slot, self.position = self.slot[index], self.position[index]
         self.phase = None if self.phase is None else self.phase[index]
+        self.hidden = None if self.hidden is None else self.hidden[index]

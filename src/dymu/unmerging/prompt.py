@@ -11,30 +11,6 @@ from torch import Tensor
 
 from dymu.token_map import TokenMap, leaders_of
 
-_CARRIED = "_dymu_leaders"
-
-Features = Tensor | Sequence[Tensor]
-"""Of the images or videos of a call: [N, C] each, or where all have as many tokens [items, N, C]."""
-
-
-def carry_leaders(features: Features, leaders: Sequence[Tensor]) -> None:
-    """Let each item's features carry its leaders, int64 [N], wherever generation takes them."""
-    if isinstance(features, Tensor):
-        setattr(features, _CARRIED, list(leaders))
-        return
-    for feature, of_item in zip(features, leaders, strict=True):
-        setattr(feature, _CARRIED, of_item)
-
-
-def carried_leaders(features: Features) -> list[Tensor] | None:
-    """The leaders that the items' features carry; None for features that were not merged."""
-    if isinstance(features, Tensor):
-        return getattr(features, _CARRIED, None)
-    if not all(hasattr(feature, _CARRIED) for feature in features):
-        return None
-    return [getattr(feature, _CARRIED) for feature in features]
-
-
 def place_leaders(leaders: Tensor, mask: Tensor, items: Sequence[Tensor]) -> Tensor:
     """Leaders of all prompt tokens: those of `mask` follow the leaders of their item, the others stay as they are.
 

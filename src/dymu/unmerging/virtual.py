@@ -31,8 +31,8 @@ def interleaved(pairs: Tensor, dtype: torch.dtype) -> Tensor:
     return real if real.dtype == dtype else real.to(dtype)
 
 
-def no_rotation(x: Tensor, position_ids: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-    """Replaces the forward of a rotary embedding: angles that leave queries and keys as they are."""
+def no_rotation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [1, 1, 1] of angles that leave queries and keys as they are."""
     one = x.new_ones(1, 1, 1)
     return one, torch.zeros_like(one)
 

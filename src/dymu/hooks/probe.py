@@ -1,0 +1,105 @@
+"""Try, as DyMU is applied, whether a model's layers compute what the descriptions say.
+
+An encoder layer must give what its parts give together, and every attention layer of the language model must rotate the
+two halves of its heads by the angles that it gets. What a description leaves out would else be a wrong number later.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dymu.errors import UnsupportedModel
+from dymu.families.resolve import Parts
+from dymu.hooks.replaced import Method
+from dymu.merging import MergedTokens
+from dymu.unmerging.virtual import as_pairs, as_phase, no_rotation
+
+TOKENS = 5
+POSITIONS = (0, 1, 5, 17, 40)
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""Of the largest magnitude, by type; what a description leaves out changes far more."""
+HALF_PRECISION = 0.05
+
+
+class _Recorder:
+    """In place of a step: keeps queries [B, H, N, D] and keys [B, Hkv, N, D] as a layer hands them over."""
+
+    def attend(self, query: Tensor, key: Tensor) -> Tensor:
+        self.query, self.key = query, key
+        return torch.zeros_like(query).transpose(1, 2)
+
+
+@torch.no_grad()
+def check_layers(parts: Parts) -> None:
+    """Raises UnsupportedModel, naming the layer that computes something else."""
+    if any(parameter.is_meta for parameter in parts.model.parameters()):
+        raise UnsupportedModel("the model's weights are not loaded (they are on the device meta); load them first.")
+    encoder = [] if parts.tower.training else _encoder_errors(parts)  # dropout would differ
+    for index, error in enumerate(encoder):
+        if error:
+            raise UnsupportedModel(
+                f"layer {index} of the vision encoder does not compute what its description says ({error:.2g} of the "
+                "largest value apart), so that merging within it would be wrong; somebody exchanged its parts, or the "
+                "description is of another encoder (docs/add-a-family.md)."
+            )
+    for index, attention in enumerate(parts.attentions):
+        if why := _rotates_otherwise(attention, parts.rotary.forward, parts.language_model):
+            raise UnsupportedModel(
+                f"attention layer {index} of the language model, a {type(attention).__name__}, does not rotate the two "
+                f"halves of its heads by the angles it is given ({why}); dymu does not know its kind of rotation."
+            )
+
+
+def _encoder_errors(parts: Parts) -> list[float]:
+    """Of each layer how far its own forward is from its parts, if too far, else 0."""
+    errors = []
+    x = _random(parts.tower)
+    for index, module in enumerate(parts.encoder_modules):
+        layer = parts.encoder_layer(index)
+        merged = layer.feed_forward(layer.attend(x, MergedTokens.unmerged(x))[0])
+        parameters = inspect.signature(type(module).forward).parameters
+        stock = module.forward(x, **({"attention_mask": None} if "attention_mask" in parameters else {}))
+        stock = stock[0] if isinstance(stock, tuple) else stock
+        errors.append((merged - stock).abs().max() / stock.abs().max())
+    limit = TOLERANCE.get(x.dtype, HALF_PRECISION)
+    return [0.0 if error <= limit else error for error in torch.stack(errors).tolist()]
+
+
+def _rotates_otherwise(attention: nn.Module, angles: Method, decoder: PreTrainedModel) -> str:
+    """Why a layer's rotation is not the one described; empty: it is."""
+    x = _random(decoder)
+    cos, sin = angles(x, torch.tensor(POSITIONS, device=x.device)[None])
+    try:
+        plain, rotated = (_handed_over(attention, x, *pair) for pair in (no_rotation(x), (cos, sin)))
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if cos.shape[-1] != plain.query.shape[-1]:
+        return f"it has angles for {cos.shape[-1]} of {plain.query.shape[-1]} channels"
+    half = cos.shape[-1] // 2
+    if not torch.equal(cos[..., :half], cos[..., half:]):
+        return "its angles are of neighbouring channels"
+    phase = as_phase(cos, sin)[:, None]
+    for before, after in ((plain.query, rotated.query), (plain.key, rotated.key)):
+        apart = (as_pairs(before) * phase - as_pairs(after)).abs().max() / before.abs().max()
+        if not apart <= TOLERANCE.get(x.dtype, HALF_PRECISION):
+            return "its queries or keys are rotated otherwise, or not at all"
+    return ""
+
+
+def _handed_over(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> _Recorder:
+    recorder = _Recorder()
+    attention.forward(hidden_states=x, position_embeddings=(cos, sin), attention_mask=None, dymu_step=recorder)
+    return recorder
+
+
+def _random(half: PreTrainedModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, TOKENS, half.config.hidden_size, generator=generator, dtype=torch.float32)
+    return x.to(half.device, half.dtype)

@@ -1,0 +1,117 @@
+"""What a call may ask for and cannot have while DyMU is applied: refused in a sentence, or said once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dymu.errors import BadPrompt, UnsupportedModel
+
+_log = logging.getLogger("dymu")
+
+_HARMLESS = frozenset(
+    ("position_ids", "use_cache", "is_causal", "output_hidden_states", "output_attentions", "return_dict",
+     "logits_to_keep", "num_items_in_batch", "cache_position", "output_router_logits")
+)  # fmt: skip
+"""Keyword arguments of attention functions that change nothing of what they compute."""
+
+
+def refuse_attention_weights(arguments: Mapping[str, Any], config: Any) -> None:
+    """Raises UnsupportedModel where a call, or else the model's config, asks for attention weights."""
+    asked = arguments.get("output_attentions")
+    if getattr(config, "output_attentions", False) if asked is None else asked:
+        raise UnsupportedModel(
+            "attention weights are never formed while DyMU is applied; leave output_attentions out, or ask within "
+            "handle.disabled()."
+        )
+
+
+def refuse_unknown(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModel where a layer asks for attention in a way that no backend knows, as with a soft-cap."""
+    unknown = [name for name, value in arguments.items() if value is not None and name not in _HARMLESS]
+    if arguments.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if unknown:
+        raise UnsupportedModel(
+            f"{type(module).__name__} asks for attention with {', '.join(sorted(unknown))}, which dymu does not know "
+            "and cannot compute; leave it out of the call, ask within handle.disabled(), or remove DyMU."
+        )
+
+
+def refuse_packed(positions: Tensor) -> None:
+    """Raises BadPrompt where positions [B, N] start over, so that a row holds several prompts."""
+    if positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
+        raise BadPrompt(
+            "the position_ids start over within a row, so that it holds several prompts, which dymu cannot keep apart; "
+            "give each prompt a row of its own with an attention_mask, or ask within handle.disabled()."
+        )
+
+
+def refuse_lost_features(embeds: Tensor, present: Tensor | None, words: Tensor) -> None:
+    """Refuse embeddings that hold merged image features whose token map is lost.
+
+    Merged features repeat: all tokens of a group have the same. So do words, but those stand in the table.
+
+    Args:
+        embeds: [B, N, C].
+        present: bool [B, N]; None: all tokens are there.
+        words: [V, C], the embeddings of all ids.
+
+    Raises:
+        BadPrompt: naming what to give instead.
+    """
+    for row, there in zip(embeds, [None] * len(embeds) if present is None else present, strict=True):
+        tokens = (row if there is None else row[there]).detach()
+        factors = torch.arange(1, 2 * tokens.shape[1], 2, device=tokens.device)
+        hashes = (tokens.view(_INTEGERS[tokens.element_size()]).long() * factors).sum(1)
+        _, group, count = hashes.unique(return_inverse=True, return_counts=True)
+        repeated = (count[group] > 1).nonzero()[:, 0]
+        firsts = {int(group[index]): int(index) for index in repeated.flip(0)}.values()
+        if any(not _is_word(tokens[first], words) for first in firsts):
+            raise BadPrompt(
+                "these inputs_embeds repeat embeddings that are no words, as image features do that DyMU merged, and "
+                "their token map is lost; give input_ids, and the images as pixels or as mm_encoder_outputs (see "
+                "docs/how-it-works.md), or ask within handle.disabled()."
+            )
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes."""
+
+
+def _is_word(embedding: Tensor, words: Tensor) -> bool:
+    alike = (words[:, 0] == embedding[0].to(words.dtype)).nonzero()[:, 0]
+    return bool((words[alike] == embedding.to(words.dtype)).all(-1).any())
+
+
+def warn_of_hooks(attentions: Iterable[nn.Module], warned: set[str]) -> None:
+    """Say once that hooks of somebody else on the encoder's attention do not fire; transformers' own need not."""
+    hooks = (
+        hook for module in attentions for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+    if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+        _once(
+            warned,
+            "forward hooks on the vision encoder's attention modules do not fire while DyMU is applied, since its own "
+            "attention runs; hook the layers, their projections or their MLPs instead.",
+        )
+
+
+def warn_of_dropout(warned: set[str]) -> None:
+    """Say once that dropout is left out."""
+    _once(warned, "the model is in training mode, and DyMU leaves dropout in attention out; call model.eval().")
+
+
+def drops_out(config: Any) -> bool:
+    """Whether an encoder's config asks for dropout in its attention."""
+    return any(getattr(config, name, 0) for name in ("attention_dropout", "attention_probs_dropout_prob"))
+
+
+def _once(warned: set[str], text: str) -> None:
+    if text not in warned:
+        warned.add(text)
+        _log.warning(text)

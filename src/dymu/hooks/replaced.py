@@ -1,0 +1,69 @@
+"""What stands in the place of a module's own method or config while DyMU is applied."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from dymu.errors import DymuError
+
+Method = Callable[..., Any]
+
+Around = Callable[..., Any]
+"""Called with the method that it replaces, and its arguments."""
+
+
+COPIED = (
+    "a model cannot be copied or pickled while DyMU is applied to it: the copy would run this model's layers; call "
+    "handle.remove() first, or copy it, also for adapters that copy modules, before dymu.apply (save_pretrained and "
+    "state_dict work as ever)."
+)
+
+
+class Replaced:
+    """Calls `around(method, ...)` where a module's own `method(...)` is called.
+
+    In place of hooks: what `around` does in `finally` is done after every kind of interruption, where torch runs the
+    hooks of a call that ended in an error for `Exception` only.
+    """
+
+    def __init__(self, method: Method, around: Around) -> None:
+        functools.update_wrapper(self, method)
+        self._method, self._around = method, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._method, *args, **kwargs)
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        refuse_copy()
+
+
+def refuse_copy() -> NoReturn:
+    """In place of a module's `__getstate__`, which copies and pickles ask for first."""
+    raise DymuError(COPIED)
+
+
+def config_view(config: Any, attention: Callable[[], str | None]) -> Any:
+    """The same config, all values shared, but for the attention implementation, which `attention` names; None: it is as
+    set. A copy of the view is an ordinary config."""
+    kind: Any = type(config)
+    stock = kind._attn_implementation
+
+    class View(kind):
+        @property
+        def _attn_implementation(self) -> Any:
+            return attention() or stock.fget(self)
+
+        @_attn_implementation.setter
+        def _attn_implementation(self, name: Any) -> None:
+            stock.fset(self, name)
+
+        def __reduce_ex__(self, _protocol: Any) -> Any:
+            return copy.copy, (config,)
+
+    View.__name__, View.__qualname__ = kind.__name__, kind.__qualname__
+    view = object.__new__(View)
+    object.__setattr__(view, "__dict__", config.__dict__)
+    return view

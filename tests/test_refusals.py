@@ -1,0 +1,394 @@
+"""What DyMU cannot do is refused in one sentence, or said once; nothing that is asked for is left out in silence."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, Cohere2Config, SmolLM3Config
+
+import dymu
+import tiny
+from dymu.errors import BadPrompt, UnsupportedModel
+from dymu.families import known
+from dymu.families.resolve import resolve
+from dymu.hooks.versions import going_on
+from dymu.reducers import RandomKeep, ThresholdMerge
+
+NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
+SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
+
+
+@pytest.fixture(
+    params=[("clip", "llama"), ("dinov2_with_registers", "mistral"), ("siglip", "qwen2", "llava_onevision")],
+    ids="-".join,
+)
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny.llava(*request.param)
+
+
+def asked(model: Any, seed: int = 0, images: int = 1) -> dict[str, Any]:
+    ids = tiny.prompt(model, 4, *["image"] * images, 7, seed=seed)[None]
+    return {"input_ids": ids, **tiny.shown(model, tiny.pictures(images, seed))}
+
+
+def answer(model: Any, **inputs: Any) -> Any:
+    options = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [tiny.IMAGE_TOKEN], **inputs}
+    return model.generate(**options)
+
+
+# ------------------------------------------------------------------------------------------------------ packed prompts
+
+
+def test_packed_prompts_are_refused(model):
+    first, second = (tiny.prompt(model, 3, "image", length, seed=length) for length in (4, 6))
+    ids = torch.cat((first, second))[None]
+    positions = torch.cat((torch.arange(len(first)), torch.arange(len(second))))[None]
+    packed = {"input_ids": ids, "position_ids": positions, **tiny.shown(model, tiny.pictures(2)), "use_cache": False}
+    with dymu.apply(model, merge=SOME) as handle:
+        for unmerge in ({}, {"attention_mask": None}):
+            with pytest.raises(BadPrompt, match="start over within a row"):
+                model(**packed, **unmerge)
+        with handle.disabled():
+            model(**packed)
+        # Positions that begin elsewhere, and rows that are padded, are no packing.
+        model(**{**packed, "position_ids": torch.arange(5, 5 + ids.shape[1])[None]})
+        rows = tiny.pad([first, second], "left")
+        model(**rows, **tiny.shown(model, tiny.pictures(2)), use_cache=False)
+
+
+# ------------------------------------------------------------------------------------------- what a call may ask for
+
+
+def test_attention_weights_are_refused(model):
+    inputs = asked(model)
+    model.set_attn_implementation("eager")
+    with dymu.apply(model, merge=SOME) as handle:
+        refused = pytest.raises(UnsupportedModel, match=r"output_attentions .* handle\.disabled\(\)|never formed")
+        with refused:
+            model(**inputs, output_attentions=True)
+        with refused:
+            answer(model, **inputs, output_attentions=True, return_dict_in_generate=True)
+        with refused:
+            model.model.language_model(input_ids=inputs["input_ids"][:, :4], output_attentions=True)
+        with refused:
+            model.get_image_features(**tiny.shown(model, tiny.pictures(1)), output_attentions=True)
+        model.config.text_config.output_attentions = True
+        with refused:
+            model(**inputs)
+        with handle.disabled():
+            assert len(model(**inputs).attentions) == model.config.text_config.num_hidden_layers
+        model.config.text_config.output_attentions = False
+        assert model(**inputs, output_attentions=False).attentions is None
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"cu_seq_lens_q": torch.tensor([0, 3])}, {"anything_new": 1},
+     {"is_causal": False}],
+    ids=lambda unknown: next(iter(unknown)),
+)  # fmt: skip
+def test_what_changes_attention_and_is_not_known_is_refused(model, unknown):
+    inputs = asked(model)
+    with dymu.apply(model, merge=SOME) as handle:
+        expected = model(**inputs).logits
+        with pytest.raises(UnsupportedModel, match=f"asks for attention with .*{next(iter(unknown))}"):
+            model(**inputs, **unknown)
+        known = {"is_causal": True, "num_items_in_batch": torch.tensor(3), "anything_new": None}
+        assert torch.equal(model(**inputs, **known).logits, expected)
+        assert handle.last.kept
+
+
+class SoftCapped(nn.Module):
+    """An attention layer that asks for a soft-cap."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+        self.config = base.config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, softcap=50.0, **kwargs)
+
+
+def test_a_soft_cap_is_refused_as_dymu_is_applied(model):
+    layer = model.model.language_model.layers[1]
+    layer.self_attn = SoftCapped(layer.self_attn)
+    with pytest.raises(UnsupportedModel, match="softcap"):
+        dymu.apply(model, merge=SOME)
+    assert dymu.handle_of(model) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- rotation
+
+_TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": tiny.llava().config.text_config.vocab_size, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+
+
+def _with_decoder(config: Any) -> Any:
+    whole = copy.deepcopy(tiny.llava().config)
+    whole.text_config = config
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(whole)
+    for parameter in model.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("config", [Cohere2Config(**_TEXT), SmolLM3Config(**_TEXT)], ids=lambda c: c.model_type)
+def test_other_rotations_are_refused_where_only_their_name_was_added(config, monkeypatch):
+    """Neighbouring channels, and layers without any rotation."""
+    (family, (decoder,)) = (known.FAMILIES["llava"], known.FAMILIES["llava"].decoders)
+    more = replace(decoder, model_types=(*decoder.model_types, config.model_type))
+    monkeypatch.setitem(known.FAMILIES, "llava", replace(family, decoders=(more,)))
+    with pytest.raises(UnsupportedModel, match="does not rotate the two halves"):
+        dymu.apply(_with_decoder(config), merge=NOTHING)
+
+
+@pytest.mark.parametrize("part", [0.5, 2.0])
+def test_a_rotation_of_part_of_the_head_is_refused(part):
+    model = tiny.llava()
+    rotary = model.model.language_model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.repeat(2)[: int(len(rotary.inv_freq) * part)]
+    with pytest.raises(UnsupportedModel, match="halves"):
+        dymu.apply(model, merge=NOTHING)
+
+
+def test_rotation_by_something_of_its_own_is_refused(monkeypatch):
+    import transformers.models.llama.modeling_llama as llama
+
+    model, stock = tiny.llava(), llama.apply_rotary_pos_emb
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, *rest: stock(q, k, cos, -sin, *rest))
+    with pytest.raises(UnsupportedModel, match="rotated otherwise"):
+        dymu.apply(model, merge=NOTHING)
+
+
+def test_an_encoder_layer_with_something_more_in_it_is_refused(model):
+    layers = resolve(model).encoder_modules
+    stock = type(layers[0]).forward
+    layers[2].forward = lambda x, *args, **kwargs: stock(layers[2], x, *args, **kwargs) * 1.1
+    with pytest.raises(UnsupportedModel, match="layer 2 of the vision encoder does not compute"):
+        dymu.apply(model, merge=NOTHING)
+
+
+def test_weights_that_are_not_loaded_are_named():
+    with torch.device("meta"):
+        model = type(tiny.llava())(tiny.llava().config)
+    with pytest.raises(UnsupportedModel, match="weights are not loaded"):
+        dymu.apply(model, merge=NOTHING)
+
+
+# -------------------------------------------------------------------------------------------- features encoded ahead
+
+
+def test_an_image_is_encoded_once_and_asked_about_often(model):
+    shown, questions = tiny.shown(model, tiny.pictures(2)), (3, 5, 8)
+    prompts = [tiny.prompt(model, 2, "image", 3, "image", words, seed=words)[None] for words in questions]
+    with dymu.apply(model, merge=SOME) as handle:
+        expected = []
+        for ids in prompts:
+            out, text = model(input_ids=ids, **shown), answer(model, input_ids=ids, **shown)
+            expected.append((out.logits, text, handle.last.kept, handle.last.cache_bytes))
+        encoded = {"image": model.get_image_features(**shown)}
+        for ids, (logits, text, kept, stored) in zip(prompts, expected, strict=True):
+            tiny.close(model(input_ids=ids, mm_encoder_outputs=encoded).logits, logits)
+            assert handle.last.kept == kept
+            assert torch.equal(answer(model, input_ids=ids, mm_encoder_outputs=encoded), text)
+            assert (handle.last.kept, handle.last.cache_bytes) == (kept, stored)
+            beams = answer(model, input_ids=ids, mm_encoder_outputs=encoded, num_beams=2)
+            assert torch.equal(beams, answer(model, input_ids=ids, **shown, num_beams=2))
+            assert handle.last.kept == kept
+        again = copy.deepcopy(encoded)
+        tiny.close(model(input_ids=prompts[0], mm_encoder_outputs=again).logits, expected[0][0])
+
+
+def _lost(features: Any) -> dict[str, Any]:
+    rows = list(features)
+    return {
+        "cloned": [row.clone() for row in rows],
+        "one cloned": [rows[0], rows[1].clone()],
+        "cast": [row.double().float() for row in rows],
+        "cut": [row[:] for row in rows],
+        "detached": [row.detach() for row in rows],
+    }
+
+
+@pytest.mark.parametrize("rule", [SOME, NOTHING, RandomKeep(20)], ids=["some", "nothing", "random"])
+def test_features_that_lost_their_token_map_are_refused(model, rule):
+    shown, ids = tiny.shown(model, tiny.pictures(2)), tiny.prompt(model, 2, "image", 3, "image", 5)[None]
+    with dymu.apply(model, merge=rule) as handle:
+        encoded = model.get_image_features(**shown)
+        for name, lost in _lost(encoded.pooler_output).items():
+            other = copy.copy(encoded)
+            other.pooler_output = lost
+            for ask in (model, lambda **kwargs: answer(model, **kwargs)):
+                with pytest.raises(BadPrompt, match="carry no token map"):
+                    ask(input_ids=ids, mm_encoder_outputs={"image": other})
+            assert name
+        with handle.disabled():
+            stock = model.get_image_features(**shown)
+            expected = model(input_ids=ids, **shown).logits
+            tiny.close(model(input_ids=ids, mm_encoder_outputs={"image": stock}).logits, expected)
+        with pytest.raises(BadPrompt, match="made without DyMU"):
+            model(input_ids=ids, mm_encoder_outputs={"image": stock})
+
+
+def test_features_of_dymu_are_refused_while_it_is_disabled(model):
+    shown, ids = tiny.shown(model, tiny.pictures(1)), tiny.prompt(model, 2, "image", 5)[None]
+    with dymu.apply(model, merge=SOME) as handle:
+        encoded = {"image": model.get_image_features(**shown)}
+        with handle.disabled(), pytest.raises(BadPrompt, match="encoded with DyMU"):
+            model(input_ids=ids, mm_encoder_outputs=encoded)
+
+
+def _embedded(model: Any, ids: Tensor, encoded: Any) -> Tensor:
+    embeds = model.get_input_embeddings()(ids).clone()
+    embeds[ids == tiny.IMAGE_TOKEN] = torch.cat([row.flatten(0, -2) for row in encoded.pooler_output]).to(embeds)
+    return embeds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merged_features_among_embeddings_are_refused(model, dtype):
+    model = model.to(dtype)
+    shown = tiny.shown(model, tiny.pictures(3)[1:].to(dtype))
+    ids = tiny.prompt(model, 2, "image", 3, "image", 5)[None]
+    with dymu.apply(model, merge=SOME) as handle:
+        embeds = _embedded(model, ids, model.get_image_features(**shown))
+        refused = pytest.raises(BadPrompt, match="repeat embeddings that are no words")
+        with refused:
+            model(inputs_embeds=embeds)
+        with refused:
+            model.model.language_model(inputs_embeds=embeds)
+        with refused:
+            answer(model, inputs_embeds=embeds)
+        with refused:
+            model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids))
+        hidden = (ids != tiny.IMAGE_TOKEN).long()
+        model(inputs_embeds=embeds, attention_mask=hidden)
+        with handle.disabled():
+            model(inputs_embeds=embeds)
+
+
+def test_embeddings_of_words_that_repeat_are_words(model):
+    ids = torch.tensor([[5, 7, 5, 5, 9, 7]])
+    stock = model(input_ids=ids).logits
+    with dymu.apply(model, merge=SOME):
+        tiny.close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, stock)
+        soft = torch.randn(1, 6, model.config.text_config.hidden_size)
+        model(inputs_embeds=soft)
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_after_guidance_is_of_the_image(model):
+    inputs = asked(model, 3)
+    with dymu.apply(model, merge=SOME) as handle:
+        answer(model, **inputs)
+        plain = handle.last
+        answer(model, **inputs, guidance_scale=1.5)
+        assert (handle.last.kept, handle.last.cache_bytes) == (plain.kept, plain.cache_bytes)
+        negative = inputs["input_ids"][:, -3:]
+        answer(model, **inputs, guidance_scale=1.5, negative_prompt_ids=negative)
+        assert (handle.last.kept, handle.last.cache_bytes) == (plain.kept, plain.cache_bytes)
+
+
+def test_the_report_goes_with_the_cache(model):
+    first, second = asked(model, 3), asked(model, 4, images=2)
+    more = tiny.prompt(model, 2, seed=9)[None]
+    with dymu.apply(model, merge=SOME) as handle:
+        cache = going_on(model, model(**first, use_cache=True))
+        kept, stored = handle.last.kept, handle.last.cache_bytes
+        model(**second)
+        assert len(handle.last.kept) == 2
+        model(input_ids=more, **cache)
+        assert handle.last.kept == kept
+        assert handle.last.cache_bytes > stored
+        model(input_ids=more)
+        assert handle.last.kept == []
+
+
+# ------------------------------------------------------------------------------------------------------- said only once
+
+
+def test_dropout_that_is_left_out_is_said_once(caplog):
+    model = tiny.llava(text={"attention_dropout": 0.1})
+    inputs = asked(model)
+    with caplog.at_level(logging.WARNING, "dymu"), dymu.apply(model, merge=SOME):
+        model(**inputs)
+        assert not caplog.records
+        for attention in resolve(model).attentions:
+            attention.attention_dropout = 0.1
+        model.train()
+        for _ in range(3):
+            model(**inputs)
+    assert [record.message for record in caplog.records if "dropout" in record.message] == [
+        "the model is in training mode, and DyMU leaves dropout in attention out; call model.eval()."
+    ]
+
+
+@pytest.mark.parametrize("config", ["vision_config", "text_config"])
+def test_dropout_is_noticed_in_either_half(config, caplog):
+    model = tiny.llava()
+    getattr(model.config, config).attention_dropout = 0.1
+    with caplog.at_level(logging.WARNING, "dymu"), dymu.apply(model, merge=SOME):
+        model.train()
+        model(**asked(model))
+    assert any("dropout" in record.message for record in caplog.records)
+
+
+def test_hooks_that_will_not_fire_are_named_at_apply(model, caplog):
+    model(**asked(model))  # transformers' own hooks are there from the first call on
+    with caplog.at_level(logging.WARNING, "dymu"), dymu.apply(model, merge=SOME):
+        assert not caplog.records
+    resolve(model).encoder_attentions[1].register_forward_hook(lambda *_: None)
+    with caplog.at_level(logging.WARNING, "dymu"), dymu.apply(model, merge=SOME):
+        model(**asked(model))
+    assert [record.message for record in caplog.records if "do not fire" in record.message]
+    assert len(caplog.records) == 1
+
+
+def test_hooks_added_later_are_named_too(model, caplog):
+    with caplog.at_level(logging.WARNING, "dymu"), dymu.apply(model, merge=SOME):
+        resolve(model).encoder_attentions[0].register_forward_pre_hook(lambda *_: None)
+        for _ in range(2):
+            model(**asked(model))
+    assert len([record for record in caplog.records if "do not fire" in record.message]) == 1
+
+
+def test_checkpointing_of_the_encoder_is_refused_in_training(model):
+    inputs = asked(model)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with dymu.apply(model, merge=SOME), torch.inference_mode(False), torch.enable_grad():
+        with pytest.raises(UnsupportedModel, match="gradient checkpointing"):
+            model(**inputs)
+        for layer in resolve(model).encoder_modules:
+            layer.gradient_checkpointing = False
+        again = {name: x.clone() for name, x in inputs.items()}
+        model(**again).logits.sum().backward()
+        checkpointed = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        for layer in model.model.language_model.layers:
+            layer.gradient_checkpointing = False
+        model(**again).logits.sum().backward()
+        for grad, expected in zip(
+            checkpointed, (p.grad for p in model.parameters() if p.grad is not None), strict=True
+        ):
+            tiny.close(grad, expected, 1e-4)
+
+
+def test_kept_counts_are_logged(model, caplog):
+    with caplog.at_level(logging.DEBUG, "dymu"), dymu.apply(model, merge=SOME) as handle:
+        model(**asked(model))
+    (record,) = [record for record in caplog.records if record.levelno == logging.DEBUG]
+    assert str(handle.last.kept[0]) in record.message
+    assert str(handle.last.original[0]) in record.message
