@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
+import re
+import resource
 import tempfile
 from collections.abc import Iterator
 from datetime import date
@@ -55,7 +58,10 @@ def kept(model: nn.Module, thresholds: dymu.Thresholds, budget: float, pixels: T
 
 
 def slowly(model: nn.Module, pictures: Tensor, target: float, schedule: str) -> tuple[list[float], list[int]]:
-    """Thresholds and kept tokens by the formulas, in float64, one image at a time."""
+    """Thresholds and kept tokens by the formulas, in float64, one image at a time.
+
+    A and B are the tokens at even and odd places of the whole sequence, class token and registers counted.
+    """
     model = copy.deepcopy(model).double()
     parts = resolve(model)
     prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
@@ -78,11 +84,12 @@ def slowly(model: nn.Module, pictures: Tensor, target: float, schedule: str) -> 
                 for module in layer.after_attention:
                     update = module(update)
                 tokens[image] = list(x + update)
-                metric = k.mean(1)[prefix:]
+                metric = k.mean(1)
                 metric = metric / metric.norm(dim=1, keepdim=True)
-                if len(metric) > 1:
-                    best = (metric[0::2] @ metric[1::2].T).max(1)
-                    edges += [(s.item(), image, a, b.item()) for a, (s, b) in enumerate(zip(*best, strict=True))]
+                evens, odds = ([n for n in range(prefix, len(metric)) if n % 2 == parity] for parity in (0, 1))
+                if evens and odds:
+                    best = (metric[evens] @ metric[odds].T).max(1)
+                    edges += [(s.item(), image, a, odds[b]) for a, s, b in zip(evens, *best, strict=True)]
             wanted += removed * len(tokens)
             edges.sort(reverse=True)
             merging = edges[: round(wanted) - done]
@@ -90,14 +97,14 @@ def slowly(model: nn.Module, pictures: Tensor, target: float, schedule: str) -> 
             values = [1.0, *(edge[0] for edge in edges), -1.0]
             thresholds.append((values[len(merging)] + values[len(merging) + 1]) / 2)
             for image, rows in enumerate(tokens):
-                into = {prefix + 2 * a: prefix + 2 * b + 1 for _, i, a, b in merging if i == image}
+                into = {a: b for _, i, a, b in merging if i == image}
                 for b in set(into.values()):
                     group = [b, *(a for a, goal in into.items() if goal == b)]
                     size = sum(sizes[image][n] for n in group)
                     rows[b] = sum(sizes[image][n] * rows[n] for n in group) / size
                     sizes[image][b] = size
-                first = [n for n in range(len(rows)) if n < prefix or ((n - prefix) % 2 == 0 and n not in into)]
-                order = first + list(range(prefix + 1, len(rows), 2))
+                first = [n for n in range(len(rows)) if n < prefix or (n % 2 == 0 and n not in into)]
+                order = first + [n for n in range(prefix, len(rows)) if n % 2 == 1]
                 sizes[image] = [sizes[image][n] for n in order]
                 x = torch.stack([rows[n] for n in order])
                 update = layer.mlp(layer.norm2(x))
@@ -251,15 +258,37 @@ def test_the_file_is_gone_after_ctrl_c(temporary_files, processor, images) -> No
     assert len(temporary_files) == 1
 
 
-def test_a_full_disk_is_one_sentence(monkeypatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_is_one_sentence(temporary_files, processor, images) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(dymu.BadOutput, match=r"cannot grow beyond .* \(File too large\); set TMPDIR"):
+            dymu.calibrate(tiny.llava("clip"), processor, images * 3, [10], memory_limit_bytes=0, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(temporary_files) == 1
 
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+
+def test_a_temporary_folder_that_takes_no_file_is_one_sentence(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nosuch"))
     with Spill(10) as spill:
         spill.slot(10)
-        with pytest.raises(dymu.DymuError, match=r"no room for .* set TMPDIR"):
+        with pytest.raises(dymu.BadOutput, match=r"no temporary file can be opened \(No such file.*set TMPDIR"):
             spill.slot(1)
+
+
+def test_few_files_are_open_however_many_batches(temporary_files, processor, images) -> None:
+    model = tiny.llava("clip")
+    opened = len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 10, hard))
+        options = {"batch_size": 1, "memory_limit_bytes": 0, "progress": False}
+        found = dymu.calibrate(model, processor, images * 5, [10, 20], **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found.images == 5 * COUNT
+    assert len(temporary_files) == 1
 
 
 def test_slots_keep_what_is_put(tmp_path) -> None:
@@ -298,6 +327,154 @@ def test_images_of_all_sorts(tmp_path, processor, images) -> None:
         str(tmp_path / "text.jpg"),
         "image 5",
     ]
+
+
+def shapes(image: Image.Image) -> dict[str, object]:
+    """The same image in every form in which people have it."""
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    return {
+        "array": array,
+        "array not in a row": np.asfortranarray(array),
+        "floats": array.astype(np.float32) / 255,
+        "with an alpha channel": np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
+        "tensor": tensor,
+        "tensor of floats": tensor.double() / 255,
+        "tensor with a graph": (tensor.float() / 255).requires_grad_(),
+        "bytes": encoded.getvalue(),
+        "bytearray": bytearray(encoded.getvalue()),
+        "row": {"image": image, "label": 3},
+        "row of an array": {"image": array},
+        "row that is not decoded": {"image": {"bytes": encoded.getvalue(), "path": "gone.png"}},
+    }
+
+
+def test_images_in_every_form(tmp_path, processor, images, recwarn) -> None:
+    model = tiny.llava("clip")
+    options = {"budgets": 20, "progress": False}
+    plain = dymu.calibrate(model, processor, images[:3], **options).calibrated
+    forms = [shapes(image) for image in images[:3]]
+    for name in forms[0]:
+        assert dymu.calibrate(model, processor, [form[name] for form in forms], **options).calibrated == plain, name
+    for index, image in enumerate(images[:3]):
+        image.save(tmp_path / f"{index}.png")
+    for whole in (
+        tmp_path,
+        str(tmp_path),
+        [tmp_path],
+        [{"image": str(path)} for path in sorted(tmp_path.iterdir())],
+        [{"image": {"bytes": None, "path": str(path)}} for path in sorted(tmp_path.iterdir())],
+        np.stack([form["array"] for form in forms]),
+        torch.stack([form["tensor"] for form in forms]),
+        (image for image in images[:3]),
+        map(str, sorted(tmp_path.iterdir())),
+    ):
+        assert dymu.calibrate(model, processor, whole, **options).calibrated == plain, whole
+    one = dymu.calibrate(model, processor, images[:1], **options).calibrated
+    for single in (images[0], *(forms[0][name] for name in ("array", "tensor", "bytes", "row")), tmp_path / "0.png"):
+        assert dymu.calibrate(model, processor, single, **options).calibrated == one
+    grey = np.asarray(images[0].convert("L"))
+    of_grey = [grey, grey[..., None], torch.from_numpy(grey.copy()), torch.from_numpy(grey.copy())[None]]
+    assert len({dymu.calibrate(model, processor, [x], **options).calibrated for x in of_grey}) == 1
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (np.full((8, 8, 3), 200.0), "floats from 200 to 200"),
+        (np.full((8, 8), np.nan), "floats from nan to nan"),
+        (torch.randn(3, 8, 8), "floats from -"),
+        (np.zeros((8, 8, 3), np.int64), "an array of int64: give uint8"),
+        (torch.zeros(3, 8, 8, dtype=torch.bool), "a tensor of bool"),
+        (np.zeros((3, 8, 8), np.uint8), r"shape \[3, 8, 8\]: give \[rows, columns"),
+        (torch.zeros(8, 8, 3), r"shape \[8, 8, 3\]: give \[\(1, 3 or 4 colours,\) rows"),
+        (np.zeros((2, 2, 3), np.uint8), "too small"),
+        (np.zeros((0, 0, 3), np.uint8), "too small"),
+        (np.array([["a", "b"], ["c", "d"]]), "an array of <U1"),
+        (b"abc", "not an image"),
+        (b"", "not an image"),
+        ({"picture": 1, "label": 2}, "no field `image` but 'picture', 'label'"),
+        ({}, "no field `image` but none"),
+        ({"image": None}, "nothing in its field `image`"),
+        ({"image": {"bytes": None, "path": None}}, "nothing in its field `image`"),
+        ({"image": [1]}, "is a list: give a path"),
+        (5, "is a int: give a path"),
+        (None, "is a NoneType"),
+        ("~nosuch.png", "~nosuch.png does not exist"),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_is_skipped_and_named(image, says: str, processor, images) -> None:
+    model = tiny.llava("clip")
+    with pytest.warns(UserWarning, match=r"skipped 1 of 2 images") as warned:
+        found = dymu.calibrate(model, processor, [image, images[0]], [20], progress=False)
+    assert re.search(says, f"{found.skipped[0]['image']} {found.skipped[0]['why']}")
+    assert found.images == 1
+    assert "\n" not in str(warned[0].message)
+    with pytest.raises(dymu.DymuError, match=r"all 1 were skipped, the first because"):
+        dymu.calibrate(model, processor, [image], [20], progress=False)
+
+
+def test_a_folder_says_what_is_left_out(tmp_path, processor, images, monkeypatch) -> None:
+    model = tiny.llava("clip")
+    for name, image in zip(("a.JPG", "b.jfif", "~c.png"), images, strict=False):
+        image.save(tmp_path / name, "PNG")
+    for name in ("x.heic", "y.HEIC", "z.svg", "noname", ".trash.jpg"):
+        (tmp_path / name).write_bytes(b"other")
+    for name in ("raw", "more.png"):
+        (tmp_path / name).mkdir()
+    with pytest.warns(UserWarning, match="left out of") as warned:
+        found = dymu.calibrate(model, processor, tmp_path, [20], progress=False)
+    assert warned[0].filename == __file__
+    assert str(warned[0].message) == (
+        f"left out of {tmp_path}, as not read here: 2 .heic, 1 without a suffix, 1 .svg, the folders more.png, raw"
+    )
+    assert (found.images, found.skipped) == (3, ())
+    monkeypatch.chdir(tmp_path)
+    assert dymu.calibrate(model, processor, ["~c.png"], [20], progress=False).images == 1
+    with pytest.raises(dymu.DymuError, match=r"the first because raw holds no images: name a folder that does"):
+        dymu.calibrate(model, processor, "raw", [20], progress=False)
+    with pytest.warns(UserWarning, match=r"skipped 1 of 2 images: raw holds no images"):
+        assert dymu.calibrate(model, processor, ["raw", "a.JPG"], [20], progress=False).images == 1
+
+
+def test_budgets_may_be_one_number(processor, images) -> None:
+    model = tiny.llava("clip")
+    for budgets in (20, 20.0, np.int64(20), np.array(20), torch.tensor(20), (20,), iter([20])):
+        assert dymu.calibrate(model, processor, images, budgets, progress=False).budgets == [20]
+    assert dymu.calibrate(model, processor, images, 0.5, progress=False).budgets == [24]
+    for budgets in ("20", None, float("nan"), float("inf")):
+        with pytest.raises(dymu.BadBudget):
+            dymu.calibrate(model, processor, images, budgets, progress=False)
+
+
+def test_what_is_no_processor_is_one_sentence(images) -> None:
+    model = tiny.llava("clip")
+    for processor in (None, "llava", tiny.llava_processor().tokenizer, CLIPImageProcessorPil):
+        with pytest.raises(dymu.DymuError, match=r"makes no pixels of images: give the model's processor"):
+            dymu.calibrate(model, processor, images, [20], progress=False)
+
+
+def test_videos_of_arrays_and_tensors(images) -> None:
+    model = tiny.llava(family="llava_onevision", tower="siglip")
+    processor = tiny.VideoProcessor()
+    thresholds = dymu.calibrate(model, tiny.processor("llava_onevision"), images, [0.4], progress=False)
+    frames = images[:4]
+    arrays = np.stack([np.asarray(image) for image in frames])
+    options = {"thresholds": thresholds, "per_second": 15, "fps": 2, "progress": False}
+    found = dymu.calibrate_videos(model, processor, [frames], **options)
+    for videos in ([arrays], arrays, [list(arrays)], [torch.from_numpy(arrays).permute(0, 3, 1, 2)]):
+        assert dymu.calibrate_videos(model, processor, videos, **options) == found
+    for videos in (5, [5]):
+        with pytest.raises(dymu.BadVideo, match=r"a int (holds no videos|is not a video)"):
+            dymu.calibrate_videos(model, processor, videos, **options)
+    with pytest.raises(dymu.BadBudget, match="tokens per second are a number, not 'a'"):
+        dymu.calibrate_videos(model, processor, [frames], **{**options, "per_second": ["a"]})
+    with pytest.raises(dymu.DymuError, match="makes no pixels of videos"):
+        dymu.calibrate_videos(model, tiny.llava_processor().tokenizer, [frames], **options)
 
 
 def test_says_where_thresholds_come_from(tmp_path, capsys, processor, images) -> None:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
+from dymu.errors import BadOutput
 from dymu.media.contact_sheet import GAP, contact_sheet, save_animation
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -139,7 +140,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(BadOutput, match="no space"):
         save_animation(plain(3), path, 5)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.gif"]

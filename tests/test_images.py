@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dymu.errors import BadImage
-from dymu.media.images import MAX_PIXELS, load
+from dymu.media.images import MAX_PIXELS, LoadedImage, in_folder, load
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -220,6 +221,125 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     loaded = load(tmp_path / "a.png")
     assert np.array_equal(np.asarray(loaded.image), np.asarray(upright))
     assert len(loaded.notes) == (orientation != 1)
+
+
+def test_what_was_turned_upright_says_nothing_of_it_any_more(photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "a.png", exif=exif)
+    turned = load(tmp_path / "a.png").image
+    assert turned.size == photo.size[::-1]
+    assert load(turned) == LoadedImage(turned, ())
+
+
+def encoded(photo: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    photo.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "rubbish", [b"XX\0*\0\0\0\x08", b"", b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff" + b"\x12" * 40]
+)
+def test_a_rubbish_exif_block_is_left_out(photo, kind, rubbish):
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    plain = load(encoded(photo, kind, **lossless)).image
+    odd = encoded(photo, kind, exif=b"Exif\0\0" + rubbish, **lossless)
+    for source in (odd, Image.open(io.BytesIO(odd))):
+        loaded = load(source)
+        assert loaded.image == plain
+        assert all("EXIF block cannot be read" in note for note in loaded.notes)
+    if kind != "JPEG" and rubbish.startswith(b"XX"):  # Pillow has looked at a JPEG's itself, and gives an empty one
+        assert loaded.notes
+
+
+def test_an_orientation_that_is_no_number_is_none(photo):
+    for value in ("6", (6, 6), 6.0, 0, 9, b"6"):
+        image = photo.copy()
+        image.getexif()[0x0112] = value
+        assert load(image).image == photo
+
+
+BLOCKS = {"PNG": (b"eXIf", b"iCCP", b"zTXt", b"tEXt", b"iTXt", b"pHYs"), "WEBP": (b"EXIF", b"ICCP", b"XMP ")}
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_rubbish_in_any_other_block_is_taken_or_one_sentence(data, photo, recwarn):
+    """The pixels are whole: what is taken shows them."""
+    kind = data.draw(st.sampled_from(list(BLOCKS)))
+    options: dict[str, object] = {"exif": Image.Exif(), "icc_profile": bytes(range(256)), "xmp": b"<x/>" * 9}
+    if kind == "PNG":
+        texts = PngInfo()
+        texts.add_text("a", "b" * 40)
+        texts.add_text("c", "d" * 400, zip=True)
+        texts.add_itxt("XML:com.adobe.xmp", "<x/>")
+        options = {**options, "pnginfo": texts, "dpi": (72, 72)}
+    else:
+        options["lossless"] = True
+    options["exif"][0x010E] = "words"
+    broken = bytearray(encoded(photo, kind, **options))
+    block = data.draw(st.sampled_from(BLOCKS[kind]))
+    at = broken.index(block)
+    if kind == "PNG":
+        size = int.from_bytes(broken[at - 4 : at])
+        broken[at + 4 : at + 4 + size] = data.draw(st.binary(min_size=size, max_size=size))
+        broken[at + 4 + size : at + 8 + size] = struct.pack(">I", zlib.crc32(broken[at : at + 4 + size]))
+    else:
+        size = int.from_bytes(broken[at + 4 : at + 8], "little")
+        broken[at + 8 : at + 8 + size] = data.draw(st.binary(min_size=size, max_size=size))
+    try:
+        loaded = load(bytes(broken))
+    except BadImage as error:
+        sentence = str(error)
+        assert "\n" not in sentence
+        return
+    assert loaded.image == photo
+    assert not recwarn.list
+
+
+def test_a_pillow_image_whose_file_is_damaged_or_closed_is_one_sentence(photo, tmp_path):
+    cut = encoded(photo.resize((256, 256)), "PNG")
+    assert "this image is damaged or cut short" in refusal(Image.open(io.BytesIO(cut[: len(cut) // 2])))
+    photo.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as closed:
+        pass
+    refusal(closed)
+
+
+def test_a_name_that_begins_with_a_tilde(photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("~draft.png", "home/a.png", "x" * 251 + ".png"):
+        photo.save(name)
+    for name in ("~draft.png", "~/a.png", "x" * 251 + ".png"):
+        assert load(name).image == photo
+    assert "~nosuch.png does not exist" in refusal("~nosuch.png")
+    assert [path.name for path in in_folder("~")[0]] == ["a.png"]
+
+
+def test_what_a_folder_holds(photo, tmp_path):
+    for name in ("b.jfif", "a.JPEG", "c.Png", ".hidden.png"):
+        photo.save(tmp_path / name, "JPEG")
+    assert [path.name for path in in_folder(tmp_path)[0]] == ["a.JPEG", "b.jfif", "c.Png"]
+    assert in_folder(tmp_path)[1] == ""
+    for name in ("1.heic", "2.HEIC", "3.txt", "4"):
+        (tmp_path / name).touch()
+    for name in "abcdefg":
+        (tmp_path / name).mkdir()
+    assert in_folder(tmp_path)[1] == (
+        f"left out of {tmp_path}, as not read here: 2 .heic, 1 .txt, 1 without a suffix, the folders a, b, c, d, e, …"
+    )
+    photo.save(tmp_path / "a" / "only.dng", "PNG")
+    with pytest.raises(
+        BadImage, match=r"a holds no images \(left out of .*a, as not read here: 1 \.dng\): name a folder"
+    ):
+        in_folder(tmp_path / "a")
+    with pytest.raises(BadImage, match=r"nosuch cannot be looked into \(No such file or directory\)"):
+        in_folder(tmp_path / "nosuch")
 
 
 @given(data=st.data())

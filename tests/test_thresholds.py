@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import os
 import pickle
+import random
+import resource
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
+import huggingface_hub
 import msgspec
 import pytest
 import torch
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dymu
 import tiny
-from dymu.errors import BadBudget, BadThresholds
-from dymu.thresholds import Calibrated, Encoder, OverTime, Thresholds
+from dymu.errors import BadBudget, BadOutput, BadThresholds
+from dymu.thresholds import VERSION, Calibrated, Encoder, OverTime, Thresholds, beside
 
 ENCODER = Encoder("clip_vision_model", layers=4, depth=3, hidden_size=32, heads=4, tokens=49)
 
@@ -39,6 +53,192 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_copy_knows_its_file_as_well(tmp_path):
+    thresholds().save(tmp_path / "t.json")
+    loaded = Thresholds.load(tmp_path / "t.json")
+    for again in (copy.copy(loaded), copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert again == loaded
+        assert again.source == loaded.source == str(tmp_path / "t.json")
+    assert pickle.loads(pickle.dumps(thresholds())).source == ""
+
+
+def test_shown_in_one_line(tmp_path):
+    thresholds().save(tmp_path / "t.json")
+    shown = repr(Thresholds.load(tmp_path / "t.json"))
+    assert shown == f"<Thresholds for 10, 20, 40 image tokens, clip_vision_model of 4 layers, {tmp_path}/t.json>"
+    assert repr(thresholds(encoder=None)) == "<Thresholds for 10, 20, 40 image tokens, no encoder named, not saved>"
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
+def test_files_of_the_older_pairing_are_shown_and_not_applied_behind_a_class_token(tmp_path, tower):
+    path = tmp_path / "t.json"
+    model = tiny.llava(tower)
+    encoder = msgspec.structs.replace(ENCODER, model_type=model.config.vision_config.model_type)
+    thresholds(encoder=encoder).save(path)
+    body = json.loads(path.read_text())
+    assert body["version"] == VERSION == 2
+    path.write_text(json.dumps({**body, "version": 1}))
+    old = Thresholds.load(path)
+    assert old.per_layer(10) == [0.5, 0.6, 0.7]
+    old.save(tmp_path / "again.json")
+    assert Thresholds.load(tmp_path / "again.json").version == old.version == 1
+    first_dropped = tiny.llava("siglip")
+    first_dropped.config.vision_feature_select_strategy = "default"  # its first patch, as if that were a class token
+    if tower == "siglip":
+        with pytest.raises(BadThresholds, match="did not count the 1 ahead"):
+            dymu.apply(first_dropped, path, budget=20)
+        dymu.apply(model, path, budget=20).remove()
+    else:
+        with pytest.raises(BadThresholds, match=r"t\.json was calibrated with an older pairing.*dymu calibrate"):
+            dymu.apply(model, path, budget=20)
+        dymu.apply(model, thresholds(encoder=encoder), budget=20).remove()  # nothing was left behind
+
+
+def test_names_that_begin_with_a_tilde_or_are_long_or_links(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("~draft.json", "~/at-home.json", "x" * 250 + ".json", "." + "y" * 254):
+        thresholds().save(name)
+        assert Thresholds.load(name) == thresholds()
+    assert (tmp_path / "home/at-home.json").is_file()
+    assert (tmp_path / "~draft.json").is_file()
+    Path("link.json").symlink_to("home/target.json")  # of nothing, and then of a file
+    for changed in (thresholds(), thresholds(model="other")):
+        changed.save("link.json")
+        assert Path("link.json").is_symlink()
+        assert Thresholds.load("home/target.json") == changed
+    assert not list(tmp_path.rglob(".dymu*"))
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text("as it was")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        with pytest.raises(BadOutput, match=r"t\.json could not be written \(File too large\) and is as it was"):
+            thresholds().save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "as it was"
+    assert os.listdir(tmp_path) == ["t.json"]
+    with pytest.raises(BadOutput, match=r"nosuch/t\.json could not be written \(No such file or directory\)"):
+        thresholds().save(tmp_path / "nosuch/t.json")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The hub's cache, which holds one repository with thresholds; nothing else can be reached."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "hub/models--someone--full"
+    (repository / "snapshots/0123").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    for ref in ("main", "v2"):
+        (repository / "refs" / ref).write_text("0123")
+    thresholds().save(repository / "snapshots/0123/thresholds.json")
+    return tmp_path / "hub"
+
+
+def not_there(kind: type[HfHubHTTPError]) -> Callable[..., NoReturn]:
+    """What the hub's client does where it does not find something."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise kind("404 Client Error.\n\nEntry Not Found", response=SimpleNamespace(headers={}, request=None))
+
+    return refuse
+
+
+def test_thresholds_come_from_a_folder_and_from_the_hub(tmp_path, hub):
+    (tmp_path / "model").mkdir()
+    thresholds(model="in a folder").save(tmp_path / "model/thresholds.json")
+    for name in ("model", tmp_path / "model"):
+        assert Thresholds.load(name).model == "in a folder"
+        assert Thresholds.load(name).source == str(Path(name) / "thresholds.json")
+    for revision in (None, "v2"):
+        loaded = Thresholds.load("someone/full", revision=revision)
+        assert (loaded, loaded.source) == (thresholds(), "someone/full")
+    assert beside("someone/full", "thresholds=") == thresholds()
+    assert beside("model", "thresholds=").model == "in a folder"
+    with dymu.apply(tiny.llava("clip"), "someone/full", budget=20) as handle:
+        assert handle.budget == 20
+    for name in ("model", "someone/full"):
+        model = tiny.llava("clip")
+        model.config._name_or_path = name
+        with dymu.apply(model, budget=20) as handle:
+            assert handle.budget == 20
+    (tmp_path / "someone").mkdir()
+    thresholds(model="nearer").save(tmp_path / "someone/full")  # what is here goes first
+    assert Thresholds.load("someone/full").model == "nearer"
+
+
+def test_thresholds_that_are_nowhere_are_one_sentence(tmp_path, hub, monkeypatch):
+    (tmp_path / "model").mkdir()
+
+    def refusal(look, *args: str) -> str:
+        with pytest.raises(BadThresholds) as caught:
+            look(*args)
+        assert "\n" not in str(caught.value)
+        assert "dymu calibrate" in str(caught.value)
+        return str(caught.value)
+
+    assert "someone/nosuch ships no thresholds.json (it is no folder here, and the hub cannot be reached, " in refusal(
+        Thresholds.load, "someone/nosuch"
+    )
+    assert "model ships no thresholds.json: name a file" in refusal(Thresholds.load, "model")
+    for name in ("models/t.json", "a/b/c", "no such", "gpt2"):
+        assert f"cannot read the thresholds file {name}: no such file" in refusal(Thresholds.load, name)
+    with pytest.raises(BadThresholds, match=r"cannot read some/encoder-72out\.pth"):
+        Thresholds.load("some/encoder-72out.pth")
+    for name in ("model", "someone/bare", "gpt2", "", "a/b/c"):
+        sentence = refusal(beside, name, "thresholds=FILE")
+        assert sentence.startswith(f"{name or 'this model'} ships no thresholds.json")
+        assert "name one with thresholds=FILE" in sentence
+    for kind, says in (
+        (RepositoryNotFoundError, "the hub has no such repository, or does not show it to you"),
+        (RevisionNotFoundError, "the repository has no such revision"),
+        (RemoteEntryNotFoundError, "the repository has no such file"),
+        (HfHubHTTPError, r"404 Client Error"),
+    ):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_there(kind))
+        assert f"(it is no folder here, and {says})" in refusal(Thresholds.load, "someone/bare")
+    for value in (5, None, b"t.json", {"calibrated": []}):
+        with pytest.raises(BadThresholds, match="thresholds are a dymu"):
+            Thresholds.load(value)
+
+
+def test_thresholds_go_to_the_hub(monkeypatch):
+    """Its client is replaced; what it is asked for stays."""
+    asked = []
+
+    def upload(**options: object) -> SimpleNamespace:
+        asked.append(options)
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *args, **options: asked.append((*args, options)))
+    monkeypatch.setattr(huggingface_hub, "upload_file", upload)
+    assert thresholds().push_to_hub("someone/full", private=True, commit_message="why") == "https://hub/commit/1"
+    assert asked[0] == ("someone/full", {"private": True, "token": None, "exist_ok": True})
+    assert asked[1]["path_in_repo"] == "thresholds.json"
+    assert asked[1]["commit_message"] == "why"
+    assert msgspec.json.decode(asked[1]["path_or_fileobj"], type=Thresholds) == thresholds()
+
+    monkeypatch.setattr(huggingface_hub, "upload_file", not_there(RepositoryNotFoundError))
+    with pytest.raises(
+        BadOutput, match=r"cannot be uploaded to someone/full \(the hub has no such repository"
+    ) as caught:
+        thresholds().push_to_hub("someone/full")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BadThresholds, match="NaN"):
+        thresholds(calibrated=(Calibrated(10, (0.5, math.nan, 0.7)),)).push_to_hub("someone/full")
+
+
+def test_the_hub_is_not_reached_for_an_upload():
+    with pytest.raises(BadOutput, match=r"cannot be uploaded to a/b \(the hub cannot be reached, "):
+        thresholds().push_to_hub("a/b")
+
+
 def test_thresholds_between_budgets_are_interpolated():
     t = thresholds()
     assert t.per_layer(10) == [0.5, 0.6, 0.7]
@@ -54,7 +254,7 @@ def test_a_lower_budget_has_no_higher_thresholds(one, other):
     assert all(a <= b + 1e-12 for a, b in zip(t.per_layer(low), t.per_layer(high), strict=True))
 
 
-@pytest.mark.parametrize("budget", ["15", True, [15]])
+@pytest.mark.parametrize("budget", ["15", True, [15], b"15", torch.tensor([1, 2]), {}])
 def test_a_budget_that_is_no_number_is_refused(budget):
     with pytest.raises(BadBudget, match="is a number"):
         thresholds().per_layer(budget)
@@ -91,7 +291,8 @@ def test_files_that_are_not_thresholds_are_refused(tmp_path):
         assert "cut short" in refusal(whole[:cut])
     for text in ("[1, 2]", "{}", "null", '{"format": "gguf", "version": 1}', "[" * 100_000, '{"a":' * 100_000):
         assert "is no dymu thresholds file" in refusal(text)
-    assert "update dymu" in refusal(json.dumps({**body, "version": 99}))
+    for version in (VERSION + 1, 99):
+        assert "update dymu" in refusal(json.dumps({**body, "version": version}))
     for version in (0, -3, True, "1", None, 1.5, 10**400):
         assert "`$.version`" in refusal(json.dumps({**body, "version": version}))
     shorter = [{**body["calibrated"][0], "thresholds": [0.5]}, *body["calibrated"][1:]]
@@ -198,7 +399,7 @@ def test_any_field_of_a_wrong_kind_is_named(tmp_path, field):
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(BadThresholds, match=r"nothing\.json: no such file.*check the path"):
         Thresholds.load(tmp_path / "nothing.json")
-    with pytest.raises(BadThresholds, match="is a directory"):
+    with pytest.raises(BadThresholds, match=r"ships no thresholds\.json"):
         Thresholds.load(tmp_path)
 
 
@@ -238,7 +439,7 @@ def test_the_budget_can_change(tmp_path):
 
 
 def test_apply_wants_one_rule():
-    with pytest.raises(ValueError, match="either thresholds"):
+    with pytest.raises(BadThresholds, match=r"this model ships no thresholds\.json"):
         dymu.apply(tiny.llava())
     with pytest.raises(ValueError, match="either thresholds"):
         dymu.apply(tiny.llava(), thresholds(), merge=dymu.FixedMerge(12))
@@ -259,6 +460,7 @@ def test_the_authors_checkpoints_are_read(tmp_path, prefix, nested):
     torch.save({"epoch": 1, "state_dict": state} if nested else state, path)
     loaded = Thresholds.load(path)
     assert loaded.budgets == [72]
+    assert loaded.version == VERSION  # their code always counted from the first token
     assert loaded.per_layer() == pytest.approx([2.0, 0.9, 0.85, 0.8])
     model = tiny.llava("clip")
     with dymu.apply(model, path) as handle:
@@ -309,3 +511,33 @@ def test_checkpoints_without_thresholds_or_budget_are_refused(tmp_path):
     path.write_bytes(b"no zip")
     with pytest.raises(BadThresholds, match="cannot read"):
         Thresholds.load(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_checkpoint_is_read_or_refused(tmp_path, zipped, recwarn):
+    path, chance = tmp_path / "x-72out.pth", random.Random(0)
+    state = {f"blocks.{layer}.threshold": torch.tensor(0.5) for layer in range(4)}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    whole, refused = path.read_bytes(), list[str]()
+    for trial in range(100):
+        data = bytearray(whole[: chance.randrange(len(whole))] if trial % 3 == 0 else whole)
+        for _ in range(4 * (trial % 3)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(data)
+        try:
+            assert len(Thresholds.load(path).calibrated[0].thresholds) == 4
+        except BadThresholds as error:
+            refused.append(str(error))
+    assert len(refused) > 30
+    assert all(str(path) in sentence and "\n" not in sentence for sentence in refused)
+    path.write_bytes(b"")
+    with pytest.raises(BadThresholds, match=r"x-72out\.pth"):
+        Thresholds.load(path)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("state", [[], torch.zeros(3), {"state_dict": None}, {}, {"x" * 5000: 1}, {"9" * 5000: 1}])
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, state):
+    torch.save(state, tmp_path / "x-72out.pth")
+    with pytest.raises(BadThresholds, match=r"x-72out\.pth"):
+        Thresholds.load(tmp_path / "x-72out.pth")

@@ -12,7 +12,7 @@ _NAMES = {
     "calibration.images": ("calibrate",),
     "calibration.videos": ("calibrate_videos",),
     "errors": (
-        *("AlreadyApplied", "BadBudget", "BadImage", "BadPrompt", "BadThresholds", "BadVideo"),
+        *("AlreadyApplied", "BadBudget", "BadImage", "BadOutput", "BadPrompt", "BadThresholds", "BadVideo"),
         *("DymuError", "UnsupportedCache", "UnsupportedModel"),
     ),
     "evaluation.run": ("evaluate",),
@@ -20,6 +20,7 @@ _NAMES = {
     "reducers": ("FixedMerge", "Reducer"),
     "report": ("Report",),
     "thresholds": ("Thresholds",),
+    "measure.check": ("ModelCheck", "check"),
     "token_map": ("TokenMap",),
 }
 """The public names of each module."""
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         AlreadyApplied,
         BadBudget,
         BadImage,
+        BadOutput,
         BadPrompt,
         BadThresholds,
         BadVideo,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     )
     from dymu.evaluation.run import evaluate
     from dymu.handle import Handle, apply, handle_of
+    from dymu.measure.check import ModelCheck, check
     from dymu.reducers import FixedMerge, Reducer
     from dymu.report import Report
     from dymu.thresholds import Thresholds
@@ -50,12 +53,14 @@ __all__ = [
     "AlreadyApplied",
     "BadBudget",
     "BadImage",
+    "BadOutput",
     "BadPrompt",
     "BadThresholds",
     "BadVideo",
     "DymuError",
     "FixedMerge",
     "Handle",
+    "ModelCheck",
     "Reducer",
     "Report",
     "Thresholds",
@@ -66,6 +71,7 @@ __all__ = [
     "apply",
     "calibrate",
     "calibrate_videos",
+    "check",
     "evaluate",
     "handle_of",
 ]

@@ -29,8 +29,16 @@ class BadVideo(DymuError):
     """A video that cannot be read or used."""
 
 
+class BadOutput(DymuError):
+    """A file that cannot be written."""
+
+
 class BadPrompt(DymuError, ValueError):
     """A prompt whose image placeholders do not fit the images."""
+
+
+class BadQuestion(BadPrompt):
+    """A question of a task that cannot be asked; the others can."""
 
 
 class UnsupportedCache(DymuError):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
 
-from dymu.errors import DymuError
+from dymu.errors import BadOutput, DymuError
 
 Kind = TypeVar("Kind")
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -18,19 +19,34 @@ Amount = Annotated[float, msgspec.Meta(ge=0, le=1e30)]
 """No measurement comes near the upper end, and a mean of such numbers is finite."""
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`~/` as the home folder; `~draft.png` is a name like any other."""
+    path = Path(path)
+    return Path(os.path.expanduser(path)) if path.parts[:1] == ("~",) else path
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path beside `path` to write to, moved there at the end: nobody ever sees half a file.
 
-    It ends like `path`, since writers of pictures go by that. After an error `path` is as it was.
+    It ends like `path`, since writers of pictures go by that. After an error `path` is as it was. A link stays one: the
+    file it points to is written.
+
+    Raises:
+        BadOutput: the system refuses, such as for want of room.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    target = Path(os.path.realpath(expanded(path)))
+    partial = target.with_name(f".dymu-{secrets.token_hex(4)}{target.suffix[:16]}")
     try:
         yield partial
         partial.replace(target)
+    except OSError as error:
+        raise BadOutput(
+            f"{path} could not be written ({first_line(error)}) and is as it was: make room, or name another place."
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def first_line(error: BaseException) -> str:

@@ -6,10 +6,10 @@ import json
 import math
 import numbers
 import os
-import pickle
 import re
+import warnings
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +17,15 @@ from typing import Annotated, Any
 
 import msgspec
 
-from dymu.errors import BadBudget, BadThresholds
-from dymu.files import Count, decoded, first_line, whole_file
+from dymu.errors import BadBudget, BadOutput, BadThresholds
+from dymu.files import Count, decoded, expanded, first_line, whole_file
 
 FORMAT = "dymu-thresholds"
-VERSION = 1
+VERSION = 2
+"""1 counted pairs from behind class token and registers; 2 counts from the first token."""
 FILE_NAME = "thresholds.json"
-"""In a model's folder."""
+"""In a model's folder or hub repository."""
+_CHECKPOINTS = (".pth", ".pt")
 
 Positive = Annotated[int, msgspec.Meta(gt=0, le=2**53)] | Annotated[float, msgspec.Meta(gt=0)]
 
@@ -101,7 +103,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         images: how many calibration images there were.
         skipped: images that could not be used: `{"image": ..., "why": ...}`.
         created: ISO 8601 date; dymu: version of this library.
-        version: of the file format.
+        version: of the file format; files of an older one keep theirs.
 
     Raises:
         ValueError: two entries of one budget, entries of different lengths, or `merge_layers` that no threshold is for.
@@ -118,7 +120,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
     skipped: tuple[dict[str, str], ...] = ()
     created: str = ""
     dymu: str = ""
-    version: int = VERSION
+    version: Annotated[int, msgspec.Meta(ge=1, le=VERSION)] = VERSION
 
     def __post_init__(self) -> None:
         in_order = tuple(sorted(self.calibrated, key=lambda entry: entry.budget))
@@ -136,7 +138,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
 
     @cached_property
     def source(self) -> str:
-        """The file they were loaded from, for messages; neither saved nor compared."""
+        """The file or repository they were loaded from, for messages; copied with them, neither saved nor compared."""
         return ""
 
     @property
@@ -232,16 +234,22 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         below, above, part = _around(rates, per_second)
         return _between(entries[below].threshold, entries[above].threshold, part)
 
-    def check_fits(self, encoder: Encoder, cuts_images: bool = False) -> None:
+    def check_fits(self, encoder: Encoder, cuts_images: bool = False, prefix: int = 0) -> None:
         """Refuse a model with another encoder; the number of tokens (the image size) may differ.
 
         Args:
             encoder: the model's.
             cuts_images: whether its family cuts images into tiles, so that a budget is of something else.
+            prefix: tokens of a picture ahead of those that merge: class token and registers.
 
         Raises:
             BadThresholds: naming what differs.
         """
+        if prefix and self.version == 1:
+            raise BadThresholds(
+                f"{self} was calibrated with an older pairing of tokens, which did not count the {prefix} ahead of the "
+                "image's own; calibrate again with `dymu calibrate`."
+            )
         if self.encoder is None:
             counts = {len(entry.thresholds) for entry in self.calibrated}
             if not counts <= {encoder.depth, encoder.layers}:
@@ -272,31 +280,87 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
 
         Raises:
             BadThresholds: `load` would refuse it.
+            BadOutput: the file cannot be written.
         """
-        body = {"format": FORMAT, "version": VERSION} | msgspec.to_builtins(self)
-        what, then = f"{self} cannot be saved as {path}", "correct that, or calibrate again."
+        text = self._encoded(f"saved as {path}")
+        with whole_file(path) as partial:
+            partial.write_bytes(text)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
+    ) -> str:
+        """Upload as `thresholds.json` to a model's repository on the Hugging Face Hub, which is created if it is not
+        there.
+
+        Args:
+            repo_id: `owner/name`.
+            private, token: see `huggingface_hub.create_repo`.
+            options: see `huggingface_hub.upload_file`, such as `revision`, `commit_message` and `create_pr`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            BadThresholds: `load` would refuse them.
+            BadOutput: the hub does not take them.
+        """
+        import huggingface_hub
+
+        text = self._encoded(f"uploaded to {repo_id}")
         try:
-            text = json.dumps(body, indent=2, allow_nan=False) + "\n"
+            huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
+            commit = huggingface_hub.upload_file(
+                path_or_fileobj=text, path_in_repo=FILE_NAME, repo_id=repo_id, token=token, **options
+            )
+        except Exception as error:  # the hub's client raises its own, and those of what it stands on
+            raise BadOutput(
+                f"{self} cannot be uploaded to {repo_id} ({_why(error)}); check the name, the connection and "
+                "`hf auth login`."
+            ) from error
+        return str(commit.commit_url)
+
+    def _encoded(self, goal: str) -> bytes:
+        """As JSON that `load` takes."""
+        body = {"format": FORMAT, "version": self.version} | msgspec.to_builtins(self)
+        what, then = f"{self} cannot be {goal}", "correct that, or calibrate again."
+        try:
+            text = json.dumps(body, indent=2, allow_nan=False).encode() + b"\n"
         except ValueError as error:
             raise BadThresholds(f"{what} (a number in it is NaN or infinite); {then}") from error
-        decoded(text.encode(), Thresholds, BadThresholds, what, then)
-        with whole_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        decoded(text, Thresholds, BadThresholds, what, then)
+        return text
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Thresholds:
+    def load(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> Thresholds:
         """Read a JSON file, or the thresholds within one of the authors' `.pth` encoder checkpoints.
+
+        Args:
+            path: the file; the folder of a model, or a repository on the Hugging Face Hub (`owner/name`), with a
+                `thresholds.json` in it.
+            revision: of the repository: a branch, tag or commit.
 
         Raises:
             BadThresholds: the file is missing, damaged, of another format or of a newer version.
         """
-        source = Path(path)
-        loaded = _from_checkpoint(source) if source.suffix.lower() in (".pth", ".pt") else _from_json(source)
-        loaded.__dict__["source"] = str(source)
-        return loaded
+        if not isinstance(path, str | os.PathLike):
+            raise BadThresholds(
+                f"thresholds are a dymu.Thresholds, a file, a model's folder or a hub name, not {type(path).__name__}."
+            )
+        return _load(path, _located(path, "name a file, or", revision) or expanded(path))
 
     def __str__(self) -> str:
         return f"the thresholds file {self.source}" if self.source else "this set of thresholds"
+
+    def __repr__(self) -> str:
+        encoder = self.encoder and f"{self.encoder.model_type} of {self.encoder.layers} layers"
+        budgets = ", ".join(f"{budget:g}" for budget in self.budgets)
+        return f"<Thresholds for {budgets} image tokens, {encoder or 'no encoder named'}, {self.source or 'not saved'}>"
+
+    def __copy__(self) -> Thresholds:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), msgspec.structs.astuple(self), {"source": self.source}
 
 
 class _Header(msgspec.Struct, tag_field="format", tag=FORMAT):
@@ -305,23 +369,22 @@ class _Header(msgspec.Struct, tag_field="format", tag=FORMAT):
     version: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 
-def beside(model: str, option: str) -> Path:
-    """The thresholds file in a model's folder.
+def beside(model: str, option: str, revision: str | None = None) -> Thresholds:
+    """The thresholds in a model's folder or hub repository.
 
     Args:
-        model: the folder; a hub name has none.
-        option: how the user names another file, for the message.
+        model: the folder or hub name, such as `model.config._name_or_path`; empty for a model that has neither.
+        option: how the user names others, for the message.
+        revision: of the repository.
 
     Raises:
-        BadThresholds: there is none.
+        BadThresholds: there are none, or the file is damaged.
     """
-    path = Path(model).expanduser() / FILE_NAME
-    if not path.is_file():
-        raise BadThresholds(
-            f"{model} ships no {FILE_NAME}: name one with {option}, or make it with "
-            f"`dymu calibrate {model} IMAGES... -b 0.3 -o {FILE_NAME}`."
-        )
-    return path
+    instead = f"name one with {option}, or"
+    path = _located(model, instead, revision) if model else None
+    if path is None:
+        raise BadThresholds(_none_in(model, "", instead))
+    return _load(model, path)
 
 
 def number(value: Any, what: str = "a budget is a number of tokens or a fraction of them") -> int | float:
@@ -330,9 +393,67 @@ def number(value: Any, what: str = "a budget is a number of tokens or a fraction
     Raises:
         BadBudget: it is none; a sentence that begins with `what`.
     """
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise BadBudget(f"{what}, not {value!r}.")
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # the last two from arrays of several, and huge ones
+        raise BadBudget(f"{what}, not {value!r}.") from None
+
+
+def _is_hub_name(path: str | os.PathLike[str]) -> bool:
+    """Whether it has the form `owner/name`, and nothing here is called that."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", os.fspath(path), re.ASCII)
+    return bool(named) and not str(path).lower().endswith((".json", *_CHECKPOINTS)) and not os.path.lexists(path)
+
+
+def _located(path: str | os.PathLike[str], instead: str, revision: str | None) -> Path | None:
+    """The thresholds file in a folder or a hub repository; None where `path` is neither.
+
+    Raises:
+        BadThresholds: there is none in it.
+    """
+    if os.path.isdir(folder := expanded(path)):
+        if not (folder / FILE_NAME).is_file():
+            raise BadThresholds(_none_in(path, "", instead))
+        return folder / FILE_NAME
+    if not _is_hub_name(path):
+        return None
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(path), FILE_NAME, revision=revision))
+    except Exception as error:  # the hub's client raises its own, and those of what it stands on
+        raise BadThresholds(_none_in(path, f" (it is no folder here, and {_why(error)})", instead)) from error
+
+
+def _none_in(model: str | os.PathLike[str], why: str, instead: str) -> str:
+    return (
+        f"{model or 'this model'} ships no {FILE_NAME}{why}: {instead} make it with "
+        f"`dymu calibrate {model or 'MODEL'} IMAGES... -b 0.3 -o {FILE_NAME}`."
+    )
+
+
+def _why(error: Exception) -> str:
+    """What the hub's client means."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
+        return "the hub cannot be reached, nor has its cache here any"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such repository, or does not show it to you"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, errors.EntryNotFoundError):
+        return "the repository has no such file"
+    return first_line(error).rstrip(".:")
+
+
+def _load(name: str | os.PathLike[str], path: Path) -> Thresholds:
+    """The thresholds in a file, which was named so."""
+    loaded = _from_checkpoint(path) if path.suffix.lower() in _CHECKPOINTS else _from_json(path)
+    loaded.__dict__["source"] = str(name if _is_hub_name(name) else path)
+    return loaded
 
 
 def _from_json(source: Path) -> Thresholds:
@@ -376,20 +497,18 @@ def _from_checkpoint(source: Path) -> Thresholds:
     import torch
 
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch speaks to its authors of what it has not seen before
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        by_name = ((re.search(r"(\d+)\.threshold$", str(name)), value) for name, value in state.items())
+        by_layer = sorted((int(layer[1]), float(value)) for layer, value in by_name if layer)
+    except Exception as error:  # on damaged bytes torch raises whatever it stumbles over
         raise BadThresholds(
             f"cannot read {source} as a checkpoint of tensors ({first_line(error)}); "
             "nothing in it was executed: check that it is one of the authors' encoder checkpoints."
         ) from error
-    if isinstance(state, Mapping):
-        state = state.get("state_dict", state)
-    by_layer: list[tuple[int, float]] = []
-    for name, value in state.items() if isinstance(state, Mapping) else ():
-        if layer := re.search(r"(\d+)\.threshold$", str(name)):
-            scalar = isinstance(value, torch.Tensor) and value.numel() == 1
-            by_layer.append((int(layer[1]), value.item() if scalar else math.nan))
-    layers, values = zip(*sorted(by_layer), strict=True) if by_layer else ((), ())
+    layers, values = zip(*by_layer, strict=True) if by_layer else ((), ())
     if not layers or layers != tuple(range(len(layers))) or not all(map(math.isfinite, values)):
         raise BadThresholds(
             f"{source} holds no thresholds, one per layer; use one of the authors' encoder checkpoints."

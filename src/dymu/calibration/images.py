@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from dymu.calibration.layerwise import Batch, Run, Sizes, summed_up
-from dymu.calibration.samples import ImageSource, Samples
+from dymu.calibration.samples import ImageSource, Samples, processor_of
 from dymu.calibration.spill import Spill
 from dymu.choices import SCHEDULES, Schedule
 from dymu.errors import DymuError
@@ -34,8 +34,8 @@ TOLERANCE = 0.005
 def calibrate(
     model: nn.Module,
     processor: Any,
-    images: Iterable[ImageSource],
-    budgets: Iterable[int | float],
+    images: Iterable[ImageSource] | ImageSource,
+    budgets: Iterable[int | float] | int | float,
     *,
     schedule: Schedule = "reverse_linear",
     merge_layers: Iterable[int] | None = None,
@@ -54,9 +54,10 @@ def calibrate(
     Args:
         model: a transformers model of a described family, with or without DyMU applied; it is not changed.
         processor: the model's processor or image processor.
-        images: paths or PIL images, gone through once. What cannot be read is skipped, and named in a warning.
-        budgets: image tokens (class token and registers not counted) to keep on average; a float up to 1 is a fraction
-            of all of them, rounded to whole tokens.
+        images: a folder, or paths, PIL images, arrays, tensors, bytes or rows of a data set, as `dymu.media.images`
+            takes them; gone through once. What cannot be read is skipped, and named in a warning.
+        budgets: image tokens (class token and registers not counted) to keep on average, one number or several; a float
+            up to 1 is a fraction of all of them, rounded to whole tokens.
         schedule: where to merge: `constant`, `linear` or `reverse_linear` (more in later layers; the paper's choice).
         merge_layers: indices of the encoder layers that merge, at the same budgets; None: all. Fewer merges cost
             less time but each takes more tokens at once, see docs/encoder.md.
@@ -64,16 +65,18 @@ def calibrate(
             the thresholds do not depend on it.
         memory_limit_bytes: hidden states beyond so many bytes wait in a temporary file, see `Spill`. An image takes
             tokens * width * bytes per number, twice that where there are several budgets.
-        progress: show a bar on stderr, if that is a terminal.
+        progress: show a bar on stderr, or lines where that is no terminal.
 
     Raises:
         UnsupportedModel: the model is of no described family.
         BadBudget: a budget is no number, above the number of tokens, or below what halving them in every layer leaves.
-        DymuError: no image could be used, the processor makes pictures of several sizes, the model has no such
-            `merge_layers` or does not read them, or it reads several layers and pools what they give.
+        BadOutput: the disk has no room for hidden states.
+        DymuError: no image could be used, the processor makes no pictures or those of several sizes, the model has no
+            such `merge_layers` or does not read them, or it reads several layers and pools what they give.
         ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
     """
-    budgets = [number(budget) for budget in budgets]
+    several = isinstance(budgets, Iterable) and getattr(budgets, "ndim", 1) > 0
+    budgets = [number(budget) for budget in (cast(Iterable[Any], budgets) if several else [budgets])]
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if not budgets or batch_size < 1:
@@ -83,7 +86,7 @@ def calibrate(
     if depth == 0:
         raise DymuError("this model reads its image features ahead of the first encoder layer, so no layer can merge.")
     merging_layers = _indices(range(depth) if merge_layers is None else merge_layers, depth)
-    samples = Samples(getattr(processor, "image_processor", processor), images, parts)
+    samples = Samples(processor_of(processor, "image"), images, parts)
     batches: list[Batch] = []
     with ExitStack() as opened:
         opened.enter_context(torch.inference_mode())
@@ -101,7 +104,9 @@ def calibrate(
             return targets
 
         reading = bar.add_task("reading images", total=samples.expected)
-        for embedded, inputs in samples.batches(batch_size, lambda: bar.advance(reading)):
+        for embedded, inputs in samples.batches(
+            batch_size, lambda: bar.update(reading, advance=1, total=samples.expected)
+        ):
             batches.append(run.begin(embedded, inputs, spill.slot(embedded.nbytes)))
             if len(batches) == 1 and (first := run.sizes(batches)).plain:
                 possible(first)  # so that what cannot be met is refused before all are read
@@ -175,6 +180,8 @@ def _indices(layers: Iterable[int], depth: int) -> tuple[int, ...]:
 
 
 def _warn(samples: Samples, calibrated: Sequence[Calibrated]) -> None:
+    for left_out in samples.left_out:
+        warnings.warn(left_out, stacklevel=3)
     if samples.skipped:
         total = len(samples.skipped) + samples.used
         named = "; ".join(f"{skipped['image']} {skipped['why']}" for skipped in samples.skipped)

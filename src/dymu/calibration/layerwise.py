@@ -231,7 +231,9 @@ class Run:
 
     def _colourless(self, image: Inputs, pictures: int) -> Tensor:
         """float [pictures, 3, rows, columns] of 0: the colours of patches, which only a drawing needs."""
-        return torch.zeros(pictures, 3, *grid(self._parts, image.pixels), device=self._parts.tower.device)
+        return torch.zeros(
+            pictures, 3, *grid(self._parts, image.pixels), dtype=torch.float32, device=self._parts.tower.device
+        )
 
     def _merged(self, batch: Batch, threshold: float) -> tuple[Tensor, MergedTokens]:
         x, state = batch.slot.get().to(batch.similarity.device), batch.state

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from dymu.errors import BadImage, DymuError
 from dymu.families.resolve import Parts
-from dymu.media.images import load
+from dymu.files import expanded
+from dymu.media.images import in_folder, load
 
-ImageSource = str | os.PathLike[str] | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor | Mapping[str, Any]
+"""An image as `dymu.media.images.load` takes it, or a folder of images."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +70,54 @@ def _embed(parts: Parts, kwargs: dict[str, Any]) -> Tensor:
     return taken[0]
 
 
+def processor_of(processor: Any, kind: str) -> Any:
+    """What makes pixels of images, from a model's processor, or given as such.
+
+    Args:
+        kind: `image` or `video`.
+
+    Raises:
+        DymuError: it is neither.
+    """
+    to_pixels = getattr(processor, f"{kind}_processor", processor)
+    if not callable(to_pixels) or f"{kind}s" not in inspect.signature(to_pixels).parameters:
+        raise DymuError(
+            f"a {type(processor).__name__} makes no pixels of {kind}s: give the model's processor, as "
+            f"AutoProcessor.from_pretrained gives it, or its {kind} processor."
+        )
+    return to_pixels
+
+
 class Samples:
     """Sample images on their way into the encoder; gone through once.
 
     Attributes:
-        expected: how many there are, if that is known ahead.
+        expected: how many there are, as far as that is known ahead.
         used: how many could be used so far.
         skipped: those that could not, and why.
+        left_out: of each folder, what was left out, in words.
     """
 
-    def __init__(self, image_processor: Any, images: Iterable[ImageSource], parts: Parts) -> None:
-        if isinstance(images, str | os.PathLike | Image.Image):
-            images = [images]
-        self._processor, self._images, self._parts = image_processor, images, parts
+    def __init__(self, image_processor: Any, images: Any, parts: Parts) -> None:
+        one = isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image | Mapping)
+        one = one or getattr(images, "ndim", 4) in (2, 3)
+        if not one and not isinstance(images, Iterable):
+            raise BadImage(f"a {type(images).__name__} holds no images: give a folder, or a list of images or paths.")
+        self._images: Iterable[ImageSource] = [images] if one else images
+        self._processor, self._parts = image_processor, parts
         self._takes = inspect.signature(type(parts.inner).get_image_features).parameters
         self._size: torch.Size | None = None
-        self.expected = len(images) if isinstance(images, Sized) else None
+        self.expected = len(self._images) if isinstance(self._images, Sized) else None
         self.used = 0
         self.skipped: list[dict[str, str]] = []
+        self.left_out: list[str] = []
 
     def batches(self, size: int, advance: Callable[[], object]) -> Iterator[tuple[Tensor, list[Inputs]]]:
         """Embedded pictures [B, T, C] of some images, at least `size` of them but for the last; `advance` is called
         after each image."""
         waiting: list[Tensor] = []
         inputs: list[Inputs] = []
-        for number, source in enumerate(self._images, 1):
+        for number, source in enumerate(self._each(), 1):
             sample = self._embedded(source, number)
             advance()
             if sample is not None:
@@ -104,11 +130,28 @@ class Samples:
         if waiting:
             yield torch.cat(waiting), inputs
 
+    def _each(self) -> Iterator[ImageSource]:
+        """The images, those in folders one by one."""
+        for source in self._images:
+            if isinstance(source, str | os.PathLike) and os.path.isdir(expanded(source)):
+                try:
+                    files, left_out = in_folder(Path(source))
+                except BadImage as error:
+                    self.skipped.append({"image": str(source), "why": str(error).removeprefix(f"{source} ")})
+                    continue
+                self.left_out += [left_out] if left_out else []
+                if self.expected is not None:
+                    self.expected += len(files) - 1
+                yield from files
+            else:
+                yield source
+
     def _embedded(self, source: ImageSource, number: int) -> tuple[Tensor, Inputs] | None:
         """One image, or None where it cannot be read."""
-        name = getattr(source, "filename", "") or f"image {number}" if isinstance(source, Image.Image) else str(source)
+        named = source if isinstance(source, str | os.PathLike) else getattr(source, "filename", "")
+        name = str(named or f"image {number}")
         try:
-            image = load(source if isinstance(source, Image.Image) else Path(source)).image
+            image = load(source, name).image
         except BadImage as error:
             self.skipped.append({"image": name, "why": str(error).removeprefix(f"{name} ")})
             return None
@@ -128,6 +171,6 @@ class Samples:
     def why_none(self) -> str:
         """For an error: why there is nothing to calibrate on."""
         if not self.skipped:
-            return "none was given; give paths or PIL images."
+            return "none was given; give a folder, or a list of images or paths."
         first = self.skipped[0]
         return f"all {len(self.skipped)} were skipped, the first because {first['image']} {first['why']}"

@@ -10,21 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dymu.calibration.quantile import NEVER
+from dymu.calibration.samples import ImageSource, processor_of
 from dymu.errors import BadBudget, BadVideo, DymuError
 from dymu.families.resolve import resolve
 from dymu.handle import apply
 from dymu.measure.progress import bar_of
+from dymu.media import images
 from dymu.media.videos import LoadedVideo, load
 from dymu.merging import PictureTokens
 from dymu.reducers import picture_tokens
-from dymu.thresholds import OverTime, Thresholds
+from dymu.thresholds import OverTime, Thresholds, number
 
-VideoSource = str | Path | LoadedVideo | Sequence[Image.Image]
+VideoSource = str | os.PathLike[str] | LoadedVideo | Sequence[ImageSource] | np.ndarray | Tensor
 
 HALVINGS = 40
 """Of the range of similarities, to find one."""
@@ -39,7 +43,7 @@ TOLERANCE = 0.02
 def calibrate_videos(
     model: PreTrainedModel,
     processor: Any,
-    videos: Iterable[VideoSource],
+    videos: Iterable[VideoSource] | VideoSource,
     thresholds: Thresholds | str | os.PathLike[str],
     per_second: int | float | Iterable[int | float],
     *,
@@ -57,7 +61,8 @@ def calibrate_videos(
     Args:
         model: a transformers model of a family that takes videos, without DyMU applied; it is not changed.
         processor: the model's processor.
-        videos: files, folders of frames, or lists of frames, gone through once.
+        videos: files, folders of frames, or frames as `dymu.media.images` takes images: lists of them, or arrays
+            [frames, ...]; gone through once.
         thresholds: of the model, for images, or a file of them.
         per_second: tokens per second of video to keep on average. No clip can keep more than its frames keep each by
             itself, over its seconds.
@@ -65,7 +70,7 @@ def calibrate_videos(
         frames: of each video, at most, spread over its length. It should be as dense as on use.
         fps: frames per second of videos that do not say how long they are, as folders and lists of frames do not; of
             all their frames, also where fewer are looked at.
-        progress: show a bar on stderr, if that is a terminal.
+        progress: show a bar on stderr, or lines where that is no terminal.
 
     Returns:
         The thresholds, with an entry in `over_time` for each number in `per_second`, smallest first.
@@ -77,22 +82,30 @@ def calibrate_videos(
         BadBudget: a number of tokens that the videos cannot keep.
         DymuError: no video was given, or the model's family takes none.
     """
-    rates = sorted({float(number) for number in (per_second if isinstance(per_second, Iterable) else [per_second])})
-    videos = [videos] if isinstance(videos, str | Path | LoadedVideo) else videos
+    rates = sorted(
+        {
+            float(number(rate, "tokens per second are a number"))
+            for rate in (per_second if isinstance(per_second, Iterable) else [per_second])
+        }
+    )
+    one = isinstance(videos, str | os.PathLike | LoadedVideo) or getattr(videos, "ndim", 5) == 4
+    sources: Any = [videos] if one else videos
+    if not isinstance(sources, Iterable):
+        raise BadVideo(f"a {type(videos).__name__} holds no videos: give files, folders of frames, or lists of frames.")
     thresholds = thresholds if isinstance(thresholds, Thresholds) else Thresholds.load(thresholds)
     if fps is not None and not fps > 0:
         raise BadVideo(f"{fps:g} frames per second show nothing: give a number above 0.")
     if "video" not in resolve(model).placeholders:
         raise DymuError(f"a {type(model).__name__} takes no videos; take a model that does, see `dymu families`.")
-    to_pixels = getattr(processor, "video_processor", processor)
+    to_pixels = processor_of(processor, "video")
     samples: list[_Sample] = []
     with torch.inference_mode(), bar_of(progress) as bar, apply(model, thresholds, budget=budget) as handle:
-        task = bar.add_task("reading videos", total=len(videos) if isinstance(videos, Sized) else None)
-        for number, source in enumerate(videos, 1):
-            video = source if isinstance(source, LoadedVideo) else load(source, frames=frames)
+        task = bar.add_task("reading videos", total=len(sources) if isinstance(sources, Sized) else None)
+        for index, source in enumerate(sources, 1):
+            video = _loaded(source, frames)
             seconds = video.seconds or (video.of / fps if fps else 0)
             if not seconds:
-                name = source if isinstance(source, str | Path) else f"video {number}"
+                name = source if isinstance(source, str | os.PathLike) else f"video {index}"
                 raise BadVideo(f"{name} does not say how long it is: say how many frames per second it has, with fps.")
             pixels = to_pixels(videos=[list(video.frames)], return_tensors="pt")["pixel_values_videos"]
             pixels = pixels.to(model.device, model.dtype)
@@ -103,7 +116,7 @@ def calibrate_videos(
         tokens_per_image = thresholds.at(handle.budget).budget
     if not samples:
         raise DymuError("no video was given for calibration; give files, folders of frames, or frames.")
-    entries = [_over_time(samples, tokens_per_image, number) for number in rates]
+    entries = [_over_time(samples, tokens_per_image, rate) for rate in rates]
     for entry in entries:
         if abs(entry.achieved - entry.per_second) > TOLERANCE * entry.per_second:
             warnings.warn(
@@ -114,6 +127,19 @@ def calibrate_videos(
     others = [e for e in thresholds.over_time if (e.budget, e.per_second) not in {(tokens_per_image, n) for n in rates}]
     over_time = sorted([*others, *entries], key=lambda entry: (entry.budget, entry.per_second))
     return msgspec.structs.replace(thresholds, over_time=tuple(over_time))
+
+
+def _loaded(source: Any, frames: int) -> LoadedVideo:
+    """At most so many frames of a video."""
+    if isinstance(source, LoadedVideo):
+        return source
+    if isinstance(source, str | os.PathLike):
+        return load(Path(source), frames=frames)
+    if not isinstance(source, Iterable):
+        raise BadVideo(
+            f"a {type(source).__name__} is not a video: give a file, a folder of frames, or a list of frames."
+        )
+    return load([one if isinstance(one, Image.Image) else images.load(one).image for one in source], frames=frames)
 
 
 @dataclass(frozen=True)
