@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,22 +15,19 @@ from PIL import Image
 import dymu
 import tiny
 from dymu import prompting
+from dymu.bench.run import _LeftOut
+from dymu.bench.variants import timed_backends
 from dymu.cli import main, models
+from dymu.cli.output import Output
 from dymu.families import FAMILIES
 from dymu.families.resolve import resolve
 from dymu.handle import encoder_of
 from dymu.measure import timing
 from dymu.thresholds import Calibrated, Thresholds
+from dymu.unmerging import BACKENDS
 
-FIELDS = {
-    "answer",
-    "original_tokens",
-    "kept_tokens",
-    "encoder_ms",
-    "prefill_ms",
-    "decode_ms_per_token",
-    "cache_bytes",
-}
+FIELDS = {"answer", "original_tokens", "kept_tokens", "cache_bytes"}
+TIMES = {"encoder_ms", "prefill_ms", "decode_ms_per_token"}
 TOKENS, FEWEST = tiny.PATCHES, 10
 ROOT = Path(__file__).parents[1]
 
@@ -112,8 +110,8 @@ def test_run_compares_both_models(dymu_command, folder, photo, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     data = last_object(out)
-    assert data.keys() >= FIELDS
-    assert data["untouched"].keys() == FIELDS
+    assert data.keys() >= FIELDS | TIMES
+    assert data["untouched"].keys() == FIELDS | TIMES
     assert data["original_tokens"] == TOKENS
     assert 0 < data["kept_tokens"] < TOKENS
     assert data["untouched"]["kept_tokens"] == TOKENS
@@ -121,7 +119,7 @@ def test_run_compares_both_models(dymu_command, folder, photo, tmp_path):
     assert min(data["encoder_ms"], data["prefill_ms"], data["decode_ms_per_token"]) > 0
     both = data["encoder_ms"] + data["prefill_ms"]
     full = data["untouched"]["encoder_ms"] + data["untouched"]["prefill_ms"]
-    assert data["speedup_encoder_prefill"] == pytest.approx(full / both, rel=1e-2)
+    assert data["time_to_first_token_ratio"] == pytest.approx(both / full, rel=1e-2)
     assert data["repeats"] >= 1
     assert list(tmp_path.iterdir()) == [picture]
     assert Image.open(picture).size > (0, 0)
@@ -222,10 +220,11 @@ def test_run_refuses_models_it_cannot_use(refused, folder, photo, asked, tmp_pat
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     assert "llava" in refused(*ask, tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "llava"}')
+    assert "ships no thresholds.json" in refused("run", photo, "what ?", "--model", tmp_path / "bert")
     (tmp_path / "bert" / "config.json").write_text('{"model_ty')
     assert "could not be loaded" in refused(*ask, tmp_path / "bert")
     assert "config.json" in refused("run", photo, "what ?", "--model", tmp_path)
-    assert "ships no thresholds.json" in refused("run", photo, "what ?", "--model", tmp_path / "bert")
     monkeypatch.setenv("DYMU_DEMO_MODEL", str(tmp_path / "nothing"))
     for command in (("run", photo, "what ?"), ("evaluate", "-t", asked, "-o", tmp_path / "r.jsonl")):
         assert "dymu run with --model, other commands as their first argument" in refused(*command)
@@ -257,7 +256,7 @@ def test_run_refuses_a_chat_template_without_a_place_for_the_image(refused, fold
 
 
 def test_a_chat_template_is_used(folder):
-    loaded = models.load(str(folder))
+    loaded = models.load(models.named(str(folder)))
     assert prompting.prompt(loaded.processor, "what ?") == "USER: <image>\nwhat ? ASSISTANT:"
     loaded.processor.chat_template = (
         "{% for part in messages[0]['content'] %}"
@@ -555,8 +554,11 @@ def test_version(dymu_command):
     ],
 )
 def test_wrong_usage_is_2(dymu_command, arguments):
-    code, out, _ = dymu_command(*arguments)
+    code, out, err = dymu_command(*arguments)
     assert (code, out) == (2, "")
+    assert err.startswith("dymu: ")
+    assert err.endswith(".\n")
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("ask", ["--debug", "DYMU_DEBUG"])
@@ -588,9 +590,286 @@ def test_ctrl_c(dymu_command, monkeypatch, folder):
     assert "Traceback" not in err
 
 
+COMMAND = [sys.executable, "-c", "from dymu.cli.main import main; main()"]
+
+
 def test_the_installed_command_from_a_shell(tmp_path):
-    command = [sys.executable, "-c", "from dymu.cli.main import main; main()"]
-    done = subprocess.run([*command, "inspect", "nothing.json"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, "inspect", "nothing.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
+
+
+HEAVY = ("torch", "transformers", "scipy", "matplotlib")
+WITHOUT_HEAVY = f"""
+import resource, sys
+from dymu.cli.main import main
+try:
+    main()
+finally:
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    print([name for name in {HEAVY} if name in sys.modules], spent.ru_utime + spent.ru_stime, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ("--help", 0),
+        ("run --help", 0),
+        ("families", 0),
+        ("inspect {model}/thresholds.json", 0),
+        ("report {root}/training/results/heldout.jsonl", 0),
+        ("run nope.jpg x", 1),
+        ("run {photo} x --model nope", 1),
+        ("run {photo} x --model {model} -b 500", 1),
+        ("run {photo} x --model {model} -b 20 --device tpu9x9", 2),
+        ("run {photo} x --model {model} -b 20 --dtype int8", 2),
+        ("calibrate {model} nosuch -b 20 -o t.json", 1),
+        ("calibrate nosuch {photo} -b 20 -o t.json", 1),
+        ("calibrate {model} {photo} -b 500 -o t.json", 1),
+        ("calibrate {model} {photo} -b 20 -o t.json --merge-layers 3", 1),
+        ("calibrate-videos {model} nosuch.mp4 --thresholds {model} --per-second 9 -o t.json", 1),
+        ("evaluate {model} --task nosuch -b 0.3 -o r.jsonl", 1),
+        ("evaluate {model} --task {task} -b 500 -o r.jsonl", 1),
+        ("bench nosuch", 2),
+        ("bench tiny --prompt nosuch", 2),
+        ("bench tiny --backend nosuch", 2),
+        ("bench {model} -b 500", 1),
+        ("check nosuch", 1),
+    ],
+)
+def test_quick_checks_come_first(folder, photo, asked, tmp_path, arguments, code):
+    """What needs no model is done, or refused, before anything heavy is imported."""
+    names = {"model": folder, "photo": photo, "root": ROOT, "task": asked}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HEAVY, *(word.format(**names) for word in arguments.split())],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    *said, heavy = done.stderr.splitlines()
+    assert done.returncode == code, done.stderr
+    assert heavy.startswith("[] "), heavy
+    assert float(heavy.removeprefix("[] ")) < 2.5
+    assert len(said) == bool(code)
+    assert all(line.startswith("dymu: ") for line in said)
+
+
+def test_names_of_backends_are_those_that_there_are():
+    assert timed_backends() == ["auto", *(name for name in BACKENDS if name != "reference")]
+
+
+def test_help_names_what_to_give_and_an_example(dymu_command):
+    code, out, _ = dymu_command("--help")
+    assert code == 0
+    commands = ("run", "check", "calibrate", "calibrate-videos", "inspect", "evaluate", "report", "bench", "families")
+    assert all(group in out for group in ("Run and see", "Find thresholds", "Measure", "About"))
+    for name in (*commands, "env"):
+        assert name in out
+        code, page, _ = dymu_command(name, "--help")
+        assert code == 0
+        assert "<" not in page, "a type is shown instead of what to give"
+        assert f"Example: dymu {name}" in page
+
+
+def test_shells_complete_the_command(dymu_command, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    monkeypatch.setenv("_DYMU_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "dymu cal")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    code, out, _ = dymu_command()
+    assert (code, out.split()) == (0, ["calibrate", "calibrate-videos"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(folder, encoding):
+    done = subprocess.run(
+        [*COMMAND, "inspect", folder / "thresholds.json"],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"clip_vision_model" in done.stdout
+
+
+def test_a_name_that_begins_with_a_tilde(refused, dymu_command, folder, photo, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert "~draft.png does not exist" in refused("run", "~draft.png", "what ?", "--model", folder, "-b", FEWEST)
+    (tmp_path / "~draft.png").write_bytes(photo.read_bytes())
+    code, _, err = dymu_command("run", "~draft.png", "what ?", "--model", folder, "-b", FEWEST)
+    assert code == 0, err
+
+
+# what commands that load a model share
+
+
+def test_dtype_and_the_length_of_the_answer(dymu_command, folder, photo):
+    ask = ("run", photo, "what is this ?", "--model", folder, "-b", FEWEST, "--json")
+    stored, half = (last_object(dymu_command(*ask, *more)[1]) for more in ([], ["--dtype", "bfloat16"]))
+    assert half["cache_bytes"] < stored["cache_bytes"] * 0.6
+    assert not TIMES & stored.keys()
+    assert last_object(dymu_command(*ask, "--time")[1]).keys() >= TIMES
+    one = last_object(dymu_command(*ask, "--max-new-tokens", 1)[1])
+    assert len(one["answer"].split()) <= 1
+
+
+def test_a_checkpoint_keeps_its_dtype_on_a_cpu(folder, tmp_path):
+    half = tmp_path / "half"
+    models.load(models.named(str(folder)), dtype="bfloat16").model.save_pretrained(half)
+    tiny.llava_processor().save_pretrained(half)
+    named = models.named(str(half))
+    assert models.load(named).model.dtype == torch.bfloat16
+    assert models.load(named, dtype="float32").model.dtype == torch.float32
+
+
+def test_a_device_that_is_not_there_is_refused(refused, folder, photo, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+    ask = ("run", photo, "what ?", "--model", folder, "-b", FEWEST)
+    assert "cannot use the device cuda:3 here" in refused(*ask, "--device", "cuda:3")
+    assert "cannot use the device cpu:1 here" in refused(*ask, "--device", "cpu:1")
+
+
+def test_a_revision_is_of_the_hub(dymu_command, folder, photo, monkeypatch, tmp_path):
+    code, _, err = dymu_command("run", photo, "what ?", "--model", folder, "--revision", "v1")
+    assert (code, "leave it out" in err) == (2, True)
+    fetched = []
+
+    def hub(repository, name, revision=None):
+        fetched.append((repository, name, revision))
+        return folder / name
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    named = models.named("someone/model", "v1")
+    assert named.tokens == TOKENS
+    assert named.thresholds().budgets == [FEWEST, TOKENS]
+    assert {(repository, revision) for repository, _, revision in fetched} == {("someone/model", "v1")}
+
+
+def test_thresholds_are_a_file_or_a_folder(dymu_command, folder, photo, tmp_path):
+    ask = ("run", photo, "what is this ?", "--model", folder, "-b", FEWEST, "--json", "--thresholds")
+    answers = {last_object(dymu_command(*ask, path)[1])["answer"] for path in (folder, folder / "thresholds.json")}
+    assert len(answers) == 1
+
+
+def test_a_model_saved_without_a_cache(dymu_command, folder, photo, tmp_path):
+    slow = tmp_path / "slow"
+    shutil.copytree(folder, slow)
+    settings = slow / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "use_cache": False}))
+    ask = ("run", photo, "what is this ?", "-b", FEWEST, "--compare", "--max-new-tokens", 2, "--model")
+    cached, told = (last_object(dymu_command(*ask, model, "--json")[1]) for model in (folder, slow))
+    assert told["answer"] == cached["answer"]
+    assert told["untouched"]["answer"] == cached["untouched"]["answer"]
+    assert told["cache_bytes"] is told["untouched"]["cache_bytes"] is None
+    assert "none" in dymu_command(*ask, slow)[1].split("KV cache")[1].splitlines()[0]
+
+
+def test_the_demo_model_says_that_it_is_a_toy(dymu_command, folder, photo, monkeypatch):
+    ask = ("what ?", "-b", FEWEST)
+    assert "toy" not in dymu_command("run", photo, *ask, "--model", folder)[2]
+    monkeypatch.setenv("DYMU_DEMO_MODEL", str(folder))
+    assert dymu_command("run", photo, *ask)[2].count("toy") == 1
+    assert "toy" not in dymu_command("run", ROOT / "examples" / "photo.jpg", *ask)[2]
+
+
+def test_torchvision_is_named_with_the_command_that_brings_it(refused, folder, photo, monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("LlavaOnevisionVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", missing)
+    sentence = refused("run", photo, "what ?", "--model", folder, "-b", FEWEST)
+    assert "`pip install 'torch==" in sentence
+    assert ".*' torchvision`" in sentence
+
+
+# results and progress
+
+
+def test_what_an_unfinished_run_says(dymu_command, folder, asked, tmp_path):
+    results = tmp_path / "r.jsonl"
+    run = ("evaluate", folder, "-t", asked, "-b", FEWEST, "-m", "stride", "-o", results, "--timed", 0)
+    code, _, err = dymu_command(*run, "--batch-size", 2, "--json")
+    assert code == 0, err
+    assert "questions · untouched: all 4 questions" in err
+    assert "questions · stride-10-exact: all 4 questions" in err
+    assert f"wrote {results}" in err
+    assert "unfinished" not in dymu_command("report", results)[2]
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:4]))
+    assert "2 of 4 questions are answered in every way" in dymu_command("report", results)[2]
+
+
+def test_a_terminal_gets_tables(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = ["| | tokens | all |", "| --- | --- | --- |", "| untouched with a name | 256 ± 0 | 74.4 [71.6, 77.0] |"]
+    page = "\n".join([*lines, "", "<sub>demo</sub>"])
+    out = Output(as_json=False)
+    out.result({}, lambda: out.markdown([page]))
+    printed = capsys.readouterr().out
+    assert "|" not in printed
+    assert printed.count("untouched with a name") == 2, "too wide for 40 columns, so it is cut into two"
+    assert "74.4 [71.6, 77.0]" in printed
+    assert "<sub>" not in printed
+
+
+def test_a_bench_that_timed_nothing_fails(dymu_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("dymu.bench.run._Prompts.run", lambda *_: (_ for _ in ()).throw(_LeftOut("out of memory")))
+    file = tmp_path / "b.json"
+    code, _, err = dymu_command("bench", "tiny", "-b", 89, "--backend", "sdpa", "-o", file)
+    assert code == 1
+    assert "nothing was timed (out of memory)" in err.splitlines()[-1]
+    assert f"wrote {file}" in err
+
+
+# check
+
+
+def test_check_passes_on_a_model_that_keeps_the_contract(dymu_command, folder, photo):
+    code, out, _ = dymu_command("check", folder, photo, "--json")
+    told = last_object(out)
+    assert code == 0, told
+    assert told["passed"]
+    assert len(told["findings"]) == 6
+    assert "FAIL" not in dymu_command("check", folder)[1]
+    assert dymu_command("check", folder, "--dtype", "bfloat16")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong", "part"),
+    [
+        (
+            lambda parts: parts.attentions[0],
+            lambda output: (output[0] * 1.001, *output[1:]),
+            "nothing merged: the same logits",
+        ),
+        (
+            lambda parts: parts.projector,
+            lambda output: output.roll(1, 0),
+            "a batch of two gives each what it gets alone",
+        ),
+    ],
+    ids=["attention", "batch"],
+)
+def test_check_fails_on_a_model_that_does_not(folder, where, wrong, part):
+    """Something that acts only while DyMU is applied, or only in batches."""
+    loaded = models.load(models.named(str(folder)))
+
+    def tamper(module, args, output):
+        return wrong(output) if dymu.handle_of(loaded.model) is not None else output
+
+    hook = where(resolve(loaded.model)).register_forward_hook(tamper)
+    told = dymu.check(loaded.model, loaded.processor)
+    hook.remove()
+    assert not told.passed
+    assert part in {finding.part for finding in told.findings if not finding.passed}
+    assert dymu.check(loaded.model, loaded.processor).passed
+
+
+def test_check_says_what_it_does_not_know(dymu_command, folder, tmp_path):
+    loaded = models.load(models.named(str(folder)))
+    with dymu.apply(loaded.model, merge=dymu.FixedMerge(keep=0.5)), pytest.raises(dymu.AlreadyApplied):
+        dymu.check(loaded.model, loaded.processor)
+    with pytest.raises(dymu.DymuError, match="eval"):
+        dymu.check(loaded.model.train(), loaded.processor)
+    loaded.model.eval().model.language_model.config.model_type = "nobody"
+    (finding,) = dymu.check(loaded.model, loaded.processor).findings
+    assert not finding.passed
+    assert "nobody" in finding.seen

@@ -44,7 +44,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Any) -> Any:
     """Call the command as a shell does: (exit code, stdout, stderr)."""
     processor = tiny.full_processor("llava_onevision")
-    monkeypatch.setattr(models, "load", lambda _: models.Loaded(model, processor))
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(model, processor))
+    monkeypatch.setattr(
+        models, "named", lambda name, _: models.Named(name, name, None, {"model_type": "llava_onevision"})
+    )
     monkeypatch.setattr(timing, "DECODE_STEPS", 2)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -117,7 +120,7 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(call, thresholds, clip, tmp_
         assert out == ""
         assert "Traceback" not in err
         assert re.search(why, " ".join(err.split())), err
-    monkeypatch.setattr(models, "load", lambda _: models.Loaded(tiny.llava(), tiny.llava_processor()))
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(tiny.llava(), tiny.llava_processor()))
     plain = tmp_path / "plain.json"
     dymu.calibrate(tiny.llava(), tiny.processor(), tiny.photos(4), [20], progress=False).save(plain)
     code, _, err = call("run", clip, "what ?", "--model", "a/b", "--thresholds", plain)

@@ -6,7 +6,8 @@ import torch
 import dymu
 import tiny
 from dymu.measure import timing
-from dymu.measure.timing import Times, measure, measure_repeatedly
+from dymu.measure.times import Times
+from dymu.measure.timing import measure, measure_repeatedly
 from dymu.reducers import ThresholdMerge
 
 

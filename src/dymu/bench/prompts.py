@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Part = int | str
 
@@ -33,6 +34,8 @@ def ids(
         vocabulary: ids are below it.
         placeholders: whether images are placeholders, or random words too.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for part in PROMPTS[prompt]:

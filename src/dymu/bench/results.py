@@ -11,7 +11,7 @@ import msgspec
 from dymu.bench.variants import UNTOUCHED, Variant
 from dymu.files import Amount, Count, decoded, whole_file
 from dymu.measure.results import BadResults, Number, check_same_run, read_bytes
-from dymu.measure.timing import PARTS
+from dymu.measure.times import PARTS
 
 FORMAT: Literal[1] = 1
 Operations = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
@@ -37,7 +37,7 @@ class Measured(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     Attributes:
         left_out: why it has none; empty where it has.
         peak_bytes, cache_bytes: see `dymu.bench.probes.memory`.
-        encoder_ms, prefill_ms, decode_ms_per_token: of every round, see `dymu.measure.timing.Times`.
+        encoder_ms, prefill_ms, decode_ms_per_token: of every round, see `dymu.measure.times.Times`.
         merge_ms, merge_of_ms: see `dymu.bench.probes.merging`; None where nothing merges.
     """
 

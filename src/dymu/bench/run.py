@@ -31,7 +31,8 @@ from dymu.handle import handle_of
 from dymu.measure.costs import count
 from dymu.measure.progress import bar_of
 from dymu.measure.provenance import device_name, versions
-from dymu.measure.timing import PARTS, Times, interleaved
+from dymu.measure.times import PARTS, Times
+from dymu.measure.timing import interleaved
 from dymu.measure.timing import measure as time_once
 
 Inputs = dict[str, Any]
@@ -75,7 +76,7 @@ def bench(
         limit_s: for one cell. Where that is not enough for one round, the cell says so and holds no times.
         seed: of random words.
         command: recorded in the file.
-        progress: show a bar on stderr, if that is a terminal.
+        progress: show a bar on stderr, or lines where that is no terminal.
 
     Returns:
         The contents of the file.
@@ -121,6 +122,8 @@ def bench(
             bench.cells.append(run.cell(prompt, batch, budget))
             save(Path(output), bench)
             bar.advance(task)
+            why = f": {bench.cells[-1].left_out}" if bench.cells[-1].left_out else ""
+            bar.say(f"{prompt} · batch {batch} · {budget:g} tokens{why} ({len(bench.cells)} measured)")
     return bench
 
 

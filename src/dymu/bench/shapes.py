@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+
+if TYPE_CHECKING:
+    import torch
 
 FOLDER = Path(__file__).with_name("shapes")
 
@@ -36,6 +37,8 @@ def names() -> list[str]:
 
 def config(name: str) -> Any:
     """The configuration of a shape, of those in `names`."""
+    from transformers import AutoConfig
+
     return AutoConfig.for_model(**_read(name).config)
 
 
@@ -49,6 +52,9 @@ def build(shape: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -
 
     It is built on `device` and in `dtype`, so that nothing wider is ever held.
     """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(shape, dtype=dtype)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from dymu.choices import CacheForm
-from dymu.handle import Handle, applied
-from dymu.unmerging import BACKENDS
+
+if TYPE_CHECKING:
+    from dymu.handle import Handle
 
 
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,6 +36,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Args:
             merging: arguments of `dymu.apply` that say what merges.
         """
+        from dymu.handle import applied
+
         return applied(model, {**merging, "backend": self.backend, "cache": self.cache} if self.backend else None)
 
 
@@ -44,8 +48,11 @@ AUTHORS = Variant("authors' way (sdpa, expanded cache)", "sdpa", "expanded")
 
 
 def timed_backends() -> list[str]:
-    """Names of the backends that can be timed: all but the reference, which they are compared with."""
-    return ["auto", *(name for name in BACKENDS if name != "reference")]
+    """Names of the backends that can be timed: all but the reference, which they are compared with.
+
+    By hand, so that the command line can refuse others before torch is imported.
+    """
+    return ["auto", "sdpa", *(["triton"] if find_spec("triton") else [])]
 
 
 def variants(backends: Iterable[str]) -> list[Variant]:
@@ -54,9 +61,10 @@ def variants(backends: Iterable[str]) -> list[Variant]:
     Raises:
         ValueError: an unknown backend, or the reference, which the others are compared with.
     """
-    timed = timed_backends()
+    from dymu.unmerging import BACKENDS
+
     for backend in backends:
-        if backend not in timed:
-            raise ValueError(f"cannot time the backend {backend!r}; choose some of {', '.join(timed)}")
+        if backend == "reference" or backend not in ("auto", *BACKENDS):
+            raise ValueError(f"cannot time the backend {backend!r}; choose some of {', '.join(timed_backends())}")
     dymu = [Variant(f"dymu ({backend})", backend) for backend in dict.fromkeys(backends)]
     return [UNTOUCHED, *dymu, AUTHORS, FLOOR]

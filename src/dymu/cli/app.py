@@ -1,24 +1,63 @@
 """What all commands share: the app that they add themselves to, options, and ways to read arguments."""
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from dymu.version import __version__
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 CHARTS = (".png", ".svg", ".pdf")
 
+RUN, FIND, MEASURE, ABOUT = "Run and see", "Find thresholds", "Measure", "About"
+"""Groups of commands in the help."""
+
+
+def _without_types(params: list[Any]) -> list[Any]:
+    """The parameters, whose help leaves out that a flag is a <bool> and an argument a <str>."""
+    for param in params:
+        if param.param_type_name == "argument":
+            param.display_type_rich = lambda ctx: ""
+        elif getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""
+    return params
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
 app = typer.Typer(
     name="dymu",
+    cls=_Group,
     help="Fewer image tokens for simple images, in a vision-language model as it was trained.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def app_command(group: str, example: str, name: str | None = None) -> Callable[[Command], Command]:
+    """Adds a function to the app.
+
+    Args:
+        group: its place in the help.
+        example: a call of it, shown at the end of its help.
+    """
+    return app.command(name, cls=_Command, rich_help_panel=group, epilog=f"Example: {example}")
 
 
 def parse_budget(text: str) -> int | float:
@@ -39,10 +78,39 @@ def parse_layers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of layers such as 1,3,5.") from None
+        raise typer.BadParameter(f"--merge-layers takes layers such as 1,3,5, not {text!r}.") from None
+
+
+def _check_device(device: str | None) -> str | None:
+    if device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", device):
+        raise typer.BadParameter(f"{device!r} is no device such as cpu, cuda or cuda:1.")
+    return device
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub name.")]
+DemoOrModel = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="A model's folder or hub name.", show_default="the demo model"),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the hub.", show_default="main"),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where to run: cpu, cuda, cuda:1, …", callback=_check_device,
+                 show_default="the accelerator, if there is one"),
+]  # fmt: skip
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(metavar="NAME", help="Of the weights: float32 (often the fastest on a CPU), bfloat16 or float16.",
+                 show_default="as they are stored"),
+]  # fmt: skip
+ThresholdsName = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|PATH|ID", help="When to merge: a file, or a folder or hub name that holds one.",
+                 show_default="thresholds.json beside the model"),
+]  # fmt: skip
 NewThresholds = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE.json", help="The thresholds file to write.")
 ]
@@ -56,7 +124,7 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog="Example: dymu run examples/photo.jpg 'what is in the picture?' --compare")
 def _dymu(
     version: Annotated[
         bool,

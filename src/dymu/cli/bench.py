@@ -4,29 +4,50 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from dymu.cli.app import CHARTS, Debug, Json, app, parse_budget, quieten_transformers
+from dymu.bench import shapes
+from dymu.bench.prompts import PROMPTS
+from dymu.bench.variants import timed_backends
+from dymu.cli import models
+from dymu.cli.app import (
+    CHARTS,
+    MEASURE,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Revision,
+    ThresholdsName,
+    app_command,
+    parse_budget,
+    quieten_transformers,
+)
+from dymu.cli.calibrate import existing, image_files
+from dymu.cli.errors import BadInput
 from dymu.cli.output import Output, check_writable, table, write_text, write_whole
+from dymu.errors import BadImage
+from dymu.files import expanded
 
+SHAPES = [name for name in shapes.names() if not name.startswith("tiny")]  # those are for tests
 BUDGETS = ["0.15", "0.3"]
 BATCHES = [1]
 PROMPTS_TIMED = ["image-text"]
 BACKEND = ["auto"]
 
 
-@app.command()
+@app_command(MEASURE, "dymu bench llava-1.5-shape-0.5b -b 89 -b 173 --batch 1 --batch 4")
 def bench(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SHAPE|PATH|ID]",
-            help="A shape with random weights (llava-1.5-7b, llava-1.5-shape-0.5b, llava-onevision-0.5b), "
+            metavar="SHAPE|PATH|ID",
+            help=f"A shape with random weights ({', '.join(SHAPES)}), "
             "or a model's folder or hub name.",
             show_default="the demo model",
         ),
@@ -35,10 +56,12 @@ def bench(
         list[str],
         typer.Option("--budget", "-b", metavar="N|0.15", help="Image tokens to keep on average. Give several."),
     ] = BUDGETS,
-    batch: Annotated[list[int], typer.Option(min=1, help="Prompts that run together. Give several.")] = BATCHES,
+    batch: Annotated[
+        list[int], typer.Option(metavar="N", min=1, help="Prompts that run together. Give several.")
+    ] = BATCHES,
     prompt: Annotated[
         list[str],
-        typer.Option(help="image-text, text-image-text (long text first) or two-images. Give several."),
+        typer.Option(metavar="NAME", help=f"{', '.join(PROMPTS)} (text-image-text: long text first). Give several."),
     ] = PROMPTS_TIMED,
     images: Annotated[
         list[Path] | None,
@@ -47,15 +70,16 @@ def bench(
             show_default="32 photos that come with dymu",
         ),
     ] = None,
-    backend: Annotated[list[str], typer.Option(help="Of DyMU's attention. Give several.")] = BACKEND,
-    answer: Annotated[int, typer.Option(min=1, help="Tokens of the answer in the time from end to end.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds, each timing every variant once.")] = 7,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds for one budget, batch and prompt.")] = 300,
-    thresholds: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="When a model that is no shape merges.",
-                     show_default="thresholds.json beside the model"),
-    ] = None,
+    backend: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help=f"Of DyMU's attention: {', '.join(timed_backends())}. Give several."),
+    ] = BACKEND,
+    answer: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens of the answer in the time from end to end.")
+    ] = 32,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds, each timing every variant once.")] = 7,
+    limit: Annotated[float, typer.Option(metavar="N", min=1, help="Seconds for one budget, batch and prompt.")] = 300,
+    thresholds: ThresholdsName = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE.json", help="The result file; one there is continued.",
@@ -69,6 +93,9 @@ def bench(
     chart: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw time against tokens (one result file only).")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -86,26 +113,24 @@ def bench(
             raise typer.BadParameter("--report measures nothing: leave the model out, or --report.")
         files = report
     else:
-        from dymu.cli import models
-
         name = model or models.demo_model()
         file = output or Path(f"bench-{Path(name).name}.json")
         check_writable(file, "results", (".json",))
-        with out.during("loading torch and transformers"):
-            quieten_transformers()
-            from dymu.bench.prompts import PROMPTS
-            from dymu.bench.run import bench as run_all
-            from dymu.bench.variants import timed_backends
         _refuse_unknown("prompt", prompt, PROMPTS)
         _refuse_unknown("backend", backend, timed_backends())
-        workload = _workload(out, name, thresholds, images)
-        command = shlex.join(["dymu", *sys.argv[1:]])
+        load = _workload(out, name, budgets, thresholds, images, device, dtype, revision)
+        with out.during("loading torch and transformers"):
+            quieten_transformers()
+            from dymu.bench.run import bench as run_all
         run_all(
-            workload, file, budgets=budgets, batches=batch, prompts=prompt, backends=backend, answer_tokens=answer,
-            repeats=repeats, limit_s=limit, command=command,
+            load(), file, budgets=budgets, batches=batch, prompts=prompt, backends=backend, answer_tokens=answer,
+            repeats=repeats, limit_s=limit, command=shlex.join(["dymu", *sys.argv[1:]]),
         )  # fmt: skip
         files = [file]
     _say(out, files, tables, chart)
+    if not report:
+        out.wrote(file)
+        _refuse_untimed(file)
 
 
 def _refuse_unknown(what: str, names: Sequence[str], known: Iterable[str]) -> None:
@@ -115,33 +140,62 @@ def _refuse_unknown(what: str, names: Sequence[str], known: Iterable[str]) -> No
             raise typer.BadParameter(f"there is no {what} {name!r} to time; choose some of {', '.join(known)}.")
 
 
-def _workload(out: Output, name: str, thresholds: Path | None, images: list[Path] | None) -> Any:
-    """The model and images to measure, on the accelerator if there is one."""
+def _workload(
+    out: Output,
+    name: str,
+    budgets: Sequence[int | float],
+    thresholds: str | None,
+    images: list[Path] | None,
+    device: str | None,
+    dtype: str | None,
+    revision: str | None,
+) -> Callable[[], Any]:
+    """What loads the model and images to measure; all that can be refused without torch is refused here."""
+    if name in shapes.names():
+        for option, value in (("--thresholds", thresholds), ("--images", images), ("--revision", revision)):
+            if value:
+                raise typer.BadParameter(
+                    f"{name} has random weights, is shown noise and merges as was recorded: leave {option} out."
+                )
+        return lambda: _shape(out, name, device, dtype)
+    if "/" not in name and not expanded(name).exists():
+        raise typer.BadParameter(f"{name!r} is neither a shape ({', '.join(SHAPES)}) nor a model's folder.")
+    files = [file for path in existing(images or [], "image", BadImage) for file in image_files(out, path)]
+    named = models.named(name, revision)
+    calibrated = named.thresholds(thresholds)
+    for budget in budgets:
+        calibrated.tokens_for(budget)
+
+    def load() -> Any:
+        from dymu.bench.workload import Pretrained
+
+        with out.during(f"loading {name}"):
+            loaded = models.load(named, device, dtype)
+        return Pretrained(loaded.model, loaded.processor, calibrated, files or None)
+
+    return load
+
+
+def _shape(out: Output, name: str, device: str | None, dtype: str | None) -> Any:
+    """A model of random weights, in bfloat16 but for CPUs, which are slow in it."""
     import torch
 
-    from dymu.bench import shapes
-    from dymu.bench.workload import Pretrained, Shape
-    from dymu.cli import models
-    from dymu.cli.calibrate import image_files
-    from dymu.thresholds import Thresholds
+    from dymu.bench.workload import Shape
 
-    if name in shapes.names():
-        if thresholds is not None:
-            raise typer.BadParameter(f"{name} has random weights and merges as was recorded: leave --thresholds out.")
-        if images:
-            raise typer.BadParameter(f"{name} has random weights and is shown noise: leave --images out.")
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        with out.during(f"drawing the weights of {name}"):
-            if accelerator is None:  # CPUs are slow in bfloat16
-                return Shape(name, torch.device("cpu"), torch.float32)
-            return Shape(name, accelerator, torch.bfloat16)
-    if "/" not in name and not Path(name).exists():
-        raise typer.BadParameter(f"{name!r} is neither a shape ({', '.join(shapes.names())}) nor a model's folder.")
-    calibrated = Thresholds.load(thresholds or models.thresholds_beside(name))
-    files = [file for path in images or [] for file in image_files(path)]
-    with out.during(f"loading {name}"):
-        loaded = models.load(name)
-    return Pretrained(loaded.model, loaded.processor, calibrated, files or None)
+    where = models.device_named(device)
+    with out.during(f"drawing the weights of {name}"):
+        return Shape(name, where, getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16")))
+
+
+def _refuse_untimed(file: Path) -> None:
+    """Raises: BadInput, where a result file holds no time at all."""
+    from dymu.bench.results import load
+
+    cells = load(file).cells
+    if not any(measured.prefill_ms for cell in cells for measured in cell.variants.values()):
+        whys = [cell.left_out or measured.left_out for cell in cells for measured in cell.variants.values() or [cell]]
+        why = next(filter(None, whys), "there was nothing to time")
+        raise BadInput(f"nothing was timed ({why}): take a smaller --batch, or a longer --limit.")
 
 
 def _say(out: Output, files: Sequence[Path], tables: Path | None, chart: Path | None) -> None:
@@ -171,7 +225,9 @@ def _say(out: Output, files: Sequence[Path], tables: Path | None, chart: Path | 
     out.result({"results": msgspec.to_builtins(data)}, for_people)
     if tables is not None:
         write_text(tables, "\n\n".join(tabulated.page(bench) for _, bench, _ in summarised) + "\n")
+        out.wrote(tables)
     if chart is not None:
         from dymu.bench.chart import draw_chart
 
         write_whole(chart, lambda path: draw_chart(summarised[0][2], path))
+        out.wrote(chart)

@@ -1,7 +1,7 @@
 """`dymu calibrate` and `dymu calibrate-videos`: find thresholds on sample images and videos."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -10,13 +10,29 @@ import msgspec
 import typer
 
 import dymu
-from dymu.choices import Schedule
-from dymu.cli.app import Debug, Json, Model, NewThresholds, app, parse_budget, parse_layers, quieten_transformers
+from dymu.choices import SCHEDULES, Schedule
+from dymu.cli import models
+from dymu.cli.app import (
+    FIND,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    NewThresholds,
+    Revision,
+    app_command,
+    parse_budget,
+    parse_layers,
+    quieten_transformers,
+)
 from dymu.cli.output import Output, check_writable, over_time_for_people, thresholds_data, thresholds_for_people
+from dymu.errors import DymuError
+from dymu.files import expanded
 from dymu.thresholds import Thresholds
 
 
-@app.command()
+@app_command(FIND, "dymu calibrate models/demo photos/ -b 48 -b 96 -o thresholds.json")
 def calibrate(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Sample images, or folders of them.")],
@@ -27,12 +43,16 @@ def calibrate(
     ],
     output: NewThresholds,
     schedule: Annotated[
-        Schedule, typer.Option(help="How merges spread over the encoder's layers.")
+        Schedule,
+        typer.Option(metavar="NAME", help=f"How merges spread over the encoder's layers: {', '.join(SCHEDULES)}."),
     ] = "reverse_linear",
     merge_layers: Annotated[
         str | None,
         typer.Option(metavar="1,3,5", help="Encoder layers that merge, counted from 0. All, if left out."),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -40,26 +60,33 @@ def calibrate(
     out = Output(as_json)
     layers = None if merge_layers is None else parse_layers(merge_layers)
     check_writable(output, "thresholds", (".json",))
-    paths = [path for named in images for path in image_files(named)]
+    paths = [path for named in existing(images, "image", dymu.BadImage) for path in image_files(out, named)]
+    named = models.named(model, revision)
+    _check_layers(layers, named.depth)
+    named.check_budgets(budget, len(set(layers)) if layers else named.depth or 0)
 
     def find(loaded: Any) -> Thresholds:
         return dymu.calibrate(loaded.model, loaded.processor, paths, budget, schedule=schedule, merge_layers=layers)
 
-    thresholds, data = _save(out, model, output, find)
+    thresholds, data = _save(out, named, device, dtype, output, find)
     data |= thresholds_data(thresholds)
     out.result(data, lambda: thresholds_for_people(data))
+    out.wrote(output)
 
 
 def _save(
-    out: Output, model: str, output: Path, find: Callable[[Any], Thresholds]
+    out: Output,
+    named: models.Named,
+    device: str | None,
+    dtype: str | None,
+    output: Path,
+    find: Callable[[Any], Thresholds],
 ) -> tuple[Thresholds, dict[str, Any]]:
     """Thresholds that are found for a loaded model and written, and the file and the seconds as JSON."""
-    from dymu.cli import models
-
     with out.during("loading torch and transformers"):
         quieten_transformers()
-    with out.during(f"loading {model}"):
-        loaded = models.load(model)
+    with out.during(f"loading {named.name}"):
+        loaded = models.load(named, device, dtype)
     began = perf_counter()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -72,23 +99,46 @@ def _save(
     return thresholds, {"file": str(output), "seconds": round(seconds, 3)}
 
 
-def image_files(path: Path) -> list[Path]:
-    """A path as it is, or the images directly in a folder, in the order of their names."""
-    from dymu.media.videos import IN_FOLDERS
+def existing(paths: Sequence[Path], what: str, error: type[DymuError]) -> list[Path]:
+    """The paths with the home folder for `~`.
 
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IN_FOLDERS)
-    if not files:
-        raise dymu.BadImage(f"{path} holds no images: name a folder that does, or image files.")
+    Raises:
+        DymuError: of the kind `error`, for the first that does not exist.
+    """
+    for path in paths:
+        if not expanded(path).exists():
+            raise error(f"the {what} {path} does not exist: check the path.")
+    return [expanded(path) for path in paths]
+
+
+def _check_layers(layers: Sequence[int] | None, depth: int | None) -> None:
+    """Raises: DymuError, for layers that do not feed the model, as far as its config says."""
+    if layers and depth is not None and not 0 <= min(layers) <= max(layers) < depth:
+        raise DymuError(
+            f"the layers to merge in, {sorted(layers)}, are not some of the layers 0 to {depth - 1} that feed this "
+            "model; name some of those."
+        )
+
+
+def image_files(out: Output, path: Path) -> list[Path]:
+    """A path as it is, or the images directly in a folder; a note says what else is there."""
+    from dymu.media.images import in_folder
+
+    files, left_out = in_folder(path) if path.is_dir() else ([path], "")
+    if left_out:
+        out.note(left_out)
     return files
 
 
-@app.command("calibrate-videos")
+@app_command(
+    FIND,
+    "dymu calibrate-videos MODEL clips/*.mp4 --thresholds MODEL -b 0.3 --per-second 60 -o videos.json",
+    "calibrate-videos",
+)
 def calibrate_videos(
     model: Model,
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEOS", help="Sample videos, or folders of frames.")],
-    thresholds: Annotated[Path, typer.Option(metavar="FILE", help="The model's thresholds for images.")],
+    thresholds: Annotated[str, typer.Option(metavar="FILE|PATH|ID", help="The model's thresholds for images.")],
     per_second: Annotated[
         list[float],
         typer.Option("--per-second", metavar="N", help="Tokens per second of video to keep on average. Give several."),
@@ -108,23 +158,26 @@ def calibrate_videos(
         typer.Option(metavar="N", min=0.001, show_default=False,
                      help="Frames per second of folders, which do not say it."),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Find the similarities at which videos keep so many tokens per second on average, on sample videos."""
     out = Output(as_json)
     check_writable(output, "thresholds", (".json",))
-    calibrated = Thresholds.load(thresholds)
+    sources = existing(videos, "video", dymu.BadVideo)
+    named = models.named(model, revision)
+    calibrated = named.thresholds(thresholds)
     calibrated.tokens_for(budget)
-    for video in videos:
-        if not video.expanduser().exists():
-            raise dymu.BadVideo(f"{video} does not exist: check the path.")
 
     def find(loaded: Any) -> Thresholds:
         return dymu.calibrate_videos(
-            loaded.model, loaded.processor, videos, calibrated, per_second, budget=budget, frames=frames, fps=fps
+            loaded.model, loaded.processor, sources, calibrated, per_second, budget=budget, frames=frames, fps=fps
         )
 
-    over_time, data = _save(out, model, output, find)
+    over_time, data = _save(out, named, device, dtype, output, find)
     data["over_time"] = msgspec.to_builtins(over_time.over_time)
     out.result(data, lambda: over_time_for_people(data["over_time"]))
+    out.wrote(output)

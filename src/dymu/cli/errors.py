@@ -1,14 +1,13 @@
 """The errors of the command line alone, and what a user sees of any exception: one sentence."""
 
+from typing import Any
+
+from dymu.errors import BadOutput as BadOutput
 from dymu.errors import DymuError
 
 
 class BadModel(DymuError):
     """A model folder or name that cannot be loaded."""
-
-
-class BadOutput(DymuError):
-    """A file that cannot be written."""
 
 
 class BadInput(DymuError):
@@ -30,6 +29,15 @@ def sentence(error: BaseException) -> str:
         f"an error that dymu did not foresee: {type(error).__name__}: {one_line(error)}. "
         "Run it again with --debug for the traceback, and please report it."
     )
+
+
+def usage_sentence(error: Any) -> str:
+    """The same of a call that typer, or a command, refused: a `typer.BadParameter` or another `UsageError`."""
+    if getattr(error, "param", error) is None:  # a command's own sentence
+        return " ".join(str(error.message).split())
+    message = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
+    command = error.ctx.command_path if error.ctx else "dymu"
+    return f"{message[:1].lower()}{message[1:]}; see `{command} --help`."
 
 
 def one_line(error: BaseException) -> str:

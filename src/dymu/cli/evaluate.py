@@ -15,10 +15,23 @@ import typer
 
 from dymu.choices import UNMERGE
 from dymu.cli import errors
-from dymu.cli.app import CHARTS, Debug, Json, app, parse_budget, quieten_transformers
+from dymu.cli.app import (
+    CHARTS,
+    MEASURE,
+    Debug,
+    DemoOrModel,
+    Device,
+    Dtype,
+    Json,
+    Revision,
+    app_command,
+    parse_budget,
+    quieten_transformers,
+)
 from dymu.cli.output import Output, check_writable, write_text, write_whole
 from dymu.errors import DymuError
 from dymu.evaluation.methods import COMPARED
+from dymu.files import expanded
 
 MethodName = StrEnum("MethodName", [(name.upper(), name) for name in COMPARED])  # type: ignore[misc]
 UnmergeName = StrEnum("UnmergeName", [(name.upper(), name) for name in UNMERGE])  # type: ignore[misc]
@@ -28,7 +41,7 @@ ATTENDED = [UnmergeName("exact")]
 USUAL = [MethodName("dtome"), MethodName("tome"), MethodName("random")]
 
 
-@app.command()
+@app_command(MEASURE, "dymu evaluate models/demo --task my-questions/ -b 0.3 -b 0.15 -o results.jsonl")
 def evaluate(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The result file; one there is continued.")
@@ -38,13 +51,10 @@ def evaluate(
         typer.Option("--task", "-t", metavar="FOLDER|FILE.py", help="What to ask: a folder with questions.jsonl, or a "
                      "Python file whose task() gives a task. Give several."),
     ],
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="A model's folder or hub name.", show_default="the demo model"),
-    ] = None,
+    model: DemoOrModel = None,
     thresholds: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="When DToMe merges; one file for each schedule.",
+        list[str] | None,
+        typer.Option(metavar="FILE|PATH|ID", help="When DToMe merges; one file for each schedule.",
                      show_default="thresholds.json beside the model"),
     ] = None,
     budget: Annotated[
@@ -53,30 +63,42 @@ def evaluate(
     ] = BUDGETS,
     method: Annotated[
         list[MethodName],
-        typer.Option("--method", "-m", help="How to reduce image tokens. Give several."),
+        typer.Option("--method", "-m", metavar="NAME",
+                     help=f"How to reduce image tokens: {', '.join(COMPARED)}. Give several."),
     ] = USUAL,
     unmerge: Annotated[
         list[UnmergeName],
-        typer.Option("--unmerge", "-u", help="How the language model attends to them. Give several."),
+        typer.Option("--unmerge", "-u", metavar="NAME",
+                     help=f"How the language model attends to them: {', '.join(UNMERGE)}. Give several."),
     ] = ATTENDED,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
-    timed: Annotated[int, typer.Option(min=0, help="Questions per task of which every row is timed.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Questions per task.", show_default="all")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Questions answered together.")] = 8,
+    timed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Questions per task of which every row is timed.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of all random numbers.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compare methods that reduce image tokens: accuracy, tokens, time, memory."""
     from dymu.cli import models
-    from dymu.thresholds import Thresholds
 
     out = Output(as_json)
     budgets = [parse_budget(text) for text in budget]
     check_writable(output, "results", (".jsonl",))
-    tasks = [_task(path.expanduser()) for path in task]  # before anything heavy is loaded
-    name = model or models.demo_model()
-    files = thresholds or ([models.thresholds_beside(name)] if "dtome" in method else [])
-    calibrated = [Thresholds.load(file) for file in files]
+    tasks = [_task(expanded(path)) for path in task]  # before anything heavy is loaded
+    named = models.named(model or models.demo_model(), revision)
+    named.check_budgets(budgets)
+    files: list[Any] = thresholds or ([None] if "dtome" in method else [])
+    calibrated = [named.thresholds(file) for file in files]
+    for each in calibrated:
+        for tokens in budgets:
+            each.tokens_for(tokens)
     schedules = [each.schedule or "" for each in calibrated]
     if len(set(schedules)) < len(schedules):
         raise typer.BadParameter("two of the --thresholds files are of one schedule; give one for each.")
@@ -85,8 +107,8 @@ def evaluate(
         from dymu.evaluation.methods import rows_for
         from dymu.evaluation.run import evaluate as run_all
         from dymu.evaluation.run import full_tokens
-    with out.during(f"loading {name}"):
-        loaded = models.load(name)
+    with out.during(f"loading {named.name}"):
+        loaded = models.load(named, device, dtype)
     full = full_tokens(loaded.model, loaded.processor, calibrated)
     rows = rows_for(
         [max(round(each * full if isinstance(each, float) and each <= 1 else each), 1) for each in budgets],
@@ -97,11 +119,12 @@ def evaluate(
         thresholds=calibrated, limit=limit, batch_size=batch_size, timed=timed, seed=seed,
     )  # fmt: skip
     _say(out, [(output, results)])
+    out.wrote(output)
 
 
-@app.command()
+@app_command(MEASURE, "dymu report results.jsonl --chart results.png")
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Files that `dymu evaluate` wrote.")],
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS", help="Files that `dymu evaluate` wrote.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.md", help="Write the tables into this file.")
     ] = None,
@@ -110,7 +133,8 @@ def report(
     ] = None,
     against: Annotated[
         MethodName | None,
-        typer.Option(help="Tell differences from this method's rows at the nearest budget.", show_default="untouched"),
+        typer.Option(metavar="METHOD", help="Tell differences from this method's rows at the nearest budget.",
+                     show_default="untouched"),
     ] = None,
     by: Annotated[
         list[str] | None,
@@ -122,7 +146,7 @@ def report(
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
-) -> None:
+) -> None:  # fmt: skip
     """Make the tables and the picture of result files, finished or not."""
     from dymu.evaluation.results import Results
 
@@ -137,12 +161,14 @@ def report(
     pages = _say(out, read, against.value if against else "untouched", by or [], quiet=output is not None)
     if output is not None:
         write_text(output, "\n\n".join(pages) + "\n")
+        out.wrote(output)
     if chart is not None:
         from dymu.evaluation.chart import draw_chart
         from dymu.evaluation.summary import summarise
 
         summaries = summarise(read[0][1])
         write_whole(chart, lambda path: draw_chart(summaries, path))
+        out.wrote(chart)
 
 
 def _task(path: Path) -> Any:
@@ -217,6 +243,8 @@ def _say(
         left_out = skipped(results)
         if left_out:
             out.note(f"{path}: {len(left_out)} questions were left out: {'; '.join(left_out)}")
+        if unfinished := _unfinished(results):
+            out.note(f"{path} is unfinished: {unfinished}; the same dymu evaluate again goes on from there.")
         summaries = summarise(results, against=against)
         if not summaries:
             raise errors.BadInput(
@@ -249,8 +277,19 @@ def _say(
             }
         )
     if out.as_json or not quiet:
-        out.result({"against": against, "results": printed}, lambda: pages)
+        out.result({"against": against, "results": printed}, lambda: out.markdown(pages))
     return pages
+
+
+def _unfinished(results: Any) -> str:
+    """How many of the questions every row has answered; empty where that is all of them."""
+    total = sum(task["length"] for task in results.header.tasks.values())
+    examples = results.examples
+    counts = [
+        sum(len(examples[batch].index) + len(examples[batch].skipped) for batch in results.answers.get(row.key, {}))
+        for row in results.header.rows
+    ]
+    return f"{min(counts):,} of {total:,} questions are answered in every way" if min(counts) < total else ""
 
 
 def _rows(summaries: Sequence[Any]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dymu.cli.errors import BadOutput
-from dymu.files import first_line, whole_file
+from dymu.files import expanded, whole_file
 
 
 class Output:
@@ -32,6 +32,17 @@ class Output:
             for part in for_people():
                 self._out.print(part)
 
+    def markdown(self, pages: Iterable[str]) -> Iterable[Any]:
+        """Pages with tables, drawn where stdout is a terminal and as they are where it is a file."""
+        if not self._out.is_terminal:
+            return pages
+        blocks = (block for page in pages for block in page.split("\n\n"))
+        return [part for block in blocks for part in (*_drawn(block, self._out.width), "")]
+
+    def wrote(self, path: Path) -> None:
+        """Name a file that was written."""
+        self._err.print(f"wrote {path}", style="dim")
+
     def note(self, text: str) -> None:
         """Something worth knowing that is not the answer."""
         self._err.print(f"note: {text}", style="dim")
@@ -41,6 +52,27 @@ class Output:
         """A spinner while something takes long; nothing where stderr is no terminal."""
         with self._err.status(Text(text)):
             yield
+
+
+def _drawn(block: str, width: int) -> Iterator[Any]:
+    """A paragraph of Markdown for a terminal; a table that is wider than that is cut into several."""
+    if not block.startswith("|"):
+        yield block.removeprefix("<sub>").removesuffix("</sub>").strip("*")
+        return
+    header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n"))
+    widths = [max(map(len, column)) + 2 for column in zip(header, *lines, strict=True)]
+    parts: list[list[int]] = []
+    for index in range(1, len(header)):
+        if not parts or sum(widths[i] for i in (0, *parts[-1], index)) > width:
+            parts.append([])
+        parts[-1].append(index)
+    for number, part in enumerate(parts):
+        if number:
+            yield ""
+        drawn = table(*(header[i] for i in (0, *part)))
+        for line in lines:
+            drawn.add_row(*(line[i] for i in (0, *part)))
+        yield drawn
 
 
 def table(*columns: str, title: str | None = None, numbers: bool = True) -> Table:
@@ -62,6 +94,7 @@ def facts(named: dict[str, str]) -> Iterator[Any]:
 
 def check_writable(path: Path, what: str, extensions: tuple[str, ...]) -> None:
     """Refuse, before any long work, a path that could not be written in the end."""
+    path = expanded(path)
     if path.suffix.lower() not in extensions:
         raise BadOutput(
             f"{path} does not end in {' or '.join(extensions)}, which says how to write {what}: give it such a name."
@@ -80,11 +113,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         BadOutput: it could not be written.
     """
-    try:
-        with whole_file(path) as partial:
-            write(partial)
-    except OSError as error:
-        raise BadOutput(f"{path} could not be written ({first_line(error)}).") from error
+    with whole_file(path) as partial:
+        write(partial)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,30 +127,31 @@ def run_for_people(data: dict[str, Any]) -> Iterator[Any]:
     compared = "untouched" in data
     sides = [data["untouched"], data] if compared else [data]
     printed = table("", *(["all tokens"] if compared else []), "with DyMU", numbers=False)
-    for name, text in {
-        "answer": "{answer}",
-        "image tokens": "{kept_tokens} of {original_tokens} ({kept:.0%})",
-        "vision encoder": "{encoder_ms:.1f} ms",
-        "prefill": "{prefill_ms:.1f} ms",
-        "each token after": "{decode_ms_per_token:.1f} ms",
-        "KV cache": "{cache_kib:,.0f} KiB",
-    }.items():
-        parts = [
-            {"kept": side["kept_tokens"] / side["original_tokens"], "cache_kib": side["cache_bytes"] / 2**10}
-            for side in sides
-        ]
-        printed.add_row(name, *(text.format(**side, **part) for side, part in zip(sides, parts, strict=True)))
+    printed.add_row("answer", *(side["answer"] for side in sides))
+    shares = (side["kept_tokens"] / side["original_tokens"] for side in sides)
+    counts = (f"{side['kept_tokens']} of {side['original_tokens']}" for side in sides)
+    printed.add_row("image tokens", *(f"{count} ({share:.0%})" for count, share in zip(counts, shares, strict=True)))
+    if "repeats" in data:
+        for name, key in {
+            "vision encoder": "encoder_ms",
+            "prefill": "prefill_ms",
+            "each token after": "decode_ms_per_token",
+        }.items():
+            printed.add_row(name, *(f"{side[key]:.1f} ms" for side in sides))
+    stored = (side["cache_bytes"] for side in sides)
+    printed.add_row("KV cache", *("none" if number is None else f"{number / 2**10:,.0f} KiB" for number in stored))
     yield from (printed, "")
-    runs = f"medians of {data['repeats']} runs each"
-    if data["repeats"] == 1:
-        runs = "one run each, since they took long: on a busy machine that says little"
-    if compared:
-        yield (
-            f"Encoder and prefill take {1 / data['speedup_encoder_prefill']:.2f} of the untouched "
-            f"model's time ({runs}, taken in turn after a warm-up)."
-        )
-    else:
-        yield f"Times: {runs}, after a warm-up."
+    if "repeats" in data:
+        runs = f"medians of {data['repeats']} runs each"
+        if data["repeats"] == 1:
+            runs = "one run each, since they took long: on a busy machine that says little"
+        if compared:
+            yield (
+                f"Encoder and prefill take {data['time_to_first_token_ratio']:.2f} of the untouched "
+                f"model's time ({runs}, taken in turn after a warm-up)."
+            )
+        else:
+            yield f"Times: {runs}, after a warm-up."
     if "picture" in data:
         yield f"What merged is drawn in {data['picture']}"
 

@@ -4,21 +4,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 import dymu
 from dymu.cli import errors
-from dymu.cli.app import PICTURES, Debug, Json, app, parse_budget, quieten_transformers
+from dymu.cli.app import (
+    PICTURES,
+    RUN,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Revision,
+    ThresholdsName,
+    app_command,
+    parse_budget,
+    quieten_transformers,
+)
 from dymu.cli.output import Output, check_writable, run_for_people, write_whole
-from dymu.thresholds import Thresholds
+from dymu.files import expanded
 
-MAX_NEW_TOKENS = 64
 ANIMATED = (".gif", ".webp")
 MOVING = (*PICTURES, ".gif")
-FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv")
 
 
-@app.command()
+@app_command(RUN, "dymu run examples/photo.jpg 'what is in the picture?' --compare --draw merged.png")
 def run(
     image: Annotated[
         str,
@@ -31,16 +42,15 @@ def run(
         str | None,
         typer.Option(metavar="PATH|ID", help="A model's folder or hub name.", show_default="the demo model"),
     ] = None,
-    thresholds: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="When to merge.", show_default="thresholds.json beside the model"),
-    ] = None,
+    thresholds: ThresholdsName = None,
     budget: Annotated[
         float | None,
         typer.Option("--budget", "-b", metavar="N|0.15", parser=parse_budget, show_default="0.30 for the demo model",
                      help="Image tokens to keep on average: a number, or a fraction of all."),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Ask the untouched model as well, and time both.")] = False,
+    time: Annotated[bool, typer.Option("--time", help="Time the model, a few times over.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the answer at most.")] = 64,
     frames: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, show_default="32", help="Show the model so many frames of a video, spread "
@@ -56,6 +66,9 @@ def run(
         typer.Option(metavar="OUT.png", help="Draw what merged into this picture: of a video all frames, as .gif or "
                      ".webp moving."),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -63,61 +76,65 @@ def run(
     from dymu.cli import models
     from dymu.media import images, videos
 
-    out = Output(as_json)
-    moves = frames is not None or Path(image).expanduser().is_dir() or Path(image).suffix.lower() in FILMS
+    out, path = Output(as_json), expanded(image)
+    moves = frames is not None or path.is_dir() or videos.is_film(path)
     if draw is not None:
         check_writable(draw, "the picture", MOVING if moves else PICTURES)
     if per_second is not None and not moves:
         raise typer.BadParameter("--per-second is for videos: leave it out for an image.")
     picture: Any = videos.load(image, frames=frames or 32) if moves else images.load(image)
     shown = picture.frames if moves else picture.image
-    if draw is not None and draw.exists() and draw.samefile(Path(image).expanduser()):
+    if draw is not None and draw.exists() and draw.samefile(path):
         raise errors.BadOutput(f"{draw} is the image itself: name another file for the picture.")
     for note in picture.notes:
         out.note(f"{image}: {note}")
 
     if model is None:
-        model = models.demo_model()
         budget = models.DEMO_BUDGET if budget is None else budget
-    calibrated = Thresholds.load(thresholds or models.thresholds_beside(model))
+    named = models.named(model or models.demo_model(), revision)
+    calibrated = named.thresholds(thresholds)
     calibrated.tokens_for(budget)  # a budget that cannot be had is refused before the model is loaded
     if per_second is not None:
         calibrated.over_time_at(budget, per_second)
+    if models.beyond_the_demo(named, path):
+        out.note(models.TOY)
 
     with out.during("loading torch and transformers"):
         quieten_transformers()
-        from dymu.measure.timing import Times, measure_repeatedly
-    with out.during(f"loading {model}"):
-        loaded = models.load(model)
+        from dymu.measure.times import Times
+        from dymu.measure.timing import measure_repeatedly
+    with out.during(f"loading {named.name}"):
+        loaded = models.load(named, device, dtype)
     with dymu.apply(loaded.model, calibrated, budget=budget, per_second=per_second) as handle:
         inputs = models.ask(loaded, shown, question)
         with out.during("answering"):
-            answer, cache_bytes = models.answer(loaded, inputs, MAX_NEW_TOKENS)
+            answer, cache_bytes = models.answer(loaded, inputs, max_new_tokens)
         report = handle.last
         drawing = None if draw is None else _drawing(report, shown, draw, picture.fps if moves else None)
-        full_answer, full_cache_bytes = "", 0
+        original, kept = sum(report.original), sum(report.kept)
+        data: dict[str, Any] = _side(answer, original, kept, cache_bytes)
         if compare:
             with out.during("answering with all image tokens"), handle.disabled():
-                full_answer, full_cache_bytes = models.answer(loaded, inputs, MAX_NEW_TOKENS)
-        with out.during("measuring"):
-            runs, full_runs = measure_repeatedly(loaded.model, inputs, handle if compare else None)
+                full_answer, full_cache_bytes = models.answer(loaded, inputs, max_new_tokens)
+            data["untouched"] = _side(full_answer, original, original, full_cache_bytes)
+        if compare or time:
+            with out.during("measuring"):
+                runs, full_runs = measure_repeatedly(loaded.model, inputs, handle if compare else None)
+            times = Times.medians(runs)
+            data |= {**_rounded(times), "repeats": len(runs)}
+            if compare:
+                full_times = Times.medians(full_runs)
+                data["untouched"] |= _rounded(full_times)
+                data["time_to_first_token_ratio"] = times.first_token_ms / full_times.first_token_ms
 
-    times = Times.medians(runs)
-    original, kept = sum(report.original), sum(report.kept)
-    data: dict[str, Any] = {
-        **_side(answer, original, kept, times, cache_bytes),
+    data |= {
         "budget": budget,
-        "model": model,
+        "model": named.name,
         "thresholds": calibrated.source,
-        "repeats": len(runs),
         "notes": list(picture.notes),
     }
     if moves:
         data |= {"frames": len(shown), "seconds": picture.seconds, "per_second": per_second}
-    if compare:
-        full_times = Times.medians(full_runs)
-        data["untouched"] = _side(full_answer, original, original, full_times, full_cache_bytes)
-        data["speedup_encoder_prefill"] = full_times.first_token_ms / times.first_token_ms
     if draw is not None and drawing is not None:
         write_whole(draw, drawing)
         data["picture"] = str(draw)
@@ -138,13 +155,9 @@ def _drawing(report: Any, shown: Any, path: Path, fps: float | None) -> Callable
         raise errors.BadOutput(f"what merged cannot be drawn: {errors.one_line(error)}.") from error
 
 
-def _side(answer: str, original: int, kept: int, times: Any, cache_bytes: int) -> dict[str, Any]:
-    return {
-        "answer": answer,
-        "original_tokens": original,
-        "kept_tokens": kept,
-        "encoder_ms": round(times.encoder_ms, 3),
-        "prefill_ms": round(times.prefill_ms, 3),
-        "decode_ms_per_token": round(times.decode_ms_per_token, 3),
-        "cache_bytes": cache_bytes,
-    }
+def _side(answer: str, original: int, kept: int, cache_bytes: int | None) -> dict[str, Any]:
+    return {"answer": answer, "original_tokens": original, "kept_tokens": kept, "cache_bytes": cache_bytes}
+
+
+def _rounded(times: Any) -> dict[str, float]:
+    return {name: round(milliseconds, 3) for name, milliseconds in msgspec.structs.asdict(times).items()}

@@ -4,30 +4,37 @@ import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dymu.cli.app import Debug, Json, app
+from dymu.cli.app import (
+    ABOUT,
+    FIND,
+    Debug,
+    Json,
+    app_command,
+)
 from dymu.cli.output import Output, facts, table, thresholds_data, thresholds_for_people
 from dymu.files import first_line
 from dymu.thresholds import Thresholds
 from dymu.version import __version__
 
 
-@app.command()
+@app_command(FIND, "dymu inspect models/demo/thresholds.json")
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A thresholds file.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE|PATH|ID", help="A thresholds file, or a folder or hub name that holds one.")
+    ],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what a thresholds file holds and what it belongs to."""
-    data = {"file": str(file), **thresholds_data(Thresholds.load(file))}
+    data = {"file": file, **thresholds_data(Thresholds.load(file))}
     Output(as_json).result(data, lambda: thresholds_for_people(data))
 
 
-@app.command()
+@app_command(ABOUT, "dymu families")
 def families(as_json: Json = False, debug: Debug = False) -> None:
     """List the model families that dymu knows."""
     from dymu.families import FAMILIES
@@ -49,7 +56,7 @@ def families(as_json: Json = False, debug: Debug = False) -> None:
     Output(as_json).result({"families": known}, lambda: [listed])
 
 
-@app.command()
+@app_command(ABOUT, "dymu env --json")
 def env(as_json: Json = False, debug: Debug = False) -> None:
     """Show the versions and the device, for a bug report. It never fails: what cannot be found out says why."""
     packages = ("torch", "transformers", "numpy", "pillow")

@@ -11,7 +11,6 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from dymu.choices import Unmerge
 from dymu.errors import BadBudget, BadPrompt, DymuError
+from dymu.files import expanded
 from dymu.handle import Handle, apply
 from dymu.prompting import adds_special_tokens, processed
 from dymu.reducers import FixedMerge
@@ -75,7 +75,7 @@ class Dymu(lmms):
         self.batch_size = int(batch_size)
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=False)
         if chat_template is not None:
-            self.processor.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+            self.processor.chat_template = expanded(chat_template).read_text(encoding="utf-8")
         if self.processor.chat_template is None:
             raise BadPrompt(f"{pretrained} has no chat template; name a Jinja file of one with chat_template=FILE.")
         self.tokenizer = self.processor.tokenizer

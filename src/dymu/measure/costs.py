@@ -10,19 +10,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dymu.families.resolve import resolve
-from dymu.files import Amount, Count
 from dymu.hooks.cache import cache_bytes
 from dymu.hooks.versions import cache_of
-from dymu.measure.timing import Times, measure
+from dymu.measure.times import Cost
+from dymu.measure.timing import measure
 
 Shape = tuple[int, ...]
-
-
-class Cost(Times, frozen=True):
-    """Times of one prompt, FLOPs of its first forward, and bytes of its KV cache after that."""
-
-    flops: Amount
-    cache_bytes: Count
 
 
 def cost(model: nn.Module, inputs: Mapping[str, Any]) -> Cost:

@@ -4,46 +4,21 @@ One method for every model, whether DyMU is applied or not: stock calls of `forw
 language model begins.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from statistics import median
 from time import perf_counter
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
 from dymu.families.resolve import resolve
-from dymu.files import Amount
 from dymu.handle import Handle
 from dymu.hooks.versions import going_on
+from dymu.measure.times import Times
 
 DECODE_STEPS = 8
 """Tokens after the first that each measurement generates, whatever the answer."""
-
-
-class Times(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Wall-clock milliseconds of one prompt, or the medians of several."""
-
-    encoder_ms: Amount
-    """From the start of the first forward to the start of the language model: the vision part."""
-    prefill_ms: Amount
-    """The rest of the first forward: the language model over the whole prompt, and the logits."""
-    decode_ms_per_token: Amount
-    """From one token to the next, after the first."""
-
-    @property
-    def first_token_ms(self) -> float:
-        return self.encoder_ms + self.prefill_ms
-
-    @classmethod
-    def medians(cls, runs: Sequence["Times"]) -> "Times":
-        return Times(*(median(getattr(run, part) for run in runs) for part in PARTS))
-
-
-PARTS = Times.__struct_fields__
-"""The names of the times."""
 
 
 @torch.no_grad()
