@@ -35,8 +35,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import record
 from benchmarks.prompts import TEXT, Shape, plan, rotate, tensors, turn
 from dymu.bench.replay import recorded
-from dymu.merging.layout import Layout
-from dymu.merging.merge import merge_step
 from dymu.token_map import TokenMap
 from dymu.unmerging import BACKENDS, History
 
@@ -69,11 +67,7 @@ def photos(tokens: int) -> Tensor:
     kept = merges.kept(BUDGET)
     nearest = sorted(range(len(kept)), key=lambda photo: abs(kept[photo] - SHARE * merges.tokens))
     leaders, start = [], 0
-    for layers in (merges.into[BUDGET][photo] for photo in nearest):
-        merged, layout = TokenMap.identity(1, merges.tokens), Layout.equal(1, merges.tokens)
-        for into in layers:
-            step, layout = merge_step(torch.from_numpy(into).long()[None], layout)
-            merged = merged.then(step)
+    for merged in (merges.merged(BUDGET, photo) for photo in nearest):
         leaders.append(start + merged.first().gather(1, merged.group)[0])
         start += merges.tokens
         if start >= tokens:

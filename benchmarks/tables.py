@@ -22,7 +22,16 @@ from dymu.bench.summary import summarise as summarise_bench
 from dymu.evaluation.methods import UNTOUCHED
 from dymu.evaluation.results import Results
 from dymu.evaluation.summary import ALL, RowSummary, Share, parts_by, summarise
-from dymu.evaluation.tables import accuracy_table, cost_table, difference, points, provenance, series
+from dymu.evaluation.tables import (
+    LIKENESS,
+    accuracy_table,
+    cost_table,
+    difference,
+    likeness,
+    points,
+    provenance,
+    series,
+)
 from dymu.measure.markdown import markdown
 from experiments import tables as studies
 
@@ -199,16 +208,18 @@ def memory() -> str:
 
 
 def accuracy() -> str:
-    """Accuracy over all kinds of questions, with its 95 % interval."""
+    """Accuracy over all kinds of questions, and, where the file holds it, how like the untouched model the rows are."""
     results = Results.load(EVALUATION)
+    summaries = summarise(results)
+    compared = any(ALL in summary.same for summary in summaries)
     rows = [
         [series(summary.row), f"{summary.tokens_mean:.0f}", f"{100 * cell.mean:.1f}",
-         f"{100 * cell.low:.1f} to {100 * cell.high:.1f}"]
-        for summary in summarise(results)
+         f"{100 * cell.low:.1f} to {100 * cell.high:.1f}", *(likeness(summary) if compared else [])]
+        for summary in summaries
         for cell in [summary.accuracy[ALL]]
     ]  # fmt: skip
-    count = summarise(results)[0].accuracy[ALL].n
-    header = ["", "tokens, mean", f"right answers, % of {count}", "95 % interval"]
+    header = ["", "tokens, mean", f"right answers, % of {summaries[0].accuracy[ALL].n}", "95 % interval"]
+    header += LIKENESS if compared else []
     return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
 
 

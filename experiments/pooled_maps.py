@@ -8,24 +8,13 @@ set of its members, and by the member of the largest weight. docs/experiments.md
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
 from dymu.bench.replay import recorded
-from dymu.merging import Layout, merge_step
 
 TOKENS, EVERY = 576, 4
 GRIDS = (12, 13, 15, 18)
-
-
-def merged(budget: int, photo: int) -> Tensor:
-    """int64 [576], the merged token behind every token of a recorded photo."""
-    group, left = torch.arange(TOKENS), TOKENS
-    for into in recorded(TOKENS).into[budget][photo]:
-        step, layout = merge_step(torch.from_numpy(into.astype(np.int64))[None], Layout.equal(1, left))
-        group, left = step.group[0][group], layout.longest
-    return group
 
 
 def counts(group: Tensor, side: int) -> list[int]:
@@ -42,7 +31,7 @@ def main() -> None:
     """Print a line for every recorded budget and grid."""
     recording = recorded(TOKENS)
     for budget in recording.into:
-        groups = [merged(budget, photo) for photo in range(0, len(recording.photos), EVERY)]
+        groups = [recording.merged(budget, photo).group[0] for photo in range(0, len(recording.photos), EVERY)]
         kept = np.mean([int(group.max()) + 1 for group in groups])
         for side in GRIDS:
             mean = np.mean([counts(group, side) for group in groups], axis=0).round()

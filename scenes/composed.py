@@ -29,10 +29,11 @@ _CALIBRATION = 1 << 20
 
 
 class Composed:
-    """Held-out scenes, a question each, for token merging to be judged by; a `Task`.
+    """Scenes, a question each, for token merging to be judged by; a `Task`.
 
-    Every beginning is balanced over the kinds, then over complexity, and over yes and no. Objects are known from
-    training, but for the kind ``naming_unseen``; backgrounds, fonts and words are all held out. An example is composed
+    Every beginning is balanced over the kinds, then over complexity, and over yes and no. For a model of
+    ``training/vlm``, objects are known from training, but for the kind ``naming_unseen``; backgrounds, fonts and words
+    are all held out. The demo model, of another split, was trained on 4 of the 12 backgrounds. An example is composed
     when it is asked for, in some tens of milliseconds.
 
     Args:

@@ -1,4 +1,4 @@
-"""Questions about real photos that training never shows: what is it, and is it what it could be taken for."""
+"""Questions about real photos: what is it, and is it what it could be taken for."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ PRESENCE = "Does this photo show {}? " + YESNO
 
 
 class Photos:
-    """The held-out photos of the evaluation pack, a `Task`: each named once, and asked about with a yes and a no.
+    """The photos of the evaluation pack, a `Task`: each named once, and asked about with a yes and a no.
 
-    ``naming_unseen`` are photos whose very name training never teaches, from whatever picture. The wrong name in a
-    "no" question is of the same sort (animals, tools, ...), and one that the photo certainly does not show. The three
-    examples of a photo share the measure ``photo``, its number: they are no independent sample of what is photographed.
+    They are held out from ``training/vlm``. The demo model was trained on 45 of the 92 by another split.
+    ``naming_unseen`` are photos whose very name ``training/vlm`` never teaches, from whatever picture. The wrong name
+    in a "no" question is of the same sort (animals, tools, ...), and one that the photo certainly does not show. The
+    three examples of a photo share the measure ``photo``, its number: they are no independent sample of what is
+    photographed.
 
     Args:
         seed: chooses the wrong names and the order.

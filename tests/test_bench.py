@@ -116,13 +116,12 @@ def test_the_recorded_photos_keep_about_the_budget_each_its_own(tokens, photos, 
 
 def test_recorded_merges_survive_their_file(tmp_path):
     into = tuple(
-        tuple(np.array(layer, dtype=np.int16) for layer in photo)
-        for photo in (([1, -1, 0], [-1, 0]), ([-1, -1, -1], [1, 1, 1]))
+        tuple(np.array(layer, dtype=np.int16) for layer in photo) for photo in (([2, -1], [-1, 0]), ([-1, -1], [1, 1]))
     )
     before = Recorded(5, 2, ("a", "b"), {3: (0.5, 0.7)}, {3: into})
     before.save(tmp_path / "merges.safetensors")
     after = Recorded.load(tmp_path / "merges.safetensors")
-    assert after.kept(3) == [2, 2]
+    assert after.kept(3) == [3, 3]
     assert (after.tokens, after.layers, after.photos, after.thresholds) == (5, 2, ("a", "b"), {3: (0.5, 0.7)})
     for one, other in zip(after.into[3], before.into[3], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

@@ -260,3 +260,16 @@ def test_draws_what_a_model_saw(tower: str, way: str) -> None:
             assert dimmed == (way == "crop")
             with pytest.raises(ValueError, match="not the image"):
                 handle.last.draw(image, 1 - i)
+
+
+def test_a_report_says_itself_in_one_line_and_shows_itself_in_a_notebook():
+    model = tiny.llava()
+    with dymu.apply(model, merge=dymu.FixedMerge(20)) as handle:
+        assert handle.last._repr_png_() is None
+        model.get_image_features(tiny.pictures(2))
+        assert repr(handle).startswith("<dymu.Handle of LlavaForConditionalGeneration: FixedMerge(keep=20")
+        assert repr(handle.last) == "<dymu report: kept 20 of 49, 20 of 49 tokens; KV cache 0 of 0 bytes>"
+        assert repr(handle.last.items[0]) == "<dymu image: kept 20 of 49 tokens>"
+        shown = Image.open(BytesIO(handle.last._repr_png_()))
+    assert shown.format == "PNG"
+    assert len(shown.convert("RGB").getcolors(2**24)) > 20

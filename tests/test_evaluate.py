@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,21 +20,23 @@ from transformers.image_utils import SizeDict
 import dymu
 import tiny
 from dymu.choices import UNMERGE
-from dymu.errors import AlreadyApplied, BadBudget, BadImage, BadPrompt, DymuError, UnsupportedModel
+from dymu.errors import AlreadyApplied, BadBudget, BadImage, BadOutput, BadPrompt, DymuError, UnsupportedModel
 from dymu.evaluation.chart import draw_chart
+from dymu.evaluation.divergence import divergence, divergences
 from dymu.evaluation.methods import METHODS, UNTOUCHED, Method, Row, rows_for
 from dymu.evaluation.results import Answers, Examples, Header, Line, Model, ResultFile, Results
 from dymu.evaluation.rows import running
 from dymu.evaluation.run import evaluate, full_tokens
 from dymu.evaluation.summary import Part, Share, compared_with, parts_by, share, summarise
-from dymu.evaluation.tables import accuracy_table, cost_table, part_table
+from dymu.evaluation.tables import accuracy_table, cost_table, part_table, provenance
 from dymu.evaluation.tasks import Example, scoring
 from dymu.evaluation.tasks.folder import Folder
 from dymu.families.resolve import resolve
 from dymu.handle import encoder_of
-from dymu.measure.costs import Cost, cost
+from dymu.measure.costs import cost
 from dymu.measure.results import BadResults
-from dymu.prompting import generate, inputs_for
+from dymu.measure.times import Cost
+from dymu.prompting import Answer, generate, inputs_for
 from dymu.thresholds import Calibrated, Thresholds
 
 WORDS = ("red", "cat", "a")
@@ -167,6 +170,242 @@ def test_every_row_answers_as_the_model_does_when_asked_so(model, processor, thr
             assert kept[row] == {16}, row
     assert processor.image_processor.size["height"] == tiny.SIDE
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@dataclass(frozen=True)
+class Lengths(Words):
+    """Questions of several lengths about no, one and two images."""
+
+    max_new_tokens: int = 5
+
+    def __getitem__(self, index: int) -> Example:
+        images = (tiny.photos(index + 1)[index],) * (1, 2, 0, 1)[index % 4]
+        return Example(images, "what is this ? " + "what is red ? " * (index % 3), ("cat",), "cat", {})
+
+
+def direct(row: Row, model, processor, thresholds, example: Example, most: int) -> tuple[list[int], float]:
+    """The untouched answer's tokens and KL(untouched ‖ row), by one forward without cache for each token."""
+    ends, said, terms = model.generation_config.eos_token_id, [], []
+    while len(said) < most and (not said or said[-1] != ends):
+        log_probs = []
+        for way in (UNTOUCHED, row):
+            with running(way, model, processor, {"reverse_linear": thresholds}, tiny.PATCHES), torch.no_grad():
+                inputs = inputs_for(model, processor, [(example.images, example.question)])
+                more = torch.tensor([said], dtype=torch.long)
+                inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+                log_probs.append(model(**inputs, use_cache=False).logits[0, -1].double().log_softmax(0))
+        untouched, other = log_probs
+        terms.append(float((untouched.exp() * (untouched - other)).sum()))
+        untouched[tiny.IMAGE_TOKEN] = -math.inf
+        said.append(int(untouched.argmax()))
+    return said, sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize(("decoder", "family"), [("llama", "llava"), ("mistral", "llava"), ("qwen3", "vipllava")])
+def test_divergence_is_that_of_one_forward_for_each_token(thresholds, tmp_path, decoder, family):
+    """In batches of several lengths, with answers that end early and text alone, for every method and form."""
+    model, processor, task = tiny.llava("clip", decoder, family), tiny.full_processor("llava"), Lengths(4)
+    if family == "vipllava":
+        processor.patch_size = tiny.PATCH
+    calibrated = thresholds
+    if family == "vipllava":
+        depth = encoder_of(resolve(model), tokens=tiny.PATCHES)
+        calibrated = Thresholds(
+            (Calibrated(10, (0.0,) * depth.depth), Calibrated(tiny.PATCHES, (2.0,) * depth.depth)),
+            encoder=depth, schedule="reverse_linear",
+        )  # fmt: skip
+    inputs = inputs_for(model, processor, [(task[1].images, task[1].question)])
+    answer = model.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+    model.generation_config.eos_token_id = int(answer[2])
+    model.generation_config.suppress_tokens = [tiny.IMAGE_TOKEN]  # logits are compared as they are before
+    rows = rows_for([16], [m for m in METHODS if m != "untouched"], UNMERGE)
+    results = evaluate(
+        model, processor, [task], rows, tmp_path / "r.jsonl", thresholds=[calibrated], batch_size=3, timed=0
+    )
+    told = dict[str, list[float]]()
+    for row in rows:
+        batches = [results.answers[row.key]["words", start] for start in (0, 3)]
+        told[row.key] = [kl for batch in batches for kl in batch.kl]
+        same = [same for batch in batches for same in batch.same]
+        texts = [text for batch in batches for text in batch.answers]
+        untouched = [text for start in (0, 3) for text in results.answers["untouched"]["words", start].answers]
+        assert same == [text == other for text, other in zip(texts, untouched, strict=True)]
+        for index, kl in enumerate(told[row.key]):
+            said, expected = direct(row, model, processor, calibrated, task[index], task.max_new_tokens)
+            assert kl == pytest.approx(expected, rel=2e-3, abs=2e-5), (row, index, said)
+    assert told["untouched"] == [0] * 4
+    assert all(kls[2] == pytest.approx(0, abs=1e-5) for kls in told.values()), "text alone is as ever"
+    assert sum(max(kls) > 0.01 for kls in told.values()) > len(rows) // 2
+
+
+def test_nothing_merged_diverges_by_nothing(model, processor, thresholds, tmp_path):
+    rows = [UNTOUCHED, *(Row("dtome", tiny.PATCHES, way, "reverse_linear") for way in UNMERGE)]
+    results = evaluate(model, processor, [Lengths()], rows, tmp_path / "r.jsonl", thresholds=[thresholds], timed=0)
+    full, *merged = summarise(results)
+    assert (full.same["all"], full.divergence["all"]) == (Share(1, 1, 1, 7), Share(0, 0, 0, 7))
+    for summary in merged:
+        assert summary.same["all"].mean == 1
+        assert summary.same["all"].low < 1, "seven answers are no certainty"
+        assert summary.divergence["all"].mean < 1e-5
+
+
+def test_divergence_of_what_is_masked_or_no_number():
+    rows = torch.tensor([[1.0, 2.0, -math.inf], [0.0, 0.0, -math.inf]])
+    assert divergence(rows, rows) == 0
+    other = torch.tensor([[2.0, 1.0, -math.inf], [0.0, 0.0, 5.0]])
+    p, q = torch.softmax(rows.double(), 1), torch.softmax(other.double(), 1)
+    expected = (p[:, :2] * (p[:, :2] / q[:, :2]).log()).sum(1).mean()
+    assert divergence(rows, other) == pytest.approx(float(expected), abs=1e-6)
+    assert divergence(rows, torch.tensor([[1.0, -math.inf, 0.0], [0.0, 0.0, 0.0]])) is None, "infinite"
+    assert divergence(rows, rows * math.nan) is None
+
+
+def test_an_answer_that_holds_a_placeholder_has_no_divergence(model, processor):
+    tokens = torch.tensor([5, tiny.IMAGE_TOKEN])
+    before = Answer("", tokens, torch.zeros(2, tiny.VOCAB))
+    after = replace(before, tokens=torch.tensor([5, 6]))
+    assert divergences(model, [before], [after], lambda _: {}) == [None]
+    assert divergences(model, [before], [before], lambda _: {}) == [0], "nothing has to be run again"
+
+
+def test_files_without_divergences_still_load(model, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", [tiny.IMAGE_TOKEN])
+    path = tmp_path / "r.jsonl"
+    evaluate(model, processor, [Words()], rows_for([16], ["random"]), path, timed=0, batch_size=4)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[:4]:
+        for name in ("same", "kl"):
+            line.get("answers", {}).pop(name, None)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    full, merged = summarise(Results.load(path))
+    assert (merged.accuracy["all"].n, merged.same["all"].n, merged.divergence["all"].n) == (7, 3, 3)
+    assert "(n = 3) |" in accuracy_table([full, merged])
+    for line in lines:
+        for name in ("same", "kl"):
+            line.get("answers", {}).pop(name, None)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summaries = summarise(Results.load(path))
+    assert all(summary.same == summary.divergence == {} for summary in summaries)
+    assert all("| – | – |" in line for line in accuracy_table(summaries).splitlines()[2:])
+
+
+def test_half_a_character_does_not_end_a_run(model, processor, tmp_path):
+    """It is written as its escape; a question with one is named and left out. The run can be continued."""
+
+    @dataclass(frozen=True)
+    class Halves(Words):
+        name: str = "words \udcff"
+        yes_no: tuple[str, ...] = ("cat \ud83d",)
+
+        def __getitem__(self, index: int) -> Example:
+            one = super().__getitem__(index)
+            question = one.question + " \ud83d" * (index == 1) + processor.image_token * (index == 5)
+            kind, measures = f"{one.kind} \ud83d", {"n \ud83d": index}
+            return replace(one, question=question, references=("yes \ud83d",), kind=kind, measures=measures)
+
+        def describe(self) -> dict[str, object]:
+            return {"\ud83d": ["\ud83d"]}
+
+    path, rows = tmp_path / os.fsdecode(b"r \xff.jsonl"), rows_for([16], ["random"])
+    results = evaluate(model, processor, [Halves()], rows, path, timed=2, batch_size=4)
+    skipped = [entry for batch in results.examples.values() for entry in batch.skipped]
+    assert [index for index, _ in skipped] == [1, 5]
+    assert "example 1 of words \\udcff is left out: the question holds '\\ud83d'" in skipped[0][1]
+    assert "the question holds <image>" in skipped[1][1]
+    assert results == Results.load(path)
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    again = evaluate(model, processor, [Halves()], rows, path, timed=2, batch_size=4)
+    assert again.answers == results.answers
+    (summary, _) = summarise(results)
+    assert set(summary.f1) == {"cat \\ud83d"}
+    assert {n for batch in results.examples.values() for kind in batch.kind for n in [kind]} == {
+        "red \\ud83d", "cat \\ud83d", "a \\ud83d"
+    }  # fmt: skip
+
+
+def test_a_folder_whose_name_is_not_text(model, processor, tmp_path):
+    folder = tmp_path / os.fsdecode(b"own \xff")
+    folder.mkdir()
+    tiny.photos(1)[0].save(folder / "a.png")
+    lines(folder, {"image": "a.png", "question": "what ?", "answer": "yes \ud83d"})
+    results = evaluate(model, processor, [Folder(folder)], [UNTOUCHED], tmp_path / "r.jsonl", timed=1)
+    assert list(results.header.tasks) == ["own \\udcff"]
+    assert results.examples["own \\udcff", 0].kind == ["own \\udcff"]
+    assert provenance(results).encode()
+
+
+def test_what_a_task_raises_is_said_of_its_example(model, processor, tmp_path):
+    class Torn(Words):
+        def __init__(self, what: str) -> None:
+            super().__init__(3)
+            object.__setattr__(self, "what", what)
+
+        def fail(self, what: str) -> None:
+            if self.what == what:
+                raise KeyError("colour")
+
+        def __len__(self) -> int:
+            self.fail("length")
+            return 3
+
+        def __getitem__(self, index: int) -> Example:
+            if index == 1:
+                self.fail("example")
+            return super().__getitem__(index)
+
+        def score(self, example: Example, answer: str) -> float:
+            if example.measures["number"] == 2:
+                self.fail("score")
+            return 1
+
+        def describe(self) -> dict[str, object]:
+            self.fail("description")
+            return {}
+
+    for what, subject in {
+        "length": "the length of words",
+        "description": "the description of words",
+        "example": "example 1 of words",
+        "score": "the score of example 2 of words",
+    }.items():
+        path = tmp_path / f"{what}.jsonl"
+        with pytest.raises(
+            BadPrompt, match=f"^{subject} cannot be had \\(KeyError: 'colour'\\): mend the task.$"
+        ) as caught:
+            evaluate(model, processor, [Torn(what)], [UNTOUCHED], path, timed=0)
+        assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(BadPrompt, match="example 1 of words has the question 3, which must be a text"):
+        evaluate(model, processor, [Odd(2, changed={"question": 3})], [UNTOUCHED], tmp_path / "q.jsonl")
+    with pytest.raises(BadPrompt, match=r"example 1 of words has the images .* PIL images"):
+        evaluate(model, processor, [Odd(2, changed={"images": ("a.png",)})], [UNTOUCHED], tmp_path / "i.jsonl")
+
+
+def test_results_through_a_link_and_under_a_long_name(model, processor, tmp_path):
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "r.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(target)
+    evaluate(model, processor, [Words(2)], [UNTOUCHED], link, timed=0, batch_size=1)
+    whole = target.read_bytes()
+    target.write_bytes(whole[:-5])
+    evaluate(model, processor, [Words(2)], [UNTOUCHED], link, timed=0, batch_size=1)
+    assert link.is_symlink()
+    assert target.read_bytes() == whole
+    longest = "r" * (255 - len(".jsonl")) + ".jsonl"
+    evaluate(model, processor, [Words(2)], [UNTOUCHED], tmp_path / longest, timed=0)
+    assert len(Results.load(tmp_path / longest).asked) == 2
+    with pytest.raises(BadOutput, match="could not be written"):
+        evaluate(model, processor, [Words(2)], [UNTOUCHED], tmp_path / f"r{longest}", timed=0)
+
+
+def test_f1_where_no_answer_is_yes_is_unknown():
+    results = hand_made()
+    for texts in results.examples["t", 0].references:
+        texts[:] = ["no"]
+    full, merged = summarise(results)
+    assert full.f1 == merged.f1 == {"yesno": None}
+    assert "50.0, F1 of yes – |" in accuracy_table([full, merged])
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(model, processor, thresholds, tmp_path):
@@ -526,11 +765,13 @@ def test_the_summary_of_numbers_one_can_add_up():
 
 
 def test_differences_are_paired():
-    """Both rows answer half of the questions; the second answers the same half and one more."""
+    """Both rows answer the same half of the questions."""
     results = hand_made()
     (full, merged), some = results.answers.values(), [1, 0, 1, 0]
     full["t", 0].scores, merged["t", 0].scores = some, some
-    assert summarise(results)[1].difference["all"] == Share(0, 0, 0, 4)
+    difference = summarise(results)[1].difference["all"]
+    assert (difference.mean, difference.n) == (0, 4)
+    assert -difference.low == difference.high == pytest.approx(0.49, abs=0.001), "that of 0 of 4"
 
 
 def test_parts_are_about_equal_and_keep_equal_values_together():
@@ -576,12 +817,37 @@ def test_differences_from_another_method():
     assert "| DToMe + VTU (linear), 5 | 50.0 at 3 tokens | +0.0 [-100.0, +100.0] (3 tokens) |" in table
 
 
-def test_intervals_cover_what_they_should():
+@pytest.mark.parametrize(("right", "count"), [(0.7, 60), (0.95, 12), (0.5, 3)])
+def test_intervals_cover_what_they_should(right, count):
     rng = np.random.default_rng(0)
-    shares = [share((rng.random(60) < 0.7).astype(float)) for _ in range(200)]
-    covered = np.mean([one.low <= 0.7 <= one.high for one in shares])
-    assert 0.88 <= covered <= 0.98
+    shares = [share((rng.random(count) < right).astype(float)) for _ in range(2000)]
+    covered = np.mean([one.low <= right <= one.high for one in shares])
+    assert 0.92 <= covered <= 1
     assert share(np.ones(5)) == share(np.ones(5))
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 4), (4, 4), (1, 1), (7, 20), (1000, 1000)])
+def test_shares_have_wilsons_interval(right, count):
+    """Its ends p are where (mean - p)² = z² p (1 - p) / n."""
+    one = share(np.arange(count) < right)
+    assert (one.mean, one.n) == (right / count, count)
+    assert 0 <= one.low < one.high <= 1
+    for end in (one.low, one.high):
+        assert (one.mean - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / count, rel=1e-4, abs=1e-12)
+
+
+def test_equal_values_are_no_certainty():
+    others = 1.959964**2 / (4 + 1.959964**2)
+    for value, ends in ((0, (-1, 1)), (-1, (-1, 1)), (0.5, (0, 1)), (0.5, (-1, 1))):
+        one = share(np.full(4, float(value)), ends)
+        assert one.mean == value
+        assert (one.low, one.high) == pytest.approx([value + others * (end - value) for end in ends])
+    many = share(np.zeros(1000), (-1, 1))
+    assert many.high == pytest.approx(0.0038, abs=1e-4)
+    assert share(np.full(4, 0.25), None) == Share(0.25, 0.25, 0.25, 4), "nothing bounds them"
+    mixed = share(np.array([0.25, 0.5, 1.0, 0.0]), None)
+    assert mixed.low < mixed.mean < mixed.high
+    assert math.isnan(share(np.array([])).mean)
 
 
 def test_flops_are_those_of_the_layers(model, processor):
@@ -608,7 +874,7 @@ def test_tables_and_picture(tmp_path):
     summaries = summarise(hand_made())
     table = accuracy_table(summaries)
     assert len({line.count("|") for line in table.splitlines()}) == 1
-    assert "| ToMe + VTU | 4 ± 1 | 50.0 [0.0, 100.0] | -50.0 [-100.0, +0.0] |" in table
+    assert "| ToMe + VTU | 4 ± 1 | 50.0 [15.0, 85.0] | -50.0 [-100.0, +0.0] | – | – | 50.0, F1 of yes 67 |" in table
     assert "| ToMe + VTU | 4 | 30 | 1 | 2.0 | 2.000 | 0.00 |" in cost_table(summaries)
     pytest.importorskip("matplotlib")
     draw_chart(summaries, tmp_path / "chart.png")
@@ -646,7 +912,11 @@ def test_a_folder_of_ones_own(tmp_path):
     ("line", "says"),
     [
         ({"image": "a.png", "question": "What?"}, "line 1 is no object"),
-        ({"image": "c.png", "question": "What?", "answer": "3"}, "names c.png"),
+        ({"image": "c.png", "question": "What?", "answer": "3"}, "names 'c.png', which is not in"),
+        *(
+            ({"image": name, "question": "What?", "answer": "3"}, "which is not in")
+            for name in ("c" * 5000, "\0.png", "\ud83d.png")
+        ),
         ({"image": "a.png", "question": "What?", "answer": 3}, "other than text"),
         ({"image": "a.png", "question": "What?", "answers": []}, "no answer"),
         ({"image": "a.png", "question": "What?", "answer": "3", "score": "best"}, "unknown score 'best'"),

@@ -57,7 +57,7 @@ def reference_encoder(
         if threshold <= 1:
             metric = key.mean(1)
             metric = metric / metric.norm(dim=-1, keepdim=True)
-            a, b = list(range(prefix, len(x), 2)), list(range(prefix + 1, len(x), 2))
+            a, b = ([i for i in range(prefix, len(x)) if i % 2 == odd] for odd in (0, 1))
             joins: dict[int, list[int]] = {j: [] for j in b}
             stays = []
             for i in a:
@@ -164,6 +164,7 @@ def test_what_travels_is_packed_where_lengths_differ(layout):
     for row, expected, present in zip(padded, rows, layout.present, strict=True):
         assert torch.equal(row[present], expected)
         assert torch.equal(row[: len(expected)], expected)
+        assert (row[len(expected) :] == expected[-1]).all()
     assert torch.equal(layout.pack(padded), x)
     assert all(torch.equal(a, b) for a, b in zip(as_rows(layout, x), rows, strict=True))
     assert Layout.of(layout.length).lengths == layout.lengths
@@ -183,7 +184,7 @@ def test_buckets_hold_every_token_once(layout):
     assert not layout.packed or max(len(bucket) for bucket in buckets) <= BUCKET
 
 
-@given(st.data(), st.integers(0, 2), st.integers(0, 2**16), st.floats(-1, 1))
+@given(st.data(), st.sampled_from([0, 1, 2, 5]), st.integers(0, 2**16), st.floats(-1, 1))
 def test_one_merge_equals_plain_loops_in_ragged_batches(data, prefix, seed, threshold):
     before = data.draw(layouts(least=1 + prefix))
     generator = torch.Generator().manual_seed(seed)
@@ -201,8 +202,7 @@ def test_one_merge_equals_plain_loops_in_ragged_batches(data, prefix, seed, thre
     for row, (found, found_size) in enumerate(results):
         metric = keys[row].mean(1)
         metric = metric / metric.norm(dim=1, keepdim=True)
-        a = range(prefix, length[row], 2)
-        b = range(prefix + 1, length[row], 2)
+        a, b = ([i for i in range(prefix, length[row]) if i % 2 == odd] for odd in (0, 1))
         goes_to = {i: max(b, key=lambda j: float(metric[i] @ metric[j])) for i in a if b}
         goes_to = {i: j for i, j in goes_to.items() if float(metric[i] @ metric[j]) > threshold}
         order = [*range(prefix), *(i for i in a if i not in goes_to), *b]
@@ -214,6 +214,57 @@ def test_one_merge_equals_plain_loops_in_ragged_batches(data, prefix, seed, thre
             weights = size[row][members].double()
             torch.testing.assert_close(found_size[m].double(), weights.sum())
             torch.testing.assert_close(found[m], weights @ x[row][members] / weights.sum(), rtol=1e-12, atol=1e-12)
+
+
+def tome(metric: Tensor, x: Tensor, size: Tensor, count: int, first: int) -> tuple[Tensor, Tensor]:
+    """ToMe's section 3 for one image: tokens alternate between two sets from the first of the sequence on, each of one
+    set has an edge to its most similar of the other, and the `count` most similar edges merge.
+
+    Args:
+        metric, x, size: of its tokens.
+        first: leading tokens (ToMe knows one, the class token) that have no edge.
+
+    Returns:
+        The tokens left and their sizes; the leading ones first, then what is left of the one set, then the other.
+    """
+    count_tokens = len(x)
+    a, b = list(range(0, count_tokens, 2)), list(range(1, count_tokens, 2))
+    edges = []
+    for i in a:
+        scores = [float(metric[i] @ metric[j]) if min(i, j) >= first else -math.inf for j in b]
+        if scores and max(scores) > -math.inf:
+            edges.append((max(scores), i, b[scores.index(max(scores))]))
+    chosen = {i: j for _, i, j in sorted(edges, reverse=True)[:count]}
+    order = [n for n in [*a, *b] if n < first]
+    order = sorted(order) + [n for n in [*a, *b] if n >= first and n not in chosen]
+    groups = [[n, *(i for i, j in chosen.items() if j == n)] for n in order]
+    mass = torch.stack([size[group].sum() for group in groups])
+    return torch.stack([(size[group, None] * x[group]).sum(0) for group in groups]) / mass[:, None], mass
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("lengths", [[49], [50], [50, 49, 50, 37], [12, 13, 14]])
+def test_pairs_are_counted_from_the_first_token_as_in_tome(prefix, lengths):
+    """Also in a second layer, whose tokens have sizes."""
+    generator = torch.Generator().manual_seed(prefix + len(lengths))
+    layout = Layout.of(torch.tensor([prefix + length for length in lengths]))
+    rows = [torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in layout.lengths]
+    sizes = [torch.ones(n) for n in layout.lengths]
+    for count in (5, 3):
+        keys = [torch.randn(len(row), 2, 4, generator=generator, dtype=torch.float64) for row in rows]
+        metric = similarity_metric(travelling(keys))
+        into = most_similar(count, *best_partner(metric, layout, prefix))
+        step, after = merge_step(into, layout, prefix)
+        x, size = merge_tokens(travelling(rows), travelling(sizes), step, layout, after)
+        expected = [
+            tome(m, row, size.double(), count, prefix)
+            for m, row, size in zip(as_rows(layout, metric), rows, sizes, strict=True)
+        ]
+        layout, rows, sizes = after, as_rows(after, x), as_rows(after, size)
+        assert layout.lengths == tuple(len(row) for row, _ in expected)
+        for row, size, (row_of_tome, size_of_tome) in zip(rows, sizes, expected, strict=True):
+            torch.testing.assert_close(row, row_of_tome)
+            torch.testing.assert_close(size.double(), size_of_tome)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

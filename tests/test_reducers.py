@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dymu
 import tiny
+from dymu.choices import UNMERGE
 from dymu.errors import BadBudget, BadPrompt, UnsupportedModel
 from dymu.evaluation.methods import METHODS, Row
 from dymu.hooks.versions import cache_argument, cache_of
@@ -252,6 +253,62 @@ def differs(model: Any, rule: Reducer) -> bool:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_picture_is_reduced_as_it_is_alone(model, rule):
     assert not differs(model, rule)
+
+
+NOT_NUMBERS = [torch.nan, torch.inf]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+@pytest.mark.parametrize("tower", tiny.TOWERS)
+def test_a_picture_that_is_no_number_does_not_spoil_its_neighbours(tower, value):
+    """Through the encoder: features and maps of the others are what each gives alone."""
+    model = tiny.llava(tower)
+    for rule in RULES:
+        for where in (0, 2, 3):
+            images = tiny.pictures(4)
+            images[where] = value
+            with dymu.apply(model, merge=rule) as handle:
+                together = model.get_image_features(images).pooler_output
+                groups = [handle.last.group(i) for i in range(4)]
+                for i in {0, 1, 2, 3} - {where}:
+                    (alone,) = model.get_image_features(images[i : i + 1]).pooler_output
+                    assert torch.equal(handle.last.group(0), groups[i])
+                    tiny.close(together[i], alone, 1e-4)
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+@pytest.mark.parametrize("unmerge", UNMERGE)
+def test_a_row_that_is_no_number_does_not_spoil_the_answers_of_others(model, value, unmerge):
+    """A picture in `generate`; the words of a prompt, which are given as embeddings, in a forward."""
+    rows = [tiny.prompt(model, 3 + i, "image", 7 - i % 2, seed=i) for i in range(3)]
+    batch = {**tiny.pad(rows), **tiny.shown(model, tiny.pictures(3))}
+    spoilt = {**batch, "pixel_values": batch["pixel_values"].clone()}
+    spoilt["pixel_values"][1] = value
+    words = model.get_input_embeddings()(batch["input_ids"])
+    words[1, -3:] = value
+    embedded = {"inputs_embeds": words, **{name: batch[name] for name in batch if name != "input_ids"}}
+    options = {"do_sample": False, "max_new_tokens": 3, "suppress_tokens": [tiny.IMAGE_TOKEN, tiny.VIDEO_TOKEN]}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    with dymu.apply(model, merge=FixedMerge(0.4), unmerge=unmerge):
+        together, forward = torch.stack(model.generate(**spoilt, **options).logits, 1), model(**embedded).logits
+        for i in (0, 2):
+            one = {name: part[i : i + 1] for name, part in spoilt.items()}
+            tiny.close(together[i], torch.stack(model.generate(**one, **options).logits, 1)[0], 1e-4)
+            there = batch["attention_mask"][i].bool()
+            one = {name: part[i : i + 1] for name, part in batch.items()}
+            tiny.close(forward[i, there], model(**one).logits[0, there], 1e-4)
+    assert not forward[1].isfinite().all()
+
+
+def test_half_precision_that_overflows_stays_with_its_picture():
+    model, images = tiny.llava("clip").half(), tiny.pictures(4).half()
+    images[2] = 60_000
+    with dymu.apply(model, merge=AveragePool(0.3)):
+        together = model.get_image_features(images).pooler_output
+        assert not together[2].isfinite().all()
+        for i in (0, 1, 3):
+            (alone,) = model.get_image_features(images[i : i + 1]).pooler_output
+            tiny.close(together[i], alone, 1e-2)
 
 
 def test_statistics_over_the_batch_are_found_out(model):

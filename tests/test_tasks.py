@@ -1,5 +1,9 @@
 """Tasks score as the field does, and say what they asked."""
 
+import csv
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +12,9 @@ from dymu.evaluation.tasks import Example, Task, scoring
 from scenes import evaluation_pack
 from scenes.composed import Composed, number_said
 from scenes.photos import Photos
+from training.vocabulary import EMOJI
+
+ROOT = Path(__file__).parents[1]
 
 texts = st.text("abcd ", max_size=8)
 
@@ -149,3 +156,30 @@ def test_photos_ask_as_much_yes_as_no_and_name_every_photo_once():
     beginning = kinds[: len(kinds) // 4]
     for kind in set(kinds):
         assert beginning.count(kind) / len(beginning) == pytest.approx(kinds.count(kind) / len(kinds), abs=0.03)
+
+
+def test_pages_say_what_of_the_tasks_the_demo_was_trained_on():
+    def rows(name: str) -> list[dict[str, str]]:
+        with (ROOT / "training" / name).open(newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream))
+
+    split = {row["path"]: row["split"] for row in rows("photos.csv")}
+    photos = [row["path"] for row in rows("lists/photos.csv") if row["use"] in ("heldout", "heldout-known")]
+    backgrounds = [row["path"] for row in rows("lists/photos.csv") if row["use"] == "background-heldout"]
+    objects = [thing.name for thing in evaluation_pack().things.values() if not thing.known]
+    assert len(photos) == len(evaluation_pack().photos)
+    shown = {
+        "photo": (sum(split.get(path) == "train" for path in photos), len(photos)),
+        "background": (sum(split.get(path) == "background-train" for path in backgrounds), len(backgrounds)),
+        "object": (sum(name in EMOJI for name in objects), len(objects)),
+    }
+    pages = {
+        "training/README.md": shown,
+        "docs/evaluation.md": {kind: shown[kind] for kind in ("photo", "background")},
+        "scenes/photos.py": {"": shown["photo"]},
+        "scenes/composed.py": {"background": shown["background"]},
+    }
+    for page, said in pages.items():
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        for kind, (some, every) in said.items():
+            assert re.search(rf"\b{some} of (the |its )?{every}\b.{{,40}}{kind}", text), (page, kind, some, every)

@@ -51,6 +51,24 @@ def test_sizes_count_the_original_tokens(tokens):
     assert torch.equal((tokens.size() > 0).sum(1), tokens.kept)
 
 
+@given(token_maps(), st.sampled_from([torch.nan, torch.inf]), st.data())
+def test_what_is_no_number_stays_in_its_group(tokens, value, data):
+    """Also where it is of no group at all."""
+    y = torch.randn(tokens.batch, tokens.tokens, 3, dtype=torch.float64)
+    expected, b = tokens.average(y), data.draw(st.integers(0, tokens.batch - 1))
+    n = data.draw(st.integers(0, tokens.tokens - 1))
+    y[b, n] = value
+    average = tokens.average(y, None)
+    weighted = tokens.average(y, torch.ones(tokens.batch, tokens.tokens))
+    for found in (average, weighted):
+        hit = (found != expected).any(-1)
+        assert hit.sum() == int(tokens.group[b, n] >= 0)
+        assert not hit[b].any() or hit[b, tokens.group[b, n]]
+    spoilt = torch.zeros_like(tokens.group, dtype=torch.bool)
+    spoilt[b] = (tokens.group[b] == tokens.group[b, n]) & (tokens.group[b] >= 0)
+    assert torch.equal(tokens.expand(average).isfinite().all(-1), ~spoilt)
+
+
 @given(token_maps())
 def test_average_is_the_mean_of_each_group_alone(tokens):
     y = torch.randn(tokens.batch, tokens.tokens, 2, 2, dtype=torch.float64)

@@ -94,6 +94,21 @@ def test_backends_equal_the_reference(name, unmerge, data):
     assert error < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("name", BACKENDS)
+@given(data=st.data())
+def test_a_row_that_is_no_number_leaves_the_others_as_they_are(name, data):
+    step, query, key, value, window = data.draw(steps(data.draw(st.sampled_from(UNMERGE))))
+    bad, other = data.draw(st.integers(0, len(query) - 1)), data.draw(st.sampled_from([torch.nan, torch.inf]))
+    query, key, value, step = query.float(), key.float(), value.float(), as_float32(step)
+    expected = BACKENDS[name](query, key, value, step, 0.3, window)
+    for spoilt in (query, key, value):
+        spoilt[bad] = other
+    found = BACKENDS[name](query, key, value, step, 0.3, window)
+    rest = torch.arange(len(query)) != bad
+    torch.testing.assert_close(found[rest], expected[rest])
+
+
 @pytest.mark.parametrize("limits", [{"FEW": 0}, {"FEW": 0, "PIECE": 3}, {"FEW": 0, "MASK": 3}], ids=str)
 @given(data=st.data())
 def test_sdpa_in_pieces_equals_the_reference(limits, data):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from dymu.errors import BadVideo, DymuError
 from dymu.media import film
 from dymu.media.frames import Frames
 from dymu.media.images import MAX_PIXELS
-from dymu.media.videos import load, spread
+from dymu.media.videos import is_film, load, spread
 
 try:
     import av
@@ -60,6 +60,29 @@ def encode(path: Path, total=40, size=(64, 48), *, pictures=None, rate=10, ticks
             frame.pts = ticks[index] if ticks else index
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def cut(source: Path, path: Path, start: float, *, from_zero: bool = True, from_key: bool = True) -> Path:
+    """What `ffmpeg -c copy` cuts: packets from the key frame before `start` on, with a list that hides those before it.
+
+    Args:
+        from_zero: whether times are moved, so that `start` is zero.
+        from_key: whether the packets before `start` are there.
+    """
+    with av.open(str(source)) as whole, av.open(str(path), "w") as part:
+        (stream,) = whole.streams.video
+        copy = part.add_stream_from_template(stream)
+        ticks = round(start / stream.time_base)
+        if from_key:
+            whole.seek(ticks, stream=stream)
+        for packet in whole.demux(stream):
+            if packet.dts is None or not (from_key or packet.pts >= ticks):
+                continue
+            if from_zero:
+                packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
+            packet.stream = copy
+            part.mux(packet)
     return path
 
 
@@ -239,6 +262,100 @@ def test_a_video_cut_short_gives_what_is_there(tmp_path, kind):
 
 
 @needs_av
+@pytest.mark.parametrize("kind", ["mp4", "mov", "mkv", "ts", "flv"])
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_a_film_cut_without_encoding_it_anew_is_whole(tmp_path, kind, from_zero):
+    source = encode(tmp_path / "whole.mp4", total=40, gop=12)
+    listed = kind in ("mp4", "mov") and from_zero  # others know no list that hides the frames from the key frame on
+    for count in (64, 4):
+        loaded = load(cut(source, tmp_path / f"a.{kind}", 1.7, from_zero=from_zero), frames=count)
+        first = 17 if listed else 12
+        chosen = [first + index for index in spread(range(40 - first), count)]
+        assert [which(frame, 40) for frame in loaded.frames] == chosen
+        assert loaded.seconds == pytest.approx((40 - first) / 10)
+        assert loaded.notes == (() if count == 64 else (f"4 of {40 - first} frames",))
+        part = cut(source, tmp_path / f"b.{kind}", 1.7, from_zero=from_zero, from_key=False)
+        loaded = load(part, frames=count)
+        chosen = [24 + index for index in spread(range(16), count)]
+        assert [which(frame, 40) for frame in loaded.frames] == chosen, "the first that can be decoded"
+        assert loaded.notes == (() if count == 64 else ("4 of 16 frames",))
+
+
+@needs_av
+def test_a_stream_that_was_joined_in_the_middle(tmp_path):
+    whole = encode(tmp_path / "whole.ts", total=40, gop=12).read_bytes()
+    (tmp_path / "a.ts").write_bytes(whole[188 * (len(whole) // 376) :])
+    loaded = load(tmp_path / "a.ts", frames=64)
+    numbers = [which(frame, 40) for frame in loaded.frames]
+    assert numbers == list(range(numbers[0], 40))
+    assert numbers[0] % 12 == 0
+
+
+@needs_av
+def test_empty_packets_of_avi_are_no_damage(tmp_path):
+    """A film of 10 frames a second in a container that counts 20."""
+    path = encode(tmp_path / "a.avi", total=12, rate=20, ticks=range(0, 24, 2))
+    loaded = load(path)
+    assert [which(frame, 12) for frame in loaded.frames] == list(range(12))
+    assert loaded.notes == ()
+    assert loaded.fps == pytest.approx(10, rel=0.05)
+
+
+@needs_av
+def test_a_damaged_film_gives_the_same_frames_each_time(tmp_path):
+    path = encode(tmp_path / "a.mp4", total=60, size=(320, 240), options={"movflags": "faststart"})
+    whole, short = path.read_bytes(), 0
+    for seed in range(8):
+        rng, torn = np.random.default_rng(seed), bytearray(whole)
+        for _ in range(20):
+            torn[rng.integers(whole.find(b"mdat") + 100, len(torn))] = rng.integers(0, 255)
+        path.write_bytes(torn)
+        first, *others = [load(path, frames=8) for _ in range(3)]
+        assert len(first.frames) == min(8, first.of)
+        short += first.of < 60
+        for other in others:
+            assert (other.of, other.notes) == (first.of, first.notes)
+            assert [frame.tobytes() for frame in other.frames] == [frame.tobytes() for frame in first.frames]
+    assert short, "the damage was felt"
+
+
+@needs_av
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_container_is_known_by_its_content(tmp_path, kind):
+    source = encode(tmp_path / f"a.{kind}", total=12, rate=25 if kind == "mpg" else 10)
+    expected = [frame.tobytes() for frame in load(source).frames]
+    for name in ("film", "film.png", "film.mp4", "film.webm"):
+        path = source.rename(tmp_path / name)
+        assert is_film(path)
+        assert [frame.tobytes() for frame in load(path).frames] == expected
+        source = path
+
+
+def test_pictures_are_no_films_whatever_they_are_called(tmp_path):
+    for kind in ("gif", "png", "webp", "avif"):
+        if kind == "avif" and not features.check("avif"):
+            continue
+        path = animate(tmp_path / f"a.{kind}", 5)
+        frames = [frame.tobytes() for frame in load(path).frames]
+        assert len(frames) == 5
+        for name in ("moving", "moving.png", "moving.mp4", "moving.jpg"):
+            path = path.rename(tmp_path / name)
+            assert not is_film(path)
+            assert [frame.tobytes() for frame in load(path).frames] == frames
+
+
+def test_where_the_content_says_nothing_the_name_does(tmp_path):
+    for name, film_by_name in (("a.mp4", True), ("a.png", False), ("a", False)):
+        for content in (b"", b"This is not a film."):
+            (tmp_path / name).write_bytes(content)
+            assert is_film(tmp_path / name) == film_by_name
+    assert is_film(tmp_path / "nowhere.mkv")
+    assert not is_film(tmp_path)
+    assert is_film(Path("x" * 5000 + ".mp4"))
+    assert is_film(Path("no\0such.mp4"))
+
+
+@needs_av
 def test_a_video_cut_short_before_its_first_frame(tmp_path):
     for kind, options in (("mp4", {}), ("fast.mp4", {"movflags": "faststart"})):
         path = encode(tmp_path / f"a.{kind}", options=options)
@@ -404,6 +521,7 @@ def test_a_folder_in_the_order_in_which_people_count(tmp_path):
         picture(index, 12).save(tmp_path / f"frame{index}.png")
     (tmp_path / "notes.txt").write_text("not a frame")
     (tmp_path / ".hidden.png").write_text("not a frame")
+    (tmp_path / "frame5.png").rename(tmp_path / "frame5")
     loaded = load(tmp_path)
     assert [which(frame, 12) for frame in loaded.frames] == list(range(12))
     assert loaded.notes == ("1 other file in the folder left out",)

@@ -1,4 +1,4 @@
-"""The held-out questions: new compositions on photos that training never saw.
+"""The held-out questions: new compositions, and photos that training never saw.
 
 ``python -m training.heldout FOLDER`` writes two folders that ``dymu evaluate --task`` takes: ``FOLDER/heldout``, and
 ``FOLDER/reworded``, which asks in phrasings that training never showed.

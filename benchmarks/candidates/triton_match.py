@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dymu.merging.layout import Layout
+from dymu.merging.match import a_count
 
 ROWS, COLUMNS = 32, 32
 """Tokens of A and of B at a time."""
@@ -20,25 +21,26 @@ def match(
 ):  # fmt: skip
     """One tile of A tokens of one image against all of its B tokens. Grid: (tiles, B)."""
     image = tl.program_id(1)
-    first = tl.load(start + image) + prefix
-    tokens = tl.maximum(tl.load(length + image).to(tl.int32) - prefix, 0)
+    begin = tl.load(start + image)
+    tokens = tl.load(length + image).to(tl.int32)
+    first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
     a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, PADDED)
     real = (channel < CHANNELS)[None, :]
-    has = 2 * a < tokens
-    rows = tl.load(metric + (first + 2 * a)[:, None] * CHANNELS + channel[None, :], has[:, None] & real, 0.0)
+    has = first_a + 2 * a < tokens
+    rows = tl.load(metric + (begin + first_a + 2 * a)[:, None] * CHANNELS + channel[None, :], has[:, None] & real, 0.0)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     chosen = tl.zeros((ROWS,), tl.int32)
-    for begin in range(0, tokens // 2, COLUMNS):
-        b = begin + tl.arange(0, COLUMNS)
-        is_b = 2 * b + 1 < tokens
+    for block in range(0, (tokens + 1 - first_b) // 2, COLUMNS):
+        b = block + tl.arange(0, COLUMNS)
+        is_b = first_b + 2 * b < tokens
         columns = tl.load(
-            metric + (first + 2 * b + 1)[:, None] * CHANNELS + channel[None, :], is_b[:, None] & real, 0.0
+            metric + (begin + first_b + 2 * b)[:, None] * CHANNELS + channel[None, :], is_b[:, None] & real, 0.0
         )
         score = tl.dot(rows, tl.trans(columns), input_precision="ieee")
         score = tl.where(is_b[None, :], score, float("-inf"))
         top, at = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
-        chosen = tl.where(top > best, begin + at, chosen)
+        chosen = tl.where(top > best, block + at, chosen)
         best = tl.maximum(top, best)
     best = tl.where(has, best, float("-inf"))
     tl.store(similarity + image * most + a, best, a < most)
@@ -54,7 +56,7 @@ def best_partner(metric: Tensor, layout: Layout, prefix: int = 0) -> tuple[Tenso
     if metric.dtype != torch.float32:
         raise ValueError(f"the Triton kernel matches in float32, not in {metric.dtype}; use dymu.merging.match.")
     channels, longest = metric.shape[-1], layout.longest
-    most = max((longest - prefix + 1) // 2, 0)
+    most = a_count(longest, prefix)
     start = layout.length.cumsum(0) - layout.length
     similarity = metric.new_empty(layout.batch, most)
     partner = metric.new_empty(layout.batch, most, dtype=torch.long)

@@ -22,7 +22,7 @@ class View:
     seen: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Item:
     """One image or video, of N tokens in the prompt.
 
@@ -49,6 +49,11 @@ class Item:
     shown: Tensor
     video: bool
     kept_by_layer: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+
+    def __repr__(self) -> str:
+        what = f"video of {self.pictures} frames" if self.video else f"image in {self.pictures} parts"
+        what = "image" if self.pictures == 1 and not self.video else what
+        return f"<dymu {what}: kept {self.kept} of {len(self.leaders)} tokens>"
 
     @property
     def pictures(self) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dymu.errors import BadPrompt
 from dymu.families.resolve import resolve
@@ -20,14 +22,10 @@ def prompt(processor: Any, question: str, items: int = 1, kind: str = "image") -
     """The question in the words that the model was trained on, with a placeholder for each image or video ahead of it.
 
     Raises:
-        BadPrompt: the question holds a placeholder, or the chat template has another number of them than `items`.
+        BadPrompt: see `check_question`, or the chat template has another number of placeholders than `items`.
     """
+    check_question(processor, question, kind)
     placeholder = getattr(processor, f"{kind}_token")
-    if placeholder in question:
-        raise BadPrompt(
-            f"the question holds {placeholder}, which stands for {'an' if kind == 'image' else 'a'} {kind}, and each "
-            f"{kind} gets its place by itself: ask without it."
-        )
     if processor.chat_template is None:
         return _LLAVA_PROMPT.format(items=placeholder * items, question=question)
     content = [{"type": kind}] * items + [{"type": "text", "text": question}]
@@ -39,6 +37,23 @@ def prompt(processor: Any, question: str, items: int = 1, kind: str = "image") -
             f"{kind}{'s' * (items > 1)}: use a model whose template gives each {kind} its own."
         )
     return text
+
+
+def check_question(processor: Any, question: str, kind: str = "image") -> None:
+    """Raises: BadPrompt, where the question holds a placeholder, or half of a character, which no tokenizer takes."""
+    placeholder = getattr(processor, f"{kind}_token")
+    if placeholder in question:
+        raise BadPrompt(
+            f"the question holds {placeholder}, which stands for {'an' if kind == 'image' else 'a'} {kind}, and each "
+            f"{kind} gets its place by itself: ask without it."
+        )
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(question[error.start])
+        raise BadPrompt(
+            f"the question holds {half}, half of a character, which no tokenizer takes: mend it."
+        ) from error
 
 
 def inputs_for(model: nn.Module, processor: Any, asked: Sequence[tuple[Sequence[Image.Image], str]]) -> dict[str, Any]:
@@ -74,11 +89,69 @@ def adds_special_tokens(tokenizer: Any, text: str) -> bool:
     return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
 
-@torch.inference_mode()
 def generate(model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> tuple[list[str], Any]:
     """The model's greedy answers to a batch, and the KV cache at the end of them."""
+    new, output = _generate(model, inputs, max_new_tokens)
+    return _texts(processor, new), cache_of(output)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer: its text, its tokens [T] with the one that ends it, and the logits [T, V] they came from."""
+
+    text: str
+    tokens: Tensor
+    logits: Tensor
+
+
+def answers(model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> list[Answer]:
+    """The model's greedy answers to a batch."""
+    new, output = _generate(model, inputs, max_new_tokens, output_logits=True)
+    logits = torch.stack(output.logits, dim=1)
+    ends = torch.tensor(_end_tokens(model), dtype=new.dtype, device=new.device)
+    ended = torch.isin(new, ends).cumsum(1)
+    lengths = (ended == 0).sum(1) + (ended[:, -1] > 0)
+    return [
+        Answer(text, new[row, :length], logits[row, :length])
+        for row, (text, length) in enumerate(zip(_texts(processor, new), lengths.tolist(), strict=True))
+    ]
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, inputs: dict[str, Any], said: Sequence[Tensor]) -> list[Tensor]:
+    """The logits [T, V] from which a model would choose each token of what is said after a batch of prompts.
+
+    Args:
+        said: the tokens [T] after each prompt, none of them a placeholder. One forward runs over prompts and these.
+    """
+    ids = inputs["input_ids"]
+    # What comes after a row's own tokens is not read, but must not be a placeholder.
+    after = {"input_ids": pad_sequence(list(said), batch_first=True, padding_value=int(said[0][0]))}
+    after["attention_mask"] = torch.ones_like(after["input_ids"])
+    text = torch.zeros_like(after["input_ids"])  # in what tells kinds of tokens apart
+    whole = {
+        name: torch.cat([value, after.get(name, text)], 1) if value.shape == ids.shape else value
+        for name, value in inputs.items()
+    }
     stock: Any = model
-    output = stock.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
-    new = output.sequences[:, inputs["input_ids"].shape[1] :]
-    texts = processor.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() for text in texts], cache_of(output)
+    logits = stock(**whole, use_cache=False, logits_to_keep=text.shape[1] + 1).logits
+    return [of_row[: len(tokens)] for of_row, tokens in zip(logits, said, strict=True)]
+
+
+@torch.inference_mode()
+def _generate(model: nn.Module, inputs: dict[str, Any], max_new_tokens: int, **more: Any) -> tuple[Tensor, Any]:
+    """The tokens that the model adds to each prompt, greedily, and all of the output."""
+    stock: Any = model
+    output = stock.generate(
+        **inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **more
+    )
+    return output.sequences[:, inputs["input_ids"].shape[1] :], output
+
+
+def _texts(processor: Any, new: Tensor) -> list[str]:
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def _end_tokens(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from dymu.item import Item, View
 from dymu.media.contact_sheet import contact_sheet
-from dymu.media.drawing import draw
+from dymu.media.drawing import draw, draw_seen
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What merged in one call of the model. Its items are the images in the order of the prompts, then the videos.
 
@@ -27,6 +28,24 @@ class Report:
     items: list[Item] = field(default_factory=list)
     cache_bytes: int = 0
     cache_bytes_full: int = 0
+
+    def __repr__(self) -> str:
+        counts = [f"{kept} of {original}" for kept, original in zip(self.kept, self.original, strict=True)]
+        what = f"kept {', '.join(counts)} tokens" if counts else "nothing shown"
+        return f"<dymu report: {what}; KV cache {self.cache_bytes:,} of {self.cache_bytes_full:,} bytes>"
+
+    def _repr_png_(self) -> bytes | None:
+        """What notebooks show: every item with its groups outlined, as coarse as the encoder saw it."""
+        if not self.items:
+            return None
+        try:
+            drawn = [_drawn(None, item.views[-1], item.group) for item in self.items]
+        except ValueError:  # its tokens are no grid
+            return None
+        labels = [f"{kept} of {original}" for kept, original in zip(self.kept, self.original, strict=True)]
+        png = io.BytesIO()
+        contact_sheet(drawn, labels=labels).save(png, "PNG")
+        return png.getvalue()
 
     @property
     def original(self) -> list[int]:
@@ -110,7 +129,8 @@ class Report:
         return self.items[i]
 
 
-def _drawn(image: Image.Image, view: View, group: Tensor) -> Image.Image:
-    """One view, whose tokens [N] belong to the groups `group`."""
-    here = torch.where(view.token < 0, -1, group[view.token.clamp(min=0)])
-    return draw(image, here.cpu().numpy(), view.seen.float().cpu().numpy())
+def _drawn(image: Image.Image | None, view: View, group: Tensor) -> Image.Image:
+    """One view, whose tokens [N] belong to the groups `group`, on the image or else on what the encoder saw."""
+    here = torch.where(view.token < 0, -1, group[view.token.clamp(min=0)]).cpu().numpy()
+    seen = view.seen.float().cpu().numpy()
+    return draw_seen(here, seen) if image is None else draw(image, here, seen)

@@ -133,13 +133,13 @@ def _small(parts: Parts, pictures: int) -> Any:
 
 
 def _random_merges(pictures: int, tokens: int) -> Replay:
-    """In every layer a random half of the tokens of even index merges, in pictures of the second image a quarter."""
+    """In every layer a random half of the A tokens merges, in pictures of the second image a quarter."""
     generator = np.random.default_rng(0)
     into_of = []
     for picture in range(pictures):
         left, layers = tokens, []
         for _ in range(LAYERS):
-            partner = generator.integers(0, left // 2, (left + 1) // 2)
+            partner = generator.integers(0, left // 2, left // 2)  # behind whatever prefix there are so many A and B
             merges = generator.random(len(partner)) < 0.5 / (1 + picture * BATCH // pictures)
             into = np.where(merges, partner, -1)
             left -= int((into >= 0).sum())

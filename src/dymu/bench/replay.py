@@ -4,6 +4,9 @@ A model with random weights merges nonsense: its group shapes, on which time and
 real picture. So the merges of a real encoder (the demo model's DINOv2-S, 576 tokens of a 336 px photo, and 729 of one
 of 378 px) were recorded once by `benchmarks/record_merges.py`, and any encoder of as many tokens and at least as many
 layers can go through them again.
+
+The recorded encoder has a class token, which counts where tokens are paired: of the patches, those at an odd index are
+A. Where a tower has none, its k-th tokens of A and of B stand for the recorded k-th ones, one patch away.
 """
 
 from __future__ import annotations
@@ -21,9 +24,13 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from dymu.errors import BadBudget, UnsupportedModel
+from dymu.merging import Layout, a_count, merge_step
 from dymu.reducers import Candidates, Reducer
+from dymu.token_map import TokenMap
 
 FOLDER = Path(__file__).parent
+PREFIX = 1
+"""Tokens ahead of the patches where merges are recorded."""
 NEAR = 0.05
 """Largest relative distance of a budget from the recorded one that is used for it."""
 
@@ -37,7 +44,7 @@ class Recorded:
         layers: of the recorded encoder; all merge.
         photos: names of their files.
         thresholds: at each budget, the similarity per layer that decided.
-        into: at each budget, for each photo and layer, int16 [A] as `Reducer.in_layer` answers.
+        into: at each budget, for each photo and layer, int16 [A] as `Reducer.in_layer` answers behind a class token.
     """
 
     tokens: int
@@ -49,6 +56,15 @@ class Recorded:
     def kept(self, budget: int) -> list[int]:
         """Tokens left of each photo."""
         return [self.tokens - sum(int((layer >= 0).sum()) for layer in photo) for photo in self.into[budget]]
+
+    def merged(self, budget: int, photo: int) -> TokenMap:
+        """Of one photo: its tokens to those that are left."""
+        layout = Layout.equal(1, PREFIX + self.tokens)
+        merged = TokenMap.identity(1, layout.longest)
+        for into in self.into[budget][photo]:
+            step, layout = merge_step(torch.from_numpy(into.astype(np.int64))[None], layout, PREFIX)
+            merged = merged.then(step)
+        return merged.drop(PREFIX)
 
     def budget_near(self, budget: int | float, pictures: int = 1) -> int:
         """The recorded budget, of one photo, for one in tokens, or a fraction of all as a float up to 1.
@@ -123,17 +139,23 @@ def recorded(tokens: int = 576) -> Recorded:
 
 
 def _cut(flat: np.ndarray, tokens: int, layers: int, photos: int) -> tuple[tuple[np.ndarray, ...], ...]:
-    """Split what `save` joined: a layer has a number for each token of even index that reaches it."""
+    """Split what `save` joined: a layer has a number for each A token that reaches it.
+
+    Raises:
+        ValueError: there are more numbers or fewer, such as those of another pairing.
+    """
     start = 0
     cut = []
     for _ in range(photos):
         left, of_photo = tokens, []
         for _ in range(layers):
-            layer = flat[start : start + (left + 1) // 2]
+            layer = flat[start : start + a_count(PREFIX + left, PREFIX)]
             start += len(layer)
             left -= int((layer >= 0).sum())
             of_photo.append(layer)
         cut.append(tuple(of_photo))
+    if start != len(flat):
+        raise ValueError(f"these are {len(flat)} recorded merges, not {start}; record them anew.")
     return tuple(cut)
 
 
@@ -147,12 +169,12 @@ class Replay(Reducer):
 
     Args:
         tokens: of every image ahead of the first layer.
-        into: for each image and recorded layer, whole numbers [A] as `Reducer.in_layer` answers.
+        into: for each image and recorded layer, whole numbers [A], see `Recorded`.
     """
 
     tokens: int
     into: tuple[tuple[np.ndarray, ...], ...]
-    _padded: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _padded: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         recorded_layers = len(self.into[0])
@@ -174,12 +196,13 @@ class Replay(Reducer):
         layer = self.recorded_layer(candidates.layer, candidates.layers)
         if layer is None:
             return None
-        similarity, partner = candidates.similarity, candidates.partner
-        key = (layer, partner.device)
+        similarity, partner, prefix = candidates.similarity, candidates.partner, candidates.prefix
+        key = (layer, prefix, partner.device)
         if key not in self._padded:
-            rows = [torch.from_numpy(image[layer].astype(np.int64)) for image in self.into]
             padded = torch.full(partner.shape, -1)
-            for row, into in zip(padded, rows, strict=True):
-                row[: len(into)] = into
+            for row, image in zip(padded, self.into, strict=True):
+                left = prefix + self.tokens - sum(int((into >= 0).sum()) for into in image[:layer])
+                b_count = left - prefix - a_count(left, prefix)
+                row[: len(image[layer])] = torch.from_numpy(image[layer].astype(np.int64)).clamp(max=b_count - 1)
             self._padded[key] = padded.to(partner.device)
         return torch.where(similarity > -torch.inf, self._padded[key], -1)

@@ -8,10 +8,7 @@ import torch
 
 from dymu.calibration.quantile import NEVER, threshold_for
 from dymu.calibration.spill import Slot, Spill
-from dymu.merging import PictureTokens, above
-
-ROUNDS = 6
-"""Each takes about a quarter of the tokens where eight in ten are to go."""
+from dymu.merging import ROUNDS, PictureTokens, above
 
 
 @dataclass(frozen=True)

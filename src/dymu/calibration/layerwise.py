@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dymu.calibration.in_prompt import ROUNDS, Waiting, rounds
+from dymu.calibration.in_prompt import Waiting, rounds
 from dymu.calibration.quantile import NEVER, threshold_for
 from dymu.calibration.samples import Inputs, shape_only
 from dymu.calibration.spill import Slot, Spill
@@ -16,7 +16,7 @@ from dymu.errors import BadBudget, DymuError
 from dymu.families.resolve import Parts
 from dymu.hooks.trace import features_of, grid, trace
 from dymu.item import Item
-from dymu.merging import MergedTokens, above
+from dymu.merging import ROUNDS, MergedTokens, above
 from dymu.reducers import picture_tokens
 from dymu.thresholds import Calibrated
 from dymu.token_map import TokenMap

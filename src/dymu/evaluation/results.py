@@ -7,19 +7,23 @@ answers to them, or one row's cost of one example.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from dymu.choices import UNMERGE
+from dymu.errors import BadOutput
 from dymu.evaluation.methods import FORMER, Row
-from dymu.files import Count, decoded
-from dymu.measure.costs import Cost
+from dymu.files import Amount, Count, decoded, first_line
 from dymu.measure.results import BadResults, check_same_run, read_bytes
+from dymu.measure.times import Cost
 
 FORMAT: Literal[1] = 1
+Record = TypeVar("Record", bound=msgspec.Struct)
 CHANGING = ("date",)
 """Header fields that may differ between a run and its continuation."""
 
@@ -90,7 +94,18 @@ class Examples(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Answers(msgspec.Struct, forbid_unknown_fields=True):
-    """A row's answers to a batch: texts, scores from 0 to 1, image tokens kept.
+    """A row's answers to a batch.
+
+    Attributes:
+        answers: their texts.
+        scores: from 0 to 1.
+        kept: image tokens.
+        same: whether the text equals the untouched model's.
+        kl: KL divergence in nats of the untouched model's distribution of a token from the row's, the mean over the
+            tokens of the untouched model's answer, each after the same tokens. None where it is no finite number, or
+            that answer holds an image's placeholder.
+
+    `same` and `kl` are None where files of older versions do not say.
 
     Raises:
         ValueError: not as many of one as of another.
@@ -99,10 +114,14 @@ class Answers(msgspec.Struct, forbid_unknown_fields=True):
     answers: list[str]
     scores: list[Annotated[float, msgspec.Meta(ge=0, le=1)]]
     kept: list[Count]
+    same: list[bool | None] = []
+    kl: list[Amount | None] = []
 
     def __post_init__(self) -> None:
-        if not len(self.answers) == len(self.scores) == len(self.kept):
-            raise ValueError("`answers`, `scores` and `kept` differ in length")
+        self.same = self.same or [None] * len(self.answers)
+        self.kl = self.kl or [None] * len(self.answers)
+        if not len(self.answers) == len(self.scores) == len(self.kept) == len(self.same) == len(self.kl):
+            raise ValueError("`answers`, `scores`, `kept`, `same` and `kl` differ in length")
 
 
 class Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -200,26 +219,58 @@ class ResultFile:
 
     Raises:
         BadResults: the file belongs to another run.
+        BadOutput: it cannot be written.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        self._path = path
-        if path.exists() and path.stat().st_size:
-            header = msgspec.json.decode(msgspec.json.encode(header), type=Header)
+        self._path, header = path, as_written(header)
+        with _named(path):
+            begun = path.exists() and path.stat().st_size > 0
+        if begun:
             self.results = Results.load(path)
             check_same_run(path, header, self.results.header, {*Header.__struct_fields__} - {*CHANGING})
-            os.truncate(path, read_bytes(path).rfind(b"\n") + 1)  # a killed run leaves an incomplete last line
+            with _named(path):
+                os.truncate(path, read_bytes(path).rfind(b"\n") + 1)  # a killed run leaves an incomplete last line
         else:
             self.results = Results(header)
             self._write(header)
 
     def add(self, line: Line) -> None:
-        """Append a line and make sure that it is on the disk."""
+        """Append a line and make sure that it is on the disk.
+
+        Raises:
+            BadOutput: it cannot be written.
+        """
+        line = as_written(line)
         self._write(line)
         self.results.take(line)
 
     def _write(self, record: msgspec.Struct) -> None:
-        with self._path.open("ab") as stream:
+        with _named(self._path), self._path.open("ab") as stream:
             stream.write(msgspec.json.encode(record) + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadOutput(
+            f"{path} could not be written ({first_line(error)}): make room, or name another file."
+        ) from error
+
+
+def as_written(record: Record) -> Record:
+    """A record as a file gives it back: half of a surrogate pair, which UTF-8 cannot hold, is its escape."""
+    return msgspec.json.decode(msgspec.json.encode(escaped(msgspec.to_builtins(record))), type=type(record))
+
+
+def escaped(value: Any) -> Any:
+    """A text whose lone surrogates are their escapes, or plain data with such texts in it."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {escaped(key): escaped(item) for key, item in value.items()}
+    return [escaped(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -10,24 +10,37 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import PreTrainedModel
 
-from dymu.errors import AlreadyApplied, BadImage, DymuError
-from dymu.evaluation.methods import Row
-from dymu.evaluation.results import FORMAT, Answers, Examples, Header, Line, Model, ResultFile, Results
+from dymu.errors import AlreadyApplied, BadImage, BadPrompt, BadQuestion, DymuError
+from dymu.evaluation.divergence import divergences
+from dymu.evaluation.methods import UNTOUCHED, Row
+from dymu.evaluation.results import (
+    FORMAT,
+    Answers,
+    Examples,
+    Header,
+    Line,
+    Model,
+    ResultFile,
+    Results,
+    as_written,
+    escaped,
+)
 from dymu.evaluation.rows import check, running
-from dymu.evaluation.tasks import Example, Task, check_task, example_of, score_of
+from dymu.evaluation.tasks import Example, Task, check_task, described, example_of, length_of, score_of
 from dymu.families.resolve import resolve
+from dymu.files import expanded
 from dymu.handle import Handle, handle_of, name_of
-from dymu.measure.costs import Cost, cost
+from dymu.measure.costs import cost
 from dymu.measure.progress import bar_of
 from dymu.measure.provenance import device_name, fingerprint, short_hash, thresholds_hash, versions
 from dymu.measure.results import BadResults
-from dymu.prompting import generate, image_tokens, inputs_for
+from dymu.measure.times import Cost
+from dymu.prompting import Answer, answers, check_question, image_tokens, inputs_for
 from dymu.thresholds import Thresholds
 
 
@@ -61,14 +74,15 @@ def evaluate(
         batch_size: questions that are answered together.
         timed: questions per task of which every row is timed as well, alone, one row after the other.
         seed: of all random numbers.
-        progress: show a bar on stderr, if that is a terminal.
+        progress: show a bar on stderr, or lines where that is no terminal.
 
     Raises:
         BadResults: `output` belongs to another run.
         BadBudget, BadThresholds, UnsupportedModel: the model cannot run a row.
         AlreadyApplied: DyMU is applied to the model.
         DymuError: two tasks have the same name.
-        BadPrompt: a task, or an example or score of it, is not as `Task` and `Example` say.
+        BadPrompt: a task, or an example or score of it, is not as `Task` and `Example` say, or fails.
+        BadOutput: `output` cannot be written.
         ValueError: a `batch_size` below 1, or a row of an unknown method or way to unmerge.
     """
     if batch_size < 1:
@@ -76,13 +90,12 @@ def evaluate(
     if handle_of(model) is not None:
         raise AlreadyApplied("DyMU is applied to this model, so nothing could be compared; call handle.remove() first.")
     by_schedule = {calibrated.schedule or "": calibrated for calibrated in thresholds}
-    lengths = {task.name: len(task) if limit is None else min(limit, len(task)) for task in tasks}
-    if len(lengths) < len(tasks):
-        names = Counter(task.name for task in tasks)
-        name = next(name for name in names if names[name] > 1)
-        raise DymuError(f"{names[name]} tasks are named {name}; give each task once, or rename a folder.")
     for task in tasks:
         check_task(task)
+    (name, times), *_ = Counter(escaped(task.name) for task in tasks).most_common(1) or [("", 0)]
+    if times > 1:
+        raise DymuError(f"{times} tasks are named {name}; give each task once, or rename a folder.")
+    lengths = {escaped(task.name): length_of(task, limit) for task in tasks}
     tokens = full_tokens(model, processor, by_schedule.values())
     for row in rows:
         check(row, model, tokens, by_schedule)
@@ -95,9 +108,12 @@ def evaluate(
             weights=fingerprint(model),
             dtype=str(model.dtype).removeprefix("torch."),
         ),
-        tasks={task.name: {**task.describe(), "length": lengths[task.name]} for task in tasks},
+        tasks={
+            name: {**described(task), "length": length}
+            for task, (name, length) in zip(tasks, lengths.items(), strict=True)
+        },
         rows=list(rows),
-        yes_no={task.name: list(task.yes_no) for task in tasks},
+        yes_no={escaped(task.name): list(task.yes_no) for task in tasks},
         batch_size=batch_size,
         timed=timed,
         seed=seed,
@@ -106,16 +122,18 @@ def evaluate(
         processor=short_hash([processor.chat_template, processor.image_processor.to_dict()]),
         thresholds={schedule: thresholds_hash(calibrated) for schedule, calibrated in by_schedule.items()},
     )
-    asker = _Asker(ResultFile(Path(output), header), model, processor, by_schedule, tokens, seed)
+    asker = _Asker(ResultFile(expanded(output), header), model, processor, by_schedule, tokens, seed)
     with bar_of(progress, remaining=False) as bar:
         todo = bar.add_task("", total=sum(lengths.values()) * len(rows))
-        for task in tasks:
-            for start in range(0, lengths[task.name], batch_size):
-                batch = _Batch(asker, task, start, min(start + batch_size, lengths[task.name]))
+        for task, (name, length) in zip(tasks, lengths.items(), strict=True):
+            for start in range(0, length, batch_size):
+                batch = _Batch(asker, task, name, start, min(start + batch_size, length))
                 for row in rows:
-                    bar.update(todo, description=f"{task.name} · {row.key}")
+                    bar.update(todo, description=f"{name} · {row.key}")
                     batch.answer(row)
                     bar.advance(todo, batch.stop - batch.start)
+                    if batch.stop == length:
+                        bar.say(f"{name} · {row.key}: all {length:,} questions")
                 batch.time(rows, timed)
     return asker.file.results
 
@@ -167,50 +185,71 @@ class _Batch:
 
     asker: _Asker
     task: Task
+    name: str
     start: int
     stop: int
 
     def answer(self, row: Row) -> None:
         """Ask one row, unless its answers are in the file."""
         asker = self.asker
-        if (self.task.name, self.start) in asker.file.results.answers.get(row.key, {}):
+        if (self.name, self.start) in asker.file.results.answers.get(row.key, {}):
             return
-        answers, kept = list[str](), list[int]()
+        lines, kept, kl = list[Answer](), list[int](), list[float | None]()
+        untouched = self.untouched
         if self.examples:
             with asker.running(row) as handle:
-                inputs = asker.inputs([*self.examples.values()]) if row.method == "downscale" else self.inputs
-                answers, _ = generate(asker.model, asker.processor, inputs, self.task.max_new_tokens)
+                inputs = self.inputs_of() if row.method == "downscale" else self.inputs
+                lines = untouched if row == UNTOUCHED else self.answers(inputs)
                 if handle is None:
                     kept = image_tokens(asker.model, inputs)
                 else:
                     left = iter(handle.last.kept)
                     kept = [sum(islice(left, len(example.images))) for example in self.examples.values()]
-        scores = [
-            round(score_of(self.task, index, example, answer), 4)
-            for (index, example), answer in zip(self.examples.items(), answers, strict=True)
-        ]
-        asker.file.add(Line(self.task.name, self.start, row.key, answers=Answers(answers, scores, kept)))
+                kl = divergences(asker.model, untouched, lines, self.inputs_of)
+        answers = Answers(
+            answers=[line.text for line in lines],
+            scores=[
+                round(score_of(self.task, index, example, line.text), 4)
+                for (index, example), line in zip(self.examples.items(), lines, strict=True)
+            ],
+            kept=kept,
+            same=[line.text == before.text for line, before in zip(lines, untouched, strict=True)],
+            kl=kl,
+        )
+        asker.file.add(Line(self.name, self.start, row.key, answers=answers))
 
     def time(self, rows: Sequence[Row], timed: int) -> None:
         """Time every row on each example among the first `timed`, unless its costs are in the file."""
         for index in range(self.start, min(self.stop, timed)):
             turn = index % len(rows)  # so that no row always comes after the same other
             costs = self.asker.file.results.costs
-            todo = [
-                row for row in (*rows[turn:], *rows[:turn]) if (self.task.name, index) not in costs.get(row.key, {})
-            ]
+            todo = [row for row in (*rows[turn:], *rows[:turn]) if (self.name, index) not in costs.get(row.key, {})]
             if not todo:
                 continue
             try:
-                example = example_of(self.task, index)
-            except BadImage:
+                example = self.example(index)
+            except (BadImage, BadQuestion):
                 continue
             for row in todo:
-                self.asker.file.add(Line(self.task.name, index, row.key, cost=self.asker.cost(row, example)))
+                self.asker.file.add(Line(self.name, index, row.key, cost=self.asker.cost(row, example)))
+
+    def example(self, index: int) -> Example:
+        """One example.
+
+        Raises:
+            BadImage, BadQuestion: it is left out, and why.
+            BadPrompt: it is not as `Example` says.
+        """
+        example = example_of(self.task, index)
+        try:
+            check_question(self.asker.processor, example.question)
+        except BadPrompt as error:
+            raise BadQuestion(f"example {index} of {self.name} is left out: {error}") from error
+        return example
 
     @cached_property
     def examples(self) -> dict[int, Example]:
-        """The examples by index, without those whose image cannot be read; they are written to the file if new.
+        """The examples by index, without those that cannot be asked; they are written to the file if new.
 
         Raises:
             BadResults: the file holds others.
@@ -219,8 +258,8 @@ class _Batch:
         now, examples = Examples([], [], [], [], []), dict[int, Example]()
         for index in range(self.start, self.stop):
             try:
-                example = example_of(self.task, index)
-            except BadImage as error:
+                example = self.example(index)
+            except (BadImage, BadQuestion) as error:
                 now.skipped.append((index, str(error)))
                 continue
             examples[index] = example
@@ -228,17 +267,31 @@ class _Batch:
             now.kind.append(example.kind)
             now.references.append(list(example.references))
             now.measures.append({name: round(float(value), 4) for name, value in example.measures.items()})
-        before = self.asker.file.results.examples.get((self.task.name, self.start))
+        before = self.asker.file.results.examples.get((self.name, self.start))
         if before is None:
-            self.asker.file.add(Line(self.task.name, self.start, examples=now))
-        elif before != now:
+            self.asker.file.add(Line(self.name, self.start, examples=now))
+        elif before != as_written(now):
             raise BadResults(
-                f"examples {self.start} to {self.stop - 1} of {self.task.name} are not those of the result file, "
+                f"examples {self.start} to {self.stop - 1} of {self.name} are not those of the result file, "
                 "as where an image was mended or replaced: begin a new file with -o."
             )
         return examples
 
+    def inputs_of(self, numbers: Iterable[int] | None = None) -> dict[str, Any]:
+        """The prompts of these examples of the batch; None: of all."""
+        examples = list(self.examples.values())
+        return self.asker.inputs(examples if numbers is None else [examples[number] for number in numbers])
+
+    def answers(self, inputs: dict[str, Any]) -> list[Answer]:
+        """What the model answers, as it is now."""
+        return answers(self.asker.model, self.asker.processor, inputs, self.task.max_new_tokens)
+
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """The prompts of all rows that keep the images' size."""
-        return self.asker.inputs([*self.examples.values()])
+        return self.inputs_of()
+
+    @cached_property
+    def untouched(self) -> list[Answer]:
+        """The untouched model's answers, which every row is compared with; to be had while no row changes the model."""
+        return self.answers(self.inputs) if self.examples else []

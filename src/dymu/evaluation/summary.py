@@ -1,4 +1,4 @@
-"""From a result file to the numbers of a table: means, bootstrap intervals, paired differences."""
+"""From a result file to the numbers of a table: means, their 95 % intervals, paired differences."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from statistics import NormalDist
 from typing import TypeVar
 
 import msgspec
 import numpy as np
-from scipy.stats import bootstrap
 
 from dymu.errors import DymuError
 from dymu.evaluation.methods import UNTOUCHED, Row
 from dymu.evaluation.results import Answers, Examples, Results
 from dymu.evaluation.tasks.scoring import f1, yes_or_no
-from dymu.measure.timing import Times
+from dymu.measure.times import Times
 
 RESAMPLES = 2000
+Z2 = NormalDist().inv_cdf(0.975) ** 2
+"""Square of the normal quantile of a 95 % interval."""
 ALL = "all"
+SHARE: tuple[float, float] = (0.0, 1.0)
+"""The least and the greatest of a score."""
 Batch = TypeVar("Batch", Examples, Answers)
 
 
 @dataclass(frozen=True)
 class Share:
-    """A mean score of n examples and its 95 % bootstrap interval, all from 0 to 1 (differences from -1)."""
+    """A mean over n examples and its 95 % interval, see `share`."""
 
     mean: float
     low: float
@@ -52,7 +56,10 @@ class RowSummary:
         against: the row that it is compared with; None for that row itself, or where there is none.
         against_tokens: the mean image tokens of that row; 0 where there is none.
         difference: accuracy minus that of that row on the same examples.
-        f1: of the answer "yes", by kind of yes-or-no questions.
+        f1: of the answer "yes", by kind of yes-or-no questions; None for a kind without a question whose answer is yes.
+        same: by kind, the share of answers that equal the untouched model's; without kinds of which the file says none.
+        divergence: likewise the mean KL divergence of the untouched model's distribution from the row's, in nats per
+            token of the untouched answer, see `Answers.kl`.
         costs: None where nothing was timed.
     """
 
@@ -63,7 +70,9 @@ class RowSummary:
     against: Row | None
     against_tokens: float
     difference: dict[str, Share]
-    f1: dict[str, float]
+    f1: dict[str, float | None]
+    same: dict[str, Share]
+    divergence: dict[str, Share]
     costs: Costs | None
 
 
@@ -154,15 +163,19 @@ def summarise(
                 against_tokens=0.0 if other is None else float(kept[other].mean()),
                 difference={}
                 if other is None
-                else {kind: share((scores[row] - scores[other])[indices]) for kind, indices in members.items()},
+                else {
+                    kind: share((scores[row] - scores[other])[indices], (-1, 1)) for kind, indices in members.items()
+                },
                 f1={
-                    kind: f1(
+                    kind: _f1(
                         [yes_or_no(answers[row].answers[index]) for index in indices],
                         [yes_or_no(examples.references[index][0]) for index in indices],
                     )
                     for kind, indices in members.items()
                     if kind in yes_no
                 },
+                same=_known(members, answers[row].same, None if row == UNTOUCHED else SHARE),
+                divergence=_known(members, answers[row].kl, None),
                 costs=_costs(results, row),
             )
         )
@@ -191,17 +204,52 @@ def _kind(results: Results, task: str, kind: str) -> str:
     return f"{task}: {kind}" if len(results.header.tasks) > 1 else kind
 
 
-def share(scores: np.ndarray) -> Share:
-    """Mean and percentile bootstrap interval; the same scores always give the same interval."""
-    if len(scores) == 0:
+def share(values: np.ndarray, ends: tuple[float, float] | None = SHARE) -> Share:
+    """The mean of some values and its 95 % interval; the same values always give the same.
+
+    Of right and wrong (0 and 1) it is Wilson's; else the percentile bootstrap's. Equal values resample to themselves,
+    so there the bootstrap would claim certainty: the interval is then that of the mean if as many other values as
+    Wilson allows where none of n was seen are as far away as they can be.
+
+    Args:
+        ends: the least and the greatest value that there can be. None: nothing bounds them, and equal values have no
+            interval (`low` and `high` are the mean).
+    """
+    count = len(values)
+    if count == 0:
         return Share(math.nan, math.nan, math.nan, 0)
-    mean = float(scores.mean())
-    if len(np.unique(scores)) == 1:  # of which scipy finds no interval
-        return Share(mean, mean, mean, len(scores))
-    interval = bootstrap(
-        (scores,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return Share(mean, float(interval.low), float(interval.high), len(scores))
+    mean = float(values.mean())
+    if ends == SHARE and np.isin(values, ends).all():
+        centre = (mean + Z2 / (2 * count)) / (1 + Z2 / count)
+        width = math.sqrt(Z2 * (mean * (1 - mean) + Z2 / (4 * count)) / count) / (1 + Z2 / count)
+        low, high = centre - width, centre + width
+    elif (values == values[0]).all():
+        others = Z2 / (count + Z2)
+        low, high = (mean + others * (end - mean) for end in ends or (mean, mean))
+    else:
+        low, high = _resampled(values)
+    return Share(mean, *((low, high) if ends is None else (max(low, ends[0]), min(high, ends[1]))), count)
+
+
+def _resampled(values: np.ndarray) -> tuple[float, float]:
+    """The percentile bootstrap's interval of the mean."""
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _known(
+    members: dict[str, list[int]], values: Sequence[float | None], ends: tuple[float, float] | None
+) -> dict[str, Share]:
+    """By kind, the mean of the values that are known; without kinds of which none is."""
+    known = {
+        kind: [value for index in indices if (value := values[index]) is not None] for kind, indices in members.items()
+    }
+    return {kind: share(np.array(some, dtype=np.float64), ends) for kind, some in known.items() if some}
+
+
+def _f1(said: list[str | None], right: list[str | None]) -> float | None:
+    return f1(said, right) if "yes" in right else None
 
 
 def _costs(results: Results, row: Row) -> Costs | None:

@@ -16,6 +16,8 @@ _UNMERGE = {
     FORMER: ", compact without sizes",
     "none": "",
 }
+LIKENESS = ["same answer, %", "KL per token, nats"]
+"""Headings of the cells of `likeness`."""
 
 
 def series(row: Row) -> str:
@@ -27,17 +29,18 @@ def series(row: Row) -> str:
 
 
 def accuracy_table(summaries: Sequence[RowSummary], against: str = "untouched") -> str:
-    """Mean tokens, right answers over all kinds and for each, and the paired difference from `against`'s rows."""
+    """Mean tokens, right answers over all kinds and for each, paired differences from `against`'s rows, `likeness`."""
     of_kind = {kind: share.n for kind, share in summaries[0].accuracy.items() if kind != ALL}
     header = ["", "tokens", f"all (n = {summaries[0].accuracy[ALL].n})", f"against {METHODS[against].label}"]
-    header += [f"{kind} ({count})" for kind, count in of_kind.items()]
+    header += [*LIKENESS, *(f"{kind} ({count})" for kind, count in of_kind.items())]
     lines = []
     for row in summaries:
         cells = [series(row.row), f"{row.tokens_mean:.0f} ± {row.tokens_sd:.0f}", _percent(row.accuracy[ALL])]
-        cells.append(difference(row))
+        cells += [difference(row), *likeness(row)]
         for kind in of_kind:
-            f1 = f", F1 of yes {100 * row.f1[kind]:.0f}" if kind in row.f1 else ""
-            cells.append(f"{100 * row.accuracy[kind].mean:.1f}{f1}")
+            f1 = row.f1.get(kind)
+            of_yes = f", F1 of yes {'–' if f1 is None else f'{100 * f1:.0f}'}" if kind in row.f1 else ""
+            cells.append(f"{100 * row.accuracy[kind].mean:.1f}{of_yes}")
         lines.append(cells)
     return markdown(header, lines)
 
@@ -91,6 +94,20 @@ def _short(value: float) -> str:
 
 def _percent(share: Share) -> str:
     return f"{100 * share.mean:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def likeness(summary: RowSummary, kind: str = ALL) -> list[str]:
+    """How many answers are the untouched model's, and KL(untouched ‖ row), with their intervals; – where unknown."""
+    same, divergence = summary.same.get(kind), summary.divergence.get(kind)
+    if same is None:
+        cells = ["–"]
+    else:
+        cells = [f"{100 * same.mean:.1f}" if same.low == same.high else _percent(same)]
+    if divergence is None:
+        return [*cells, "–"]
+    of = f" (n = {divergence.n})" if divergence.n < summary.accuracy[kind].n else ""
+    span = "" if divergence.low == divergence.high else f" [{divergence.low:.3g}, {divergence.high:.3g}]"
+    return [*cells, f"{divergence.mean:.3g}{span}{of}"]
 
 
 def difference(summary: RowSummary) -> str:

@@ -66,6 +66,16 @@ def draw(image: Image.Image, group: Labels, seen: Pixels) -> Image.Image:
     return Image.fromarray(_outline(_fill(pixels, labels, group), labels))
 
 
+def draw_seen(group: Labels, seen: Pixels) -> Image.Image:
+    """The same where the image is not at hand: coarse, in the colours of the patches, scaled to 0 to 255."""
+    rows, columns = group.shape
+    side = max(SHORTEST // 2 // max(rows, columns), 1)
+    spread = float(seen.max() - seen.min()) or 1.0
+    pixels = ((seen - seen.min()) / spread * 255).repeat(side, 0).repeat(side, 1)
+    labels = _labels(group, Fit("squash", (0, 0, 1, 1)), (columns * side, rows * side))
+    return Image.fromarray(_outline(_fill(pixels, labels, group), labels))
+
+
 def fits(width: int, height: int, aspect: float) -> Iterator[Fit]:
     """The ways in which processors fit an image into a grid that is `aspect` times as wide as high."""
     yield Fit("squash", (0, 0, 1, 1))

@@ -123,7 +123,8 @@ def _opened(av: Any, path: Path, name: str) -> Iterator[tuple[Any, Any]]:
                 raise BadVideo(f"{name} is encoded in a way that PyAV cannot decode: convert it to H.264 in MP4.")
             if stream.codec_context.width * stream.codec_context.height > images.MAX_PIXELS:
                 raise too_many_pixels(name)
-            stream.thread_type = "AUTO"
+            # What several threads make of damaged frames depends on which of them comes first.
+            stream.codec_context.thread_count = 1
             yield container, stream
 
 
@@ -139,11 +140,12 @@ def _survey_packets(av: Any, path: Path, name: str) -> _Survey:
     stamps: list[int | None] = []
     keys: list[int] = []
     damaged = False
-    last = 0
+    last = packets = 0
     with _opened(av, path, name) as (container, stream):
         try:
             for packet in container.demux(stream):
-                if not packet.size or packet.is_discard:
+                packets += packet.dts is not None or packet.size > 0
+                if not packet.size or packet.is_discard:  # an empty one shows the last frame on; a cut hides others
                     continue
                 if packet.is_corrupt:
                     damaged = True
@@ -154,7 +156,8 @@ def _survey_packets(av: Any, path: Path, name: str) -> _Survey:
                     keys.append(packet.pts)
         except av.FFmpegError:
             damaged = True
-        base, promised, says = float(stream.time_base), stream.frames, _said_seconds(container, stream)
+        base, says = float(stream.time_base), _said_seconds(container, stream)
+        promised = 0 if container.format.name == "avi" else stream.frames  # AVI counts empty packets too
     if not stamps and not damaged and not promised:
         raise BadVideo(f"{name} holds no frames: record or export it anew.")
     known = sorted(stamp for stamp in stamps if stamp is not None)
@@ -163,10 +166,10 @@ def _survey_packets(av: Any, path: Path, name: str) -> _Survey:
         return _Survey([0.0] * len(stamps), 0.0, None, [], notes)
     times = [(stamp - known[0]) * base for stamp in known]
     length = times[-1] + last * base
-    if damaged or promised > len(known):
-        of = f" of {promised:,}" if promised > len(known) else ""
+    if damaged or promised > packets:
+        of = f" of {promised:,}" if promised > packets else ""
         notes.append(f"the file is damaged or cut short: {len(known):,}{of} frames could be read")
-    elif says is not None and says > length * _SLACK + 1:
+    elif says is not None and says > max(length, (known[-1] + last) * base) * _SLACK + 1:  # some count from zero
         notes.append(f"the file says that it lasts {says:,.1f} s, and holds frames for {length:,.1f} s")
     return _Survey(times, last * base, known, sorted(keys), notes)
 
@@ -224,7 +227,7 @@ def _survey_frames(av: Any, path: Path, name: str, before: _Survey) -> _Survey:
     notes = before.notes
     if lost and not notes:
         notes = [f"the file is damaged or cut short: {counted(len(stamps), 'frame')} could be read, {lost:,} not"]
-    rising = [stamp for stamp in stamps if stamp is not None]
+    rising = sorted(stamp for stamp in stamps if stamp is not None)  # AVI tells times in the order of storage
     if len(rising) == len(stamps) and all(one < other for one, other in pairwise(rising)):
         times = [(stamp - rising[0]) * base for stamp in rising]
         last = before.last or (times[-1] / (len(times) - 1) if len(times) > 1 else 0.0)

@@ -25,6 +25,7 @@ from typing import Any, Final
 from PIL import Image, UnidentifiedImageError
 
 from dymu.errors import BadVideo
+from dymu.files import expanded
 from dymu.media import film, images
 from dymu.media.frames import (
     Frames,
@@ -38,10 +39,35 @@ from dymu.media.frames import (
     too_many_pixels,
 )
 
-__all__ = ["LoadedVideo", "load", "spread"]
+__all__ = ["LoadedVideo", "is_film", "load", "spread"]
 
 ANIMATIONS: Final = ("GIF", "WEBP", "PNG", "AVIF")
-IN_FOLDERS: Final = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm")
+
+_FILMS: Final = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv")
+_SIGNATURES: Final = (
+    (0, rb"\x1aE\xdf\xa3"),  # Matroska and WebM
+    (0, rb"RIFF....AVI "),
+    (0, rb"\x00\x00\x01[\xb3\xba]"),  # MPEG
+    (0, rb"FLV\x01|OggS|0&\xb2u\x8ef\xcf\x11|\x1f\x07\x00"),  # ..., WMV, DV
+    (0, rb"(?:G.{187}){3}"),  # MPEG-TS
+    (4, rb"(?:G.{191}){2}G"),  # the same of camcorders, each packet with its time
+    (4, rb"ftyp(?!avi|mif|msf|hei|hev)|moov|mdat|wide|pnot|skip|free"),  # MP4 and MOV, but not AVIF and HEIC
+)
+"""Where they begin, and what the first bytes of each kind of video file are."""
+
+
+def is_film(path: Path) -> bool:
+    """Whether a file is a video for PyAV, by its first bytes; by its name only where they say nothing."""
+    try:
+        head = b""
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(600)
+        if any(re.compile(kind, re.DOTALL).match(head, at) for at, kind in _SIGNATURES):
+            return True
+        return path.suffix.lower() in _FILMS and _picture_kind(path, str(path)) is None
+    except (OSError, ValueError, BadVideo):  # `load` says what is wrong with it
+        return path.suffix.lower() in _FILMS
 
 
 def load(source: str | Path | Sequence[Image.Image], *, frames: int = 32) -> LoadedVideo:
@@ -58,7 +84,7 @@ def load(source: str | Path | Sequence[Image.Image], *, frames: int = 32) -> Loa
             f"a {type(source).__name__} is not a video: give the path of one, a folder of images, or a list of images."
         )
     if isinstance(source, (str, Path)):
-        return _from_path(Path(source).expanduser(), str(source), frames)
+        return _from_path(expanded(source), str(source), frames)
     return _from_images(source, frames)
 
 
@@ -98,7 +124,7 @@ def _from_images(source: Sequence[Image.Image], frames: int) -> LoadedVideo:
 def _from_folder(path: Path, name: str, frames: int) -> LoadedVideo:
     with said_of(name):
         inside = [file for file in path.iterdir() if not file.name.startswith(".")]
-        frame_files = sorted((file for file in inside if file.suffix.lower() in IN_FOLDERS), key=_by_number)
+        frame_files = sorted(filter(_is_frame, inside), key=_by_number)
     if not frame_files:
         raise BadVideo(f"{name} is a folder without images: name one that holds the frames, or a video file.")
     collected = Frames(name, "image")
@@ -108,6 +134,12 @@ def _from_folder(path: Path, name: str, frames: int) -> LoadedVideo:
     if others := len(inside) - len(frame_files):
         notes.append(f"{counted(others, 'other file')} in the folder left out")
     return LoadedVideo(collected.kept, None, None, (*notes, *collected.notes()), len(frame_files))
+
+
+def _is_frame(file: Path) -> bool:
+    """By its name, even where it is damaged; else by its first bytes."""
+    named = file.suffix.lower() in images.readable_suffixes()
+    return named or (file.is_file() and _picture_kind(file, file.name) is not None)
 
 
 def _by_number(file: Path) -> tuple[list[tuple[int, str]], str]:

@@ -86,8 +86,11 @@ class Layout:
         return self._range(self.longest) < self.length[:, None]
 
     def pad(self, x: Tensor) -> Tensor:
-        """Tokens as they travel, to [B, T, ...]; past an image's end stands some token, which the reader must mask."""
-        return self._rows(x, self.start, self.longest) if self.packed else x
+        """Tokens as they travel, to [B, T, ...]; past an image's end stands its last token, which the reader must mask.
+
+        It is never another image's, whose NaN or infinities would pass a weight of 0.
+        """
+        return self._rows(x, self.start, self.length[:, None], self.longest) if self.packed else x
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to tokens as they travel."""
@@ -97,7 +100,7 @@ class Layout:
         """Tokens as they travel, to [b, t, ...] for each bucket, like `pad`."""
         if not self.packed:
             return [x]
-        return [self._rows(x, start, longest) for start, _, longest in self._buckets]
+        return [self._rows(x, *bucket) for bucket in self._buckets]
 
     def absent(self) -> list[Tensor | None]:
         """bool [b, t] for each bucket, whether there is no token; None: there are all."""
@@ -114,8 +117,8 @@ class Layout:
     def _range(self, end: int) -> Tensor:
         return torch.arange(end, device=self.length.device)
 
-    def _rows(self, x: Tensor, start: Tensor, longest: int) -> Tensor:
-        index = (start + self._range(longest)).clamp_(max=self.total - 1)
+    def _rows(self, x: Tensor, start: Tensor, length: Tensor, longest: int) -> Tensor:
+        index = start + torch.minimum(self._range(longest), length - 1)
         return x[0].index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
 
     @cached_property

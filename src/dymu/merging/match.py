@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from dymu.merging.layout import Layout
 from dymu.token_map import at_least_float32
+
+N = TypeVar("N", int, Tensor)
 
 
 def similarity_metric(keys: Tensor) -> Tensor:
@@ -22,21 +26,37 @@ def similarity_metric(keys: Tensor) -> Tensor:
     return normalize(at_least_float32(keys).sum(-2), dim=-1)  # a sum, once normalised, is a mean
 
 
+def halves(prefix: int) -> tuple[slice, slice]:
+    """Which tokens are A, those at an even index, and which B, at an odd one.
+
+    The index is counted from the first token of the sequence, as in ToMe and in the authors' code: behind one class
+    token the first patch is in B.
+
+    Args:
+        prefix: leading tokens (class, registers) that never merge: they count, and are in neither half.
+    """
+    return slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
+
+
+def a_count(tokens: N, prefix: int) -> N:
+    """A, how many of `tokens` tokens are in the first half, see `halves`."""
+    return (tokens + 1) // 2 - (prefix + 1) // 2
+
+
 def best_partner(metric: Tensor, layout: Layout, prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """For every token at an even index (A), the most similar one at an odd index (B).
+    """For every token of A the most similar one of B, see `halves`.
 
     Args:
         metric: unit vectors of all tokens, in `layout`, with D channels.
         layout: of the tokens.
-        prefix: leading tokens (class, registers) of each image that never merge; counting starts behind them.
+        prefix: leading tokens of each image that never merge.
 
     Returns:
-        similarity: [B, A] of A = ceil((T - prefix) / 2), cosine to the best partner; -inf where an image has no such
-            token or no B at all.
+        similarity: [B, A], cosine to the best partner; -inf where an image has no such token or no B at all.
         partner: int64 [B, A], its index within B.
     """
-    metric = layout.pad(metric)
-    a, b = metric[:, prefix::2], metric[:, prefix + 1 :: 2]
+    metric, (in_a, in_b) = layout.pad(metric), halves(prefix)
+    a, b = metric[:, in_a], metric[:, in_b]
     if b.shape[1] == 0:
         return a.new_full(a.shape[:2], -torch.inf), a.new_zeros(a.shape[:2], dtype=torch.long)
     with torch.autocast(metric.device.type, enabled=False):
@@ -45,8 +65,8 @@ def best_partner(metric: Tensor, layout: Layout, prefix: int = 0) -> tuple[Tenso
         similarity, partner = scores.max(-1)
         return similarity, partner
     absent = ~layout.present
-    similarity, partner = scores.masked_fill_(absent[:, None, prefix + 1 :: 2], -torch.inf).max(-1)
-    return similarity.masked_fill(absent[:, prefix::2], -torch.inf), partner
+    similarity, partner = scores.masked_fill_(absent[:, None, in_b], -torch.inf).max(-1)
+    return similarity.masked_fill(absent[:, in_a], -torch.inf), partner
 
 
 def above(threshold: float, similarity: Tensor, partner: Tensor) -> Tensor:

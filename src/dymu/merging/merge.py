@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from dymu.merging.layout import Layout
+from dymu.merging.match import a_count, halves
 from dymu.token_map import TokenMap, at_least_float32
 
 
@@ -16,8 +17,7 @@ def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap,
     The new order is [prefix] [A that did not merge, in rising index] [B].
 
     Args:
-        into: int64 [B, ceil((T - prefix) / 2)], index within B of the partner that each A token merges into; -1: it
-            stays.
+        into: int64 [B, A], index within B of the partner that each A token merges into; -1: it stays. See `halves`.
         before: the layout of the tokens.
         prefix: leading tokens of each image that never merge.
 
@@ -25,19 +25,18 @@ def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap,
         TokenMap from the T tokens to those that remain, and their layout. One host synchronisation.
     """
     batch, tokens, device = before.batch, before.longest, into.device
-    b_count = (tokens - prefix) // 2
+    in_a, in_b = halves(prefix)
     stays = into < 0
-    stay_at = stays.cumsum(1).add_(prefix - 1)
-    b_start = stay_at[:, -1:] + 1
+    b_start = stays.sum(1, keepdim=True) + prefix
     if before.packed:  # an image's missing A tokens are its last ones, and stay
-        b_start -= into.shape[1] - (before.length[:, None] - prefix + 1) // 2
+        b_start -= into.shape[1] - a_count(before.length[:, None], prefix)
     group = torch.empty(batch, tokens, dtype=torch.long, device=device)
     group[:, :prefix] = torch.arange(prefix, device=device)
-    torch.where(stays, stay_at, into + b_start, out=group[:, prefix::2])
-    torch.add(b_start, torch.arange(b_count, device=device), out=group[:, prefix + 1 :: 2])
+    torch.where(stays, stays.cumsum(1) + (prefix - 1), into + b_start, out=group[:, in_a])
+    torch.add(b_start, torch.arange(group[:, in_b].shape[1], device=device), out=group[:, in_b])
     if before.packed:
         group.masked_fill_(~before.present, -1)
-    after = Layout.of(b_start[:, 0] + ((before.length - prefix) // 2 if before.packed else b_count))
+    after = Layout.of(before.length - (into >= 0).sum(1))
     return TokenMap(group, after.length, after.longest, before.packed), after
 
 

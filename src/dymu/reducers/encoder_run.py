@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dymu.merging import EncoderLayer, Layout, MergedTokens
+from dymu.merging import EncoderLayer, Layout, MergedTokens, a_count
 from dymu.reducers.reducer import Candidates, Pixels, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, take
 
@@ -18,8 +18,8 @@ class EncoderRun:
         depth: encoder layers that run and may merge, from the first on.
         shown: what the pictures show.
         prefix: class and register tokens ahead of the patches.
-        protected: leading tokens that never merge; more than `prefix` where the language model does not get the first
-            patch.
+        protected: leading tokens that never merge, though they count where tokens are paired; more than `prefix` where
+            the language model does not get the first patch.
 
     Attributes:
         states: the tokens ahead of the first layer, and after each.
@@ -108,7 +108,7 @@ class EncoderRun:
 
     def _check(self, into: Tensor, layout: Layout) -> None:
         """Raises ValueError where a reducer's `in_layer` answers something else than partners."""
-        shape = (layout.batch, (layout.longest - self.protected + 1) // 2)
+        shape = (layout.batch, a_count(layout.longest, self.protected))
         if into.dtype != torch.int64 or tuple(into.shape) != shape:
             raise ValueError(
                 f"{type(self.reducer).__name__}.in_layer must answer int64 {list(shape)}, the partner of each A token "

@@ -1,7 +1,9 @@
-"""ToMe (arXiv 2210.09461): every picture keeps the same number of tokens, whatever it shows."""
+"""ToMe (arXiv 2210.09461): as many tokens are left as were asked for, whatever a picture shows."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,16 +13,19 @@ from torch import Tensor
 from dymu.choices import SCHEDULES, Schedule
 from dymu.merging import removals
 from dymu.reducers.keep import check_keep, in_tokens
-from dymu.reducers.reducer import Candidates, Reducer
+from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, Stage, Tokens
 
 
 @dataclass(frozen=True)
 class FixedMerge(Reducer):
     """Plain ToMe: in every layer so many of the most similar tokens merge.
 
+    Where the language model gets other tokens than those of one picture (of tiles, less their padding; shrunk; pooled
+    frames), the most similar ones of each picture merge once more there, until the same part of them is left.
+
     Args:
         keep: tokens left of each picture, class token and registers not counted; a float up to 1 is a fraction. An
-            image that is cut into tiles is several pictures.
+            image that is cut into tiles, or a video, is several pictures.
         schedule: how the merges spread over the layers; ToMe's own is `constant`.
         layers: indices of the encoder layers that merge; None: all.
 
@@ -52,12 +57,26 @@ class FixedMerge(Reducer):
         if tokens is not None:
             self._counts(tokens, layers)
 
+    def reduces(self, stage: Stage, shown: Shown) -> bool:
+        return super().reduces(stage, shown) and not (stage == "in_prompt" and shown.single)
+
     def in_layer(self, candidates: Candidates) -> Tensor | None:
-        count = self._counts(candidates.tokens, candidates.layers)[candidates.layer]
+        # What is rounded up here merges in the prompt, where fractions of several pictures add up.
+        whole = round if candidates.shown.single else math.ceil
+        count = self._counts(candidates.tokens, candidates.layers, whole)[candidates.layer]
         return most_similar(count, candidates.similarity, candidates.partner) if count else None
 
-    def _counts(self, tokens: int, layers: int) -> list[int]:
-        return _counts(round(in_tokens(self.keep, tokens)), tokens, layers, self.schedule, self.layers)
+    def in_prompt(self, tokens: Tokens) -> Reduced:
+        patches = tokens.shown.rows * tokens.shown.columns
+        places = (tokens.map.group >= 0).sum(1)
+        goal = (places * in_tokens(self.keep, patches) / patches).round().long().clamp(min=1)
+        by_picture, index = tokens.by_picture()
+        item = index[by_picture.state.layout.start[:, 0]] // tokens.map.width
+        merged = by_picture.merge_to(goal, item)
+        return tokens.joined(merged.group, index, merged.x.flatten(0, 1))
+
+    def _counts(self, tokens: int, layers: int, whole: Callable[[float], int] = round) -> list[int]:
+        return _counts(whole(in_tokens(self.keep, tokens)), tokens, layers, self.schedule, self.layers)
 
 
 @cache

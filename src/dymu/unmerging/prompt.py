@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dymu.token_map import TokenMap, leaders_of
 
+
 def place_leaders(leaders: Tensor, mask: Tensor, items: Sequence[Tensor]) -> Tensor:
     """Leaders of all prompt tokens: those of `mask` follow the leaders of their item, the others stay as they are.
 

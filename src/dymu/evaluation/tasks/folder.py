@@ -25,6 +25,7 @@ from typing import Any
 from dymu.errors import BadPrompt
 from dymu.evaluation.tasks import scoring
 from dymu.evaluation.tasks.task import Example
+from dymu.files import expanded, first_line
 from dymu.media.images import load
 
 QUESTIONS = "questions.jsonl"
@@ -62,10 +63,10 @@ class Folder:
     """
 
     def __init__(self, folder: str | Path, max_new_tokens: int = 32) -> None:
-        self.folder, self.max_new_tokens = (folder := Path(folder).expanduser()), max_new_tokens
+        self.folder, self.max_new_tokens = (folder := expanded(folder)), max_new_tokens
         self.name = folder.resolve().name
         path = folder / QUESTIONS
-        if not path.is_file():
+        if not _is_file(path):
             raise BadPrompt(
                 f"{folder} holds no {QUESTIONS}, which has a question and its answer on each line: write one."
             )
@@ -73,6 +74,8 @@ class Folder:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise BadPrompt(f"{path} is not text in UTF-8: save it so.") from error
+        except OSError as error:
+            raise BadPrompt(f"{path} cannot be read ({first_line(error)}): check it.") from error
         asked = [
             _read(line, f"{path}, line {number}", self.name) for number, line in enumerate(lines, 1) if line.strip()
         ]
@@ -80,8 +83,8 @@ class Folder:
             raise BadPrompt(f"{path} is empty: write a question and its answer on each line.")
         for question in asked:
             for image in question.images:
-                if not (folder / image).is_file():
-                    raise BadPrompt(f"{path} names {image}, which is not in {folder}: put it there.")
+                if not _is_file(folder / image):
+                    raise BadPrompt(f"{path} names {image!r}, which is not in {folder}: put it there.")
         self._rules: dict[str, str] = {}
         for question in asked:
             if self._rules.setdefault(question.kind, question.score) != question.score:
@@ -142,6 +145,13 @@ def _read(line: str, where: str, folder: str) -> _Asked:
         raise BadPrompt(f'{where} is of the kind "all", which stands for all kinds together: name it otherwise.')
     measures = {name: float(value) for name, value in measures.items()}
     return _Asked(tuple(images), question, tuple(answers), kind, rule, measures)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, a zero byte, half of a character
+        return False
 
 
 def _is_number(value: object) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
-from dymu.errors import BadPrompt
+from dymu.errors import BadPrompt, DymuError
+from dymu.files import first_line
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,41 @@ def check_task(task: Task) -> None:
         raise _bad(str(task.name), "yes_no", task.yes_no, "a tuple of texts")
 
 
+def length_of(task: Task, limit: int | None) -> int:
+    """How many questions to ask, at most `limit`.
+
+    Raises:
+        BadPrompt: the task cannot say how many it has.
+    """
+    with _named(f"the length of {task.name}"):
+        return len(task) if limit is None else min(limit, len(task))
+
+
+def described(task: Task) -> dict[str, object]:
+    """The identity of its questions.
+
+    Raises:
+        BadPrompt: the task cannot say it.
+    """
+    with _named(f"the description of {task.name}"):
+        return dict(task.describe())
+
+
 def example_of(task: Task, index: int) -> Example:
     """The example of a task at this index.
 
     Raises:
-        BadPrompt: a field of it is not as `Example` says.
+        BadPrompt: it cannot be had, or a field of it is not as `Example` says.
     """
-    example, where = task[index], f"example {index} of {task.name}"
+    where = f"example {index} of {task.name}"
+    with _named(where):
+        example = task[index]
     if not isinstance(example, Example):
         raise BadPrompt(f"{where} is {reprlib.repr(example)}, which is no Example: mend the task.")
+    if not isinstance(example.question, str):
+        raise _bad(where, "question", example.question, "a text")
+    if not isinstance(example.images, (list, tuple)) or not all(isinstance(one, Image.Image) for one in example.images):
+        raise _bad(where, "images", example.images, "a tuple of PIL images")
     if not isinstance(example.kind, str) or example.kind in ("", "all"):
         raise _bad(where, "kind", example.kind, 'a text, but not "all", which stands for all kinds together')
     if not _are_texts(example.references):
@@ -95,12 +123,25 @@ def score_of(task: Task, index: int, example: Example, answer: str) -> float:
     """The task's score of an answer to the example at this index.
 
     Raises:
-        BadPrompt: it is no number from 0 to 1.
+        BadPrompt: it cannot be had, or is no number from 0 to 1.
     """
-    score = task.score(example, answer)
+    with _named(f"the score of example {index} of {task.name}"):
+        score = task.score(example, answer)
     if not _is_finite(score) or not 0 <= score <= 1:
         raise _bad(f"example {index} of {task.name}", "score", score, "a number from 0 to 1")
     return float(score)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Says of which part of a task an exception is; what the library raises says so itself."""
+    try:
+        yield
+    except DymuError:
+        raise
+    except Exception as error:
+        message = first_line(error).rstrip(".")
+        raise BadPrompt(f"{what} cannot be had ({type(error).__name__}: {message}): mend the task.") from error
 
 
 def _bad(where: str, field: str, value: object, rule: str) -> BadPrompt:
