@@ -182,7 +182,7 @@ def test_an_encoder_layer_with_something_more_in_it_is_refused(model):
 def test_weights_that_are_not_loaded_are_named():
     with torch.device("meta"):
         model = type(tiny.llava())(tiny.llava().config)
-    with pytest.raises(UnsupportedModel, match="weights are not loaded"):
+    with pytest.raises(UnsupportedModel, match="not loaded, or offloaded"):
         dymu.apply(model, merge=NOTHING)
 
 

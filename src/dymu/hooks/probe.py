@@ -38,7 +38,10 @@ class _Recorder:
 def check_layers(parts: Parts) -> None:
     """Raises UnsupportedModel, naming the layer that computes something else."""
     if any(parameter.is_meta for parameter in parts.model.parameters()):
-        raise UnsupportedModel("the model's weights are not loaded (they are on the device meta); load them first.")
+        raise UnsupportedModel(
+            "weights of the model are not loaded, or offloaded (they are on the device meta), which dymu does not know "
+            "yet; load all of them onto one device first."
+        )
     encoder = [] if parts.tower.training else _encoder_errors(parts)  # dropout would differ
     for index, error in enumerate(encoder):
         if error:
