@@ -107,6 +107,23 @@ def exchange_an_attention(model: Any) -> None:
     layer.self_attn = other(layer.self_attn)
 
 
+class Wrapped(nn.Module):
+    """Something around an attention layer."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, weights = self.base(*args, **kwargs)
+        return 1.5 * output, weights
+
+
+def wrap_an_attention(model: Any) -> None:
+    layer = model.model.language_model.layers[1]
+    layer.self_attn = Wrapped(layer.self_attn)
+
+
 def exchange_the_projector(model: Any) -> None:
     torch.manual_seed(3)
     model.model.multi_modal_projector = type(model.model.multi_modal_projector)(model.config).eval()
@@ -130,7 +147,8 @@ def quantise(model: Any) -> None:
 
 
 CHANGES: list[Change] = [
-    adapt_the_encoder, adapt_the_decoder, exchange_a_layer, exchange_an_attention, exchange_the_projector,
+    adapt_the_encoder, adapt_the_decoder, exchange_a_layer, exchange_an_attention, wrap_an_attention,
+    exchange_the_projector,
     exchange_the_tower, exchange_the_decoder, quantise,
 ]  # fmt: skip
 
@@ -196,6 +214,18 @@ def test_an_exchanged_part_that_computes_something_else_is_refused_by_every_call
         assert torch.equal(model(**inputs).logits, expected)
         assert handle.last.kept
     assert "forward" not in before.__dict__
+
+
+def test_attention_within_a_wrapper_may_be_exchanged(model):
+    inputs = asked(model)
+    wrap_an_attention(model)
+    layer = model.model.language_model.layers[1]
+    new = other(layer.self_attn.base)
+    with dymu.apply(model, merge=NOTHING):
+        model(**inputs)
+        layer.self_attn.base = new
+        merged = model(**inputs).logits
+    tiny.close(merged, model(**inputs).logits, 1e-4)
 
 
 def test_what_somebody_else_put_or_removed_does_not_stop_removal(model):

@@ -110,7 +110,6 @@ class SoftCapped(nn.Module):
     def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base
-        self.config = base.config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, softcap=50.0, **kwargs)
@@ -122,6 +121,21 @@ def test_a_soft_cap_is_refused_as_dymu_is_applied(model):
     with pytest.raises(UnsupportedModel, match="softcap"):
         dymu.apply(model, merge=SOME)
     assert dymu.handle_of(model) is None
+
+
+def test_attention_that_asks_no_attention_function_is_refused(model):
+    class Alone(nn.Module):
+        def __init__(self, base: Any) -> None:
+            super().__init__()
+            self.q_proj, self.o_proj = base.q_proj, base.o_proj
+
+        def forward(self, hidden_states: Tensor, **_: Any) -> Any:
+            return self.o_proj(self.q_proj(hidden_states)), None
+
+    layer = model.model.language_model.layers[1]
+    layer.self_attn = Alone(layer.self_attn)
+    with pytest.raises(UnsupportedModel, match="does not call the attention function"):
+        dymu.apply(model, merge=SOME)
 
 
 # ------------------------------------------------------------------------------------------------------------- rotation

@@ -294,7 +294,7 @@ class Handle:
         """
         with self._calls.changed:
             parts = resolve(self._parts.model)
-            if any(now is not before for now, before in zip(parts.hooked, self._parts.hooked, strict=True)):
+            if list(map(id, parts.hooked)) != self._hooked:
                 self._uninstall()
                 self._install(parts)
                 self._refused = None
@@ -308,6 +308,7 @@ class Handle:
     def _install(self, parts: Parts) -> None:
         vision, language, generation, state = self._vision, self._language, self._generation, self._state
         self._parts = vision.parts = language.parts = generation.parts = parts
+        self._hooked = list(map(id, parts.hooked))
         parts.inner.__dict__[_MARK] = self
         self._undo.callback(self._unmark, parts.inner)
         # The encoder merges.
@@ -323,8 +324,9 @@ class Handle:
         self._call(parts.inner, "forward", language.inner)
         self._call(parts.language_model, "forward", language.decoder)
         self._within(parts.rotary, "forward", language.rotary)
-        views = {id(module.config): config_view(module.config, lambda: NAME) for module in parts.attentions}
-        for module in parts.attentions:
+        choosing = parts.choosing_attention
+        views = {id(module.config): config_view(module.config, lambda: NAME) for module in choosing}
+        for module in choosing:
             self._set(module, "config", views[id(module.config)])
         view = config_view(parts.language_model.config, lambda: NAME if state.unmerging else None)
         self._set(parts.language_model, "config", view)

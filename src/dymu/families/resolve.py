@@ -71,11 +71,19 @@ class Parts:
         return tuple(find(module, path) for module in self.encoder_modules)
 
     @property
+    def choosing_attention(self) -> tuple[Any, ...]:
+        """The modules whose config says which function attends: the language model's attention layers, or what is
+        within them where somebody wrapped them."""
+        return tuple(
+            module for attention in self.attentions for module in attention.modules() if "config" in module.__dict__
+        )
+
+    @property
     def hooked(self) -> tuple[nn.Module | None, ...]:
         """Every module that `dymu.apply` changes."""
         return (
             self.inner, self.tower, self.projector, self.pooler, self.language_model, self.rotary,
-            *self.encoder_modules, *self.attentions,
+            *self.encoder_modules, *self.choosing_attention,
         )  # fmt: skip
 
     @property

@@ -29,8 +29,10 @@ HALF_PRECISION = 0.05
 class _Recorder:
     """In place of a step: keeps queries [B, H, N, D] and keys [B, Hkv, N, D] as a layer hands them over."""
 
+    called = False
+
     def attend(self, query: Tensor, key: Tensor) -> Tensor:
-        self.query, self.key = query, key
+        self.query, self.key, self.called = query, key, True
         return torch.zeros_like(query).transpose(1, 2)
 
 
@@ -83,6 +85,8 @@ def _rotates_otherwise(attention: nn.Module, angles: Method, decoder: PreTrained
         raise
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    if not (plain.called and rotated.called):
+        return "it does not call the attention function that its config names"
     if cos.shape[-1] != plain.query.shape[-1]:
         return f"it has angles for {cos.shape[-1]} of {plain.query.shape[-1]} channels"
     half = cos.shape[-1] // 2
