@@ -3,7 +3,7 @@
 `python -m benchmarks.record_merges models/demo` shows the model's vision tower the library's held-out photos at 336 px
 (576 tokens, LLaVA-1.5's grid) and merges in all of its layers. 32 of the photos are recorded, spread evenly from simple
 ones to complex ones, and the thresholds are calibrated on the others. It writes merges-576.safetensors in
-`src/dymu/bench`.
+`src/dymu/bench`. With `--same` it chooses none, and records those that come with the library, `src/dymu/bench/photos`.
 
 `python -m benchmarks.record_merges models/demo --side 378 --photos 20 --budgets 102,182,335` does the same for pictures
 of 729 tokens, as a tower of SigLIP's so400m size sees the tiles of an image.
@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
 from dymu.bench.replay import Recorded, file_for
-from dymu.bench.workload import spread
+from dymu.bench.workload import PHOTOS, spread
 from dymu.reducers import Candidates, Reducer, ThresholdMerge
 from scenes import evaluation_pack
 
@@ -62,6 +62,7 @@ def main(
     model_folder: Annotated[Path, typer.Argument(metavar="MODEL")],
     side: Annotated[int, typer.Option(help="Pixels of the square that the tower sees.")] = 336,
     photos: Annotated[int, typer.Option(help="How many are recorded.")] = 32,
+    same: Annotated[bool, typer.Option("--same", help="Record the photos that come with the library.")] = False,
     budgets: Annotated[str, typer.Option(help="In tokens.")] = "44,89,173,195,288,432",
 ) -> None:
     """Calibrate, record, write."""
@@ -96,8 +97,11 @@ def main(
         }
         return Recorded(tokens, len(model.model.vision_tower.encoder.layer), tuple(files), thresholds, into)
 
-    everything = recorded(list(pictures), calibrated(list(pictures), [sorted_at]))
-    chosen = [everything.photos[photo] for photo in sorted(spread(everything.kept(sorted_at), photos))]
+    if same:
+        chosen = [file for file in pictures if (PHOTOS / Path(file).name).exists()]
+    else:
+        everything = recorded(list(pictures), calibrated(list(pictures), [sorted_at]))
+        chosen = [everything.photos[photo] for photo in sorted(spread(everything.kept(sorted_at), photos))]
     others = [file for file in pictures if file not in chosen]
     merges = recorded(chosen, calibrated(others, asked))
     file = file_for(tokens)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BitImageProcessorPil, CLIPImageProcessorPil
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, LlavaForConditionalGeneration
 
 import dymu
 import tiny
@@ -16,7 +16,7 @@ from dymu.families.resolve import resolve
 from dymu.item import Item
 from dymu.media.drawing import LONGEST, SHORTEST, fits, likeness
 from dymu.media.images import load
-from dymu.reducers import FixedMerge
+from dymu.reducers import AveragePool, FixedMerge, Stride
 from dymu.report import Report
 
 GRID = 8
@@ -273,3 +273,32 @@ def test_a_report_says_itself_in_one_line_and_shows_itself_in_a_notebook():
         shown = Image.open(BytesIO(handle.last._repr_png_()))
     assert shown.format == "PNG"
     assert len(shown.convert("RGB").getcolors(2**24)) > 20
+
+
+@pytest.mark.parametrize(("width", "height"), [(31, 99), (99, 31), (17, 41), (13, 55), (30, 30)])
+def test_sides_that_are_no_multiple_of_the_patch(width: int, height: int) -> None:
+    """The grid is what fits into the picture from its upper left corner on; the rest is dimmed."""
+    model, image = tiny.llava("dinov2"), photo(width, height)
+    pixels = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)(images=[image], return_tensors="pt")
+    rows, columns = height // tiny.PATCH, width // tiny.PATCH
+    for rule in (FixedMerge(0.5), AveragePool(0.3), Stride(0.3, fill="nearest")):
+        with dymu.apply(model, merge=rule) as handle:
+            model.get_image_features(**pixels)
+            assert handle.last.items[0].shown.shape == (1, 3, rows, columns)
+            drawn = handle.last.draw(image)
+    scale = drawn.height / height
+    plain = np.asarray(image.resize(drawn.size, Image.Resampling.LANCZOS)).astype(int)
+    below, right = (round(side * tiny.PATCH * scale) + 4 for side in (rows, columns))
+    for edge in (np.s_[below:], np.s_[:, right:]):
+        if plain[edge].size:
+            assert np.abs(np.asarray(drawn)[edge] - (plain[edge] * 0.35 + 20)).max() <= 1
+
+
+def test_patches_that_are_no_squares() -> None:
+    config = tiny.llava("dinov2").config
+    config.vision_config.patch_size = [4, 7]
+    model = LlavaForConditionalGeneration(config).eval()
+    with dymu.apply(model, merge=FixedMerge(10)) as handle:
+        model.get_image_features(tiny.pictures(1))
+        assert handle.last.items[0].shown.shape == (1, 3, 7, 4)
+        assert handle.last.kept == [10]

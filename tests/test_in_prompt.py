@@ -16,7 +16,7 @@ import dymu
 import tiny
 from dymu.errors import BadBudget, BadPrompt, BadThresholds, BadVideo, DymuError
 from dymu.item import Item
-from dymu.reducers import Shown, ThresholdMerge, picture_tokens, reduce_in_prompt
+from dymu.reducers import FixedMerge, Shown, ThresholdMerge, picture_tokens, reduce_in_prompt
 
 CHANNELS = 6
 
@@ -117,6 +117,63 @@ def test_settling_equals_the_formulas(counts, rounds, over_time, seed):
         assert now.leaders.tolist() == leaders
         for n in range(len(leaders)):
             torch.testing.assert_close(changed[n], expected.get(n, feature[n]))
+
+
+def slowly_to(item: Item, feature: Tensor, goal: int) -> list[int]:
+    """For every place the first one that it shares a token with, once the most similar tokens of all pictures together
+    have merged to `goal`: in six rounds of the same part, and on where a round could not merge enough."""
+    pictures: list[list[tuple[list[int], Tensor]]] = []
+    for number in range(item.pictures):
+        here: dict[int, list[int]] = {}
+        for n in range(len(item.leaders)):
+            if item.patch[n] and item.picture[n] == number:
+                here.setdefault(int(item.leaders[n]), []).append(n)
+        pictures.append([(places, feature[first]) for first, places in here.items()])
+    first = sum(map(len, pictures))
+    for number in range(1, 20):
+        due = sum(map(len, pictures)) - max(goal, round(first * (goal / first) ** min(number / 6, 1)))
+        edges = []
+        for k, tokens in enumerate(pictures):
+            for i in range(0, len(tokens), 2):
+                cosines = [torch.cosine_similarity(tokens[i][1], y, dim=0).item() for _, y in tokens[1::2]]
+                if cosines:
+                    edges.append((max(cosines), k, i, 2 * cosines.index(max(cosines)) + 1))
+        chosen = {(k, i): j for _, k, i, j in sorted(edges, reverse=True)[: max(due, 0)]}
+        for k, tokens in enumerate(pictures):
+            left = [token for i, token in enumerate(tokens) if i % 2 == 0 and (k, i) not in chosen]
+            for j in range(1, len(tokens), 2):
+                members = [tokens[j], *(tokens[i] for (of, i), goes in chosen.items() if (of, goes) == (k, j))]
+                size = sum(len(places) for places, _ in members)
+                mean = sum(len(places) * x for places, x in members) / size
+                left.append(([n for places, _ in members for n in places], mean))
+            pictures[k] = left
+    leader = list(range(len(item.leaders)))
+    for places, _ in (token for tokens in pictures for token in tokens):
+        for n in places:
+            leader[n] = min(places)
+    return leader
+
+
+@settings(max_examples=40)
+@given(counts=counts, keep=st.sampled_from([0.83, 0.52, 0.31, 0.11]), video=st.booleans(), seed=st.integers(0, 99))
+def test_tome_in_the_prompt_equals_the_formulas(counts, keep, video, seed):
+    placed, features = items(counts, video, seed)
+    shown = Shown(torch.empty(0), 3, 3, single=False, video=video)
+    found, _ = reduce_in_prompt(FixedMerge(keep), placed, features, shown)
+    for item, feature, now in zip(placed, features, found, strict=True):
+        goal = max(round(keep * int(item.patch.sum())), 1)
+        assert now.leaders.tolist() == slowly_to(item, feature, goal)
+        assert now.budgeted <= max(goal, item.pictures)
+
+
+def test_a_tile_of_nan_keeps_its_tokens_and_the_others_merge():
+    (item,), (feature,) = items([[9, 9, 9]], False, 4)
+    feature[9:18] = torch.nan
+    shown = Shown(torch.empty(0), 3, 3, single=False, video=False)
+    (now,), _ = reduce_in_prompt(FixedMerge(0.4), [item], [feature], shown)
+    assert torch.equal(now.leaders[9:18], item.leaders[9:18])
+    kept = now.leaders[(now.leaders == torch.arange(28)) & item.patch]
+    assert len(kept) == max(round(0.4 * 27), len(item.leaders[9:18].unique()) + 2)
 
 
 def test_images_do_not_go_on_from_tile_to_tile():

@@ -23,9 +23,17 @@ from by_hand import unmerged_by_hand
 from dymu.errors import BadBudget, BadPrompt, UnsupportedModel
 from dymu.hooks.versions import cuts_encoded_images
 from dymu.item import Item
-from dymu.reducers import AveragePool, RandomKeep, Reducer, Stride, ThresholdMerge
+from dymu.reducers import AveragePool, FixedMerge, RandomKeep, Reducer, Shown, Stage, Stride, ThresholdMerge
 
 pytestmark = pytest.mark.one_of_each
+
+
+class InLayers(FixedMerge):
+    """Merges in the encoder alone."""
+
+    def reduces(self, stage: Stage, shown: Shown) -> bool:
+        return stage == "in_layer"
+
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
@@ -319,7 +327,7 @@ def test_shapes_are_the_untouched_models(shown):
     inputs = scene(model, rows)
     labels = torch.where(is_word(inputs["input_ids"]) & inputs["attention_mask"].bool(), inputs["input_ids"], -100)
     stock, text = model(**inputs, labels=labels, output_hidden_states=True), answer(model, **inputs)
-    with dymu.apply(model, merge=SOME) as handle:
+    with dymu.apply(model, merge=SETTLED) as handle:
         out = model(**inputs, labels=labels, output_hidden_states=True)
         assert set(out) == set(stock)
         assert out.logits.shape == stock.logits.shape
@@ -494,7 +502,7 @@ def test_images_lie_as_the_familys_own_code_lays_them(model, together):
     check_images(model, shots, SOME, together)
 
 
-@pytest.mark.parametrize("rule", [NOTHING_ALIKE, dymu.FixedMerge(20)])
+@pytest.mark.parametrize("rule", [NOTHING_ALIKE, InLayers(20)])
 def test_other_rules_lie_so_too(model, rule):
     check_images(model, [Photo(30, 80, 2), HUGE], rule)
 
@@ -506,7 +514,7 @@ def test_a_video_lies_as_the_familys_own_code_pools_it(video_model, frames, look
     check_videos(video_model, [Video(frames, look + i) for i in range(count)], SOME)
 
 
-@pytest.mark.parametrize("rule", [NOTHING_ALIKE, dymu.FixedMerge(20)])
+@pytest.mark.parametrize("rule", [NOTHING_ALIKE, InLayers(20)])
 def test_other_rules_pool_so_too(video_model, rule):
     check_videos(video_model, [Video(4, 1), Video(4, 2)], rule)
 
@@ -544,7 +552,7 @@ def test_features_of_several_layers(model, layer):
 def test_frames_pooled_by_their_largest_values(stride):
     model = tiny.llava("clip", "llama", "llava_next_video")
     model.model.vision_resampler.pool = torch.nn.MaxPool2d(stride, stride)
-    for rule in (NOTHING_ALIKE, SOME, dymu.FixedMerge(20)):
+    for rule in (NOTHING_ALIKE, SOME, InLayers(20)):
         check_videos(model, [VIDEO, Video(5, 2)], rule)
 
 
@@ -779,6 +787,19 @@ def test_rules_with_a_number_keep_it_of_every_image_and_video(shown, rule):
         assert torch.isfinite(answer(model, **inputs)).all()
 
 
+@pytest.mark.parametrize("keep", [0.5, 0.3, 0.15, 10])
+def test_tome_keeps_its_number_of_what_the_language_model_gets(model, keep):
+    """Whatever the family does to pictures: it takes padding off, shrinks, pools."""
+    shots = [Photo(28, 28, 1), Photo(50, 90, 2), Photo(90, 40, 3), Photo(200, 77, 4), Photo(77, 500, 5)]
+    videos = [] if model.config.model_type == "llava_next" else [Video(1, 1), Video(6, 2)]
+    with dymu.apply(model, merge=FixedMerge(keep)) as handle:
+        for row in [*([shot] for shot in [*shots, *videos]), shots[1:3]]:
+            model(**scene(model, [(2, *row, 3)]))
+            for item in handle.last.items:
+                part = keep if isinstance(keep, float) else keep / tiny.PATCHES
+                assert abs(item.budgeted - part * int(item.patch.sum())) <= 1
+
+
 @pytest.mark.parametrize("part", [0.1, 0.3, 1.0])
 def test_pooling_averages_fields_of_every_view(shown, part):
     model, rows = shown
@@ -807,7 +828,7 @@ def test_pooling_averages_fields_of_every_view(shown, part):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rule", [*RULES, AveragePool(0.2)], ids=str)
+@pytest.mark.parametrize("rule", [*RULES, AveragePool(0.2), FixedMerge(0.3)], ids=str)
 def test_what_a_rule_leaves_of_an_image_does_not_depend_on_its_neighbours(model, rule, side):
     rows: list[Row] = [(3, TILES, 5), (4, Photo(28, 50, 9), 2, Photo(90, 40, 3), 6)]
     check_rows_alone(model, rows, side, rule)

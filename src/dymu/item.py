@@ -16,10 +16,12 @@ class View:
     Attributes:
         token: int64 [rows, columns], the item's token at each patch; -1 where the language model does not get it.
         seen: float [rows, columns, 3], each patch as the encoder saw it.
+        covered: see `Item.covered`.
     """
 
     token: Tensor
     seen: Tensor
+    covered: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,6 +39,7 @@ class Item:
         seen: float [N, 3], the colour that the encoder saw there.
         shown: float [pictures, 3, rows, columns], the colours of every picture that the item was cut into.
         video: whether the pictures are frames.
+        covered: the part of a picture's height, and of its width, that its patches cover, from the upper left corner.
         kept_by_layer: int64 [layers, pictures], the tokens left of each picture after every encoder layer that may
             merge; none where no encoder ran.
     """
@@ -48,6 +51,7 @@ class Item:
     seen: Tensor
     shown: Tensor
     video: bool
+    covered: tuple[float, float] = (1.0, 1.0)
     kept_by_layer: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def __repr__(self) -> str:
@@ -146,7 +150,7 @@ class Item:
         shown = self.shown[number]
         row, column = (_nearest(lines, size) for lines, size in zip((rows, columns), shown.shape[1:], strict=True))
         token = torch.where((row[:, None] < 0) | (column < 0), -1, grid[row[:, None], column])
-        return View(token, shown.permute(1, 2, 0))
+        return View(token, shown.permute(1, 2, 0), self.covered)
 
     def _tiles(self) -> Tensor:
         """The tokens of the tiles put together, whose rows each end with a learned token."""

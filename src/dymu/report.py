@@ -133,4 +133,4 @@ def _drawn(image: Image.Image | None, view: View, group: Tensor) -> Image.Image:
     """One view, whose tokens [N] belong to the groups `group`, on the image or else on what the encoder saw."""
     here = torch.where(view.token < 0, -1, group[view.token.clamp(min=0)]).cpu().numpy()
     seen = view.seen.float().cpu().numpy()
-    return draw_seen(here, seen) if image is None else draw(image, here, seen)
+    return draw_seen(here, seen) if image is None else draw(image, here, seen, view.covered)

@@ -82,14 +82,12 @@ class Shape:
         self.model = shapes.build(shapes.config(name), device, dtype, seed)
         self._image = shapes.image(name)
         parts = resolve(self.model)
-        vision = self.model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        self._recorded = recorded(patches)
         shown = self.shown([0])
+        rows, columns = grid(parts, shown["pixel_values"])
+        patches = rows * columns
+        self._recorded = recorded(patches)
         unmerged = TokenMap.identity(self._image.pictures, parts.prefix + patches, device)
-        colours = torch.zeros(
-            self._image.pictures, 3, *grid(parts, shown["pixel_values"].flatten(0, -4)), device=device
-        )
+        colours = torch.zeros(self._image.pictures, 3, rows, columns, device=device)
         (item,) = trace(parts, "image", (), shown, unmerged, colours)
         self.tokens = len(item.leaders)
         pictured = self._image.pictures * patches

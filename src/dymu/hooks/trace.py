@@ -60,6 +60,7 @@ def trace(
             "this model pools the frames of videos with learned weights, which dymu cannot follow; "
             "spatial_pool_mode average and max are known."
         )
+    pixels = args[0] if args else kwargs["pixel_values" if modality == "image" else "pixel_values_videos"]
     signatures = _signatures(tokens, seen, parts.prefix)
     items = _in_prompt(parts, modality, args, kwargs, signatures)
     leaders = _leaders(items)
@@ -78,6 +79,7 @@ def trace(
             seen=item[:, SEEN].to(seen),
             shown=seen[start:end],
             video=modality == "video",
+            covered=_covered(parts, pixels),
         )
         for item, patch, picture, leader, start, end in zip(
             items, patches, pictures, leaders, starts[:-1], starts[1:], strict=True
@@ -160,10 +162,22 @@ def _signatures(tokens: TokenMap, seen: Tensor, prefix: int) -> Tensor:
     return signatures
 
 
+def _patch_sides(parts: Parts) -> tuple[int, int]:
+    """Pixels of a patch, high and wide."""
+    sides: int | tuple[int, int] = parts.tower.config.patch_size
+    return (sides, sides) if isinstance(sides, int) else sides
+
+
 def grid(parts: Parts, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of the patches of pictures [pictures, 3, height, width]."""
-    side = parts.tower.config.patch_size
-    return pixels.shape[-2] // side, pixels.shape[-1] // side
+    """Rows and columns of the patches of pictures [..., height, width]; what is left over at the ends is not seen."""
+    height, width = _patch_sides(parts)
+    return pixels.shape[-2] // height, pixels.shape[-1] // width
+
+
+def _covered(parts: Parts, pixels: Tensor) -> tuple[float, float]:
+    """See `Item.covered`."""
+    (height, width), (rows, columns) = _patch_sides(parts), grid(parts, pixels)
+    return rows * height / pixels.shape[-2], columns * width / pixels.shape[-1]
 
 
 def seen_by(pixels: Tensor, rows: int, columns: int) -> Tensor:

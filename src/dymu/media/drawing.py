@@ -39,14 +39,20 @@ class Fit:
     name: str
     box: tuple[float, float, float, float]
 
+    def covered(self, height: float, width: float) -> Fit:
+        """The same where the patches cover these parts of it, from the upper left corner."""
+        left, top, right, bottom = self.box
+        return Fit(self.name, (left, top, left + (right - left) * width, top + (bottom - top) * height))
 
-def draw(image: Image.Image, group: Labels, seen: Pixels) -> Image.Image:
+
+def draw(image: Image.Image, group: Labels, seen: Pixels, covered: tuple[float, float] = (1.0, 1.0)) -> Image.Image:
     """Draw the groups of an image's patches on it.
 
     Args:
         image: of any mode.
         group: the group of each patch; -1 where the language model does not get it.
         seen: [rows, columns, 3], each patch as the encoder saw it; only differences between patches matter.
+        covered: the part of the fitted image's height and width that the patches cover.
 
     Returns:
         An RGB picture in the image's proportions, its longer side `SHORTEST` to `LONGEST` pixels. Groups of several
@@ -57,7 +63,7 @@ def draw(image: Image.Image, group: Labels, seen: Pixels) -> Image.Image:
         BadImage: the image cannot be used at all.
         ValueError: it is not the one that was seen.
     """
-    picture, fit = _recognise(image, seen)
+    picture, fit = _recognise(image, seen, covered)
     longer = max(picture.size)
     scale = min(max(longer, SHORTEST), LONGEST) / longer
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
@@ -77,7 +83,7 @@ def draw_seen(group: Labels, seen: Pixels) -> Image.Image:
 
 
 def fits(width: int, height: int, aspect: float) -> Iterator[Fit]:
-    """The ways in which processors fit an image into a grid that is `aspect` times as wide as high."""
+    """The ways in which processors fit an image into a picture that is `aspect` times as wide as high."""
     yield Fit("squash", (0, 0, 1, 1))
     wide = width / height / aspect  # above 1: the image is wider than the grid
     x, y = min(1 / wide, 1), min(wide, 1)
@@ -102,7 +108,7 @@ def likeness(image: Image.Image, fit: Fit, seen: Pixels) -> float:
     return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
 
 
-def _recognise(image: Image.Image, seen: Pixels) -> tuple[Image.Image, Fit]:
+def _recognise(image: Image.Image, seen: Pixels, covered: tuple[float, float]) -> tuple[Image.Image, Fit]:
     """The RGB image and the way in which it was fitted."""
     pictures = [load(image).image]
     if image.mode != "RGB" or image.getexif():  # processors may convert in other ways, and do not turn pictures
@@ -110,7 +116,8 @@ def _recognise(image: Image.Image, seen: Pixels) -> tuple[Image.Image, Fit]:
     rows, columns = seen.shape[:2]
     best, alike = (pictures[0], Fit("squash", (0, 0, 1, 1))), 0.0
     for picture in pictures:
-        for fit in fits(*picture.size, columns / rows):
+        for whole in fits(*picture.size, columns / covered[1] / (rows / covered[0])):
+            fit = whole.covered(*covered)
             here = likeness(picture, fit, seen)
             if here > alike + 1e-4:
                 best, alike = (picture, fit), here

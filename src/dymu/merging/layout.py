@@ -118,7 +118,7 @@ class Layout:
         return torch.arange(end, device=self.length.device)
 
     def _rows(self, x: Tensor, start: Tensor, length: Tensor, longest: int) -> Tensor:
-        index = start + torch.minimum(self._range(longest), length - 1)
+        index = (start + torch.minimum(self._range(longest), length - 1)).clamp_(min=0)  # an image may have no token
         return x[0].index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
 
     @cached_property

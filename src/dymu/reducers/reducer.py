@@ -75,7 +75,7 @@ class Candidates:
     Attributes:
         layer: its index; `layers` run in all.
         encoder_tokens: of each picture ahead of the first layer, class and register tokens included.
-        prefix: leading tokens that never merge.
+        prefix: leading tokens that never merge. They count where tokens are paired, see `dymu.merging.match.halves`.
         state: which tokens there are, and how many patches each stands for.
         x: the tokens, in the state's layout, with C channels.
         keys: [..., H, D], the keys of the layer's attention, in the same layout.
@@ -280,7 +280,8 @@ class Reducer:
         return None
 
     def in_layer(self, candidates: Candidates) -> Tensor | None:
-        """int64 [B, A], the partner that each A token merges into, -1: it stays. None: the layer merges nothing."""
+        """int64 [B, A], the partner (an index within B) that each A token merges into, -1: it stays. None: the layer
+        merges nothing."""
         return None
 
     def after_encoder(self, tokens: Tokens) -> Reduced | None:

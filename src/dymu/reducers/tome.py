@@ -68,7 +68,7 @@ class FixedMerge(Reducer):
 
     def in_prompt(self, tokens: Tokens) -> Reduced:
         patches = tokens.shown.rows * tokens.shown.columns
-        places = (tokens.map.group >= 0).sum(1)
+        places = (tokens.map.group >= 0).sum(1).double()
         goal = (places * in_tokens(self.keep, patches) / patches).round().long().clamp(min=1)
         by_picture, index = tokens.by_picture()
         item = index[by_picture.state.layout.start[:, 0]] // tokens.map.width
