@@ -353,12 +353,12 @@ def test_layers_whose_features_nobody_reads_do_not_run():
 
 
 @given(st.integers(2, 729), st.integers(2, 27), st.floats(0.01, 1), st.sampled_from(SCHEDULES))
-def test_removals_add_up_and_no_layer_removes_more_than_half(tokens, layers, part, schedule):
-    keep = max(part * tokens, tokens / 2**layers)
+def test_removals_add_up_and_no_layer_removes_more_than_pairs_can_merge(tokens, layers, part, schedule):
+    keep = max(part * tokens, 1 + (tokens - 1) / 2**layers)
     removed = removals(tokens, keep, layers, schedule)
     left = float(tokens)
     for count in removed:
-        assert -1e-9 <= count <= left / 2 + 1e-9
+        assert -1e-9 <= count <= (left - 1) / 2 + 1e-9
         left -= count
     assert left == pytest.approx(keep, abs=1e-6 * tokens)
 
@@ -385,7 +385,7 @@ def test_fixed_merge_keeps_that_many_of_every_image(keep, schedule):
 
 @given(st.integers(8, 729), st.sets(st.integers(0, 11), min_size=1), st.floats(0.01, 1), st.sampled_from(SCHEDULES))
 def test_only_the_chosen_layers_remove(tokens, chosen, part, schedule):
-    keep = max(part * tokens, tokens / 2 ** len(chosen))
+    keep = max(part * tokens, 1 + (tokens - 1) / 2 ** len(chosen))
     removed = removals(tokens, keep, 12, schedule, chosen)
     assert {layer for layer, count in enumerate(removed) if count > 1e-9} <= chosen
     assert sum(removed) == pytest.approx(tokens - keep, abs=1e-6 * tokens)
