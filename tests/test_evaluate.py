@@ -671,14 +671,15 @@ def test_images_in_tiles_are_compared_with_the_untouched_model(tmp_path):
         (item,) = handle.last.items
     budget = round(calibrated.budgets[0])
     run = {"thresholds": [calibrated], "limit": 4, "timed": 1, "progress": False}
-    rows = rows_for([budget], ["dtome", "random", "stride", "pool"])
+    rows = rows_for([budget], ["dtome", "random", "stride", "pool", "tome"])
     results = evaluate(model, processor, [Words()], rows, tmp_path / "a.jsonl", **run)
     kept = [sum(batch.kept) for row in results.answers.values() for batch in row.values()]
     assert all(0 < each < 0.6 * kept[0] for each in kept[1:])
     newlines = 4 * int((~item.patch).sum())
     assert kept[2] == kept[3] == pytest.approx(4 * budget + newlines, abs=4)
+    assert kept[5] == pytest.approx(4 * budget + newlines, abs=4)
     with pytest.raises(UnsupportedModel, match="cuts images into several"):
-        evaluate(model, processor, [Words()], rows_for([budget], ["tome"]), tmp_path / "b.jsonl", **run)
+        evaluate(model, processor, [Words()], rows_for([budget], ["downscale"]), tmp_path / "b.jsonl", **run)
 
 
 def test_kinds_of_several_tasks_are_told_apart(model, processor, tmp_path):

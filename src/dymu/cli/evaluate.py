@@ -248,7 +248,7 @@ def _say(
         summaries = summarise(results, against=against)
         if not summaries:
             raise errors.BadInput(
-                f"{path} holds no question that every row has answered: let it run on, or mend images."
+                f"{path} holds no question that every row has answered: let it run on, or mend images or questions."
             )
         try:
             split = {

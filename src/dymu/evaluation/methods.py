@@ -75,7 +75,7 @@ METHODS = {
     for method in (
         Method("untouched", "untouched", "black"),
         Method("dtome", "DToMe", PALETTE[0], schedules=None),
-        Method("tome", "ToMe", PALETTE[1], "FixedMerge", schedules=("constant",), of_images=False),
+        Method("tome", "ToMe", PALETTE[1], "FixedMerge", schedules=("constant",)),
         Method("pool", "average pooling", PALETTE[2], "AveragePool", square=True),
         Method("random", "random keep", GREY, "RandomKeep", leaves="singles"),
         Method("stride", "stride", PALETTE[4], "Stride", leaves="singles"),

@@ -88,6 +88,8 @@ def _smaller(model: Any, processor: Any, side: int) -> Iterator[None]:
     size = images.size
     if size is None or not {"shortest_edge", "height"} & set(dict(size)):
         raise UnsupportedModel("this image processor has no fixed size that could be made smaller.")
+    if not isinstance(patch, int):
+        raise UnsupportedModel("this vision encoder's patches are not square, so there is no smaller square of them.")
     pixels = side * patch
     interpolates = "interpolate_pos_encoding" in inspect.signature(parts.tower.forward).parameters
 

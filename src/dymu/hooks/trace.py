@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, one_hot
+from torch.nn.functional import avg_pool2d, one_hot
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -180,10 +180,9 @@ def _covered(parts: Parts, pixels: Tensor) -> tuple[float, float]:
     return rows * height / pixels.shape[-2], columns * width / pixels.shape[-1]
 
 
-def seen_by(pixels: Tensor, rows: int, columns: int) -> Tensor:
+def seen_by(parts: Parts, pixels: Tensor) -> Tensor:
     """Pictures [pictures, 3, height, width] averaged over each patch: [pictures, 3, rows, columns]."""
-    height, width = (pixels.shape[-2] // rows * rows, pixels.shape[-1] // columns * columns)
-    return adaptive_avg_pool2d(pixels[..., :height, :width].detach().float(), (rows, columns))
+    return avg_pool2d(pixels.detach().float(), _patch_sides(parts))
 
 
 def locations(items: Sequence[Item], rows: int, columns: int) -> Tensor:

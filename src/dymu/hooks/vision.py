@@ -91,7 +91,7 @@ class VisionHooks:
                 f"{type(run.reducer).__name__} gives features of its own instead of one layer's, and this "
                 "model reads several layers; set its feature layer to one."
             )
-        seen = seen_by(run.shown.pixels, run.shown.rows, run.shown.columns)
+        seen = seen_by(self.parts, run.shown.pixels)
         items = trace(self.parts, modality, args, kwargs, run.map, seen)
         items, output.pooler_output = reduce_in_prompt(run.reducer, items, output.pooler_output, run.shown)
         kept = torch.stack([state.map.kept - dropped for state in run.states[1 : run.depth + 1]])
