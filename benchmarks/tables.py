@@ -223,6 +223,19 @@ def accuracy() -> str:
     return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
 
 
+def accuracy_short() -> str:
+    """What the toy's answers lose with unmerging: right ones, and how like the untouched model's all are."""
+    results = Results.load(EVALUATION)
+    summaries = [row for row in summarise(results) if row.row == UNTOUCHED or row.row.unmerge == "exact"]
+    full = summaries[0].tokens_mean
+    rows = [
+        [f"{row.tokens_mean:.0f} of {full:.0f}", f"{100 * row.accuracy[ALL].mean:.1f}", *likeness(row)]
+        for row in summaries
+    ]
+    header = ["image tokens", f"right, % of {summaries[0].accuracy[ALL].n}", *LIKENESS]
+    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+
+
 def compact() -> str:
     """Ways to attend to the same merged tokens, and their paired differences from the untouched model."""
     results = Results.load(EVALUATION.with_name("compact.jsonl"))

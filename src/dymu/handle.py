@@ -48,8 +48,9 @@ def apply(
     """Make a stock vision-language model merge image tokens, in place.
 
     Args:
-        model: a transformers model of a described family (`dymu families`).
-        thresholds: a `Thresholds`, or a file of them.
+        model: a transformers model of a described family (`dymu families`), also within PEFT's wrapper or others.
+        thresholds: a `Thresholds`, or where they are: a file, a model's folder or a hub name, see `Thresholds.load`. Left
+            out, and no `merge` given: those beside the model.
         budget: average of image tokens per image, class token and registers not counted; a float up to 1 is a
             fraction of the full count. May be left out where the thresholds hold one budget only. The frames of a video
             keep the same fraction each.
@@ -67,11 +68,12 @@ def apply(
         A handle to change the budget, see what merged, and undo it all.
 
     Raises:
-        UnsupportedModel: the model is of no described family, or reads image features that no layer made.
+        UnsupportedModel: the model is of no described family, its layers do not compute what the description says, or
+            it reads image features that no layer made.
         AlreadyApplied: DyMU is applied to this model already.
         BadThresholds, BadBudget: the thresholds or the budget do not fit.
-        ValueError: an unknown `unmerge`, `backend` or `cache`, a reducer that does not fit the encoder, both or neither
-            of `thresholds` and `merge`, or `cache="expanded"` with another `unmerge` than `exact` or another backend
+        ValueError: an unknown `unmerge`, `backend` or `cache`, a reducer that does not fit the encoder, both
+            `thresholds` and `merge`, or `cache="expanded"` with another `unmerge` than `exact` or another backend
             than `sdpa`.
         TypeError: `merge` is no `Reducer`, or acts in no stage.
     """
@@ -114,6 +116,7 @@ def apply(
         try:
             handle._install(parts)
             check_layers(parts)
+            handle._hooked = list(map(id, parts.hooked))
         except BaseException:
             handle.remove()
             raise
@@ -188,6 +191,8 @@ class Handle:
         self._budget: float | None = None
         self._per_second: float | None = None
         self._undo = ExitStack()
+        self._hooked: list[int] = []
+        """Of the modules that were changed, in order; empty while something is amiss."""
         self._refused: str | None = None
 
     @property
@@ -295,20 +300,21 @@ class Handle:
         with self._calls.changed:
             parts = resolve(self._parts.model)
             if list(map(id, parts.hooked)) != self._hooked:
+                self._hooked = []
                 self._uninstall()
                 self._install(parts)
-                self._refused = None
                 try:
                     check_layers(parts)
+                    self._refused = None
                 except UnsupportedModel as error:
                     self._refused = str(error)
+                self._hooked = list(map(id, parts.hooked))
             if self._refused is not None:
                 raise UnsupportedModel(self._refused)
 
     def _install(self, parts: Parts) -> None:
         vision, language, generation, state = self._vision, self._language, self._generation, self._state
         self._parts = vision.parts = language.parts = generation.parts = parts
-        self._hooked = list(map(id, parts.hooked))
         parts.inner.__dict__[_MARK] = self
         self._undo.callback(self._unmark, parts.inner)
         # The encoder merges.
