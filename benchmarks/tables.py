@@ -233,7 +233,7 @@ def accuracy_short() -> str:
         for row in summaries
     ]
     header = ["image tokens", f"right, % of {summaries[0].accuracy[ALL].n}", *LIKENESS]
-    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+    return markdown(header, rows)
 
 
 def compact() -> str:
@@ -306,7 +306,7 @@ def _percent(share: Share) -> str:
 
 FUNCTIONS = (
     kept_tokens, bench, bench_short, bench_tiles, tiles, layer_prefill, layer_decode, memory, accuracy,
-    accuracy_by_kind, compact, methods, dynamic, costs_of_methods, *studies.FUNCTIONS,
+    accuracy_short, accuracy_by_kind, compact, methods, dynamic, costs_of_methods, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 

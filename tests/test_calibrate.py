@@ -26,8 +26,8 @@ from dymu.calibration.quantile import NEVER, threshold_for
 from dymu.calibration.spill import Spill
 from dymu.choices import SCHEDULES
 from dymu.families.resolve import resolve
-from dymu.merging import removals
 from dymu.reducers import FixedMerge
+from dymu.schedule import removals
 
 COUNT = 10
 BUDGETS = [20, 0.3, 30, 49]

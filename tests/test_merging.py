@@ -19,13 +19,14 @@ import tiny
 from dymu.choices import SCHEDULES
 from dymu.errors import BadBudget
 from dymu.families.resolve import resolve
-from dymu.merging import EncoderLayer, Layout, above, removals
+from dymu.merging import EncoderLayer, Layout, above
 from dymu.merging.attention import sized_attention
 from dymu.merging.layout import BUCKET
 from dymu.merging.match import best_partner, similarity_metric
 from dymu.merging.merge import merge_step, merge_tokens
 from dymu.reducers import EncoderRun, FixedMerge, Shown, ThresholdMerge
 from dymu.reducers.tome import most_similar
+from dymu.schedule import fewest, removals
 
 
 def reference_encoder(
@@ -354,11 +355,11 @@ def test_layers_whose_features_nobody_reads_do_not_run():
 
 @given(st.integers(2, 729), st.integers(2, 27), st.floats(0.01, 1), st.sampled_from(SCHEDULES))
 def test_removals_add_up_and_no_layer_removes_more_than_pairs_can_merge(tokens, layers, part, schedule):
-    keep = max(part * tokens, 1 + (tokens - 1) / 2**layers)
+    keep = max(part * tokens, fewest(tokens, layers))
     removed = removals(tokens, keep, layers, schedule)
     left = float(tokens)
     for count in removed:
-        assert -1e-9 <= count <= (left - 1) / 2 + 1e-9
+        assert -1e-9 <= count <= left / 2 + 1e-9
         left -= count
     assert left == pytest.approx(keep, abs=1e-6 * tokens)
 
@@ -385,7 +386,7 @@ def test_fixed_merge_keeps_that_many_of_every_image(keep, schedule):
 
 @given(st.integers(8, 729), st.sets(st.integers(0, 11), min_size=1), st.floats(0.01, 1), st.sampled_from(SCHEDULES))
 def test_only_the_chosen_layers_remove(tokens, chosen, part, schedule):
-    keep = max(part * tokens, 1 + (tokens - 1) / 2 ** len(chosen))
+    keep = max(part * tokens, fewest(tokens, len(chosen)))
     removed = removals(tokens, keep, 12, schedule, chosen)
     assert {layer for layer, count in enumerate(removed) if count > 1e-9} <= chosen
     assert sum(removed) == pytest.approx(tokens - keep, abs=1e-6 * tokens)

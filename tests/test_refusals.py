@@ -62,6 +62,31 @@ def test_packed_prompts_are_refused(model):
         model(**rows, **tiny.shown(model, tiny.pictures(2)), use_cache=False)
 
 
+def test_stretched_positions_are_refused_where_a_window_slides():
+    model = tiny.llava("clip", "mistral", text={"sliding_window": 8})
+    inputs = asked(model)
+    tokens = inputs["input_ids"].shape[1]
+    with dymu.apply(model, merge=NOTHING):
+        for positions in (2 * torch.arange(tokens), torch.arange(tokens) // 2):
+            with pytest.raises(BadPrompt, match="do not rise one by one"):
+                model(**inputs, position_ids=positions[None])
+        model(**inputs, position_ids=torch.arange(3, tokens + 3)[None])
+        rows = tiny.pad([tiny.prompt(model, 3, "image", 4), tiny.prompt(model, 3, "image", 9)], "left")
+        answer(model, **rows, **tiny.shown(model, tiny.pictures(2)))
+
+
+@pytest.mark.parametrize("width", [-3, -1, 1, 5])
+def test_masks_of_another_length_are_refused(model, width):
+    inputs = asked(model)
+    tokens = inputs["input_ids"].shape[1]
+    with dymu.apply(model, merge=SOME):
+        with pytest.raises(ValueError, match="give a mask over all of them"):
+            model(**inputs, attention_mask=torch.ones(1, tokens + width))
+        cache = going_on(model, model(**inputs, use_cache=True))
+        with pytest.raises(ValueError, match="give a mask over all of them"):
+            model(input_ids=inputs["input_ids"][:, :1], attention_mask=torch.ones(1, 1 + width + tokens), **cache)
+
+
 # ------------------------------------------------------------------------------------------- what a call may ask for
 
 
@@ -240,13 +265,12 @@ def test_features_that_lost_their_token_map_are_refused(model, rule):
     shown, ids = tiny.shown(model, tiny.pictures(2)), tiny.prompt(model, 2, "image", 3, "image", 5)[None]
     with dymu.apply(model, merge=rule) as handle:
         encoded = model.get_image_features(**shown)
-        for name, lost in _lost(encoded.pooler_output).items():
+        for lost in _lost(encoded.pooler_output).values():
             other = copy.copy(encoded)
             other.pooler_output = lost
             for ask in (model, lambda **kwargs: answer(model, **kwargs)):
                 with pytest.raises(BadPrompt, match="carry no token map"):
                     ask(input_ids=ids, mm_encoder_outputs={"image": other})
-            assert name
         with handle.disabled():
             stock = model.get_image_features(**shown)
             expected = model(input_ids=ids, **shown).logits

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from dymu.choices import CACHE_FORMS, UNMERGE, CacheForm, Unmerge
-from dymu.errors import AlreadyApplied, BadBudget, UnsupportedModel
+from dymu.errors import AlreadyApplied, BadBudget, DymuError, UnsupportedModel
 from dymu.families.resolve import Parts, resolve
 from dymu.files import expanded
 from dymu.hooks.attention import NAME
@@ -49,8 +49,8 @@ def apply(
 
     Args:
         model: a transformers model of a described family (`dymu families`), also within PEFT's wrapper or others.
-        thresholds: a `Thresholds`, or where they are: a file, a model's folder or a hub name, see `Thresholds.load`. Left
-            out, and no `merge` given: those beside the model.
+        thresholds: a `Thresholds`, or where they are: a file, a model's folder or a hub name, see `Thresholds.load`.
+            Left out, and no `merge` given: those beside the model.
         budget: average of image tokens per image, class token and registers not counted; a float up to 1 is a
             fraction of the full count. May be left out where the thresholds hold one budget only. The frames of a video
             keep the same fraction each.
@@ -77,6 +77,9 @@ def apply(
             than `sdpa`.
         TypeError: `merge` is no `Reducer`, or acts in no stage.
     """
+    if thresholds is not None and merge is not None:
+        raise ValueError("give either thresholds (and a budget) or merge=, not both")
+    calibrated = _load(model, thresholds) if merge is None else None
     with _APPLYING:
         parts = resolve(model)
         if max(parts.feature_layers()) == 0:
@@ -88,47 +91,44 @@ def apply(
                 "DyMU is already applied to this model; set handle.budget to change the budget, or call "
                 "handle.remove() first (dymu.handle_of(model) gives the handle)."
             )
-        if thresholds is not None and merge is not None:
-            raise ValueError("give either thresholds (and a budget) or merge=, not both")
         if unmerge not in UNMERGE:
             raise ValueError(f"unknown unmerge {unmerge!r}; choose {', '.join(UNMERGE)}")
         if cache not in CACHE_FORMS:
             raise ValueError(f"unknown cache {cache!r}; choose {' or '.join(CACHE_FORMS)}")
         if cache == "expanded" and (unmerge != "exact" or choose(backend) != "sdpa"):
             raise ValueError('cache="expanded" needs unmerge="exact" and the backend sdpa')
-        calibrated: Thresholds | None = None
         if merge is not None:
-            _check_reducer(merge, parts)
+            _check_reducer(merge)
             if budget is not None or per_second is not None:
                 raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
-        else:
-            if isinstance(thresholds, Thresholds):
-                calibrated = thresholds
-            elif thresholds is not None:
-                calibrated = Thresholds.load(thresholds)
-            else:
-                calibrated = beside(parts.model.config._name_or_path, "dymu.apply(model, thresholds)")
-            prefix = max(parts.prefix, parts.dropped())
-            calibrated.check_fits(encoder_of(parts), parts.family.cuts_images, prefix)
         handle = Handle(parts, calibrated, merge, unmerge, choose(backend), cache)
+        handle._check_fits(parts)
         if merge is None:
             handle.set_budget(budget, per_second)
         try:
             handle._install(parts)
-            check_layers(parts)
-            handle._hooked = list(map(id, parts.hooked))
+            handle._check(parts)
+            handle._changed = _changing(parts)
         except BaseException:
             handle.remove()
             raise
         return handle
 
 
-def _check_reducer(merge: Any, parts: Parts) -> None:
+def _load(model: Any, named: Thresholds | str | os.PathLike[str] | None) -> Thresholds:
+    """The thresholds that are given or named, or those beside the model. May ask the hub."""
+    if named is not None:
+        return named if isinstance(named, Thresholds) else Thresholds.load(named)
+    config: Any = resolve(model).config
+    revision = getattr(config, "_commit_hash", None)
+    return beside(config._name_or_path, "dymu.apply(model, thresholds)", revision)
+
+
+def _check_reducer(merge: Any) -> None:
     if not isinstance(merge, Reducer):
         raise TypeError(f"merge= takes a dymu.Reducer such as dymu.FixedMerge(keep=94), not {merge!r}")
     if all(getattr(type(merge), stage) is getattr(Reducer, stage) for stage in get_args(Stage)):
         raise TypeError(f"{type(merge).__name__} defines none of {', '.join(get_args(Stage))}: it reduces nothing")
-    merge.check_fits(max(parts.feature_layers()))
 
 
 @contextmanager
@@ -190,9 +190,9 @@ class Handle:
         self._vision = VisionHooks(parts, self._state, reducer)
         self._budget: float | None = None
         self._per_second: float | None = None
-        self._undo = ExitStack()
-        self._hooked: list[int] = []
-        """Of the modules that were changed, in order; empty while something is amiss."""
+        self._undo: list[Callable[[], object]] = []
+        self._changed: list[tuple[int, int, int]] = []
+        """See `_changing`; empty while something is amiss."""
         self._refused: str | None = None
 
     @property
@@ -233,6 +233,8 @@ class Handle:
         Raises:
             BadBudget: for which nothing was calibrated, or another reducer merges. Nothing has changed then.
         """
+        if self._calls.removed:
+            raise BadBudget("DyMU was removed from this model; apply it again to set a budget.")
         if self._thresholds is None:
             raise BadBudget("this model merges by a fixed rule, which has no budget; apply thresholds instead.")
         if per_second is not None and "video" not in self._parts.placeholders:
@@ -246,11 +248,12 @@ class Handle:
     def disabled(self) -> Iterator[None]:
         """The untouched model inside `with`, in this thread: calls of others go on merging. KV caches and encoded
         images do not carry over, either way."""
-        self._state.disabled += 1
+        thread, disabled = threading.get_ident(), self._calls.disabled
+        disabled[thread] += 1
         try:
             yield
         finally:
-            self._state.disabled -= 1
+            disabled[thread] -= 1
 
     def remove(self) -> None:
         """Give the model back as it was, when the calls of other threads are over. What somebody else put in place of
@@ -297,26 +300,50 @@ class Handle:
         Raises:
             UnsupportedModel: they are not what the description says.
         """
-        with self._calls.changed:
-            parts = resolve(self._parts.model)
-            if list(map(id, parts.hooked)) != self._hooked:
-                self._hooked = []
-                self._uninstall()
-                self._install(parts)
-                try:
-                    check_layers(parts)
-                    self._refused = None
-                except UnsupportedModel as error:
-                    self._refused = str(error)
-                self._hooked = list(map(id, parts.hooked))
-            if self._refused is not None:
-                raise UnsupportedModel(self._refused)
+        parts = resolve(self._parts.model)
+        if _changing(parts) != self._changed:
+            with self._state.alone_within():
+                parts = resolve(self._parts.model)
+                if _changing(parts) != self._changed:
+                    self._changed = []
+                    self._uninstall(down_to=2)
+                    self._install(parts)
+                    try:
+                        self._check(parts)
+                        self._refused = None
+                    except (DymuError, ValueError) as error:
+                        self._refused = str(error)
+                    self._changed = _changing(parts)
+        if self._refused is not None:
+            raise UnsupportedModel(self._refused)
+
+    def _check_fits(self, parts: Parts) -> None:
+        """Refuse parts that the thresholds, or the reducer, are not for."""
+        if self._thresholds is not None:
+            prefix = max(parts.prefix, parts.dropped())
+            self._thresholds.check_fits(encoder_of(parts), parts.family.cuts_images, prefix)
+        elif self._vision.reducer is not None:
+            self._vision.reducer.check_fits(max(parts.feature_layers()))
+
+    def _check(self, parts: Parts) -> None:
+        """Refuse parts that are not what the descriptions, or the thresholds, say."""
+        self._check_fits(parts)
+        check_layers(parts)
+
+    def _forward(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
+        """Each forward of the whole, also within `generate`."""
+        self._follow()
+        return forward(*args, **kwargs)
 
     def _install(self, parts: Parts) -> None:
         vision, language, generation, state = self._vision, self._language, self._generation, self._state
         self._parts = vision.parts = language.parts = generation.parts = parts
+        if not self._undo:  # these stay while parts are exchanged: each call finds out whether the rest is in place
+            self._call(parts.model, "generate", generation.generate)
+            self._call(parts.model, "forward", self._forward)
+        self._undo.append(functools.partial(self._unmark, parts.inner))
         parts.inner.__dict__[_MARK] = self
-        self._undo.callback(self._unmark, parts.inner)
+        self._call(parts.inner, "forward", language.inner)
         # The encoder merges.
         for modality in parts.placeholders:
             self._call(parts.inner, f"get_{modality}_features", functools.partial(vision.features, modality))
@@ -327,7 +354,6 @@ class Handle:
             self._within(parts.pooler, "forward", vision.pooler)
         self._within(parts.projector, "forward", vision.projector)
         # The language model unmerges.
-        self._call(parts.inner, "forward", language.inner)
         self._call(parts.language_model, "forward", language.decoder)
         self._within(parts.rotary, "forward", language.rotary)
         choosing = parts.choosing_attention
@@ -336,18 +362,17 @@ class Handle:
             self._set(module, "config", views[id(module.config)])
         view = config_view(parts.language_model.config, lambda: NAME if state.unmerging else None)
         self._set(parts.language_model, "config", view)
-        # Both, from one call to the next.
-        self._call(parts.model, "forward", _as_it_is)
-        self._call(parts.model, "generate", generation.generate)
         for name, around in generation.names.items():
             self._within(parts.model, name, around)
         warn_of_hooks(parts.encoder_attentions, self._calls.warned)
         for module in (parts.model, parts.inner, parts.tower, parts.language_model):
             self._set(module, "__getstate__", refuse_copy)
 
-    def _uninstall(self) -> None:
-        """Undo everything, last things first, also after an error in one of them."""
-        self._undo.close()
+    def _uninstall(self, down_to: int = 0) -> None:
+        """Undo everything but the first things, the last first; what an interruption leaves, the next time does."""
+        while len(self._undo) > down_to:
+            self._undo[-1]()
+            self._undo.pop()
 
     def _unmark(self, inner: nn.Module) -> None:
         if inner.__dict__.get(_MARK) is self:
@@ -366,16 +391,23 @@ class Handle:
         before = module.__dict__.get(name, _ABSENT)
 
         def undo() -> None:
+            if isinstance(value, Replaced):
+                value.retired = True
             if module.__dict__.get(name, _ABSENT) is not value:
-                return  # somebody else has set or removed it since; ours, if it is still called, does nothing
+                return  # somebody else has set or removed it since
             if before is _ABSENT:
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = before
 
-        self._undo.callback(undo)
+        self._undo.append(undo)
         module.__dict__[name] = value
 
 
-def _as_it_is(method: Method, *args: Any, **kwargs: Any) -> Any:
-    return method(*args, **kwargs)
+def _changing(parts: Parts) -> list[tuple[int, int, int]]:
+    """The modules that DyMU relies on, and what stands in the place of their `forward` and `config`."""
+    return [
+        (id(module), id(module.__dict__.get("forward")), id(module.__dict__.get("config")))
+        for module in parts.relied_on
+        if module is not None
+    ]

@@ -52,7 +52,7 @@ class Item:
     shown: Tensor
     video: bool
     covered: tuple[float, float] = (1.0, 1.0)
-    kept_by_layer: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    kept_by_layer: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64, device="cpu"))
 
     def __repr__(self) -> str:
         what = f"video of {self.pictures} frames" if self.video else f"image in {self.pictures} parts"

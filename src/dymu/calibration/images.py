@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from dymu.errors import DymuError
 from dymu.families.resolve import resolve
 from dymu.handle import encoder_of, name_of
 from dymu.measure.progress import bar_of
-from dymu.merging import removals
+from dymu.schedule import fewest, layers_to_merge_in, removals
 from dymu.thresholds import Calibrated, Thresholds, number
 from dymu.version import __version__
 
@@ -85,7 +84,7 @@ def calibrate(
     prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
     if depth == 0:
         raise DymuError("this model reads its image features ahead of the first encoder layer, so no layer can merge.")
-    merging_layers = _indices(range(depth) if merge_layers is None else merge_layers, depth)
+    merging_layers = layers_to_merge_in(range(depth) if merge_layers is None else merge_layers, depth)
     samples = Samples(processor_of(processor, "image"), images, parts)
     batches: list[Batch] = []
     with ExitStack() as opened:
@@ -135,7 +134,7 @@ def calibrate(
                 if sizes.plain or sizes.mixes or abs(achieved - target) <= TOLERANCE * target:
                     break
                 # Merged tokens of a tile may show nothing but padding, which the language model never gets.
-                aim = min(max(aim * target / achieved, sizes.tokens / 2 ** len(merging_layers)), sizes.tokens)
+                aim = min(max(aim * target / achieved, fewest(sizes.tokens, len(merging_layers))), sizes.tokens)
             images_rounds: tuple[float, ...] = ()
             frames_rounds: tuple[float, ...] = ()
             if sizes.mixes or sizes.videos:
@@ -158,25 +157,6 @@ def calibrate(
         created=datetime.now(UTC).date().isoformat(),
         dymu=__version__,
     )
-
-
-def _indices(layers: Iterable[int], depth: int) -> tuple[int, ...]:
-    """The layers to merge in, each once, in rising order.
-
-    Raises:
-        DymuError: they are not some of the first `depth` layers.
-    """
-    layers = list(layers)
-    try:
-        indices = sorted({operator.index(layer) for layer in layers})
-    except TypeError:
-        indices = []
-    if not indices or not 0 <= indices[0] <= indices[-1] < depth:
-        raise DymuError(
-            f"the layers to merge in, {indices or layers}, are not some of the layers 0 to {depth - 1} that feed "
-            "this model; name some of those."
-        )
-    return tuple(indices)
 
 
 def _warn(samples: Samples, calibrated: Sequence[Calibrated]) -> None:

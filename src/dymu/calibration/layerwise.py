@@ -78,7 +78,7 @@ def summed_up(
     images: tuple[float, ...],
     frames: tuple[float, ...],
 ) -> Calibrated:
-    counts = torch.tensor(kept)
+    counts = torch.tensor(kept, device="cpu")
     return Calibrated(
         budget=target,
         thresholds=tuple(thresholds),

@@ -24,5 +24,5 @@ def threshold_for(edges: Tensor, count: int) -> tuple[float, int]:
         count = at_least if at_least - count < count - above else (count if at_least == count else above)
     last = edges[count - 1].item() if count else max(1.0, edges[0].item() + 1e-6)
     first = edges[count].item() if count < len(edges) else min(-1.0, edges[-1].item() - 1e-6)
-    middle = torch.tensor((last + first) / 2, dtype=torch.float32).item()
+    middle = torch.tensor((last + first) / 2, dtype=torch.float32, device="cpu").item()
     return (middle if first <= middle < last else first), count

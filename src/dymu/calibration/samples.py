@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Inputs:
 
 def shape_only(*shape: int) -> Tensor:
     """A tensor with that shape and no memory."""
-    return torch.zeros((), dtype=torch.bool).expand(shape)
+    return torch.zeros((), dtype=torch.bool, device="cpu").expand(shape)
 
 
 class _Stop(Exception):
@@ -54,7 +55,11 @@ def _embed(parts: Parts, kwargs: dict[str, Any]) -> Tensor:
     """
     taken: list[Tensor] = []
 
+    thread = threading.get_ident()
+
     def take(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if threading.get_ident() != thread:  # somebody else asks the same model
+            return
         taken.append(args[0] if args else named["hidden_states"])
         raise _Stop
 
@@ -157,6 +162,13 @@ class Samples:
             return None
         processed = self._processor(images=[image], return_tensors="pt")
         kwargs = {key: value for key, value in processed.items() if key in self._takes}
+        needed = ("pixel_values", "image_sizes") if self._parts.family.cuts_images else ("pixel_values",)
+        missing = [name for name in needed if name not in kwargs]
+        if missing:
+            raise DymuError(
+                f"a {type(self._processor).__name__} makes no {' and no '.join(missing)}, which this model needs: give "
+                "the model's own processor, as AutoProcessor.from_pretrained gives it."
+            )
         pixels = kwargs["pixel_values"]
         self._size = self._size or pixels.shape[-2:]
         if pixels.shape[-2:] != self._size:

@@ -20,7 +20,7 @@ class Slot:
         """In memory, or in an unbuffered file from the byte `start` on."""
         self.capacity_bytes = capacity_bytes
         self._file, self._start = file, start
-        self._room = torch.empty(0 if file else capacity_bytes, dtype=torch.uint8)
+        self._room = torch.empty(0 if file else capacity_bytes, dtype=torch.uint8, device="cpu")
         self._dtype, self._shape = torch.uint8, torch.Size([0])
 
     def put(self, tensor: Tensor) -> None:
@@ -49,7 +49,7 @@ class Slot:
         size_bytes = self._shape.numel() * self._dtype.itemsize
         if self._file is None:
             return self._room[:size_bytes].view(self._dtype).view(self._shape)
-        room = torch.empty(self._shape, dtype=self._dtype)
+        room = torch.empty(self._shape, dtype=self._dtype, device="cpu")
         left = _bytes_of(room)
         self._file.seek(self._start)
         while left:

@@ -29,6 +29,7 @@ from dymu.cli.app import (
 from dymu.cli.output import Output, check_writable, over_time_for_people, thresholds_data, thresholds_for_people
 from dymu.errors import DymuError
 from dymu.files import expanded
+from dymu.schedule import layers_to_merge_in
 from dymu.thresholds import Thresholds
 
 
@@ -62,7 +63,8 @@ def calibrate(
     check_writable(output, "thresholds", (".json",))
     paths = [path for named in existing(images, "image", dymu.BadImage) for path in image_files(out, named)]
     named = models.named(model, revision)
-    _check_layers(layers, named.depth)
+    if layers is not None and named.depth is not None:
+        layers_to_merge_in(layers, named.depth)
     named.check_budgets(budget, len(set(layers)) if layers else named.depth or 0)
 
     def find(loaded: Any) -> Thresholds:
@@ -109,15 +111,6 @@ def existing(paths: Sequence[Path], what: str, error: type[DymuError]) -> list[P
         if not expanded(path).exists():
             raise error(f"the {what} {path} does not exist: check the path.")
     return [expanded(path) for path in paths]
-
-
-def _check_layers(layers: Sequence[int] | None, depth: int | None) -> None:
-    """Raises: DymuError, for layers that do not feed the model, as far as its config says."""
-    if layers and depth is not None and not 0 <= min(layers) <= max(layers) < depth:
-        raise DymuError(
-            f"the layers to merge in, {sorted(layers)}, are not some of the layers 0 to {depth - 1} that feed this "
-            "model; name some of those."
-        )
 
 
 def image_files(out: Output, path: Path) -> list[Path]:

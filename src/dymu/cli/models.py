@@ -15,6 +15,7 @@ from dymu.cli.errors import BadModel, one_line
 from dymu.errors import BadBudget, BadPrompt, DymuError, UnsupportedModel
 from dymu.families import FAMILIES
 from dymu.files import expanded
+from dymu.schedule import fewest
 from dymu.thresholds import Thresholds, beside
 
 DEMO_BUDGET = 0.30
@@ -83,17 +84,17 @@ class Named:
         """Refuse budgets that cannot be met, as far as the model's files say.
 
         Args:
-            merging_layers: each of which at most halves the tokens; 0: any number may stay.
+            merging_layers: in which tokens merge; 0: any number may stay.
         """
         if self.tokens is None:
             return
-        lowest = max(self.tokens / 2**merging_layers, 1) if merging_layers else 1
+        lowest = fewest(self.tokens, merging_layers) if merging_layers else 1
         for budget in budgets:
             kept = round(budget * self.tokens) if isinstance(budget, float) and 0 < budget <= 1 else budget
             if not lowest <= kept <= self.tokens:
                 raise BadBudget(
                     f"a budget of {budget:g} cannot be met: an image of {self.name} has {self.tokens} tokens, of which "
-                    f"{lowest:.3g} to {self.tokens} can be kept."
+                    f"{lowest:.4g} to {self.tokens} can be kept."
                 )
 
     def thresholds(self, named: str | None = None) -> Thresholds:

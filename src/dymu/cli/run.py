@@ -84,7 +84,7 @@ def run(
         raise typer.BadParameter("--per-second is for videos: leave it out for an image.")
     picture: Any = videos.load(image, frames=frames or 32) if moves else images.load(image)
     shown = picture.frames if moves else picture.image
-    if draw is not None and draw.exists() and draw.samefile(path):
+    if draw is not None and expanded(draw).exists() and expanded(draw).samefile(path):
         raise errors.BadOutput(f"{draw} is the image itself: name another file for the picture.")
     for note in picture.notes:
         out.note(f"{image}: {note}")

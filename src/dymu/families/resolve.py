@@ -8,8 +8,9 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dymu.errors import UnsupportedModel
@@ -79,11 +80,11 @@ class Parts:
         )
 
     @property
-    def hooked(self) -> tuple[nn.Module | None, ...]:
-        """Every module that `dymu.apply` changes."""
+    def relied_on(self) -> tuple[nn.Module | None, ...]:
+        """Every module that `dymu.apply` changes, or computes itself."""
         return (
-            self.inner, self.tower, self.projector, self.pooler, self.language_model, self.rotary,
-            *self.encoder_modules, *self.choosing_attention,
+            self.model, self.inner, self.tower, self.projector, self.pooler, self.language_model, self.rotary,
+            *self.encoder_modules, *self.encoder_attentions, *self.attentions, *self.choosing_attention,
         )  # fmt: skip
 
     @property
@@ -91,6 +92,12 @@ class Parts:
         """In `input_ids`, the id that stands for one token of an image, or of a video."""
         names: dict[Modality, str | None] = {"image": self.family.image_token, "video": self.family.video_token}
         return {modality: int(getattr(self.config, name)) for modality, name in names.items() if name is not None}
+
+    @property
+    def learned(self) -> Tensor:
+        """[learned, C], the learned tokens that the family puts among image features."""
+        tokens = [getattr(self.inner, name).detach().view(1, -1) for name in self.family.learned]
+        return torch.cat(tokens) if tokens else torch.empty(0, self.language_model.config.hidden_size)
 
     @property
     def pools_with_weights(self) -> bool:
@@ -118,7 +125,7 @@ def find(root: nn.Module, path: str) -> Any:
     """
     for alternative in path.split("|"):
         try:
-            return attrgetter(alternative)(root)
+            return _plain(attrgetter(alternative)(root))
         except AttributeError:
             continue
     major, minor = map(int, transformers.__version__.split(".")[:2])
@@ -129,6 +136,11 @@ def find(root: nn.Module, path: str) -> Any:
         f"{type(root).__name__} has no part named {path.replace('|', ' or ')}, where its family description "
         f"expects one: {why}."
     )
+
+
+def _plain(part: Any) -> Any:
+    """The module that torch.compile made a part of."""
+    return part._modules.get("_orig_mod", part) if isinstance(part, nn.Module) else part
 
 
 def unwrapped(model: Any) -> Any:
@@ -150,6 +162,8 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         elif callable(getattr(type(model), "get_base_model", None)):  # PEFT
             model = model.get_base_model()
+        elif type(model).__name__ == "PeftMixedModel":
+            model = model.base_model.model
         else:
             return model
 
@@ -198,7 +212,12 @@ def resolve(model: PreTrainedModel) -> Parts:
             f"the language model's rotary angles ({rotary.rope_type}) depend on how long the prompt is, which dymu "
             "does not follow yet; use a model with another kind."
         )
-    modules = tuple(find(tower, tower_kind.layers))
+    modules = tuple(map(_plain, find(tower, tower_kind.layers)))
+    if len(set(modules)) < len(modules):
+        raise UnsupportedModel(
+            "the vision encoder has the same layer in several places, which dymu cannot tell apart; give each place a "
+            "layer of its own."
+        )
     registers = getattr(tower.config, tower_kind.registers, 0) if tower_kind.registers else 0
     return Parts(
         family=family,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class MergedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens of the full prompt from the end: as in transformers, minus so many."""
@@ -129,11 +131,20 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
     return history
 
 
-def rewind(cache: Cache, history: History, before: History) -> None:
-    """Bring a cache back to what it held `before` a call that did not end well."""
-    history.restore(before)
-    for layer in cache.layers:
-        layer.keep_first(history.entries)
+def remembered(cache: Any) -> Callable[[], None]:
+    """What brings a cache back to what it is now, after a call that did not end well."""
+    layers, replicated = list(cache.layers), cache.layer_class_to_replicate
+    history = layers[0].history if layers and isinstance(layers[0], MergedLayer) else None
+    before = None if history is None else history.copy()
+
+    def rewind() -> None:
+        cache.layers, cache.layer_class_to_replicate = layers, replicated
+        if history is not None and before is not None:
+            history.restore(before)
+            for layer in layers:
+                layer.keep_first(history.entries)
+
+    return rewind
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Signature
@@ -168,7 +169,9 @@ class Calls:
 
     Attributes:
         running: threads in which a call runs, under which DyMU is not removed.
+        closing: whether it is about to be, so that no call begins.
         removed: whether it was.
+        disabled: by thread, how many `handle.disabled()` it is in.
         newest: report of the newest call; reports: those of KV caches.
         warned: what was said once and needs no saying again.
     """
@@ -176,7 +179,8 @@ class Calls:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.running = set[int]()
-        self.removed = False
+        self.closing = self.removed = False
+        self.disabled = Counter[int]()
         self.newest = Report()
         self.reports = weakref.WeakKeyDictionary[Any, Report]()
         self.warned = set[str]()
@@ -186,7 +190,6 @@ class CallState(threading.local):
     """What the hooks of one model share while a call runs; every thread has its own.
 
     Attributes:
-        disabled: how many `handle.disabled()` this thread is in.
         report: what merged in this thread's last call; None: it made none.
         prompts: of the running forward, if it shows anything.
         asked: the prompts that pictures are encoded for, within a forward or ahead of one.
@@ -201,7 +204,7 @@ class CallState(threading.local):
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
-        self.disabled = self._depth = 0
+        self._depth = 0
         self.report: Report | None = None
         self._cache: weakref.ref[Any] | None = None
         self._forget()
@@ -216,7 +219,7 @@ class CallState(threading.local):
     @property
     def active(self) -> bool:
         """Whether this thread's calls merge."""
-        return not self.disabled and not self.calls.removed
+        return not self.calls.disabled[threading.get_ident()] and not self.calls.removed
 
     @contextmanager
     def call(self) -> Iterator[bool]:
@@ -228,6 +231,7 @@ class CallState(threading.local):
             if not depth:
                 self._forget()
                 with self.calls.changed:
+                    self.calls.changed.wait_for(lambda: not self.calls.closing)
                     self.calls.running.add(thread)
             yield not depth
         finally:
@@ -248,8 +252,26 @@ class CallState(threading.local):
         if self._depth:
             raise DymuError("DyMU cannot be removed from within a call of the model: remove it when the call is over.")
         with self.calls.changed:
-            self.calls.changed.wait_for(lambda: not self.calls.running)
-            yield
+            try:
+                self.calls.closing = True
+                self.calls.changed.wait_for(lambda: not self.calls.running)
+                yield
+            finally:
+                self.calls.closing = False
+                self.calls.changed.notify_all()
+
+    @contextmanager
+    def alone_within(self) -> Iterator[None]:
+        """At the beginning of a call: wait until no call of another thread runs, and let none begin."""
+        thread = threading.get_ident()
+        with self.calls.changed:
+            self.calls.running.discard(thread)  # so that two threads do not wait for each other
+            self.calls.changed.notify_all()
+            try:
+                self.calls.changed.wait_for(lambda: not self.calls.running)
+                yield
+            finally:
+                self.calls.running.add(thread)
 
     @property
     def last(self) -> Report:
@@ -274,7 +296,7 @@ class CallState(threading.local):
             self.report.cache_bytes_full = stored * history.length // max(history.entries, 1)
 
     def encoded(self, modality: Modality, items: list[Item], features: Features) -> None:
-        """See `dymu.hooks.vision.Encoded`."""
+        """Add items that were encoded to the report, and to the prompts of the running forward."""
         if not self.collecting or self.report is None:
             self.begin_report()
         assert self.report is not None

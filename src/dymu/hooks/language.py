@@ -13,13 +13,14 @@ from transformers import DynamicCache
 from dymu.choices import COMPACT, CacheForm, Unmerge
 from dymu.errors import UnsupportedCache
 from dymu.families.resolve import Parts
-from dymu.hooks.cache import adopt, rewind
+from dymu.hooks.cache import adopt, remembered
 from dymu.hooks.call import PIXELS, CallState, Prompts, arguments_of
 from dymu.hooks.refusals import (
     drops_out,
     refuse_attention_weights,
     refuse_lost_features,
     refuse_packed,
+    refuse_stretched,
     warn_of_dropout,
 )
 from dymu.hooks.replaced import Method
@@ -50,7 +51,9 @@ class LanguageHooks:
         ids = inputs.get("input_ids")
         encoded = inputs.get("mm_encoder_outputs") or {}
         ahead = any(output is not None for output in encoded.values())
+        before = state.prompts, state.asked, state.collecting, state.knows_ids
         try:
+            state.prompts = state.asked = None
             state.knows_ids = ids is not None
             if ahead or any(inputs.get(name) is not None for name in PIXELS):
                 embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
@@ -64,19 +67,19 @@ class LanguageHooks:
                 state.begin_report(cache=cache_among(inputs))
             return forward(*args, **kwargs)
         finally:
-            state.prompts = state.asked = None
-            state.collecting = state.knows_ids = False
+            state.prompts, state.asked, state.collecting, state.knows_ids = before
 
     def decoder(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Keep one token of each group, plan the attention over all, and give all tokens the outputs of their groups.
 
         A call that ends in an error leaves the cache as it was.
         """
-        state, decoder = self._state, self.parts.language_model
+        state, decoder, within = self._state, self.parts.language_model, self._state.unmerging
         inputs = arguments_of(inspect.signature(forward), args, kwargs)
         refuse_attention_weights(inputs, decoder.config)
         if decoder.training and drops_out(decoder.config):
             warn_of_dropout(state.calls.warned)
+        as_tuple = inputs.pop("return_dict", None) is False
         embeds, ids = inputs.pop("inputs_embeds", None), inputs.pop("input_ids", None)
         knows_ids = state.knows_ids or embeds is None
         if embeds is None:
@@ -86,6 +89,7 @@ class LanguageHooks:
         cache, use_cache = pop_cache(inputs), inputs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
+        rewind = None if cache is None else remembered(cache)
         history = History() if cache is None else adopt(cache, self._cache)
         if history.expanded and self._cache != "expanded":
             raise UnsupportedCache(
@@ -93,18 +97,20 @@ class LanguageHooks:
                 "start with a new cache."
             )
 
-        before = history.copy()
         try:
             mask = inputs.pop("attention_mask", None)
-            present = _present(mask, tokens, history, self._unmerge)
+            present = _present(mask, batch, tokens, history, self._unmerge)
             positions = inputs.pop("position_ids", None)
             if positions is None:
                 positions = torch.arange(history.length, history.length + tokens, device=embeds.device)[None]
-            elif mask is None and cache is None:
-                refuse_packed(positions)
+            else:
+                if mask is None and cache is None:
+                    refuse_packed(positions)
+                if getattr(decoder.config, "sliding_window", None):
+                    refuse_stretched(positions, present)
             leaders = state.leaders(history.length, tokens)
             if leaders is None and not knows_ids and tokens > 1:
-                refuse_lost_features(embeds, present, decoder.get_input_embeddings().weight)
+                refuse_lost_features(embeds, present, decoder.get_input_embeddings(), self.parts.learned)
             plain = leaders is None and present is None
             if plain:
                 merged = TokenMap.identity(batch, tokens, embeds.device)
@@ -132,18 +138,18 @@ class LanguageHooks:
                 dymu_step=step,
             )
         except BaseException:
-            if cache is not None:
-                rewind(cache, history, before)
+            if rewind is not None:
+                rewind()
             raise
         finally:
-            state.unmerging = False
+            state.unmerging = within
         if not plain:
             output.last_hidden_state = merged.expand(output.last_hidden_state)
             if output.hidden_states is not None:
                 output.hidden_states = tuple(merged.expand(hidden) for hidden in output.hidden_states)
         if cache is not None:
             state.filled(cache, history)
-        return output
+        return output.to_tuple() if as_tuple else output
 
     def rotary(self, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Angles that leave queries and keys as they are, while the language model runs on merged tokens."""
@@ -154,7 +160,7 @@ class LanguageHooks:
         return cos_sin
 
 
-def _present(mask: Any, tokens: int, history: History, unmerge: Unmerge) -> Tensor | None:
+def _present(mask: Any, batch: int, tokens: int, history: History, unmerge: Unmerge) -> Tensor | None:
     """bool [B, N], whether each new token is there; None: all are. Cached tokens that the mask hides are not seen.
 
     Raises:
@@ -169,10 +175,15 @@ def _present(mask: Any, tokens: int, history: History, unmerge: Unmerge) -> Tens
             f"DyMU needs an attention_mask [B, N] of 0 and 1, got {what}; "
             "pass the padding mask and leave causality to the model"
         )
+    if mask.shape != (batch, history.length + tokens):
+        raise ValueError(
+            f"the attention_mask is {list(mask.shape)}, and the tokens in the KV cache and the new ones are "
+            f"{[batch, history.length + tokens]}; give a mask over all of them"
+        )
     if bool(mask.all()):
         return None
     earlier, newest = mask[:, :-tokens].bool(), mask[:, -tokens:].bool()
-    if history.slot is not None and earlier.shape == history.slot.shape:
+    if history.slot is not None:
         hidden = ~earlier & (history.slot >= 0)
         if bool(hidden.any()):
             if unmerge == "none":

@@ -6,7 +6,7 @@ two halves of its heads by the angles that it gets. What a description leaves ou
 
 from __future__ import annotations
 
-import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +66,25 @@ def _encoder_errors(parts: Parts) -> list[float]:
     x = _random(parts.tower)
     for index, module in enumerate(parts.encoder_modules):
         layer = parts.encoder_layer(index)
-        merged = layer.feed_forward(layer.attend(x, MergedTokens.unmerged(x))[0])
-        parameters = inspect.signature(type(module).forward).parameters
-        stock = module.forward(x, **({"attention_mask": None} if "attention_mask" in parameters else {}))
+        try:
+            merged = layer.feed_forward(layer.attend(x, MergedTokens.unmerged(x))[0])
+            stock = _forwarded(module, x)
+        except Exception as error:
+            raise UnsupportedModel(
+                f"layer {index} of the vision encoder does not compute what its description says "
+                f"({type(error).__name__}: {error}); somebody exchanged it, or the description is of another encoder."
+            ) from error
         stock = stock[0] if isinstance(stock, tuple) else stock
         errors.append(_apart(merged, stock))
     limit = TOLERANCE.get(x.dtype, HALF_PRECISION)
     return [0.0 if error <= limit else error for error in torch.stack(errors).tolist()]
+
+
+def _forwarded(module: nn.Module, x: Tensor) -> Any:
+    try:
+        return module.forward(x)
+    except TypeError:  # some ask for a mask by position
+        return module.forward(x, attention_mask=None)
 
 
 def _rotates_otherwise(attention: nn.Module, angles: Method, decoder: PreTrainedModel) -> str:
@@ -114,6 +126,6 @@ def _apart(x: Tensor, expected: Tensor) -> Tensor:
 
 
 def _random(half: PreTrainedModel) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, TOKENS, half.config.hidden_size, generator=generator, dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(1, TOKENS, half.config.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
     return x.to(half.device, half.dtype)

@@ -15,7 +15,7 @@ _log = logging.getLogger("dymu")
 
 _HARMLESS = frozenset(
     ("position_ids", "use_cache", "is_causal", "output_hidden_states", "output_attentions", "return_dict",
-     "logits_to_keep", "num_items_in_batch", "cache_position", "output_router_logits")
+     "logits_to_keep", "interpolate_pos_encoding", "num_items_in_batch", "cache_position", "output_router_logits")
 )  # fmt: skip
 """Keyword arguments of attention functions that change nothing of what they compute."""
 
@@ -51,7 +51,20 @@ def refuse_packed(positions: Tensor) -> None:
         )
 
 
-def refuse_lost_features(embeds: Tensor, present: Tensor | None, words: Tensor) -> None:
+def refuse_stretched(positions: Tensor, present: Tensor | None) -> None:
+    """Raises BadPrompt where positions [B, N] of the tokens that are `present` [B, N] do not rise one by one: a sliding
+    window is counted in them."""
+    there = torch.ones_like(positions, dtype=torch.bool) if present is None else present
+    offset = positions.expand(there.shape) - there.cumsum(1)
+    first = offset.gather(1, there.int().argmax(1, keepdim=True))
+    if bool((there & (offset != first)).any()):
+        raise BadPrompt(
+            "the position_ids do not rise one by one, and this language model has a sliding window, which dymu counts "
+            "in positions and the untouched model in tokens; leave position_ids out, or ask within handle.disabled()."
+        )
+
+
+def refuse_lost_features(embeds: Tensor, present: Tensor | None, words: Any, learned: Tensor) -> None:
     """Refuse embeddings that hold merged image features whose token map is lost.
 
     Merged features repeat: all tokens of a group have the same. So do words, but those stand in the table.
@@ -59,11 +72,14 @@ def refuse_lost_features(embeds: Tensor, present: Tensor | None, words: Tensor) 
     Args:
         embeds: [B, N, C].
         present: bool [B, N]; None: all tokens are there.
-        words: [V, C], the embeddings of all ids.
+        words: the model's embedding of ids.
+        learned: [any, C], learned tokens that may stand among features.
 
     Raises:
         BadPrompt: naming what to give instead.
     """
+    table: Any = None
+    ids = torch.arange(words.weight.shape[0], device=embeds.device)
     for row, there in zip(embeds, [None] * len(embeds) if present is None else present, strict=True):
         tokens = (row if there is None else row[there]).detach()
         factors = torch.arange(1, 2 * tokens.shape[1], 2, device=tokens.device)
@@ -71,7 +87,11 @@ def refuse_lost_features(embeds: Tensor, present: Tensor | None, words: Tensor) 
         _, group, count = hashes.unique(return_inverse=True, return_counts=True)
         repeated = (count[group] > 1).nonzero()[:, 0]
         firsts = {int(group[index]): int(index) for index in repeated.flip(0)}.values()
-        if any(not _is_word(tokens[first], words) for first in firsts):
+        if firsts and table is None:
+            # An adapter may give its own, which no table holds.
+            plain = type(words) is nn.Embedding and type(words.weight) is nn.Parameter and not words._forward_hooks
+            table = torch.cat((words.weight if plain else words(ids), learned.to(words.weight.dtype)))
+        if any(not _is_word(tokens[first], table) for first in firsts):
             raise BadPrompt(
                 "these inputs_embeds repeat embeddings that are no words, as image features do that DyMU merged, and "
                 "their token map is lost; give input_ids, and the images as pixels or as mm_encoder_outputs (see "
@@ -84,19 +104,21 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _is_word(embedding: Tensor, words: Tensor) -> bool:
+    """Whether an embedding [C] is one of the words [V, C], or nothing at all."""
+    if not bool(embedding.any()):
+        return True
     alike = (words[:, 0] == embedding[0].to(words.dtype)).nonzero()[:, 0]
     return bool((words[alike] == embedding.to(words.dtype)).all(-1).any())
 
 
 def warn_of_hooks(attentions: Iterable[nn.Module], warned: set[str]) -> None:
     """Say once that hooks of somebody else on the encoder's attention do not fire; transformers' own need not."""
-    hooks = (
-        hook for module in attentions for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = (hook for module in attentions for kind in kinds for hook in getattr(module, kind).values())
     if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
         _once(
             warned,
-            "forward hooks on the vision encoder's attention modules do not fire while DyMU is applied, since its own "
+            "hooks on the vision encoder's attention modules do not fire while DyMU is applied, since its own "
             "attention runs; hook the layers, their projections or their MLPs instead.",
         )
 

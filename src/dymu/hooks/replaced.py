@@ -32,11 +32,15 @@ class Replaced:
     def __init__(self, method: Method, around: Around) -> None:
         functools.update_wrapper(self, method)
         self._method, self._around = method, around
+        self.retired = False
+        """Whether it does nothing any more; somebody may have put it into something of theirs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._around(self._method, *args, **kwargs)
+        return self._method(*args, **kwargs) if self.retired else self._around(self._method, *args, **kwargs)
 
-    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+    def __reduce_ex__(self, _protocol: object) -> Any:
+        if self.retired:
+            return getattr, (self._method, "__call__")
         refuse_copy()
 
 

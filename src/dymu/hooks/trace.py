@@ -219,8 +219,8 @@ def _edges(at: Tensor, centre: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _leaders(items: Sequence[Tensor]) -> list[Tensor]:
     """int64 [N] for the signatures [N, channels] of each item: the first token with the same; -1: it is dropped."""
-    channels = torch.Generator().manual_seed(1)
-    factors = torch.randint(-(2**62), 2**62, (RANDOM,), generator=channels).to(items[0].device)
+    channels = torch.Generator("cpu").manual_seed(1)
+    factors = torch.randint(-(2**62), 2**62, (RANDOM,), generator=channels, device="cpu").to(items[0].device)
     hashes = pad_sequence([((item[:, _KNOWN:] * LEVELS).round().long() * factors).sum(1) for item in items], True)
     hashes, order = hashes.sort(dim=1, stable=True)
     first = torch.arange(hashes.shape[1], device=hashes.device).expand_as(hashes)

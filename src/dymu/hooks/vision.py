@@ -80,12 +80,17 @@ class VisionHooks:
         as_dict = kwargs.pop("return_dict", None)
         dropped = self.parts.dropped(arguments.get(family.select_strategy))
         call = _Call(modality, args, kwargs, self.parts.feature_layers(arguments), dropped)
+        within = state.encoding
         try:
             state.encoding = call
             output = get_features(*args, **kwargs, return_dict=True)
         finally:
-            state.encoding = None
-        run = call.running
+            state.encoding = within
+        run = call.run
+        if run is None or not call.expanded or len(run.states) != len(self.parts.encoder_modules) + 1:
+            raise UnsupportedModel(
+                "parts of the model were exchanged while a call ran; exchange them between calls, and ask again."
+            )
         if run.gives_features and len(call.layers) > 1:
             raise UnsupportedModel(
                 f"{type(run.reducer).__name__} gives features of its own instead of one layer's, and this "

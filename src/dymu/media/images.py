@@ -206,7 +206,7 @@ def _of_row(row: Mapping[str, Any], name: str) -> Any:
         source = value.get("bytes") or value.get("path")
     else:
         raise BadImage(
-            f"{name} has no field `image` but {', '.join(map(repr, row)) or 'none'}: rename the one it is in."
+            f"{name} has no field `image` but {', '.join(map(repr, value)) or 'none'}: rename the one it is in."
         )
     if source is None:
         raise BadImage(f"{name} has nothing in its field `image`: leave it out.")

@@ -5,7 +5,6 @@ from dymu.merging.in_prompt import ROUNDS, PictureTokens
 from dymu.merging.layout import Layout
 from dymu.merging.match import a_count, above
 from dymu.merging.merge import merge_step
-from dymu.merging.schedule import removals
 
 __all__ = [
     "ROUNDS",

@@ -91,10 +91,10 @@ class PictureTokens:
             best = torch.zeros_like(order, dtype=torch.bool)
             best[order[by_item]] = rank < due[of_edge]
             into = torch.where(best.view_as(similarity) & (similarity > -torch.inf), partner, -1)
-            if bool((into >= 0).any()):
-                merged = merged.merge(into)
-            elif number >= ROUNDS:
+            if number >= ROUNDS and not bool((into >= 0).any()):
                 break
+            # Also where nothing merges, since it brings the tokens into the order that a picture beside others has.
+            merged = merged.merge(into)
         return merged
 
     def _left(self, item: Tensor, items: int) -> Tensor:

@@ -35,5 +35,9 @@ class RandomKeep(FixedKeep):
         picture = tokens.shown.pixels[tokens.first[row]].detach().float().contiguous()
         bits = picture.view(torch.int32).flatten().long()
         digest = int((bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()) & (2**62 - 1)
-        generator = torch.Generator().manual_seed(self.seed ^ digest)
-        return torch.rand(tokens.counts[row], generator=generator, dtype=torch.float32).argsort()[:keep].to(bits.device)
+        generator = torch.Generator("cpu").manual_seed(self.seed ^ digest)
+        return (
+            torch.rand(tokens.counts[row], generator=generator, dtype=torch.float32, device="cpu")
+            .argsort()[:keep]
+            .to(bits.device)
+        )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dymu.choices import SCHEDULES, Schedule
-from dymu.merging import removals
 from dymu.reducers.keep import check_keep, in_tokens
 from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, Stage, Tokens
+from dymu.schedule import removals
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _counts(keep: int, tokens: int, layers: int, schedule: Schedule, merging: tu
     """How many of a picture's tokens each layer merges."""
     counts: list[int] = []
     left, due = tokens, 0.0
-    for removed in removals(tokens, keep, layers, schedule, merging):
+    for removed in removals(tokens, keep, layers, schedule, merging, alike=True):
         due += removed
         counts.append(min(round(due) - (tokens - left), left // 2))
         left -= counts[-1]
