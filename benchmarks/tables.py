@@ -228,11 +228,8 @@ def accuracy_short() -> str:
     results = Results.load(EVALUATION)
     summaries = [row for row in summarise(results) if row.row == UNTOUCHED or row.row.unmerge == "exact"]
     full = summaries[0].tokens_mean
-    rows = [
-        [f"{row.tokens_mean:.0f} of {full:.0f}", f"{100 * row.accuracy[ALL].mean:.1f}", *likeness(row)]
-        for row in summaries
-    ]
-    header = ["image tokens", f"right, % of {summaries[0].accuracy[ALL].n}", *LIKENESS]
+    rows = [[f"{row.tokens_mean:.0f}", f"{100 * row.accuracy[ALL].mean:.1f}", *likeness(row)] for row in summaries]
+    header = [f"image tokens, of {full:.0f}", f"right, % of {summaries[0].accuracy[ALL].n}", *LIKENESS]
     return markdown(header, rows)
 
 

@@ -92,13 +92,13 @@ def exchange_a_layer(model: Any) -> None:
     layers[1] = other(layers[1]) if hasattr(layers[1], "config") else copy_of(layers[1])
 
 
-def copy_of(layer: nn.Module) -> nn.Module:
-    """A layer of new weights, made by the constructor of a stock one."""
+def copy_of(layer: nn.Module, flip: bool = True) -> nn.Module:
+    """A copy of a layer with nothing that hangs on the old one, its weights turned round."""
     new = copy.copy(layer)
     new.__dict__ = {name: value for name, value in layer.__dict__.items() if name != "forward"}
     new._modules = {name: copy.deepcopy(module) for name, module in layer._modules.items()}
     for parameter in new.parameters():
-        parameter.data = parameter.data.flip(0)
+        parameter.data = parameter.data.flip(0) if flip else parameter.data
     return new
 
 
@@ -228,6 +228,130 @@ def test_attention_within_a_wrapper_may_be_exchanged(model):
     tiny.close(merged, model(**inputs).logits, 1e-4)
 
 
+def test_an_exchanged_attention_of_the_encoder_is_refused_as_before_apply(model):
+    """DyMU computes it from its parts, so that another forward of it would be left out."""
+    inputs, path = asked(model), resolve(model).tower_kind.query.rpartition(".")[0]
+    layer = resolve(model).encoder_modules[1]
+    attention = layer.get_submodule(path)
+    stock = type(attention).forward
+    with dymu.apply(model, merge=SOME):
+        expected = model(**inputs).logits
+        attention.forward = lambda *args, **kwargs: (3 * stock(attention, *args, **kwargs)[0], None)
+        for ask in (model, lambda **kwargs: answer(model, **kwargs)):
+            with pytest.raises(UnsupportedModel, match="layer 1 of the vision encoder"):
+                ask(**inputs)
+        del attention.forward
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_what_is_taken_out_is_put_in_again(model):
+    """As accelerate's hooks do, which restore a forward when they go."""
+    inputs, parts = asked(model, 3), resolve(model)
+    hooked = (parts.inner, parts.tower, parts.projector, parts.rotary, parts.language_model, parts.encoder_modules[1])
+    with dymu.apply(model, merge=SOME) as handle:
+        expected, text = model(**inputs).logits, answer(model, **inputs)
+        for module in hooked:
+            del module.__dict__["forward"]
+            assert torch.equal(model(**inputs).logits, expected)
+            before = module.forward
+            module.forward = lambda *args, before=before, **kwargs: before(*args, **kwargs)
+            assert torch.equal(answer(model, **inputs), text)
+        parts.attentions[0].config = copy.copy(parts.attentions[0].config)
+        assert torch.equal(model(**inputs).logits, expected)
+        handle.remove()
+        for module in hooked:
+            module.__dict__.pop("forward", None)
+    with dymu.apply(model, merge=SOME):
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_parts_may_be_exchanged_between_two_tokens(model):
+    inputs = {**asked(model), "max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+
+    def run() -> Tensor:
+        other_layers = copy.deepcopy(layers)
+        tokens = iter(range(9))
+
+        def exchange(*_: Any) -> None:
+            if next(tokens) == 2:
+                model.model.language_model.layers[1].self_attn = other(layers[1].self_attn)
+
+        hook = model.lm_head.register_forward_hook(exchange)
+        logits = torch.stack(answer(model, **inputs).logits)
+        hook.remove()
+        model.model.language_model.layers = other_layers
+        return logits
+
+    layers = copy.deepcopy(model.model.language_model.layers)
+    stock = run()
+    layers = copy.deepcopy(model.model.language_model.layers)
+    with dymu.apply(model, merge=NOTHING):
+        tiny.close(run(), stock, 1e-4)
+
+
+def test_thresholds_must_fit_the_exchanged_tower():
+    model = tiny.llava("siglip")
+    inputs, photos = asked(model), tiny.photos(4)
+    thresholds = dymu.calibrate(model, tiny.processor(), photos, [20], progress=False)
+    with dymu.apply(model, thresholds):
+        config = copy.deepcopy(model.config.vision_config)
+        config.num_hidden_layers += 2
+        model.model.vision_tower = type(model.model.vision_tower)(config).eval()
+        for _ in range(2):
+            with pytest.raises(UnsupportedModel, match="another vision encoder"):
+                model(**inputs)
+
+
+def test_one_layer_in_two_places_is_refused(model):
+    layers = model.model.vision_tower.get_submodule(resolve(model).tower_kind.layers)
+    layers[3] = layers[2]
+    with pytest.raises(UnsupportedModel, match="same layer in several places"):
+        dymu.apply(model, merge=SOME)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("part", ["model", "model.language_model", "model.multi_modal_projector"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_compiled_parts_may_be_put_in_their_place(part, order):
+    torch._dynamo.reset()
+    model = tiny.llava()
+    inputs, (inside, _, name) = asked(model, 3), part.rpartition(".")
+    with dymu.apply(model, merge=SOME):
+        merged = model(**inputs).logits
+
+    def put() -> None:
+        setattr(model.get_submodule(inside), name, torch.compile(model.get_submodule(part), backend="eager"))
+
+    if order == "before":
+        put()
+    with dymu.apply(model, merge=SOME) as handle:
+        if order == "after":
+            put()
+        tiny.close(model(**inputs).logits, merged, 1e-4)
+        assert handle.last.kept
+
+
+def test_a_hook_may_ask_the_same_model(model):
+    inputs, other_inputs = asked(model, 3), asked(model, 4)
+    text = tiny.prompt(model, 6, seed=5)[None]
+    places = [model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model.layers[1]]
+    with dymu.apply(model, merge=SOME):
+        expected = [model(**one).logits for one in (inputs, other_inputs, {"input_ids": text})]
+        for place in places:
+            for question, answer_to_it in zip(({"input_ids": text}, other_inputs), reversed(expected[1:]), strict=True):
+                inside = []
+
+                def ask(*_: Any, inside: list[Tensor] = inside, question: Any = question) -> None:
+                    if not inside:
+                        inside.append(text)
+                        inside.append(model(**question).logits)
+
+                hook = place.register_forward_pre_hook(ask)
+                assert torch.equal(model(**inputs).logits, expected[0])
+                hook.remove()
+                assert torch.equal(inside[1], answer_to_it)
+
+
 def test_what_somebody_else_put_or_removed_does_not_stop_removal(model):
     inputs, tower = asked(model), model.model.vision_tower
     stock = model(**inputs).logits
@@ -346,13 +470,15 @@ def test_adapters_that_copy_modules_are_refused_while_applied(model):
         peft.get_peft_model(model, config)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_wrappers_are_looked_through_or_named(model):
+    torch._dynamo.reset()
     inputs = asked(model)
     compiled = torch.compile(model, backend="eager")
     with dymu.apply(compiled, merge=SOME) as handle:
-        assert dymu.handle_of(model) is handle
+        assert dymu.handle_of(model) is dymu.handle_of(compiled) is handle
         assert handle.last.kept == []
-        model(**inputs)
+        tiny.close(compiled(**inputs).logits, model(**inputs).logits)
         assert handle.last.kept
     with pytest.raises(UnsupportedModel, match="DataParallel copies the model"):
         dymu.apply(nn.DataParallel(model), merge=SOME)
@@ -457,6 +583,81 @@ def test_removal_waits_for_running_calls(model):
     hook.remove()
     assert order[-1] == "removed"
     assert torch.equal(model(**inputs).logits, stock)
+
+
+def test_removal_does_not_wait_for_ever_for_a_busy_model():
+    model = tiny.llava()
+    inputs, stop = asked(model, 3), threading.Event()
+
+    def ask_on() -> None:
+        while not stop.is_set():
+            model(**inputs)
+
+    handle = dymu.apply(model, merge=SOME)
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask_on) for _ in range(8)]
+        removing = pool.submit(lambda: None)
+        del removing
+        thread = threading.Thread(target=handle.remove)
+        thread.start()
+        thread.join(20)
+        stop.set()
+        assert not thread.is_alive()
+        for one in asking:
+            one.result()
+
+
+def test_parts_are_exchanged_for_all_threads_at_once():
+    """Between calls; the calls of all threads follow."""
+    model = tiny.llava()
+    inputs, meet = asked(model, 3), threading.Barrier(4)
+    with dymu.apply(model, merge=SOME):
+        expected = model(**inputs).logits
+
+        def ask(thread: int) -> list[bool]:
+            right = []
+            for _ in range(20):
+                if thread == 0:
+                    model.model.multi_modal_projector = copy_of(model.model.multi_modal_projector, flip=False)
+                meet.wait(60)
+                right.append(torch.allclose(model(**inputs).logits, expected, atol=1e-5))
+                meet.wait(60)
+            return right
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(all(right) for right in pool.map(ask, range(4)))
+
+
+def test_disabled_may_be_left_in_another_thread(model):
+    inputs = asked(model, 3)
+    stock = model(**inputs).logits
+    with dymu.apply(model, merge=SOME) as handle, ThreadPoolExecutor(1) as pool:
+        merged, disabled = model(**inputs).logits, handle.disabled()
+        disabled.__enter__()
+        assert torch.equal(model(**inputs).logits, stock)
+        pool.submit(disabled.__exit__, None, None, None).result()
+        assert torch.equal(model(**inputs).logits, merged)
+        assert torch.equal(pool.submit(lambda: model(**inputs).logits).result(), merged)
+
+
+def test_others_may_ask_while_thresholds_are_calibrated():
+    model = tiny.llava()
+    inputs, photos = asked(model, 3), tiny.photos(6)
+    expected, stop, right = model(**inputs).logits, threading.Event(), []
+
+    def ask_on() -> None:
+        while not stop.is_set():
+            right.append(torch.allclose(model(**inputs).logits, expected, atol=1e-5))
+
+    thresholds = dymu.calibrate(model, tiny.processor(), photos, [20], progress=False)
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask_on) for _ in range(2)]
+        again = [dymu.calibrate(model, tiny.processor(), photos, [20], progress=False) for _ in range(5)]
+        stop.set()
+        for one in asking:
+            one.result()
+    assert all(right)
+    assert all(one.calibrated == thresholds.calibrated for one in again)
 
 
 def test_removal_from_within_a_call_is_refused(model):
@@ -588,6 +789,17 @@ def test_the_default_type_is_no_business_of_a_model(model, default, own, unmerge
                 for item, before, location in zip(handle.last.items, items, locations, strict=True):
                     assert torch.equal(item.leaders, before.leaders)
                     assert torch.equal(item.location.nan_to_num(), location.nan_to_num())
+
+
+def test_the_default_device_is_no_business_of_a_model(model):
+    inputs = asked(model, 3)
+    for rule in (SOME, dymu.FixedMerge(20), RandomKeep(20), AveragePool(2)):
+        with dymu.apply(model, merge=rule):
+            expected, text = model(**inputs).logits, answer(model, **inputs)
+        with torch.device("meta"), dymu.apply(model, merge=rule):
+            assert torch.equal(model(**inputs).logits, expected)
+        with dymu.apply(model, merge=rule):
+            assert torch.equal(answer(model, **inputs), text)
 
 
 @pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)

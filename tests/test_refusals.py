@@ -324,6 +324,36 @@ def test_embeddings_of_words_that_repeat_are_words(model):
         model(inputs_embeds=soft)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_embeddings_that_repeat_and_are_no_words_of_the_table_may_still_be_right(model):
+    """Words as an adapter gives them, nothing at all, and the newlines among features of the untouched model."""
+    peft = pytest.importorskip("peft")
+    ids = torch.tensor([[5, 7, 5, 5, 9, 7]])
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False))
+    wrapped.eval()
+    embeds = model.get_input_embeddings()(ids).clone()
+    stock = model(input_ids=ids).logits
+    with dymu.apply(model, merge=SOME) as handle:
+        tiny.close(model(inputs_embeds=embeds).logits, stock, 1e-4)
+        embeds[:, 1:4] = 0
+        model(inputs_embeds=embeds)
+        if model.model.config.model_type == "llava_onevision":
+            with handle.disabled():
+                features = model.get_image_features(**tiny.shown(model, tiny.pictures(2)))
+            model(inputs_embeds=torch.cat(list(features.pooler_output))[None])
+
+
+def test_odd_ways_to_call_a_part(model):
+    inputs, rows = asked(model), tiny.pad([tiny.prompt(model, 5), tiny.prompt(model, 9)], "left")
+    with dymu.apply(model, merge=NOTHING) as handle:
+        decoder = model.model.language_model
+        as_tuple = decoder(**rows, return_dict=False)
+        assert torch.equal(as_tuple[0], decoder(**rows).last_hidden_state)
+        logits = model(**inputs, interpolate_pos_encoding=True).logits
+        with handle.disabled():
+            tiny.close(logits, model(**inputs, interpolate_pos_encoding=True).logits)
+
+
 # --------------------------------------------------------------------------------------------------------- the report
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import Signature
 from itertools import accumulate
 from typing import Any
 
@@ -319,12 +319,14 @@ class CallState(threading.local):
         return None if self.prompts is None else self.prompts.leaders
 
 
-def arguments_of(signature: Signature, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
+def arguments_of(module: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, as the module's class says; somebody may have wrapped the method."""
     if not args:
         return dict(kwargs)
-    arguments: dict[str, Any] = signature.bind(*args, **kwargs).arguments
-    return {**arguments.pop("kwargs", {}), **arguments}
+    arguments: dict[str, Any] = inspect.signature(getattr(type(module), name)).bind(module, *args, **kwargs).arguments
+    by_name = {**arguments.pop("kwargs", {}), **arguments}
+    del by_name["self"]
+    return by_name
 
 
 def length(cache: Any) -> int:

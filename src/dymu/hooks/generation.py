@@ -4,7 +4,6 @@ beams, and to prefill a prompt in chunks."""
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,7 +97,7 @@ class GenerationHooks:
 
     def prefill(self, prefill: Method, *args: Any, **kwargs: Any) -> Any:
         """Remember the token maps of the whole prompt, which features that are cut into chunks no longer carry."""
-        arguments = arguments_of(inspect.signature(prefill), args, kwargs)
+        arguments = arguments_of(self.parts.model, "_prefill", args, kwargs)
         inputs = arguments["model_kwargs"]
         encoded = inputs.get("mm_encoder_outputs") or {}
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ class LanguageHooks:
     def inner(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Find the placeholders of this call's images and videos."""
         state, parts = self._state, self.parts
-        inputs = arguments_of(inspect.signature(forward), args, kwargs)
+        inputs = arguments_of(parts.inner, "forward", args, kwargs)
         refuse_attention_weights(inputs, parts.language_model.config)
         ids = inputs.get("input_ids")
         encoded = inputs.get("mm_encoder_outputs") or {}
@@ -75,7 +74,7 @@ class LanguageHooks:
         A call that ends in an error leaves the cache as it was.
         """
         state, decoder, within = self._state, self.parts.language_model, self._state.unmerging
-        inputs = arguments_of(inspect.signature(forward), args, kwargs)
+        inputs = arguments_of(decoder, "forward", args, kwargs)
         refuse_attention_weights(inputs, decoder.config)
         if decoder.training and drops_out(decoder.config):
             warn_of_dropout(state.calls.warned)
@@ -98,6 +97,7 @@ class LanguageHooks:
             )
 
         try:
+            state.unmerging = False  # a layer's hook may ask the model, too
             mask = inputs.pop("attention_mask", None)
             present = _present(mask, batch, tokens, history, self._unmerge)
             positions = inputs.pop("position_ids", None)
@@ -134,7 +134,7 @@ class LanguageHooks:
                 **inputs,
                 inputs_embeds=embeds,
                 position_ids=torch.arange(merged.width, device=embeds.device)[None],  # the step has the angles
-                **{cache_argument(forward): cache},
+                **{cache_argument(type(decoder).forward): cache},
                 dymu_step=step,
             )
         except BaseException:

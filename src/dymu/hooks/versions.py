@@ -39,7 +39,7 @@ def cache_of(output: Any) -> Any:
 
 def going_on(model: Any, output: Any) -> dict[str, Any]:
     """The argument with which a model goes on from the cache of an earlier output."""
-    return {cache_argument(model.forward): cache_of(output)}
+    return {cache_argument(type(model).forward): cache_of(output)}
 
 
 def cuts_encoded_images() -> bool:

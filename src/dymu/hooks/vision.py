@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +70,7 @@ class VisionHooks:
             UnsupportedModel: what is asked of the encoder cannot be had with merged tokens.
         """
         state, family = self._state, self.parts.family
-        arguments = arguments_of(inspect.signature(get_features), args, kwargs)
+        arguments = arguments_of(self.parts.inner, f"get_{modality}_features", args, kwargs)
         refuse_attention_weights(arguments, self.parts.tower.config)
         self._refuse_checkpointing()
         warn_of_hooks(self.parts.encoder_attentions, state.calls.warned)
