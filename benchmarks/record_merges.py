@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
-from dymu.bench.replay import Recorded, file_for
+from dymu.bench.replay import Recorded
+from dymu.bench.shapes import file_for
 from dymu.bench.workload import PHOTOS, spread
 from dymu.reducers import Candidates, Reducer, ThresholdMerge
 from scenes import evaluation_pack

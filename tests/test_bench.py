@@ -330,6 +330,24 @@ def test_a_run_goes_on_where_it_stopped(command, workload, tmp_path, monkeypatch
         bench(workload, file, budgets=[89], batches=[2], backends=["sdpa"], answer_tokens=5, seed=1)
 
 
+def test_a_command_with_a_name_that_is_no_utf8_is_recorded_as_escapes(command, workload, tmp_path, monkeypatch):
+    _, files = command
+    held = json.loads(files["bench-tiny.json"].read_text())
+    monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
+    cell = msgspec.convert(held["cells"][0], results.Cell)
+    monkeypatch.setattr("dymu.bench.run._Run.cell", lambda *_: cell)
+    model = workload.describe()
+    model.name = "m\udcff"
+    monkeypatch.setattr(workload, "describe", lambda: model)
+    file = tmp_path / "bench.json"
+    for budget in (89, 173):  # and it goes on
+        bench(
+            workload, file, budgets=[budget], batches=[2], backends=["sdpa"], command="dymu bench --images a\udcff.png"
+        )
+    assert results.load(file).command == r"dymu bench --images a\udcff.png"
+    assert results.load(file).model.name == r"m\udcff"
+
+
 def test_a_wrong_backend_is_not_timed_and_the_others_are(workload, tmp_path, monkeypatch):
     right = BACKENDS["sdpa"]
     monkeypatch.setitem(BACKENDS, "wrong", lambda *args: 1.01 * right(*args))

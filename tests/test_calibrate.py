@@ -549,3 +549,53 @@ def test_a_threshold_has_as_many_edges_above_it_as_wanted(values: list[float], c
     assert abs(merged - count) == min(abs(n - count) for n in possible)
     if len(set(values)) == len(values):
         assert merged == min(max(count, 0), len(values))
+
+
+class Lengths(list):
+    def __init__(self, items: list, length: object) -> None:
+        super().__init__(items)
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length()  # type: ignore[operator]
+
+
+def _raises() -> int:
+    raise RuntimeError("not known yet")
+
+
+@pytest.mark.parametrize("length", [_raises, lambda: -1])
+def test_a_wrong_length_is_ignored(length, processor, images) -> None:
+    thresholds = dymu.calibrate(tiny.llava("clip"), processor, Lengths(images[:2], length), [20], progress=False)
+    assert thresholds.images == 2
+
+
+def test_one_image_in_any_form_is_one(processor, images, tmp_path) -> None:
+    file = io.BytesIO()
+    images[0].save(file, "PNG")
+    model = tiny.llava("clip")
+    assert dymu.calibrate(model, processor, memoryview(file.getvalue()), [20], progress=False).images == 1
+    (tmp_path / "a.png").write_bytes(file.getvalue())
+    with (tmp_path / "a.png").open("rb") as opened:
+        for source in (io.BytesIO(file.getvalue()), opened):
+            with pytest.raises(dymu.BadImage, match=r"is an open file: give its path, or the bytes read from it"):
+                dymu.calibrate(model, processor, source, [20], progress=False)
+    for number in (np.array(0), torch.tensor(0), np.float32(1)):
+        with pytest.raises(dymu.BadImage, match=r"holds no images: give a folder"):
+            dymu.calibrate(model, processor, number, [20], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"merge_layers": 5}, "the layers to merge in, 5, are not some of"),
+        ({"batch_size": "8"}, "a whole number of at least 1 as batch_size"),
+        ({"batch_size": None}, "a whole number of at least 1 as batch_size"),
+        ({"budgets": b"48"}, "not b'48'"),
+        ({"budgets": bytearray(b"48")}, "not bytearray"),
+        ({"budgets": "48"}, "not '48'"),
+    ],
+)
+def test_arguments_of_other_kinds_are_one_sentence(options, says, processor, images) -> None:
+    with pytest.raises((dymu.DymuError, ValueError), match=says):
+        dymu.calibrate(tiny.llava("clip"), processor, images, **{"budgets": [20], "progress": False} | options)

@@ -649,7 +649,7 @@ def test_quick_checks_come_first(folder, photo, asked, tmp_path, arguments, code
     *said, heavy = done.stderr.splitlines()
     assert done.returncode == code, done.stderr
     assert heavy.startswith("[] "), heavy
-    assert float(heavy.removeprefix("[] ")) < 2.5
+    assert float(heavy.removeprefix("[] ")) < 1.2
     assert len(said) == bool(code)
     assert all(line.startswith("dymu: ") for line in said)
 

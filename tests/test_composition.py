@@ -470,6 +470,21 @@ def test_adapters_that_copy_modules_are_refused_while_applied(model):
         peft.get_peft_model(model, config)
 
 
+def test_accelerates_mixed_precision_wraps_and_unwraps_while_applied(model):
+    accelerate = pytest.importorskip("accelerate")
+    inputs, accelerator = asked(model, 3), accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    stock = model(**inputs).logits
+    handle = dymu.apply(model, merge=SOME)
+    merged = model(**inputs).logits
+    prepared = accelerator.prepare(model)
+    prepared(**inputs)
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(unwrapped(**inputs).logits, merged)
+    handle.remove()
+    assert torch.equal(unwrapped(**inputs).logits, stock)
+    assert torch.equal(copy.deepcopy(unwrapped)(**inputs).logits, stock)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_wrappers_are_looked_through_or_named(model):
     torch._dynamo.reset()

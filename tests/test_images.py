@@ -3,11 +3,13 @@
 import contextlib
 import io
 import os
+import re
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -357,3 +359,71 @@ def test_damaged_bytes_never_get_further_than_a_sentence(data, photo, tmp_path):
     path.write_bytes(broken[: data.draw(st.integers(1, len(broken)))])
     with contextlib.suppress(BadImage):  # anything else that is raised fails the test
         assert load(path).image.mode == "RGB"
+
+
+class Broken:
+    def __array__(self, *_args: object, **_options: object) -> np.ndarray:
+        raise RuntimeError("nothing here")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (lambda: torch.empty(3, 8, 8, device="meta"), r"a tensor whose values cannot be read as an array \(Can"),
+        (lambda: torch.zeros(3, 8, 8).to_sparse(), r"a tensor whose values cannot be read as an array \("),
+        (lambda: torch.quantize_per_tensor(torch.zeros(3, 8, 8), 1, 0, torch.quint8), "a tensor whose values"),
+        (Broken, r"a Broken whose values cannot be read as an array \(nothing here\)"),
+        (lambda: np.full((8, 8), np.nan), "an array of floats, of which some are NaN"),
+    ],
+)
+def test_numbers_that_cannot_be_read_are_not_called_a_damaged_file(source, says):
+    sentence = refusal(source())
+    assert re.search(says, sentence)
+    assert "copy of it" not in sentence
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
+def test_a_closed_image_is_said_to_be(photo, tmp_path, kind):
+    photo.save(tmp_path / "a", kind)
+    images = [Image.open(tmp_path / "a"), Image.open(tmp_path / "a"), photo.copy()]
+    images[1].load()
+    for image in images:
+        image.close()
+        assert "a Pillow image that was closed before it was read" in refusal(image)
+
+
+def test_small_whole_numbers_stay_what_they_are():
+    values = np.arange(0, 256, 4, dtype=np.int32).reshape(8, 8)
+    loaded = load(Image.fromarray(values))
+    assert np.array_equal(np.asarray(loaded.image)[..., 0], values)
+    assert loaded.notes == ("its whole numbers, none above 255, taken as 8 bits",)
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_the_transparent_colour_of_a_16_bit_png_lies_on_white(colours):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    levels = [1000, 2000, 30_000, 60_000]
+    row = b"\0" + b"".join(struct.pack(">H", level) * colours for level in levels)
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2 if colours == 3 else 0, 0, 0, 0)
+    clear = struct.pack(">H", 2000) * colours
+    chunks = [(b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(row * 4)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+    for source in (data, Image.open(io.BytesIO(data))):
+        loaded = load(source)
+        assert [loaded.image.getpixel((x, 0))[0] for x in range(4)] == pytest.approx([4, 255, 117, 233], abs=1)
+        assert "its transparent parts laid on white" in loaded.notes
+
+
+def test_an_orientation_in_xmp_is_not_called_exif(tmp_path):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r:RDF><r:Description tiff:Orientation="6"/></r:RDF></x:xmpmeta>'
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.webp", xmp=xmp)
+    loaded = load(tmp_path / "a.webp")
+    assert loaded.image.size == (20, 40)
+    assert loaded.notes == ("turned upright as its metadata says",)
+
+
+def test_a_name_too_long_for_the_file_system(tmp_path):
+    assert refusal(tmp_path / ("x" * 300 + ".png")).endswith("(File name too long): give it a shorter name.")

@@ -392,3 +392,20 @@ def test_placeholders_must_fit_row_by_row(model):
     batch["input_ids"][0, 3], batch["input_ids"][1, 2] = 5, tiny.IMAGE_TOKEN
     with dymu.apply(model, merge=ThresholdMerge((0.9,) * tiny.LAYERS)), pytest.raises(BadPrompt, match="of prompt 0"):
         model(**batch, **tiny.shown(model, tiny.pictures(2)))
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_fixed_merge_of_tiles_does_not_depend_on_batch_mates(family, keep):
+    """Small pictures have rounds in which nothing is due; they order tokens all the same."""
+    model = tiny.llava("clip", "llama", family)
+    images = tiny.full_processor(family).image_processor
+    generator = np.random.default_rng(0)
+    sizes = [(35, 160), (23, 43), (43, 40), (101, 150), (145, 47)]
+    photos = [Image.fromarray(generator.integers(0, 255, (high, wide, 3), dtype=np.uint8)) for wide, high in sizes]
+    with dymu.apply(model, merge=FixedMerge(keep)) as handle:
+        model.get_image_features(**images(photos, return_tensors="pt"))
+        together = handle.last.items
+        for photo, item in zip(photos, together, strict=True):
+            model.get_image_features(**images([photo], return_tensors="pt"))
+            assert torch.equal(handle.last.items[0].leaders, item.leaders)

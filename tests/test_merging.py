@@ -392,6 +392,27 @@ def test_only_the_chosen_layers_remove(tokens, chosen, part, schedule):
     assert sum(removed) == pytest.approx(tokens - keep, abs=1e-6 * tokens)
 
 
+@pytest.mark.parametrize(("tokens", "layers"), [(576, 1), (576, 2), (256, 3), (49, 1), (49, 4), (729, 5)])
+def test_a_fixed_number_may_be_the_fewest_that_pairs_leave(tokens, layers):
+    keep = tokens
+    for _ in range(layers):
+        keep -= keep // 2
+    assert fewest(tokens, layers, alike=True) == keep
+    merging = tuple(range(3, 3 + layers))
+    FixedMerge(keep, layers=merging).check_fits(12, tokens)
+    with pytest.raises(BadBudget, match=f"keep between {keep} and {tokens}"):
+        FixedMerge(keep - 1, layers=merging).check_fits(12, tokens)
+
+
+@pytest.mark.parametrize("keep", [4, 7, 13, 25])
+def test_the_fewest_tokens_are_met(keep):
+    layers = {25: 1, 13: 2, 7: 3, 4: 4}[keep]
+    model = tiny.llava(layer=-1)
+    with dymu.apply(model, merge=FixedMerge(keep, layers=tuple(range(layers)))) as handle:
+        model.get_image_features(tiny.pictures(2))
+        assert handle.last.kept == [keep] * 2
+
+
 def test_layers_that_are_chosen_keep_their_proportions():
     assert removals(576, 300, 4, "reverse_linear", [1, 3]) == pytest.approx([0, 92, 0, 184])
     with pytest.raises(BadBudget, match="in 1 layers"):

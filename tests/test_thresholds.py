@@ -541,3 +541,36 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, state):
     torch.save(state, tmp_path / "x-72out.pth")
     with pytest.raises(BadThresholds, match=r"x-72out\.pth"):
         Thresholds.load(tmp_path / "x-72out.pth")
+
+
+def test_names_that_are_no_utf8_are_saved_as_escapes(tmp_path):
+    thresholds(model="m\udcff", skipped=({"image": "b\udcff.png", "why": "is empty"},)).save(tmp_path / "t.json")
+    loaded = Thresholds.load(tmp_path / "t.json")
+    assert loaded.skipped == ({"image": r"b\udcff.png", "why": "is empty"},)
+    assert loaded.model == r"m\udcff"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "link.json").symlink_to("pipe.json")
+    (tmp_path / "null.json").symlink_to(os.devnull)
+    for name in ("pipe.json", "link.json", "null.json"):
+        with pytest.raises(BadOutput, match=rf"{name} is no ordinary file but a device, a pipe or a socket: name a fi"):
+            thresholds().save(tmp_path / name)
+    assert (tmp_path / "pipe.json").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "null.json", "pipe.json"]
+    with pytest.raises(BadOutput, match=r"is a folder: name a file"):
+        thresholds().save(tmp_path)
+    with pytest.raises(BadOutput, match=r"x+….*cannot be written \(File name too long\): give it a shorter name"):
+        thresholds().save(tmp_path / ("x" * 300 + ".json"))
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_a_file_keeps_its_permissions(tmp_path, mode):
+    path = tmp_path / "t.json"
+    path.touch()
+    path.chmod(mode)
+    thresholds().save(path)
+    assert path.stat().st_mode & 0o777 == mode
+    assert Thresholds.load(path) == thresholds()

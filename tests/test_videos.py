@@ -606,3 +606,31 @@ def test_nothing_is_printed(tmp_path, capfd):
         load(path)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+@needs_av
+@pytest.mark.parametrize("kind", ["mkv", "webm", "flv"])
+def test_a_loss_of_more_than_one_frame_is_noted(tmp_path, kind):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), dtype=np.uint8)
+    path = encode(tmp_path / f"a.{kind}", pictures=[Image.fromarray(one) for one in noise], gop=4)
+    whole = path.read_bytes()
+    assert load(path, frames=64).notes == ()
+    for part in (0.93, 0.9, 0.8):
+        path.write_bytes(whole[: int(len(whole) * part)])
+        loaded = load(path, frames=64)
+        assert 20 < len(loaded.frames) < 39
+        assert any("cut short" in note or "says that it lasts 4.0 s" in note for note in loaded.notes), loaded.notes
+
+
+@needs_av
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow writes no AVIF")
+def test_an_animated_avif_cut_short_gives_what_is_there(tmp_path):
+    path = tmp_path / "a.avif"
+    animate(path, 8)
+    whole = path.read_bytes()
+    assert load(path).notes == ()
+    path.write_bytes(whole[:-3])
+    loaded = load(path)
+    assert [which(frame, 8) for frame in loaded.frames] == list(range(len(loaded.frames)))
+    assert 1 < len(loaded.frames) < 8
+    assert any("cut short" in note for note in loaded.notes)

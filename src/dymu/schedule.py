@@ -34,8 +34,8 @@ def layers_to_merge_in(layers: Iterable[int], depth: int) -> tuple[int, ...]:
     Raises:
         DymuError: they are not some of the first `depth` layers.
     """
-    layers = list(layers)
     try:
+        layers = list(layers)
         indices = sorted({operator.index(layer) for layer in layers})
     except TypeError:
         indices = []

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import msgspec
 
 from dymu.errors import BadBudget, BadOutput, BadThresholds
-from dymu.files import Count, decoded, expanded, first_line, whole_file
+from dymu.files import Count, decoded, escaped, expanded, first_line, whole_file
 
 FORMAT = "dymu-thresholds"
 VERSION = 2
@@ -276,7 +276,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file, whole or not at all.
+        """Write a JSON file, whole or not at all; bytes of names that are no UTF-8 are written as escapes.
 
         Raises:
             BadThresholds: `load` would refuse it.
@@ -321,7 +321,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
 
     def _encoded(self, goal: str) -> bytes:
         """As JSON that `load` takes."""
-        body = {"format": FORMAT, "version": self.version} | msgspec.to_builtins(self)
+        body = escaped({"format": FORMAT, "version": self.version} | msgspec.to_builtins(self))
         what, then = f"{self} cannot be {goal}", "correct that, or calibrate again."
         try:
             text = json.dumps(body, indent=2, allow_nan=False).encode() + b"\n"
@@ -394,7 +394,7 @@ def number(value: Any, what: str = "a budget is a number of tokens or a fraction
         BadBudget: it is none; a sentence that begins with `what`.
     """
     try:
-        if isinstance(value, bool | str | bytes):
+        if isinstance(value, bool | str | bytes | bytearray | memoryview):
             raise TypeError
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # the last two from arrays of several, and huge ones

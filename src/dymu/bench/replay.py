@@ -23,7 +23,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from dymu.errors import BadBudget, UnsupportedModel
+from dymu.bench.shapes import file_for, nearest
+from dymu.errors import UnsupportedModel
 from dymu.merging import Layout, a_count, merge_step
 from dymu.reducers import Candidates, Reducer
 from dymu.token_map import TokenMap
@@ -31,8 +32,6 @@ from dymu.token_map import TokenMap
 FOLDER = Path(__file__).parent
 PREFIX = 1
 """Tokens ahead of the patches where merges are recorded."""
-NEAR = 0.05
-"""Largest relative distance of a budget from the recorded one that is used for it."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,7 @@ class Recorded:
         Raises:
             BadBudget: none is within 5 % of it.
         """
-        full = pictures * self.tokens
-        asked = budget * full if isinstance(budget, float) and budget <= 1 else budget
-        nearest = min(self.into, key=lambda recorded: abs(pictures * recorded - asked))
-        if abs(pictures * nearest - asked) > NEAR * pictures * nearest:
-            known = ", ".join(str(pictures * recorded) for recorded in sorted(self.into))
-            raise BadBudget(
-                f"merges were recorded at {known} of {full} tokens, none of them near {asked:g}; take one of those."
-            )
-        return nearest
+        return nearest(self.into, self.tokens, budget, pictures)
 
     def rule(self, budget: int, photos: Sequence[int]) -> Replay:
         """The rule that merges a batch as these photos were merged, one per image."""
@@ -119,11 +110,6 @@ class Recorded:
                 for budget, values in sorted(flat.items())
             },
         )
-
-
-def file_for(tokens: int) -> Path:
-    """The file with the merges of pictures of so many tokens."""
-    return FOLDER / f"merges-{tokens}.safetensors"
 
 
 @cache

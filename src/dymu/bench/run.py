@@ -27,6 +27,7 @@ from dymu.bench.variants import UNTOUCHED, Variant, variants
 from dymu.bench.workload import Workload, spread
 from dymu.errors import AlreadyApplied
 from dymu.families.resolve import resolve
+from dymu.files import escaped
 from dymu.handle import handle_of
 from dymu.measure.costs import count
 from dymu.measure.progress import bar_of
@@ -108,7 +109,7 @@ def bench(
         cells=[],
     )
     possible = dict.fromkeys(workload.budget(budget) for budget in budgets)
-    bench = continued(Path(output), bench)
+    bench = continued(Path(output), msgspec.convert(escaped(msgspec.to_builtins(bench)), Bench))
     finished = {(cell.prompt, cell.batch, cell.budget) for cell in bench.cells}
     todo = [cell for cell in product(prompts, batches, possible) if cell not in finished]
     if not todo:

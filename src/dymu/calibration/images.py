@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -75,11 +76,12 @@ def calibrate(
         ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
     """
     several = isinstance(budgets, Iterable) and getattr(budgets, "ndim", 1) > 0
+    several = several and not isinstance(budgets, str | bytes | bytearray | memoryview)
     budgets = [number(budget) for budget in (cast(Iterable[Any], budgets) if several else [budgets])]
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
-    if not budgets or batch_size < 1:
-        raise ValueError("calibrate needs at least one budget, and a batch_size of at least 1")
+    if not budgets or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError("calibrate needs at least one budget, and a whole number of at least 1 as batch_size")
     parts = resolve(model)
     prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
     if depth == 0:

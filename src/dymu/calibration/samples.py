@@ -6,6 +6,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,15 +105,20 @@ class Samples:
     """
 
     def __init__(self, image_processor: Any, images: Any, parts: Parts) -> None:
-        one = isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image | Mapping)
-        one = one or getattr(images, "ndim", 4) in (2, 3)
-        if not one and not isinstance(images, Iterable):
+        one = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image | Mapping)
+        dimensions = 4 if isinstance(images, memoryview) else getattr(images, "ndim", 4)
+        one = one or dimensions in (2, 3)
+        if hasattr(images, "read") and not one:
+            raise BadImage(f"a {type(images).__name__} is an open file: give its path, or the bytes read from it.")
+        if not one and (not isinstance(images, Iterable) or dimensions == 0):
             raise BadImage(f"a {type(images).__name__} holds no images: give a folder, or a list of images or paths.")
         self._images: Iterable[ImageSource] = [images] if one else images
         self._processor, self._parts = image_processor, parts
         self._takes = inspect.signature(type(parts.inner).get_image_features).parameters
         self._size: torch.Size | None = None
-        self.expected = len(self._images) if isinstance(self._images, Sized) else None
+        self.expected: int | None = None
+        with suppress(Exception):  # a length serves the bar alone
+            self.expected = len(self._images) if isinstance(self._images, Sized) else None
         self.used = 0
         self.skipped: list[dict[str, str]] = []
         self.left_out: list[str] = []

@@ -9,12 +9,17 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from dymu.cli.errors import BadModel
 from dymu.version import __version__
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 CHARTS = (".png", ".svg", ".pdf")
+MOST = 2**32
+"""The largest whole number that an option takes."""
+UsageError: Any = typer.BadParameter.__base__
+"""Raised for calls that typer refuses; the class lies in click for some versions of typer and in typer for others."""
 
 RUN, FIND, MEASURE, ABOUT = "Run and see", "Find thresholds", "Measure", "About"
 """Groups of commands in the help."""
@@ -33,6 +38,29 @@ def _without_types(params: list[Any]) -> list[Any]:
 class _Command(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; what is empty, or too large a number, is refused for all commands alike."""
+        words = list(args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except UsageError as error:
+            error.ctx = error.ctx or ctx  # so that the sentence names this command's help
+            raise
+        if ctx.resilient_parsing:  # a shell completes a call that is not whole
+            return rest
+        for before, word in zip(("", *words), words, strict=False):
+            if word == "" or re.fullmatch(r"--[a-z-]+=", word):
+                option = word.removesuffix("=") or before
+                what = f"the value of {option}" if option.startswith("-") else "an argument"
+                raise typer.BadParameter(f"{what} is empty: write one, or leave it out.")
+        params: list[Any] = self.params
+        for param in params:
+            value = ctx.params.get(param.name)
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if type(number) is int and abs(number) > MOST:
+                    raise typer.BadParameter(f"{number} is no number up to {MOST}", ctx=ctx, param=param)
+        return rest
 
 
 class _Group(TyperGroup):
@@ -82,8 +110,10 @@ def parse_layers(text: str) -> list[int]:
 
 
 def _check_device(device: str | None) -> str | None:
-    if device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", device):
+    if device is not None and (not re.fullmatch(r"[a-z]+(:\d{1,3})?", device) or device.startswith("meta")):
         raise typer.BadParameter(f"{device!r} is no device such as cpu, cuda or cuda:1.")
+    if device is not None and device.startswith("cpu:") and int(device[4:]):
+        raise BadModel(f"torch cannot use the device {device} here: take cpu, of which there is one.")
     return device
 
 

@@ -39,10 +39,13 @@ BUDGETS = ["0.15", "0.3"]
 BATCHES = [1]
 PROMPTS_TIMED = ["image-text"]
 BACKEND = ["auto"]
+SHOWN = ("report", "tables", "chart", "as_json", "debug")
+"""Parameters of a call that measures nothing."""
 
 
 @app_command(MEASURE, "dymu bench llava-1.5-shape-0.5b -b 89 -b 173 --batch 1 --batch 4")
 def bench(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -109,8 +112,10 @@ def bench(
         if report is not None and len(report) > 1:
             raise typer.BadParameter("--chart draws one result file; give one.")
     if report:
-        if model is not None:
-            raise typer.BadParameter("--report measures nothing: leave the model out, or --report.")
+        given = [param.opts[0] for param in ctx.command.params if _is_idle(ctx, param.name)]
+        if given:
+            names = ", ".join("the model" if name == "model" else name for name in given)
+            raise typer.BadParameter(f"--report measures nothing: leave {names} out, or --report.")
         files = report
     else:
         name = model or models.demo_model()
@@ -131,6 +136,12 @@ def bench(
     if not report:
         out.wrote(file)
         _refuse_untimed(file)
+
+
+def _is_idle(ctx: typer.Context, name: str | None) -> bool:
+    """Whether an option was named that says nothing to --report."""
+    source = ctx.get_parameter_source(name or "")
+    return name not in SHOWN and source is not None and source.name == "COMMANDLINE"
 
 
 def _refuse_unknown(what: str, names: Sequence[str], known: Iterable[str]) -> None:
@@ -157,6 +168,8 @@ def _workload(
                 raise typer.BadParameter(
                     f"{name} has random weights, is shown noise and merges as was recorded: leave {option} out."
                 )
+        for budget in budgets:
+            shapes.check_budget(name, budget)
         return lambda: _shape(out, name, device, dtype)
     if "/" not in name and not expanded(name).exists():
         raise typer.BadParameter(f"{name!r} is neither a shape ({', '.join(SHAPES)}) nor a model's folder.")

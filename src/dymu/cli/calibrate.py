@@ -105,11 +105,13 @@ def existing(paths: Sequence[Path], what: str, error: type[DymuError]) -> list[P
     """The paths with the home folder for `~`.
 
     Raises:
-        DymuError: of the kind `error`, for the first that does not exist.
+        DymuError: of the kind `error`, for the first that does not exist, or is neither a file nor a folder.
     """
     for path in paths:
         if not expanded(path).exists():
             raise error(f"the {what} {path} does not exist: check the path.")
+        if not (expanded(path).is_file() or expanded(path).is_dir()):
+            raise error(f"the {what} {path} is a device or a pipe: name a file or a folder.")
     return [expanded(path) for path in paths]
 
 
@@ -162,6 +164,7 @@ def calibrate_videos(
     check_writable(output, "thresholds", (".json",))
     sources = existing(videos, "video", dymu.BadVideo)
     named = models.named(model, revision)
+    named.check_videos()
     calibrated = named.thresholds(thresholds)
     calibrated.tokens_for(budget)
 

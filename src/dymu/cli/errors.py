@@ -4,6 +4,7 @@ from typing import Any
 
 from dymu.errors import BadOutput as BadOutput
 from dymu.errors import DymuError
+from dymu.files import first_line, shortened
 
 
 class BadModel(DymuError):
@@ -24,7 +25,8 @@ def sentence(error: BaseException) -> str:
             f"programs ({one_line(error)})."
         )
     if isinstance(error, OSError):
-        return f"the system refused: {one_line(error)}."
+        named = f": {shortened(error.filename)}" if isinstance(error.filename, str) else ""
+        return f"the system refused ({first_line(error)}{named}): check the names and paths of this call."
     return (
         f"an error that dymu did not foresee: {type(error).__name__}: {one_line(error)}. "
         "Run it again with --debug for the traceback, and please report it."

@@ -87,11 +87,16 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Compare methods that reduce image tokens: accuracy, tokens, time, memory."""
     from dymu.cli import models
+    from dymu.evaluation.results import Results
+    from dymu.evaluation.tasks import check_tasks
 
     out = Output(as_json)
     budgets = [parse_budget(text) for text in budget]
     check_writable(output, "results", (".jsonl",))
+    if expanded(output).is_file() and expanded(output).stat().st_size:
+        Results.load(output)
     tasks = [_task(expanded(path)) for path in task]  # before anything heavy is loaded
+    check_tasks(tasks)
     named = models.named(model or models.demo_model(), revision)
     named.check_budgets(budgets)
     files: list[Any] = thresholds or ([None] if "dtome" in method else [])
@@ -99,6 +104,8 @@ def evaluate(
     for each in calibrated:
         for tokens in budgets:
             each.tokens_for(tokens)
+    if calibrated and "dtome" not in method:
+        out.note("only dtome merges by --thresholds, and it is not compared: add -m dtome.")
     schedules = [each.schedule or "" for each in calibrated]
     if len(set(schedules)) < len(schedules):
         raise typer.BadParameter("two of the --thresholds files are of one schedule; give one for each.")
@@ -242,7 +249,8 @@ def _say(
             raise errors.BadInput(f"{path} has no rows of {against}; compare with one of: {', '.join(methods)}.")
         left_out = skipped(results)
         if left_out:
-            out.note(f"{path}: {len(left_out)} questions were left out: {'; '.join(left_out)}")
+            were = "question was" if len(left_out) == 1 else "questions were"
+            out.note(f"{path}: {len(left_out)} {were} left out: {'; '.join(left_out)}")
         if unfinished := _unfinished(results):
             out.note(f"{path} is unfinished: {unfinished}; the same dymu evaluate again goes on from there.")
         summaries = summarise(results, against=against)

@@ -2,12 +2,11 @@
 
 import os
 import sys
-from typing import Any
 
 import typer
 
 from dymu.cli import errors
-from dymu.cli.app import app
+from dymu.cli.app import UsageError, app
 
 from dymu.cli.run import run  # noqa: F401, isort: skip
 from dymu.cli.check import check  # noqa: F401, isort: skip
@@ -15,9 +14,6 @@ from dymu.cli.calibrate import calibrate, calibrate_videos  # noqa: F401, isort:
 from dymu.cli.evaluate import evaluate, report  # noqa: F401, isort: skip
 from dymu.cli.bench import bench  # noqa: F401, isort: skip
 from dymu.cli.show import env, families, inspect  # noqa: F401, isort: skip
-
-UsageError: Any = typer.BadParameter.__base__
-"""Raised for calls that typer refuses; the class lies in click for some versions of typer and in typer for others."""
 
 
 def main() -> None:

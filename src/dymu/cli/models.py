@@ -26,9 +26,10 @@ TOY = (
     "the demo model is a toy: it knows some two hundred things, and says something wrong of all others; "
     "name a model of yours with --model."
 )
+NO_VIDEOS = "this model takes no videos: take one that does, such as a llava_onevision, or show it an image."
 ONE_PICTURE = ("llava", "vipllava")
 """Families in which an image is one picture, and each of its patches a token."""
-_UNSAID = (KeyError, TypeError, ValueError, ZeroDivisionError)
+_UNSAID = (KeyError, TypeError, ValueError, ArithmeticError)
 """Raised where a config does not say something, or not as transformers writes it; loading the model will tell."""
 
 
@@ -96,6 +97,11 @@ class Named:
                     f"a budget of {budget:g} cannot be met: an image of {self.name} has {self.tokens} tokens, of which "
                     f"{lowest:.4g} to {self.tokens} can be kept."
                 )
+
+    def check_videos(self) -> None:
+        """Raises: BadModel, where its family takes no videos."""
+        if FAMILIES[str(self.config["model_type"])].video_token is None:
+            raise BadModel(NO_VIDEOS)
 
     def thresholds(self, named: str | None = None) -> Thresholds:
         """The thresholds that were named, a file, a folder or a hub name; else those that the model ships."""
@@ -218,9 +224,7 @@ def ask(loaded: Loaded, shown: Any, question: str) -> dict[str, Any]:
     elif "video" in resolve(loaded.model).placeholders:
         what, inputs = f"{len(shown)} frames", video_inputs_for(loaded.model, loaded.processor, shown, question)
     else:
-        raise BadModel(
-            "this model takes no videos: take one that does, such as a llava_onevision, or show it an image."
-        )
+        raise BadModel(NO_VIDEOS)
     tokens, limit = inputs["input_ids"].shape[1], loaded.model.config.get_text_config().max_position_embeddings
     if tokens > limit:
         raise BadPrompt(

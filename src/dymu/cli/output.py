@@ -13,7 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dymu.cli.errors import BadOutput
-from dymu.files import expanded, whole_file
+from dymu.files import expanded, target_of, whole_file
+from dymu.measure.markdown import cells
+
+NARROWEST = 40
+"""Columns of a terminal that tables need; a narrower one wraps their lines."""
 
 
 class Output:
@@ -23,6 +27,8 @@ class Output:
         self.as_json = as_json
         self._out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
+        for console in (self._out, self._err):
+            console.width = max(console.width, NARROWEST)
 
     def result(self, data: dict[str, Any], for_people: Callable[[], Iterable[Any]]) -> None:
         """The command's answer: `data` as the last line of stdout, or what `for_people` gives."""
@@ -59,7 +65,7 @@ def _drawn(block: str, width: int) -> Iterator[Any]:
     if not block.startswith("|"):
         yield block.removeprefix("<sub>").removesuffix("</sub>").strip("*")
         return
-    header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n"))
+    header, _, *lines = (cells(line) for line in block.split("\n"))
     widths = [max(map(len, column)) + 2 for column in zip(header, *lines, strict=True)]
     parts: list[list[int]] = []
     for index in range(1, len(header)):
@@ -95,12 +101,15 @@ def facts(named: dict[str, str]) -> Iterator[Any]:
 def check_writable(path: Path, what: str, extensions: tuple[str, ...]) -> None:
     """Refuse, before any long work, a path that could not be written in the end."""
     path = expanded(path)
+    if path.name.lower() in extensions:
+        raise BadOutput(
+            f"{path} is an ending without a name: name the file for {what}, such as {what.split()[-1]}{path.name}."
+        )
     if path.suffix.lower() not in extensions:
         raise BadOutput(
             f"{path} does not end in {' or '.join(extensions)}, which says how to write {what}: give it such a name."
         )
-    if path.is_dir():
-        raise BadOutput(f"{path} is a folder: name the file for {what}.")
+    target_of(path)
     if not path.parent.is_dir():
         raise BadOutput(f"{path.parent} is not a folder, so {path.name} cannot be written: make it.")
     if not os.access(path.parent, os.W_OK):

@@ -23,7 +23,7 @@ from dymu.cli.app import (
     quieten_transformers,
 )
 from dymu.cli.output import Output, check_writable, run_for_people, write_whole
-from dymu.files import expanded
+from dymu.files import escaped, expanded
 
 ANIMATED = (".gif", ".webp")
 MOVING = (*PICTURES, ".gif")
@@ -82,6 +82,11 @@ def run(
         check_writable(draw, "the picture", MOVING if moves else PICTURES)
     if per_second is not None and not moves:
         raise typer.BadParameter("--per-second is for videos: leave it out for an image.")
+    if escaped(question) != question:
+        raise dymu.BadPrompt("the question holds half of a character, which no tokenizer takes: mend it.")
+    named = models.named(model or models.demo_model(), revision) if moves and path.exists() else None
+    if named is not None:
+        named.check_videos()
     picture: Any = videos.load(image, frames=frames or 32) if moves else images.load(image)
     shown = picture.frames if moves else picture.image
     if draw is not None and expanded(draw).exists() and expanded(draw).samefile(path):
@@ -91,7 +96,7 @@ def run(
 
     if model is None:
         budget = models.DEMO_BUDGET if budget is None else budget
-    named = models.named(model or models.demo_model(), revision)
+    named = named or models.named(model or models.demo_model(), revision)
     calibrated = named.thresholds(thresholds)
     calibrated.tokens_for(budget)  # a budget that cannot be had is refused before the model is loaded
     if per_second is not None:

@@ -91,5 +91,7 @@ def _panel(
         colour = METHODS[row.method].colour
         if row.method == "dtome":
             colour = _OF_SCHEDULE.get(row.schedule, colour)
-        chart.curve(panel, points, label=name, color=colour, linestyle=_LINES[row.unmerge], marker=_MARKS[row.schedule])
+        chart.curve(
+            panel, points, label=name, color=colour, linestyle=_LINES[row.unmerge], marker=_MARKS.get(row.schedule, "D")
+        )
     panel.set_ylabel("right answers, %")

@@ -6,21 +6,26 @@ answers to them, or one row's cost of one example.
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, Self, TypeVar
 
 import msgspec
 
 from dymu.choices import UNMERGE
 from dymu.errors import BadOutput
-from dymu.evaluation.methods import FORMER, Row
-from dymu.files import Amount, Count, decoded, first_line
+from dymu.evaluation.methods import FORMER, METHODS, Row
+from dymu.files import Amount, Count, decoded, escaped, first_line
 from dymu.measure.results import BadResults, check_same_run, read_bytes
 from dymu.measure.times import Cost
+
+if sys.platform != "win32":
+    import fcntl
 
 FORMAT: Literal[1] = 1
 Record = TypeVar("Record", bound=msgspec.Struct)
@@ -47,7 +52,7 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
         processor, thresholds: hashes of the model's processor, and of thresholds by schedule.
 
     Raises:
-        ValueError: a task without its length, or a row of an unknown way to unmerge.
+        ValueError: a task without its length, or a row of an unknown method or way to unmerge.
     """
 
     dymu_results: Literal[1]
@@ -69,6 +74,8 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
             if not isinstance(task.get("length"), int):
                 raise ValueError(f"`tasks` does not say the `length` of {name}")
         for row in self.rows:
+            if row.method not in METHODS:
+                raise ValueError(f"`rows` hold an unknown method, {row.method!r}")
             if row.unmerge not in (*UNMERGE, FORMER):
                 raise ValueError(f"`rows` hold an unknown way to unmerge, {row.unmerge!r}")
 
@@ -211,29 +218,45 @@ class Results:
 
 
 class ResultFile:
-    """A result file that lines are appended to.
+    """A result file that lines are appended to; a context, in which no other process may write it.
 
     Args:
         path: created if it does not exist; else continued.
         header: describes the run.
 
     Raises:
-        BadResults: the file belongs to another run.
+        BadResults: the file belongs to another run, or another process is writing it.
         BadOutput: it cannot be written.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
         self._path, header = path, as_written(header)
         with _named(path):
-            begun = path.exists() and path.stat().st_size > 0
-        if begun:
-            self.results = Results.load(path)
-            check_same_run(path, header, self.results.header, {*Header.__struct_fields__} - {*CHANGING})
-            with _named(path):
-                os.truncate(path, read_bytes(path).rfind(b"\n") + 1)  # a killed run leaves an incomplete last line
-        else:
+            self._stream = path.open("ab")
+        try:
+            self._begin(header)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # of a line that could not be written, which `add` has said
+            self._stream.close()
+
+    def _begin(self, header: Header) -> None:
+        """Continue what the file holds, or write the header."""
+        _lock(self._stream, self._path)
+        if os.fstat(self._stream.fileno()).st_size == 0:
             self.results = Results(header)
             self._write(header)
+            return
+        self.results = Results.load(self._path)
+        check_same_run(self._path, header, self.results.header, {*Header.__struct_fields__} - {*CHANGING})
+        with _named(self._path):
+            self._stream.truncate(read_bytes(self._path).rfind(b"\n") + 1)  # a killed run leaves half a last line
 
     def add(self, line: Line) -> None:
         """Append a line and make sure that it is on the disk.
@@ -246,10 +269,30 @@ class ResultFile:
         self.results.take(line)
 
     def _write(self, record: msgspec.Struct) -> None:
-        with _named(self._path), self._path.open("ab") as stream:
-            stream.write(msgspec.json.encode(record) + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        with _named(self._path):
+            if os.fstat(self._stream.fileno()).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "it was deleted meanwhile")
+            self._stream.write(msgspec.json.encode(record) + b"\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+
+
+def _lock(stream: BinaryIO, path: Path) -> None:
+    """Keep other processes from the file until it is closed, where the system can.
+
+    Raises:
+        BadResults: another process is writing it.
+    """
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BadResults(
+            f"another dymu evaluate is writing {path}: wait until it is done, or name another file with -o."
+        ) from error
+    except OSError:  # some network file systems have no locks
+        return
 
 
 @contextmanager
@@ -265,12 +308,3 @@ def _named(path: Path) -> Iterator[None]:
 def as_written(record: Record) -> Record:
     """A record as a file gives it back: half of a surrogate pair, which UTF-8 cannot hold, is its escape."""
     return msgspec.json.decode(msgspec.json.encode(escaped(msgspec.to_builtins(record))), type=type(record))
-
-
-def escaped(value: Any) -> Any:
-    """A text whose lone surrogates are their escapes, or plain data with such texts in it."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, dict):
-        return {escaped(key): escaped(item) for key, item in value.items()}
-    return [escaped(item) for item in value] if isinstance(value, (list, tuple)) else value

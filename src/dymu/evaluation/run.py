@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel
 
-from dymu.errors import AlreadyApplied, BadImage, BadPrompt, BadQuestion, DymuError
+from dymu.errors import AlreadyApplied, BadImage, BadPrompt, BadQuestion
 from dymu.evaluation.divergence import divergences
 from dymu.evaluation.methods import UNTOUCHED, Row
 from dymu.evaluation.results import (
@@ -28,12 +27,11 @@ from dymu.evaluation.results import (
     ResultFile,
     Results,
     as_written,
-    escaped,
 )
 from dymu.evaluation.rows import check, running
-from dymu.evaluation.tasks import Example, Task, check_task, described, example_of, length_of, score_of
+from dymu.evaluation.tasks import Example, Task, check_tasks, described, example_of, length_of, score_of
 from dymu.families.resolve import resolve
-from dymu.files import expanded
+from dymu.files import escaped, expanded
 from dymu.handle import Handle, handle_of, name_of
 from dymu.measure.costs import cost
 from dymu.measure.progress import bar_of
@@ -77,7 +75,7 @@ def evaluate(
         progress: show a bar on stderr, or lines where that is no terminal.
 
     Raises:
-        BadResults: `output` belongs to another run.
+        BadResults: `output` belongs to another run, or another process is writing it.
         BadBudget, BadThresholds, UnsupportedModel: the model cannot run a row.
         AlreadyApplied: DyMU is applied to the model.
         DymuError: two tasks have the same name.
@@ -90,11 +88,7 @@ def evaluate(
     if handle_of(model) is not None:
         raise AlreadyApplied("DyMU is applied to this model, so nothing could be compared; call handle.remove() first.")
     by_schedule = {calibrated.schedule or "": calibrated for calibrated in thresholds}
-    for task in tasks:
-        check_task(task)
-    (name, times), *_ = Counter(escaped(task.name) for task in tasks).most_common(1) or [("", 0)]
-    if times > 1:
-        raise DymuError(f"{times} tasks are named {name}; give each task once, or rename a folder.")
+    check_tasks(tasks)
     lengths = {escaped(task.name): length_of(task, limit) for task in tasks}
     tokens = full_tokens(model, processor, by_schedule.values())
     for row in rows:
@@ -122,8 +116,8 @@ def evaluate(
         processor=short_hash([processor.chat_template, processor.image_processor.to_dict()]),
         thresholds={schedule: thresholds_hash(calibrated) for schedule, calibrated in by_schedule.items()},
     )
-    asker = _Asker(ResultFile(expanded(output), header), model, processor, by_schedule, tokens, seed)
-    with bar_of(progress, remaining=False) as bar:
+    with ResultFile(expanded(output), header) as file, bar_of(progress, remaining=False) as bar:
+        asker = _Asker(file, model, processor, by_schedule, tokens, seed)
         todo = bar.add_task("", total=sum(lengths.values()) * len(rows))
         for task, (name, length) in zip(tasks, lengths.items(), strict=True):
             for start in range(0, length, batch_size):
@@ -135,7 +129,7 @@ def evaluate(
                     if batch.stop == length:
                         bar.say(f"{name} · {row.key}: all {length:,} questions")
                 batch.time(rows, timed)
-    return asker.file.results
+    return file.results
 
 
 def full_tokens(model: PreTrainedModel, processor: Any, thresholds: Iterable[Thresholds] = ()) -> int:

@@ -82,10 +82,11 @@ def provenance(results: Results) -> str:
     revision = f" at {model.revision[:12]}" if model.revision else ""
     tasks = ", ".join(f"{name} ({task['length']})" for name, task in header.tasks.items())
     versions = ", ".join(f"{name} {number}" for name, number in header.versions.items())
-    return (
+    line = (
         f"{model.name}{revision} (weights {model.weights}, {model.dtype}); {tasks}; seed {header.seed}; "
         f"{header.device}; {versions}; {header.date[:10]}"
     )
+    return " ".join(line.split())
 
 
 def _short(value: float) -> str:

@@ -38,6 +38,11 @@ class Replaced:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._method(*args, **kwargs) if self.retired else self._around(self._method, *args, **kwargs)
 
+    @property
+    def __func__(self) -> Method:
+        """As bound methods have, for what wraps those, such as accelerate's mixed precision."""
+        return lambda _module, *args, **kwargs: self(*args, **kwargs)
+
     def __reduce_ex__(self, _protocol: object) -> Any:
         if self.retired:
             return getattr, (self._method, "__call__")

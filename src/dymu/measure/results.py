@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from dymu.errors import DymuError
-from dymu.files import first_line
+from dymu.files import expanded, first_line
 
 Number = int | float
 
@@ -28,12 +28,15 @@ def check_same_run(path: Path, header: msgspec.Struct, before: msgspec.Struct, n
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a result file.
+    """The bytes of a result file, whose name may begin with `~/`.
 
     Raises:
         BadResults: it cannot be read.
     """
+    file = expanded(path)
     try:
-        return path.read_bytes()
+        if file.exists() and not file.is_file():
+            raise BadResults(f"{path} is a folder, a device or a pipe: name a result file.")
+        return file.read_bytes()
     except (OSError, ValueError) as error:
         raise BadResults(f"{path} cannot be read ({first_line(error)}): check its name.") from error

@@ -5,6 +5,7 @@ before it. Where a file's times are no use for that, or where seeking fails, eve
 """
 
 import bisect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _BUFFER_BYTES: Final = 1 << 18
 _SEEKS: Final = 3
 """How many key frames back to try: some containers land behind the one that was asked for."""
 _SLACK: Final = 1.05
-"""How much longer than its frames a file may say it is, for its sound may well outlast them."""
+"""How much longer than its frames a file may say that all of it is, for its sound may well outlast them."""
 
 _UPRIGHT: Final = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -118,7 +119,8 @@ def _opened(av: Any, path: Path, name: str) -> Iterator[tuple[Any, Any]]:
             if not streams:
                 held = "only sound" if container.streams.audio else "no pictures"
                 raise BadVideo(f"{name} holds {held}: give a file with a video stream.")
-            stream = streams[0]
+            # Some AVIF animations begin with a still that stands for them.
+            stream = max(streams, key=lambda each: each.frames) if streams[0].frames == 1 else streams[0]
             if stream.codec_context is None:
                 raise BadVideo(f"{name} is encoded in a way that PyAV cannot decode: convert it to H.264 in MP4.")
             if stream.codec_context.width * stream.codec_context.height > images.MAX_PIXELS:
@@ -156,7 +158,7 @@ def _survey_packets(av: Any, path: Path, name: str) -> _Survey:
                     keys.append(packet.pts)
         except av.FFmpegError:
             damaged = True
-        base, says = float(stream.time_base), _said_seconds(container, stream)
+        base, (says, of_frames) = float(stream.time_base), _said_seconds(container, stream)
         promised = 0 if container.format.name == "avi" else stream.frames  # AVI counts empty packets too
     if not stamps and not damaged and not promised:
         raise BadVideo(f"{name} holds no frames: record or export it anew.")
@@ -166,19 +168,28 @@ def _survey_packets(av: Any, path: Path, name: str) -> _Survey:
         return _Survey([0.0] * len(stamps), 0.0, None, [], notes)
     times = [(stamp - known[0]) * base for stamp in known]
     length = times[-1] + last * base
+    slack = length * (_SLACK - 1) + 1
+    longest = max([last * base, *(after - before for before, after in pairwise(times))])
+    if of_frames and longest:
+        slack = min(slack, 1.5 * longest)
     if damaged or promised > packets:
         of = f" of {promised:,}" if promised > packets else ""
         notes.append(f"the file is damaged or cut short: {len(known):,}{of} frames could be read")
-    elif says is not None and says > max(length, (known[-1] + last) * base) * _SLACK + 1:  # some count from zero
+    elif says is not None and says > max(length, (known[-1] + last) * base) + slack:  # some count from zero
         notes.append(f"the file says that it lasts {says:,.1f} s, and holds frames for {length:,.1f} s")
     return _Survey(times, last * base, known, sorted(keys), notes)
 
 
-def _said_seconds(container: Any, stream: Any) -> float | None:
-    """How long the file says that it lasts."""
+def _said_seconds(container: Any, stream: Any) -> tuple[float | None, bool]:
+    """How long the file says that it lasts, and whether that is said of the frames alone and may be relied on."""
     if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    return container.duration / 1_000_000 if container.duration is not None else None
+        return float(stream.duration * stream.time_base), False
+    tags = (text for tag, text in stream.metadata.items() if tag.upper().startswith("DURATION"))  # Matroska's
+    told = re.fullmatch(r"([0-9]{1,6}):([0-9]{2}):([0-9]{2}(?:\.[0-9]+)?)", next(tags, ""))
+    if told:
+        return int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3]), True
+    alone = len(container.streams) == 1
+    return (container.duration / 1_000_000, alone) if container.duration is not None else (None, False)
 
 
 def _seek_frames(av: Any, path: Path, name: str, survey: _Survey, chosen: list[int], collected: Frames) -> None:

@@ -7,8 +7,8 @@ cannot be used raises `BadImage`: what it is, why not, what to do. Nothing is gu
 | --- | --- |
 | CMYK, grey, palette and other colour modes | converted to RGB |
 | transparency | laid on white |
-| 16 bits a channel, 32-bit integers, floats | scaled to 8 bits, never clipped |
-| an EXIF orientation | applied; an EXIF block that cannot be read is left out |
+| 16 bits a channel, 32-bit integers, floats | scaled to 8 bits, never clipped; integers up to 255 are 8 bits |
+| an orientation in EXIF or XMP | applied; an EXIF block that cannot be read is left out |
 | an animation or several pages | the first frame |
 | a side under `MIN_SIDE` pixels | refused: image processors take 1 or 3 rows for colour channels |
 | over `MAX_ASPECT` times as long as wide | refused: resized by its short side it fills the memory |
@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dymu.errors import BadImage, DymuError
-from dymu.files import expanded, first_line
+from dymu.files import expanded, first_line, next_step, shortened
 
 MIN_SIDE: Final = 4
 MAX_ASPECT: Final = 100
@@ -83,7 +83,7 @@ def load(source: Any, name: str = "") -> LoadedImage:
     name = name or "this image"
     with _said_of(name):
         if isinstance(source, Image.Image):
-            return _prepare(source, name)
+            return _from_pillow(source, name)
         if isinstance(source, bytes | bytearray | memoryview):
             return _from_file(io.BytesIO(source), name)
         if hasattr(source, "__array__"):
@@ -148,7 +148,9 @@ def check_path(path: Path, name: str, what: str, error: type[DymuError]) -> None
         exists, is_file, is_folder = path.exists(), path.is_file(), path.is_dir()
         empty = is_file and path.stat().st_size == 0
     except (OSError, ValueError) as problem:  # too long a name, a zero byte, no right to look
-        raise error(f"{name!r} cannot be looked up ({first_line(problem)}): check it.") from problem
+        raise error(
+            f"{shortened(name)!r} cannot be looked up ({first_line(problem)}): {next_step(problem)}."
+        ) from problem
     if not exists:
         raise error(f"{name} does not exist: check the path.")
     if not is_file and not is_folder:
@@ -216,17 +218,28 @@ def _of_row(row: Mapping[str, Any], name: str) -> Any:
 def _from_numbers(source: Any, name: str) -> Image.Image:
     """An array or tensor as an image; the colours of a tensor come first, those of an array last."""
     what, order = "an array", "rows, columns(, 1, 3 or 4 colours)"
-    if is_tensor := hasattr(source, "detach"):
-        what, order = "a tensor", "(1, 3 or 4 colours,) rows, columns"
-        source = source.detach().cpu()
-        source = source.float() if source.is_floating_point() else source  # NumPy has no bfloat16
-    values = np.asarray(source)
+    try:
+        if is_tensor := hasattr(source, "detach"):
+            what, order = "a tensor", "(1, 3 or 4 colours,) rows, columns"
+            source = source.detach().cpu()
+            source = source.float() if source.is_floating_point() else source  # NumPy has no bfloat16
+        values = np.asarray(source)
+    except MemoryError:
+        raise
+    except Exception as error:  # meta, sparse and quantised tensors, and what only claims to be an array
+        what = what if is_tensor else f"a {type(source).__name__}"
+        raise BadImage(
+            f"{name} is {what} whose values cannot be read as an array ({first_line(error)}): give uint8, or floats "
+            "from 0 to 1."
+        ) from error
     shape, dtype = list(values.shape), values.dtype
     if is_tensor and values.ndim == 3:
         values = np.moveaxis(values, 0, -1)
     if not (values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (1, 3, 4))):
         raise BadImage(f"{name} is {what} of the shape {shape}: give [{order}].")
     if dtype.kind == "f":
+        if np.isnan(values).any():
+            raise BadImage(f"{name} is {what} of floats, of which some are NaN: give uint8, or floats from 0 to 1.")
         if not ((values >= 0) & (values <= 1)).all():
             raise BadImage(
                 f"{name} is {what} of floats from {values.min():g} to {values.max():g}, of which nothing says how they "
@@ -238,11 +251,30 @@ def _from_numbers(source: Any, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2:] == (1,) else values))
 
 
+def _from_pillow(image: Image.Image, name: str) -> LoadedImage:
+    try:
+        return _prepare(image, name)
+    except BadImage:
+        raise
+    except Exception as error:
+        without_file = getattr(image, "tile", ()) and getattr(image, "fp", None) is None
+        if not without_file and "closed" not in str(error):
+            raise
+        raise BadImage(
+            f"{name} is a Pillow image that was closed before it was read: open it again, or call load() on it first."
+        ) from error
+
+
 def _prepare(image: Image.Image, name: str) -> LoadedImage:
     _check_size(image.size, name)
     note = _note_on_frames(image)
     notes = [note] if note else []
+    kind, deep_colours = image.format, any(str(tile[3]) == "RGB;16B" for tile in getattr(image, "tile", ()))
     image.load()
+    clear = image.info.get("transparency")
+    if deep_colours and isinstance(clear, tuple):  # Pillow reads the upper half of each colour, but all of this one
+        image = image.copy()
+        image.info["transparency"] = tuple(colour >> 8 for colour in clear)
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # a damaged block says nothing of the pixels, which are whole
@@ -250,10 +282,10 @@ def _prepare(image: Image.Image, name: str) -> LoadedImage:
         notes.append("its EXIF block cannot be read, so it may lie on its side")
     if isinstance(orientation, int) and orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
-        notes.append("turned upright as its EXIF tag says")
+        notes.append("turned upright as its metadata says")
     if image.mode in _DEEP_MODES or image.mode.startswith("I;16"):
-        image, note = _scaled_to_8_bits(image)
-        notes.append(note)
+        image, remarks = _scaled_to_8_bits(image, kind)
+        notes += remarks
     elif image.has_transparency_data:
         image, seen = _on_white(image)
         if seen:
@@ -307,21 +339,33 @@ def _note_on_frames(image: Image.Image) -> str | None:
     return f"animated {image.format or 'image'}: using the first of {count} frames"
 
 
-def _scaled_to_8_bits(image: Image.Image) -> tuple[Image.Image, str]:
-    """Whole numbers of up to 16 bits by their full range, anything else by its own range."""
+def _scaled_to_8_bits(image: Image.Image, kind: str | None) -> tuple[Image.Image, list[str]]:
+    """Whole numbers of up to 16 bits by their full range, anything else by its own range; and notes on it.
+
+    Args:
+        kind: the format of its file, which may say that there are 16 bits where all numbers are small.
+    """
     values = np.asarray(image).astype(np.float64)
     finite = np.isfinite(values)
     if not finite.all():
         values = np.where(finite, values, 0.0)
     low, high = float(values.min()), float(values.max())
-    if image.mode != "F" and low >= 0 and high <= 65_535:
+    if image.mode == "I" and kind not in ("PNG", "PPM") and low >= 0 and high <= 255:
+        low, high, note = 0.0, 255.0, "its whole numbers, none above 255, taken as 8 bits"
+    elif image.mode != "F" and low >= 0 and high <= 65_535:
         low, high, note = 0.0, 65_535.0, "scaled from 16 bits a channel to 8"
     elif image.mode == "F" and low >= 0 and high <= 1:
         low, high, note = 0.0, 1.0, "scaled from numbers between 0 and 1 to 8 bits"
     else:
         note = f"scaled from its own range ({low:g} to {high:g}) to 8 bits"
     span = (high - low) or 1.0
-    return Image.fromarray(np.rint((values - low) * (255 / span)).astype(np.uint8)), note
+    scaled = np.rint((values - low) * (255 / span)).astype(np.uint8)
+    clear = values == image.info.get("transparency")
+    seen = bool(np.any(clear))
+    return Image.fromarray(np.where(clear, np.uint8(255), scaled)), [
+        note,
+        *["its transparent parts laid on white"] * seen,
+    ]
 
 
 def _on_white(image: Image.Image) -> tuple[Image.Image, bool]:

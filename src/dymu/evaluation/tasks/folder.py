@@ -126,7 +126,7 @@ def _read(line: str, where: str, folder: str) -> _Asked:
         answers = data["answers"] if "answers" in data else [data["answer"]]
         question, kind, rule = data["question"], data.get("kind", folder), data.get("score", "exact")
         measures = data.get("measures", {})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadPrompt(f'{where} is no object with "image", "question" and "answer" ({error}): mend it.') from error
     if not isinstance(images, list) or not isinstance(answers, list):
         raise BadPrompt(f'{where} has "images" or "answers" that are no [list]; one alone is an "image" or "answer".')
@@ -141,8 +141,9 @@ def _read(line: str, where: str, folder: str) -> _Asked:
             f"{where} scores {len(answers)} answers by vqa, which weighs those of ten people and needs at least "
             f"{scoring.VQA_PEOPLE}: score it by exact, which takes any of them."
         )
-    if kind == "all":
-        raise BadPrompt(f'{where} is of the kind "all", which stands for all kinds together: name it otherwise.')
+    if kind in ("", "all"):
+        why = "which stands for all kinds together" if kind else "which is no name"
+        raise BadPrompt(f'{where} is of the kind "{kind}", {why}: name it otherwise.')
     measures = {name: float(value) for name, value in measures.items()}
     return _Asked(tuple(images), question, tuple(answers), kind, rule, measures)
 

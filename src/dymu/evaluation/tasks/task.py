@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Protocol, runtime_checkable
 
+import msgspec
 from PIL import Image
 
 from dymu.errors import BadPrompt, DymuError
-from dymu.files import first_line
+from dymu.files import escaped, first_line
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,27 @@ class Task(Protocol):
         ...
 
 
-def check_task(task: Task) -> None:
-    """Raises: BadPrompt, unless a task's own fields are as `Task` says."""
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Check, before any work, that tasks can be told apart and that their own fields are as `Task` says.
+
+    Raises:
+        BadPrompt: a field of one is not.
+        DymuError: two have the same name.
+    """
+    for task in tasks:
+        _check_fields(task)
+    (name, times), *_ = Counter(escaped(task.name) for task in tasks).most_common(1) or [("", 0)]
+    if times > 1:
+        raise DymuError(f"{times} tasks are named {name}; give each task once, or rename a folder.")
+
+
+def _check_fields(task: Task) -> None:
+    if not isinstance(task.name, str) or not task.name.strip():
+        raise _bad("a task", "name", task.name, "a text that is not empty")
     if type(task.max_new_tokens) is not int or task.max_new_tokens < 1:
-        raise _bad(str(task.name), "max_new_tokens", task.max_new_tokens, "a whole number of at least 1")
+        raise _bad(task.name, "max_new_tokens", task.max_new_tokens, "a whole number of at least 1")
     if not _are_texts(task.yes_no):
-        raise _bad(str(task.name), "yes_no", task.yes_no, "a tuple of texts")
+        raise _bad(task.name, "yes_no", task.yes_no, "a tuple of texts")
 
 
 def length_of(task: Task, limit: int | None) -> int:
@@ -86,10 +103,12 @@ def described(task: Task) -> dict[str, object]:
     """The identity of its questions.
 
     Raises:
-        BadPrompt: the task cannot say it.
+        BadPrompt: the task cannot say it, or it is not what JSON holds.
     """
     with _named(f"the description of {task.name}"):
-        return dict(task.describe())
+        description = dict(task.describe())
+        msgspec.json.encode(escaped(msgspec.to_builtins(description)))  # it must fit in the result file
+    return description
 
 
 def example_of(task: Task, index: int) -> Example:
@@ -139,7 +158,7 @@ def _named(what: str) -> Iterator[None]:
         yield
     except DymuError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = first_line(error).rstrip(".")
         raise BadPrompt(f"{what} cannot be had ({type(error).__name__}: {message}): mend the task.") from error
 
