@@ -385,7 +385,7 @@ def test_images_in_every_form(tmp_path, processor, images, recwarn) -> None:
     ("image", "says"),
     [
         (np.full((8, 8, 3), 200.0), "floats from 200 to 200"),
-        (np.full((8, 8), np.nan), "floats from nan to nan"),
+        (np.full((8, 8), np.nan), "floats, of which some are NaN"),
         (torch.randn(3, 8, 8), "floats from -"),
         (np.zeros((8, 8, 3), np.int64), "an array of int64: give uint8"),
         (torch.zeros(3, 8, 8, dtype=torch.bool), "a tensor of bool"),

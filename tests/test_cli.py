@@ -23,6 +23,7 @@ from dymu.families import FAMILIES
 from dymu.families.resolve import resolve
 from dymu.handle import encoder_of
 from dymu.measure import timing
+from dymu.measure.markdown import cells, markdown
 from dymu.thresholds import Calibrated, Thresholds
 from dymu.unmerging import BACKENDS
 
@@ -179,7 +180,7 @@ def test_run_refuses_what_is_no_image(refused, folder, tmp_path):
     (tmp_path / "a.jpg").write_text("text")
     assert "does not exist" in refused("run", tmp_path / "b.jpg", "what ?", "--model", folder)
     assert "is not an image" in refused("run", tmp_path / "a.jpg", "what ?", "--model", folder)
-    assert "a.jpg of" in refused("run", tmp_path, "what ?", "--model", folder), "a folder holds the frames of a video"
+    assert "takes no videos" in refused("run", tmp_path, "what ?", "--model", folder), "a folder holds a video's frames"
 
 
 @pytest.mark.parametrize("budget", ["9", "50", "0", "-4", "0.1", "1.5"])
@@ -551,6 +552,11 @@ def test_version(dymu_command):
         ["calibrate", "m", "i.png"],
         ["calibrate", "m", "i.png", "-b", "8", "-o", "t.json", "--merge-layers", "every second"],
         ["calibrate", "m", "i.png", "-b", "8", "-o", "t.json", "--schedule", "square"],
+        ["run", "", "what ?"],
+        ["run", "a.png", "what ?", "--model", ""],
+        ["run", "a.png", "what ?", "--thresholds="],
+        ["run", "a.png", "what ?", "--max-new-tokens", "9" * 30],
+        ["bench", ""],
     ],
 )
 def test_wrong_usage_is_2(dymu_command, arguments):
@@ -559,6 +565,38 @@ def test_wrong_usage_is_2(dymu_command, arguments):
     assert err.startswith("dymu: ")
     assert err.endswith(".\n")
     assert len(err.splitlines()) == 1
+
+
+def test_what_is_empty_is_named(dymu_command):
+    assert "an argument is empty" in dymu_command("run", "", "what ?")[2]
+    assert "the value of --model is empty" in dymu_command("run", "a.png", "what ?", "--model", "")[2]
+    assert "the value of --thresholds is empty" in dymu_command("run", "a.png", "what ?", "--thresholds=")[2]
+
+
+def test_a_wrong_call_is_pointed_to_the_help_of_its_command(dymu_command):
+    assert "see `dymu evaluate --help`" in dymu_command("evaluate", "model", "-o")[2]
+    assert "see `dymu evaluate --help`" in dymu_command("evaluate", "-o", "r.jsonl", "-t", "x", "--seed", "9" * 30)[2]
+
+
+def test_a_report_of_bench_takes_no_options_of_a_run(dymu_command):
+    for options in (["-o", "x.json"], ["--repeats", 2], ["-b", 20], ["--device", "cpu"], ["--batch", 2]):
+        code, _, err = dymu_command("bench", "--report", "f.json", *options)
+        assert (code, "--report measures nothing" in err) == (2, True)
+    assert "leave the model out" in dymu_command("bench", "tiny", "--report", "f.json")[2]
+
+
+def test_results_are_found_by_their_names(dymu_command, refused, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "training" / "results" / "heldout.jsonl", tmp_path / "r.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, err = dymu_command("report", "~/r.jsonl")
+    assert code == 0, err
+    assert "untouched" in out
+    os.mkfifo(tmp_path / "pipe")
+    assert "a folder, a device or a pipe" in refused("report", tmp_path / "pipe")
+    assert "is an ending without a name" in refused("report", tmp_path / "r.jsonl", "-o", tmp_path / ".md")
+    too_long = refused("report", tmp_path / "r.jsonl", "-o", tmp_path / f"{'n' * 300}.md")
+    assert "long" in too_long
+    assert len(too_long) < 400
 
 
 @pytest.mark.parametrize("ask", ["--debug", "DYMU_DEBUG"])
@@ -636,11 +674,27 @@ finally:
         ("bench tiny --prompt nosuch", 2),
         ("bench tiny --backend nosuch", 2),
         ("bench {model} -b 500", 1),
+        ("bench llava-1.5-shape-0.5b -b 99999", 1),
+        ("bench llava-1.5-shape-0.5b -b 0", 1),
+        ("bench {model} -b 20 --images /dev/null", 1),
+        ("calibrate {model} /dev/null -b 20 -o t.json", 1),
+        ("run {task} x --model {model} -b 20", 1),
+        ("run {photo} x --model {model} -b 20 --frames 4", 1),
+        ("run {photo} \udcff --model {model} -b 20", 1),
+        ("run {photo} x --model {model} -b 20 --device cpu:1", 1),
+        ("run {photo} x --model {model} -b 20 --device meta", 2),
+        ("calibrate-videos {model} {task} --thresholds {model} --per-second 9 -o t.json", 1),
+        ("evaluate {model} --task {task} -b 20 -o {photo}.jsonl", 1),
+        ("evaluate {model} --task {task} --task {task} -b 20 -o r.jsonl", 1),
+        ("evaluate {model} --task {task} -b 20 -o r.jsonl --seed 9999999999999999999999999", 2),
+        ("evaluate {model} --task {task} -b 20 -o r.jsonl --timed 1152921504606846976", 2),
+        ("evaluate {model} --task {task} -b 20 -o r.jsonl --batch-size 1152921504606846976", 2),
         ("check nosuch", 1),
     ],
 )
 def test_quick_checks_come_first(folder, photo, asked, tmp_path, arguments, code):
     """What needs no model is done, or refused, before anything heavy is imported."""
+    photo.with_name(f"{photo.name}.jsonl").write_text("no results\n")
     names = {"model": folder, "photo": photo, "root": ROOT, "task": asked}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_HEAVY, *(word.format(**names) for word in arguments.split())],
@@ -794,6 +848,27 @@ def test_what_an_unfinished_run_says(dymu_command, folder, asked, tmp_path):
     assert "unfinished" not in dymu_command("report", results)[2]
     results.write_text("".join(results.read_text().splitlines(keepends=True)[:4]))
     assert "2 of 4 questions are answered in every way" in dymu_command("report", results)[2]
+
+
+def test_thresholds_that_no_row_uses_are_said(dymu_command, folder, asked, tmp_path):
+    run = ("evaluate", folder, "-t", asked, "-b", FEWEST, "-m", "stride", "-o", tmp_path / "r.jsonl", "--timed", 0)
+    code, _, err = dymu_command(*run, "--thresholds", folder)
+    assert code == 0, err
+    assert "add -m dtome" in err
+    assert "add -m dtome" not in dymu_command(*run)[2]
+
+
+def test_cells_with_bars_and_line_breaks(monkeypatch, capsys):
+    rows = ["a|b", "c\n\nd", "\\|", ""]
+    page = markdown(rows, [rows])
+    assert page.splitlines()[0] == r"| a\|b | c d | \\| |  |"
+    assert cells(page.splitlines()[0]) == ["a|b", "c d", "\\|", ""]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for columns in ("0", "1", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        out = Output(as_json=False)
+        out.result({}, lambda out=out: out.markdown([page]))
+        assert capsys.readouterr().out.count("a|b") >= 2
 
 
 def test_a_terminal_gets_tables(monkeypatch, capsys):

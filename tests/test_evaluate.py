@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -336,7 +337,8 @@ def test_a_folder_whose_name_is_not_text(model, processor, tmp_path):
     assert provenance(results).encode()
 
 
-def test_what_a_task_raises_is_said_of_its_example(model, processor, tmp_path):
+@pytest.mark.parametrize("error", [KeyError("colour"), SystemExit("colour")])
+def test_what_a_task_raises_is_said_of_its_example(model, processor, tmp_path, error):
     class Torn(Words):
         def __init__(self, what: str) -> None:
             super().__init__(3)
@@ -344,7 +346,7 @@ def test_what_a_task_raises_is_said_of_its_example(model, processor, tmp_path):
 
         def fail(self, what: str) -> None:
             if self.what == what:
-                raise KeyError("colour")
+                raise error
 
         def __len__(self) -> int:
             self.fail("length")
@@ -372,10 +374,10 @@ def test_what_a_task_raises_is_said_of_its_example(model, processor, tmp_path):
     }.items():
         path = tmp_path / f"{what}.jsonl"
         with pytest.raises(
-            BadPrompt, match=f"^{subject} cannot be had \\(KeyError: 'colour'\\): mend the task.$"
+            BadPrompt, match=f"^{subject} cannot be had \\({type(error).__name__}: '?colour'?\\): mend the task.$"
         ) as caught:
             evaluate(model, processor, [Torn(what)], [UNTOUCHED], path, timed=0)
-        assert isinstance(caught.value.__cause__, KeyError)
+        assert caught.value.__cause__ is error
     with pytest.raises(BadPrompt, match="example 1 of words has the question 3, which must be a text"):
         evaluate(model, processor, [Odd(2, changed={"question": 3})], [UNTOUCHED], tmp_path / "q.jsonl")
     with pytest.raises(BadPrompt, match=r"example 1 of words has the images .* PIL images"):
@@ -541,10 +543,47 @@ def test_examples_and_scores_are_checked_before_they_are_written(model, processo
 
 
 def test_a_task_with_odd_fields_is_refused_before_any_work(model, processor, tmp_path):
-    for changed in ({"max_new_tokens": 0}, {"max_new_tokens": 2.0}, {"max_new_tokens": True}, {"yes_no": "red"}):
-        with pytest.raises(BadPrompt, match=f"words has the {next(iter(changed))} .*: mend the task"):
+    for changed in (
+        {"name": 5},
+        {"name": " "},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.0},
+        {"max_new_tokens": True},
+        {"yes_no": "red"},
+    ):
+        with pytest.raises(BadPrompt, match=f"(words|a task) has the {next(iter(changed))} .*: mend the task"):
             evaluate(model, processor, [Words(**changed)], [UNTOUCHED], tmp_path / "r.jsonl")
     assert not (tmp_path / "r.jsonl").exists()
+
+
+@pytest.mark.parametrize("value", [Path("a"), np.int64(3), {("a",): object()}])
+def test_a_description_that_no_file_can_hold_is_refused(model, processor, tmp_path, value):
+    class Described(Words):
+        def describe(self) -> dict[str, object]:
+            return {"of": value}
+
+    with pytest.raises(BadPrompt, match=r"the description of words cannot be had .*: mend the task"):
+        evaluate(model, processor, [Described()], [UNTOUCHED], tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_only_one_process_writes_a_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with ResultFile(path, HEADER), pytest.raises(BadResults, match=r"another dymu evaluate is writing .*r\.jsonl"):
+        ResultFile(path, HEADER)
+    whole = path.read_bytes()
+    with ResultFile(path, HEADER) as file:
+        assert path.read_bytes() == whole
+        path.unlink()
+        with pytest.raises(BadOutput, match="it was deleted meanwhile"):
+            file.add(Line("t", 0, examples=Examples([], [], [], [], [])))
+
+
+def test_rows_of_other_versions(tmp_path):
+    (tmp_path / "r.jsonl").write_text(FIRST_LINE.replace('"untouched"', '"quadtree"'))
+    with pytest.raises(BadResults, match="unknown method, 'quadtree'"):
+        Results.load(tmp_path / "r.jsonl")
 
 
 def test_what_is_no_example_and_yes_or_no_without_a_reference_are_refused(model, processor, tmp_path):
@@ -878,6 +917,8 @@ def test_tables_and_picture(tmp_path):
     assert "| ToMe + VTU | 4 ± 1 | 50.0 [15.0, 85.0] | -50.0 [-100.0, +0.0] | – | – | 50.0, F1 of yes 67 |" in table
     assert "| ToMe + VTU | 4 | 30 | 1 | 2.0 | 2.000 | 0.00 |" in cost_table(summaries)
     pytest.importorskip("matplotlib")
+    other_schedule = [replace(one, row=msgspec.structs.replace(one.row, schedule="weird")) for one in summaries]
+    draw_chart(other_schedule, tmp_path / "other.png")
     draw_chart(summaries, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
         assert min(picture.size) > 200
@@ -926,6 +967,7 @@ def test_a_folder_of_ones_own(tmp_path):
         ({"images": None, "question": "What?", "answer": "yes"}, "no \\[list\\]"),
         ({"image": "a.png", "question": "What?", "answers": ["a", "b"], "score": "vqa"}, "at least 4"),
         ({"image": "a.png", "question": "What?", "answer": "3", "kind": "all"}, "all kinds together"),
+        ({"image": "a.png", "question": "What?", "answer": "3", "kind": ""}, 'line 1 is of the kind ""'),
         ({"image": "a.png", "question": "What?", "answer": "3", "measures": [2]}, "no object of numbers"),
         ({"image": "a.png", "question": "What?", "answer": "3", "measures": {"words": "2"}}, "no object of numbers"),
         ({"image": "a.png", "question": "What?", "answer": "3", "measures": {"words": True}}, "no object of numbers"),
@@ -937,6 +979,12 @@ def test_a_folder_with_a_mistake_is_refused(tmp_path, line, says):
     tiny.photos(1)[0].save(tmp_path / "a.png")
     with pytest.raises(BadPrompt, match=says):
         Folder(lines(tmp_path, line))
+
+
+def test_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "questions.jsonl").write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    with pytest.raises(BadPrompt, match="line 1 is no object"):
+        Folder(tmp_path)
 
 
 def test_a_folder_is_another_with_other_images(tmp_path):

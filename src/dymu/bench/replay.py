@@ -29,7 +29,6 @@ from dymu.merging import Layout, a_count, merge_step
 from dymu.reducers import Candidates, Reducer
 from dymu.token_map import TokenMap
 
-FOLDER = Path(__file__).parent
 PREFIX = 1
 """Tokens ahead of the patches where merges are recorded."""
 
