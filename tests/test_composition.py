@@ -26,6 +26,7 @@ from dymu.errors import DymuError, UnsupportedModel
 from dymu.families.resolve import resolve
 from dymu.hooks.versions import going_on
 from dymu.reducers import AveragePool, RandomKeep, ThresholdMerge
+from tiny import answer, asked
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
@@ -38,16 +39,6 @@ Change = Callable[[Any], None]
 )
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny.llava(*request.param)
-
-
-def asked(model: Any, seed: int = 0, images: int = 1) -> dict[str, Any]:
-    ids = tiny.prompt(model, 4, *["image"] * images, 7, seed=seed)[None]
-    return {"input_ids": ids, **tiny.shown(model, tiny.pictures(images, seed))}
-
-
-def answer(model: Any, **inputs: Any) -> Tensor:
-    options = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [tiny.IMAGE_TOKEN], **inputs}
-    return model.generate(**options)
 
 
 # ------------------------------------------------------------------------------------------------- exchanged modules

@@ -19,6 +19,7 @@ from dymu.families import known
 from dymu.families.resolve import resolve
 from dymu.hooks.versions import going_on
 from dymu.reducers import RandomKeep, ThresholdMerge
+from tiny import answer, asked
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
@@ -30,16 +31,6 @@ SOME = ThresholdMerge((0.9,) * tiny.LAYERS)
 )
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny.llava(*request.param)
-
-
-def asked(model: Any, seed: int = 0, images: int = 1) -> dict[str, Any]:
-    ids = tiny.prompt(model, 4, *["image"] * images, 7, seed=seed)[None]
-    return {"input_ids": ids, **tiny.shown(model, tiny.pictures(images, seed))}
-
-
-def answer(model: Any, **inputs: Any) -> Any:
-    options = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [tiny.IMAGE_TOKEN], **inputs}
-    return model.generate(**options)
 
 
 # ------------------------------------------------------------------------------------------------------ packed prompts

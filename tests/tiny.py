@@ -307,3 +307,15 @@ def pad(rows: list[Tensor], side: str = "left") -> dict[str, Tensor]:
         place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
         ids[index, place], mask[index, place] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def asked(model: Any, seed: int = 0, images: int = 1) -> dict[str, Any]:
+    """What the model takes for one prompt that shows so many pictures."""
+    ids = prompt(model, 4, *["image"] * images, 7, seed=seed)[None]
+    return {"input_ids": ids, **shown(model, pictures(images, seed))}
+
+
+def answer(model: Any, **inputs: Any) -> Any:
+    """Its greedy answer of six tokens."""
+    options = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [IMAGE_TOKEN], **inputs}
+    return model.generate(**options)
