@@ -677,6 +677,7 @@ finally:
         ("bench llava-1.5-shape-0.5b -b 99999", 1),
         ("bench llava-1.5-shape-0.5b -b 0", 1),
         ("bench {model} -b 20 --images /dev/null", 1),
+        ("bench {model} -b 20 -o {model}/config.json", 1),
         ("calibrate {model} /dev/null -b 20 -o t.json", 1),
         ("run {task} x --model {model} -b 20", 1),
         ("run {photo} x --model {model} -b 20 --frames 4", 1),

@@ -574,3 +574,10 @@ def test_a_file_keeps_its_permissions(tmp_path, mode):
     thresholds().save(path)
     assert path.stat().st_mode & 0o777 == mode
     assert Thresholds.load(path) == thresholds()
+
+
+def test_what_is_no_ordinary_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(BadThresholds, match="no ordinary file"):
+            Thresholds.load(path)

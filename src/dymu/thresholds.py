@@ -346,7 +346,10 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             raise BadThresholds(
                 f"thresholds are a dymu.Thresholds, a file, a model's folder or a hub name, not {type(path).__name__}."
             )
-        return _load(path, _located(path, "name a file, or", revision) or expanded(path))
+        source = _located(path, "name a file, or", revision) or expanded(path)
+        if source.exists() and not source.is_file():
+            raise BadThresholds(f"{path} is no ordinary file, so it holds no thresholds: name a file.")
+        return _load(path, source)
 
     def __str__(self) -> str:
         return f"the thresholds file {self.source}" if self.source else "this set of thresholds"

@@ -13,6 +13,7 @@ import typer
 
 from dymu.bench import shapes
 from dymu.bench.prompts import PROMPTS
+from dymu.bench.results import load as saved
 from dymu.bench.variants import timed_backends
 from dymu.cli import models
 from dymu.cli.app import (
@@ -119,8 +120,10 @@ def bench(
         files = report
     else:
         name = model or models.demo_model()
-        file = output or Path(f"bench-{Path(name).name}.json")
+        file = expanded(output or f"bench-{Path(name).name}.json")
         check_writable(file, "results", (".json",))
+        if file.exists():
+            saved(file)
         _refuse_unknown("prompt", prompt, PROMPTS)
         _refuse_unknown("backend", backend, timed_backends())
         load = _workload(out, name, budgets, thresholds, images, device, dtype, revision)
@@ -202,9 +205,7 @@ def _shape(out: Output, name: str, device: str | None, dtype: str | None) -> Any
 
 def _refuse_untimed(file: Path) -> None:
     """Raises: BadInput, where a result file holds no time at all."""
-    from dymu.bench.results import load
-
-    cells = load(file).cells
+    cells = saved(file).cells
     if not any(measured.prefill_ms for cell in cells for measured in cell.variants.values()):
         whys = [cell.left_out or measured.left_out for cell in cells for measured in cell.variants.values() or [cell]]
         why = next(filter(None, whys), "there was nothing to time")
@@ -214,10 +215,9 @@ def _refuse_untimed(file: Path) -> None:
 def _say(out: Output, files: Sequence[Path], tables: Path | None, chart: Path | None) -> None:
     """Print what result files hold, and write the tables and the chart."""
     from dymu.bench import tables as tabulated
-    from dymu.bench.results import load
     from dymu.bench.summary import summarise
 
-    summarised = [(file, bench, summarise(bench)) for file, bench in zip(files, map(load, files), strict=True)]
+    summarised = [(file, bench, summarise(bench)) for file, bench in zip(files, map(saved, files), strict=True)]
     data = [
         {"file": str(file), "provenance": tabulated.provenance(bench), "checks": bench.checks, "cells": cells}
         for file, bench, cells in summarised

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from dymu.errors import DymuError
-from dymu.files import expanded, first_line
+from dymu.files import expanded, first_line, next_step, shortened
 
 Number = int | float
 
@@ -39,4 +39,4 @@ def read_bytes(path: Path) -> bytes:
             raise BadResults(f"{path} is a folder, a device or a pipe: name a result file.")
         return file.read_bytes()
     except (OSError, ValueError) as error:
-        raise BadResults(f"{path} cannot be read ({first_line(error)}): check its name.") from error
+        raise BadResults(f"{shortened(path)} cannot be read ({first_line(error)}): {next_step(error)}.") from error

@@ -62,7 +62,7 @@ class Task(Protocol):
         ...
 
     def describe(self) -> dict[str, object]:
-        """Identity of the questions: two runs whose descriptions are equal ask the same."""
+        """Identity of the questions, as JSON holds it: two runs whose descriptions are equal ask the same."""
         ...
 
 
