@@ -405,7 +405,7 @@ def test_images_in_every_form(tmp_path, processor, images, recwarn) -> None:
         (None, "is a NoneType"),
         ("~nosuch.png", "~nosuch.png does not exist"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_image_is_skipped_and_named(image, says: str, processor, images) -> None:
     model = tiny.llava("clip")
