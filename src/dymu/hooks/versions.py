@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
@@ -13,6 +14,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 """The KV cache, as an argument and in outputs: from transformers 5.24 on, and before."""
 
 
+@functools.cache
 def cache_argument(forward: Callable[..., Any]) -> str:
     """The name under which a module's `forward` takes its KV cache."""
     parameters = inspect.signature(forward).parameters
