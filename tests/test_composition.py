@@ -828,7 +828,7 @@ def test_apply_and_calibrate_under_another_default_type(default):
 @pytest.mark.parametrize("form", ["merged", "expanded"])
 def test_an_adopted_cache_is_copied_and_pickled(model, form):
     inputs, more = asked(model, 3), tiny.prompt(model, 2, seed=5)[None]
-    with dymu.apply(model, merge=SOME, cache=form):
+    with dymu.apply(model, merge=SOME, cache=form) as handle:
         for cache in (DynamicCache(), DynamicCache(config=model.config)):
             kept = going_on(model, model(**inputs, past_key_values=cache, use_cache=True))
             buffer = io.BytesIO()
@@ -836,8 +836,12 @@ def test_an_adopted_cache_is_copied_and_pickled(model, form):
             buffer.seek(0)
             copies = [copy.deepcopy(kept), pickle.loads(pickle.dumps(kept)), torch.load(buffer, weights_only=False)]
             expected = model(input_ids=more, **kept).logits
+            kept_tokens, stored = handle.last.kept, handle.last.cache_bytes
             for again in copies:
+                model(input_ids=more)
                 assert torch.equal(model(input_ids=more, **again).logits, expected)
+                assert (handle.last.kept, handle.last.cache_bytes) == (kept_tokens, stored)
+            assert kept_tokens
 
 
 @pytest.mark.parametrize("part", ["", "model", "model.vision_tower", "model.language_model"])

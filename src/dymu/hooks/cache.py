@@ -131,10 +131,16 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
     return history
 
 
+def history_of(cache: Any) -> History | None:
+    """What the entries of an adopted cache stand for; None for another, or none."""
+    layers = getattr(cache, "layers", None)
+    return layers[0].history if layers and isinstance(layers[0], MergedLayer) else None
+
+
 def remembered(cache: Any) -> Callable[[], None]:
     """What brings a cache back to what it is now, after a call that did not end well."""
     layers, replicated = list(cache.layers), cache.layer_class_to_replicate
-    history = layers[0].history if layers and isinstance(layers[0], MergedLayer) else None
+    history = history_of(cache)
     before = None if history is None else history.copy()
 
     def rewind() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dymu.errors import BadPrompt, DymuError
 from dymu.families.resolve import Modality, Parts
-from dymu.hooks.cache import cache_bytes
+from dymu.hooks.cache import cache_bytes, history_of
 from dymu.item import Item
 from dymu.report import Report
 from dymu.unmerging import History, leaders_within, place_leaders
@@ -172,7 +172,7 @@ class Calls:
         closing: whether it is about to be, so that no call begins.
         removed: whether it was.
         disabled: by thread, how many `handle.disabled()` it is in.
-        newest: report of the newest call; reports: those of KV caches.
+        newest: report of the newest call.
         warned: what was said once and needs no saying again.
     """
 
@@ -182,7 +182,6 @@ class Calls:
         self.closing = self.removed = False
         self.disabled = Counter[int]()
         self.newest = Report()
-        self.reports = weakref.WeakKeyDictionary[Any, Report]()
         self.warned = set[str]()
 
 
@@ -280,7 +279,8 @@ class CallState(threading.local):
 
     def begin_report(self, items: Sequence[Item] = (), cache: Any = None) -> None:
         """Begin the report of a call; of one that goes on with a KV cache, go on with the cache's."""
-        going_on = self.calls.reports.get(cache) if length(cache) else None
+        history = history_of(cache) if length(cache) else None
+        going_on = None if history is None else history.report
         self.report = self.calls.newest = going_on or Report(list(items))
         self._cache = None if going_on is None else weakref.ref(cache)
 
@@ -290,7 +290,7 @@ class CallState(threading.local):
             self.begin_report()
         assert self.report is not None
         if self._cache is None:
-            self._cache, self.calls.reports[cache] = weakref.ref(cache), self.report
+            self._cache, history.report = weakref.ref(cache), self.report
         if self._cache() is cache:
             self.report.cache_bytes = stored = cache_bytes(cache)
             self.report.cache_bytes_full = stored * history.length // max(history.entries, 1)

@@ -26,6 +26,7 @@ class History:
         padded: whether some row misses tokens.
         newest: map of the tokens that were appended last to their merged ones.
         hidden: bool [B, N], tokens that the present call does not see; None: it sees all.
+        report: what the caller says of it; copies have copies.
     """
 
     def __init__(self, expanded: bool = False) -> None:
@@ -38,6 +39,7 @@ class History:
         self.phase: Tensor | None = None
         self.newest: TokenMap | None = None
         self.hidden: Tensor | None = None
+        self.report: Any = None
         self.entries = 0
         self.plain, self.padded = True, False
 
