@@ -602,8 +602,6 @@ def test_removal_does_not_wait_for_ever_for_a_busy_model():
     handle = dymu.apply(model, merge=SOME)
     with ThreadPoolExecutor(8) as pool:
         asking = [pool.submit(ask_on) for _ in range(8)]
-        removing = pool.submit(lambda: None)
-        del removing
         thread = threading.Thread(target=handle.remove)
         thread.start()
         thread.join(20)

@@ -205,8 +205,10 @@ def test_an_encoder_layer_with_something_more_in_it_is_refused(model):
     layers = resolve(model).encoder_modules
     stock = type(layers[0]).forward
     layers[2].forward = lambda x, *args, **kwargs: stock(layers[2], x, *args, **kwargs) * 1.1
-    with pytest.raises(UnsupportedModel, match="layer 2 of the vision encoder does not compute"):
-        dymu.apply(model, merge=NOTHING)
+    for train in (False, True):
+        model.train(train)
+        with pytest.raises(UnsupportedModel, match="layer 2 of the vision encoder does not compute"):
+            dymu.apply(model, merge=NOTHING)
 
 
 def test_weights_that_are_not_loaded_are_named():

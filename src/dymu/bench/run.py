@@ -30,7 +30,7 @@ from dymu.families.resolve import resolve
 from dymu.files import escaped
 from dymu.handle import handle_of
 from dymu.measure.costs import count
-from dymu.measure.progress import bar_of
+from dymu.measure.progress import Bar
 from dymu.measure.provenance import device_name, versions
 from dymu.measure.times import PARTS, Times
 from dymu.measure.timing import interleaved
@@ -114,7 +114,7 @@ def bench(
     todo = [cell for cell in product(prompts, batches, possible) if cell not in finished]
     if not todo:
         return bench
-    with bar_of(progress, remaining=False) as bar:
+    with Bar(progress, remaining=False) as bar:
         task = bar.add_task("comparing backends with the reference", total=len(todo))
         bench.checks = _checks(workload, bench.variants)
         run = _Run(workload, bench, repeats, limit_s)

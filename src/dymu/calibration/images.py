@@ -19,7 +19,7 @@ from dymu.choices import SCHEDULES, Schedule
 from dymu.errors import DymuError
 from dymu.families.resolve import resolve
 from dymu.handle import encoder_of, name_of
-from dymu.measure.progress import bar_of
+from dymu.measure.progress import Bar
 from dymu.schedule import fewest, layers_to_merge_in, removals
 from dymu.thresholds import Calibrated, Thresholds, number
 from dymu.version import __version__
@@ -91,7 +91,7 @@ def calibrate(
     batches: list[Batch] = []
     with ExitStack() as opened:
         opened.enter_context(torch.inference_mode())
-        bar = opened.enter_context(bar_of(progress))
+        bar = opened.enter_context(Bar(progress))
         spill = opened.enter_context(Spill(memory_limit_bytes))
         run = Run(parts, merging_layers, prefix)
 

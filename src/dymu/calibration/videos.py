@@ -21,7 +21,7 @@ from dymu.calibration.samples import ImageSource, processor_of
 from dymu.errors import BadBudget, BadVideo, DymuError
 from dymu.families.resolve import resolve
 from dymu.handle import apply
-from dymu.measure.progress import bar_of
+from dymu.measure.progress import Bar
 from dymu.media import images
 from dymu.media.videos import LoadedVideo, load
 from dymu.merging import PictureTokens
@@ -99,7 +99,7 @@ def calibrate_videos(
         raise DymuError(f"a {type(model).__name__} takes no videos; take a model that does, see `dymu families`.")
     to_pixels = processor_of(processor, "video")
     samples: list[_Sample] = []
-    with torch.inference_mode(), bar_of(progress) as bar, apply(model, thresholds, budget=budget) as handle:
+    with torch.inference_mode(), Bar(progress) as bar, apply(model, thresholds, budget=budget) as handle:
         task = bar.add_task("reading videos", total=len(sources) if isinstance(sources, Sized) else None)
         for index, source in enumerate(sources, 1):
             video = _loaded(source, frames)

@@ -34,7 +34,7 @@ from dymu.families.resolve import resolve
 from dymu.files import escaped, expanded
 from dymu.handle import Handle, handle_of, name_of
 from dymu.measure.costs import cost
-from dymu.measure.progress import bar_of
+from dymu.measure.progress import Bar
 from dymu.measure.provenance import device_name, fingerprint, short_hash, thresholds_hash, versions
 from dymu.measure.results import BadResults
 from dymu.measure.times import Cost
@@ -116,7 +116,7 @@ def evaluate(
         processor=short_hash([processor.chat_template, processor.image_processor.to_dict()]),
         thresholds={schedule: thresholds_hash(calibrated) for schedule, calibrated in by_schedule.items()},
     )
-    with ResultFile(expanded(output), header) as file, bar_of(progress, remaining=False) as bar:
+    with ResultFile(expanded(output), header) as file, Bar(progress, remaining=False) as bar:
         asker = _Asker(file, model, processor, by_schedule, tokens, seed)
         todo = bar.add_task("", total=sum(lengths.values()) * len(rows))
         for task, (name, length) in zip(tasks, lengths.items(), strict=True):

@@ -44,7 +44,9 @@ def check_layers(parts: Parts) -> None:
             "weights of the model are not loaded, or offloaded (they are on the device meta), which dymu does not know "
             "yet; load all of them onto one device first."
         )
-    encoder = [] if parts.tower.training else _encoder_errors(parts)  # dropout would differ
+    config = parts.tower.config.to_dict()
+    chance = parts.tower.training and any(value for name, value in config.items() if "drop" in name)
+    encoder = [] if chance else _encoder_errors(parts)  # dropout would make them differ
     for index, error in enumerate(encoder):
         if error:
             raise UnsupportedModel(

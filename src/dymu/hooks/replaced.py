@@ -45,7 +45,7 @@ class Replaced:
 
     def __reduce_ex__(self, _protocol: object) -> Any:
         if self.retired:
-            return getattr, (self._method, "__call__")
+            return functools.partial, (self._method,)
         refuse_copy()
 
 

@@ -28,7 +28,7 @@ class Bar(Progress):
         remaining: whether to show the estimated time left, which is meaningful only where all steps take equally long.
     """
 
-    def __init__(self, show: bool, *, remaining: bool) -> None:
+    def __init__(self, show: bool, *, remaining: bool = True) -> None:
         console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
         columns += [MofNCompleteColumn(), TimeElapsedColumn(), *([TimeRemainingColumn()] if remaining else [])]
@@ -48,8 +48,3 @@ class Bar(Progress):
         if self._lines:
             self.console.print(text)
             self._said = monotonic()
-
-
-def bar_of(show: bool, *, remaining: bool = True) -> Bar:
-    """A progress bar or lines on stderr, see `Bar`."""
-    return Bar(show, remaining=remaining)
