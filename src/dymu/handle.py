@@ -158,8 +158,8 @@ def encoder_of(parts: Parts, tokens: int = 0) -> Encoder:
         model_type=config.model_type,
         layers=len(parts.encoder_layers),
         depth=max(parts.feature_layers()),
-        hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
+        hidden_size=parts.width,
+        heads=parts.heads,
         tokens=tokens,
     )
 

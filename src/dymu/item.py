@@ -101,14 +101,15 @@ class Item:
         Raises:
             ValueError: the tokens are no grids.
         """
-        if self.video or self.pictures == 1:
+        if self._apart:
             return [self._grid(number)[0] for number in range(self.pictures)]
         return [self._grid(0)[0], self._tiles()]
 
     @cached_property
     def location(self) -> Tensor:
         """float [N, 4], the part of the user's picture that each token shows: left, top, right, bottom in widths and
-        heights of it (of what the processor left of it, where that crops); nan for tokens that are no patches.
+        heights of it (of what the processor left of it, where that crops); nan for tokens that are no patches. Of tiles
+        that the family does not put together, the part of the tile.
 
         Raises:
             ValueError: see `grids`.
@@ -122,15 +123,21 @@ class Item:
 
     @cached_property
     def views(self) -> list[View]:
-        """The whole image, and where it was cut into tiles these put together; or every frame of a video.
+        """The whole image, and where it was cut into tiles these put together; or every frame of a video, or every tile
+        that the family does not put together.
 
         Raises:
             ValueError: see `grids`.
         """
-        if self.video or self.pictures == 1:
+        if self._apart:
             return [self._view(number) for number in range(self.pictures)]
         tiles = self.grids[1]
         return [self._view(0), View(tiles, self.seen[tiles])]
+
+    @property
+    def _apart(self) -> bool:
+        """Whether every picture stands by itself: frames, and tiles that the family does not put together."""
+        return self.video or self.pictures == 1 or bool(self.patch.all())
 
     def _grid(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens of one picture as a grid, and the rows and columns of its patches that they show, rising."""

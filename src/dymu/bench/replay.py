@@ -177,7 +177,7 @@ class Replay(Reducer):
         return merging.get(layer)
 
     def in_layer(self, candidates: Candidates) -> Tensor | None:
-        self.check_fits(candidates.layers, candidates.tokens)
+        self.check_fits(candidates.layers, candidates.tokens[0])
         layer = self.recorded_layer(candidates.layer, candidates.layers)
         if layer is None:
             return None

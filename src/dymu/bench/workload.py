@@ -17,7 +17,7 @@ from dymu.bench.results import Model
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import resolve
 from dymu.handle import apply, encoder_of, name_of
-from dymu.hooks.trace import grid, trace
+from dymu.hooks.trace import pictures_of, trace
 from dymu.measure.provenance import fingerprint, thresholds_hash
 from dymu.media import images as image_files
 from dymu.thresholds import Thresholds
@@ -83,12 +83,14 @@ class Shape:
         self._image = shapes.image(name)
         parts = resolve(self.model)
         shown = self.shown([0])
-        rows, columns = grid(parts, shown["pixel_values"])
+        pixels = shown["pixel_values"]
+        pictures = pictures_of(parts, pixels.reshape(-1, *pixels.shape[-3:]), None)
+        rows, columns = pictures.unit_grids[0]
         patches = rows * columns
         self._recorded = recorded(patches)
         unmerged = TokenMap.identity(self._image.pictures, parts.prefix + patches, device)
-        colours = torch.zeros(self._image.pictures, 3, rows, columns, device=device)
-        (item,) = trace(parts, "image", (), shown, unmerged, colours)
+        colours = [torch.zeros(3, rows, columns, device=device)] * self._image.pictures
+        (item,) = trace(parts, "image", (), shown, pictures, unmerged, colours)
         self.tokens = len(item.leaders)
         pictured = self._image.pictures * patches
         if item.mixes or int(item.patch.sum()) != pictured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from dymu.calibration.samples import Inputs, shape_only
 from dymu.calibration.spill import Slot, Spill
 from dymu.errors import BadBudget, DymuError
 from dymu.families.resolve import Parts
-from dymu.hooks.trace import features_of, grid, trace
+from dymu.hooks.trace import features_of, pictures_of, trace
 from dymu.item import Item
-from dymu.merging import ROUNDS, MergedTokens, above
+from dymu.merging import ROUNDS, MergedTokens, Pictures, above
 from dymu.reducers import picture_tokens
 from dymu.thresholds import Calibrated
 from dymu.token_map import TokenMap
@@ -122,7 +122,8 @@ class Run:
 
     def begin(self, embedded: Tensor, images: list[Inputs], slot: Slot) -> Batch:
         """The embedded pictures [B, T, C] of some images, through the first attention."""
-        return self._attend(0, embedded, MergedTokens.unmerged(embedded), images, slot)
+        pictures = replace(self._pictures(images[0], 1), grids=self._pictures(images[0], 1).grids * len(embedded))
+        return self._attend(0, *pictures.enter(embedded, None, None), images, slot)
 
     def thresholds(
         self,
@@ -187,15 +188,17 @@ class Run:
             by_image = list(_by_image(batch, tokens))
             if sizes.mixes:
                 for (image, pictures, merged), item in zip(by_image, items, strict=True):
-                    features = features_of(self._parts, "image", (), image.kwargs, merged, hidden[pictures])
+                    shown = self._pictures(image, image.pictures)
+                    features = features_of(self._parts, "image", (), image.kwargs, shown, merged, hidden[pictures])
                     images.append(Waiting.put(picture_tokens([item], list(features)), spill))
             if sizes.videos:
                 # The whole image, which comes first, is what the family would see of a frame.
                 first = [pictures.start for _, pictures, _ in by_image]
                 whole = TokenMap(tokens.group[first], tokens.kept[first], tokens.width)
                 args = (shape_only(len(first), 1, *batch.images[0].pixels.shape[-3:]),)
-                frames = trace(self._parts, "video", args, {}, whole, self._colourless(batch.images[0], len(first)))
-                features = features_of(self._parts, "video", args, {}, whole, hidden[first])
+                shown = self._pictures(batch.images[0], len(first))
+                frames = trace(self._parts, "video", args, {}, shown, whole, self._colourless(shown))
+                features = features_of(self._parts, "video", args, {}, shown, whole, hidden[first])
                 videos.append(Waiting.put(picture_tokens(frames, list(features)), spill))
                 patches += sum(int(item.patch.sum()) for item in frames)
         for_images: tuple[float, ...] = ()
@@ -226,14 +229,17 @@ class Run:
         return [
             item
             for image, _, merged in _by_image(batch, tokens)
-            for item in trace(self._parts, "image", (), image.kwargs, merged, self._colourless(image, image.pictures))
+            for shown in [self._pictures(image, image.pictures)]
+            for item in trace(self._parts, "image", (), image.kwargs, shown, merged, self._colourless(shown))
         ]
 
-    def _colourless(self, image: Inputs, pictures: int) -> Tensor:
-        """float [pictures, 3, rows, columns] of 0: the colours of patches, which only a drawing needs."""
-        return torch.zeros(
-            pictures, 3, *grid(self._parts, image.pixels), dtype=torch.float32, device=self._parts.tower.device
-        )
+    def _pictures(self, image: Inputs, pictures: int) -> Pictures:
+        return pictures_of(self._parts, shape_only(pictures, *image.pixels.shape[-3:]), None)
+
+    def _colourless(self, pictures: Pictures) -> list[Tensor]:
+        """float [3, rows, columns] of 0 for each picture: the colours of patches, which only a drawing needs."""
+        device = next(self._parts.tower.parameters()).device
+        return [torch.zeros(3, *grid, dtype=torch.float32, device=device) for grid in pictures.unit_grids]
 
     def _merged(self, batch: Batch, threshold: float) -> tuple[Tensor, MergedTokens]:
         x, state = batch.slot.get().to(batch.similarity.device), batch.state

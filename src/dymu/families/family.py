@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from dymu.choices import Arrangement
+
+Regroups = Literal["model", "projector", "tower"]
+"""Where a family makes one token of the patches of a unit: in its own code between encoder and projector, in the
+projector, or at the encoder's end."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +25,34 @@ class Tower:
     model_types: tuple[str, ...]
     layers: str
     norm1: str
-    query: str
-    key: str
-    value: str
     out: str
     norm2: str
     mlp: str
+    query: str | None = None
+    key: str | None = None
+    value: str | None = None
+    qkv: str | None = None
+    """One projection to queries, keys and values, in place of the three."""
+    query_norm: str | None = None
+    key_norm: str | None = None
+    value_norm: str | None = None
+    norms_heads: bool = False
+    """Whether these norms go over each head, and not over all channels."""
     after_attention: tuple[str, ...] = ()
     after_mlp: tuple[str, ...] = ()
+    """A path may lead to a parameter, which is a factor."""
+    heads: str = "config.num_attention_heads"
+    width: str = "config.hidden_size"
+    patch_size: str = "config.patch_size"
     class_token: bool = True
     registers: str | None = None
-    """Name of the config's number of register tokens, which follow the class token."""
+    """The number of register tokens, which follow the class token."""
+    arrangement: Arrangement = "batch"
+    angles: str | None = None
+    """Keyword of a layer's forward: cosines and sines of each patch, by which it rotates the halves of each head."""
+    segments: str | None = None
+    """Keyword of a layer's forward: where the tokens that attend to each other begin, among all. Layers that get other
+    numbers than those of whole pictures attend within windows."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +63,15 @@ class Decoder:
     layers: str = "layers"
     attention: str = "self_attn"
     rotary: str = "rotary_emb"
+    axes: int = 1
+    """Of its positions: 3 for time, height and width."""
 
 
 @dataclass(frozen=True)
 class Family:
     """A vision-language model: paths from the model to its parts, and the kinds of towers and decoders it may hold.
 
-    What follows `inner` starts from there; `tower`, `projector` and `learned` are plain names in it.
+    What follows `inner` starts from there; `learned` are plain names in it.
     """
 
     model_type: str
@@ -53,18 +79,29 @@ class Family:
     """The module that places image features among the text embeddings and calls the language model."""
     tower: str = "vision_tower"
     projector: str = "multi_modal_projector"
+    """What makes a token for the language model of each of the encoder's, or of each unit."""
     pooler: str | None = None
     """The module that pools the frames of a video ahead of the projector."""
     language_model: str = "language_model"
     image_token: str = "image_token_id"
     video_token: str | None = None
     """Where the family takes videos."""
-    feature_layer: str = "vision_feature_layer"
-    select_strategy: str = "vision_feature_select_strategy"
-    """Where the config has none, the encoder's first token is dropped."""
+    feature_layer: str | int = "vision_feature_layer"
+    """A name in the config, or the layer itself."""
+    select_strategy: str | None = "vision_feature_select_strategy"
+    """Where the config has none, the encoder's first token is dropped; None: the family drops none."""
     learned: tuple[str, ...] = ()
     """Parameters that stand among image features, such as the newline after a row of tiles."""
     cuts_images: bool = False
     """Whether images are cut into tiles."""
+    unit: str | None = None
+    """In the config, how many rows and columns of patches become one token, or the part of a side that is left; None:
+    every patch is one."""
+    regroups: Regroups = "model"
+    """Where."""
+    grid: str | None = None
+    """Argument of `get_image_features` with the frames, rows and columns of patches of each image, or with its height
+    and width in pixels; None: pictures are as large as the pixels."""
+    video_grid: str | None = None
     towers: tuple[Tower, ...] = ()
     decoders: tuple[Decoder, ...] = ()

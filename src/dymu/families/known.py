@@ -1,9 +1,16 @@
 """The model families that dymu knows, by the `model_type` of a model's config."""
 
+from dymu.families.deepseek_vl import DEEPSEEK_VL, JANUS
 from dymu.families.family import Family
+from dymu.families.internvl import IDEFICS3, INTERNVL, OVIS2, QIANFAN_OCR, SMOLVLM
 from dymu.families.llava import LLAVA, VIPLLAVA
 from dymu.families.llava_next import LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION)
-}
+    family.model_type: family
+    for family in (
+        LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION,
+        DEEPSEEK_VL, JANUS,
+        INTERNVL, QIANFAN_OCR, IDEFICS3, SMOLVLM, OVIS2,
+    )
+}  # fmt: skip

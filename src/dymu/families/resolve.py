@@ -25,31 +25,19 @@ Modality = Literal["image", "video"]
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Kinds of rotary angles that depend on how long the prompt is."""
 
-ENCODER_PARTS, ENCODER_LISTS = (
-    ("norm1", "query", "key", "value", "out", "norm2", "mlp"),
-    ("after_attention", "after_mlp"),
-)
+ENCODER_PARTS, ENCODER_LISTS = ("norm1", "out", "norm2", "mlp"), ("after_attention", "after_mlp")
 """Fields of `Tower` that hold a path, or several, and of `EncoderLayer` that hold the module there, or several."""
 
 HOW_TO_ADD = "docs/add-a-family.md says how to describe another"
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The parts of one model."""
+class EncoderParts:
+    """The parts of one vision encoder."""
 
-    family: Family
-    config: Any
-    model: PreTrainedModel
-    inner: PreTrainedModel
-    tower: PreTrainedModel
-    projector: nn.Module
-    pooler: nn.Module | None
-    language_model: PreTrainedModel
+    tower: nn.Module
     tower_kind: Tower
     encoder_modules: tuple[nn.Module, ...]
-    attentions: tuple[nn.Module, ...]
-    rotary: nn.Module
     prefix: int
     """Class and register tokens ahead of the image's."""
 
@@ -58,7 +46,14 @@ class Parts:
         module, kind = self.encoder_modules[index], self.tower_kind
         parts: dict[str, Any] = {name: find(module, getattr(kind, name)) for name in ENCODER_PARTS}
         parts |= {name: tuple(find(module, path) for path in getattr(kind, name)) for name in ENCODER_LISTS}
-        return EncoderLayer(heads=self.tower.config.num_attention_heads, **parts)
+        norms = (kind.query_norm, kind.key_norm, kind.value_norm)
+        return EncoderLayer(
+            projections=tuple(find(module, path) for path in self._projections),
+            norms=tuple(None if path is None else find(module, path) for path in norms),  # type: ignore[arg-type]
+            norms_heads=kind.norms_heads,
+            heads=self.heads,
+            **parts,
+        )
 
     @property
     def encoder_layers(self) -> tuple[EncoderLayer, ...]:
@@ -68,8 +63,39 @@ class Parts:
     @property
     def encoder_attentions(self) -> tuple[nn.Module, ...]:
         """The modules that hold the query of each encoder layer, whose own forward does not run."""
-        path = self.tower_kind.query.rpartition(".")[0]
+        path = self._projections[0].rpartition(".")[0] or self._projections[0]
         return tuple(find(module, path) for module in self.encoder_modules)
+
+    @property
+    def heads(self) -> int:
+        return int(find(self.tower, self.tower_kind.heads))
+
+    @property
+    def width(self) -> int:
+        """C, channels of a patch."""
+        return int(find(self.tower, self.tower_kind.width))
+
+    @property
+    def _projections(self) -> tuple[str, ...]:
+        kind = self.tower_kind
+        paths = (kind.query, kind.key, kind.value) if kind.qkv is None else (kind.qkv,)
+        return tuple(path for path in paths if path is not None)
+
+
+@dataclass(frozen=True)
+class Parts(EncoderParts):
+    """The parts of one model."""
+
+    family: Family
+    config: Any
+    model: PreTrainedModel
+    inner: PreTrainedModel
+    projector: nn.Module
+    pooler: nn.Module | None
+    language_model: PreTrainedModel
+    decoder_kind: Decoder
+    attentions: tuple[nn.Module, ...]
+    rotary: nn.Module
 
     @property
     def choosing_attention(self) -> tuple[Any, ...]:
@@ -104,20 +130,37 @@ class Parts:
         """Whether the frames of a video are pooled by learned weights."""
         return self.pooler is not None and any(True for _ in self.pooler.parameters())
 
+    @property
+    def side(self) -> int:
+        """Rows, and columns, of the patches of a unit, which the family makes one token of."""
+        if self.family.unit is None:
+            return 1
+        side: float = find(self.config, self.family.unit)
+        return round(1 / side) if side < 1 else int(side)
+
+    @property
+    def projects_within(self) -> bool:
+        """Whether the projector is a part of the encoder."""
+        return self.family.projector.startswith(f"{self.family.tower}.")
+
     def feature_layers(self, arguments: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
         """How many encoder layers each used feature went through, by the arguments of a call or else by the config."""
-        names = self.family.feature_layer.split("|")
-        named = [arguments[name] for name in names if arguments.get(name) is not None]
-        requested = named[0] if named else find(self.config, self.family.feature_layer)
+        described = self.family.feature_layer
+        if isinstance(described, int):
+            return [described % (len(self.encoder_modules) + 1)]
+        named = [arguments[name] for name in described.split("|") if arguments.get(name) is not None]
+        requested = named[0] if named else find(self.config, described)
         layers = [requested] if isinstance(requested, int) else list(requested)
         return [layer % (len(self.encoder_modules) + 1) for layer in layers]
 
     def dropped(self, strategy: str | None = None) -> int:
-        """Leading encoder tokens that the language model does not get: 1 for the strategy `default`, 0 for `full`."""
-        return int((strategy or getattr(self.config, self.family.select_strategy, "default")) == "default")
+        """Leading encoder tokens that the language model does not get: 1 for the strategy `default`, 0 for `full`, or
+        where the family has no strategies."""
+        name = self.family.select_strategy
+        return 0 if name is None else int((strategy or getattr(self.config, name, "default")) == "default")
 
 
-def find(root: nn.Module, path: str) -> Any:
+def find(root: Any, path: str) -> Any:
     """The part of `root` at a dotted path; of alternatives `a.b|c.d`, the first that exists.
 
     Raises:
@@ -218,7 +261,7 @@ def resolve(model: PreTrainedModel) -> Parts:
             "the vision encoder has the same layer in several places, which dymu cannot tell apart; give each place a "
             "layer of its own."
         )
-    registers = getattr(tower.config, tower_kind.registers, 0) if tower_kind.registers else 0
+    registers = int(find(tower, tower_kind.registers)) if tower_kind.registers else 0
     return Parts(
         family=family,
         config=config,
@@ -228,6 +271,7 @@ def resolve(model: PreTrainedModel) -> Parts:
         projector=find(inner, family.projector),
         pooler=None if family.pooler is None else find(inner, family.pooler),
         language_model=language_model,
+        decoder_kind=decoder_kind,
         tower_kind=tower_kind,
         encoder_modules=modules,
         attentions=tuple(find(layer, decoder_kind.attention) for layer in find(language_model, decoder_kind.layers)),

@@ -16,10 +16,16 @@ CLIP = Tower(
     mlp="mlp",
 )
 
-SIGLIP = replace(CLIP, model_types=("siglip_vision_model",), class_token=False)
+SIGLIP = replace(
+    CLIP,
+    model_types=("siglip_vision_model", "deepseek_vl_vision", "idefics3_vision", "smolvlm_vision"),
+    class_token=False,
+)
+
+JANUS = replace(SIGLIP, model_types=("janus_vision_model",), out="self_attn.projection_layer")
 
 DINOV2 = Tower(
-    model_types=("dinov2", "dinov2_with_registers"),
+    model_types=("dinov2",),
     layers="encoder.layer",
     norm1="norm1",
     query="attention.q_proj",
@@ -30,7 +36,63 @@ DINOV2 = Tower(
     norm2="norm2",
     mlp="mlp",
     after_mlp=("layer_scale2", "drop_path"),
-    registers="num_register_tokens",
 )
 
-TOWERS = (CLIP, SIGLIP, DINOV2)
+DINOV2_WITH_REGISTERS = replace(
+    DINOV2, model_types=("dinov2_with_registers",), registers="config.num_register_tokens"
+)
+
+TOWERS = (CLIP, SIGLIP, DINOV2, DINOV2_WITH_REGISTERS)
+"""Those that the LLaVA models hold."""
+
+INTERNVIT = Tower(
+    model_types=("internvl_vision",),
+    layers="encoder.layer",
+    norm1="layernorm_before",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    query_norm="attention.q_norm",
+    key_norm="attention.k_norm",
+    out="attention.projection_layer",
+    after_attention=("lambda_1",),
+    norm2="layernorm_after",
+    mlp="mlp",
+    after_mlp=("dropout", "lambda_2"),
+)
+
+QIANFAN = replace(
+    INTERNVIT,
+    model_types=("qianfan_ocr_vision",),
+    layers="layers",
+    after_attention=("lambda_1", "drop_path1"),
+    after_mlp=("dropout", "lambda_2", "drop_path2"),
+)
+
+AIMV2 = Tower(
+    model_types=("ovis2_vision",),
+    layers="encoder.layers",
+    norm1="rms_norm1",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.out_proj",
+    norm2="rms_norm2",
+    mlp="ffn",
+    class_token=False,
+)
+
+QWEN = Tower(
+    model_types=("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen2_5_vl"),
+    layers="blocks",
+    norm1="norm1",
+    qkv="attn.qkv",
+    out="attn.proj",
+    norm2="norm2",
+    mlp="mlp",
+    heads="config.num_heads",
+    class_token=False,
+    arrangement="packed",
+    angles="position_embeddings",
+    segments="cu_seqlens",
+)

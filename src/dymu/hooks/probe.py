@@ -6,6 +6,7 @@ two halves of its heads by the angles that it gets. What a description leaves ou
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import Parts
 from dymu.hooks.replaced import Method
-from dymu.merging import MergedTokens
+from dymu.merging import Layout, MergedTokens
 from dymu.unmerging.virtual import as_pairs, as_phase, no_rotation
 
 TOKENS = 5
@@ -65,33 +66,42 @@ def check_layers(parts: Parts) -> None:
 def _encoder_errors(parts: Parts) -> list[float]:
     """Of each layer how far its own forward is from its parts, if too far, else 0."""
     errors = []
-    x = _random(parts.tower)
+    kind, x = parts.tower_kind, _random(parts.tower, parts.width)
+    state, asked = MergedTokens.unmerged(Layout.equal(1, TOKENS, x.device)), dict[str, Any]()
+    if kind.angles is not None:
+        turns = torch.linspace(0, 2, TOKENS * (parts.width // parts.heads // 2), device=x.device).view(1, TOKENS, -1)
+        angles = torch.cat((turns, turns), -1)
+        state = replace(state, angles=(angles.cos(), angles.sin()))
+        asked[kind.angles] = tuple(angle[0] if kind.arrangement == "packed" else angle for angle in state.angles)
+    if kind.segments is not None:
+        asked[kind.segments] = torch.tensor([0, TOKENS], dtype=torch.int32, device=x.device)
     for index, module in enumerate(parts.encoder_modules):
         layer = parts.encoder_layer(index)
         try:
-            merged = layer.feed_forward(layer.attend(x, MergedTokens.unmerged(x))[0])
-            stock = _forwarded(module, x)
+            merged = layer.feed_forward(layer.attend(x, state)[0])
+            stock = _forwarded(module, x[0] if kind.arrangement == "packed" else x, asked)
         except Exception as error:
             raise UnsupportedModel(
                 f"layer {index} of the vision encoder does not compute what its description says "
                 f"({type(error).__name__}: {error}); somebody exchanged it, or the description is of another encoder."
             ) from error
         stock = stock[0] if isinstance(stock, tuple) else stock
+        stock = stock.view_as(x)
         errors.append(_apart(merged, stock))
     limit = TOLERANCE.get(x.dtype, HALF_PRECISION)
     return [0.0 if error <= limit else error for error in torch.stack(errors).tolist()]
 
 
-def _forwarded(module: nn.Module, x: Tensor) -> Any:
+def _forwarded(module: nn.Module, x: Tensor, asked: dict[str, Any]) -> Any:
     try:
-        return module.forward(x)
+        return module.forward(x, **asked)
     except TypeError:  # some ask for a mask by position
-        return module.forward(x, attention_mask=None)
+        return module.forward(x, attention_mask=None, **asked)
 
 
 def _rotates_otherwise(attention: nn.Module, angles: Method, decoder: PreTrainedModel) -> str:
     """Why a layer's rotation is not the one described; empty: it is."""
-    x = _random(decoder)
+    x = _random(decoder, decoder.config.hidden_size)
     cos, sin = angles(x, torch.tensor(POSITIONS, device=x.device)[None])
     try:
         plain, rotated = (_handed_over(attention, x, *pair) for pair in (no_rotation(x), (cos, sin)))
@@ -127,7 +137,8 @@ def _apart(x: Tensor, expected: Tensor) -> Tensor:
     return (x - expected).masked_fill(both, 0).nan_to_num(torch.inf).abs().max() / largest
 
 
-def _random(half: PreTrainedModel) -> Tensor:
+def _random(half: nn.Module, width: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(1, TOKENS, half.config.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
-    return x.to(half.device, half.dtype)
+    x = torch.randn(1, TOKENS, width, generator=generator, dtype=torch.float32, device="cpu")
+    parameter = next(parameter for parameter in half.parameters() if parameter.is_floating_point())
+    return x.to(parameter.device, parameter.dtype)

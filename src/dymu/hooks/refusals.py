@@ -42,6 +42,15 @@ def refuse_unknown(module: nn.Module, arguments: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_absent_patches(mask: Any) -> None:
+    """Raises BadPrompt where the mask of an encoder layer, bool or added to logits, hides patches of a picture."""
+    if isinstance(mask, Tensor) and not bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all()):
+        raise BadPrompt(
+            "a picture is padded within its pixels (its pixel_attention_mask hides some), which dymu does not know yet; "
+            "let the processor cut images into tiles or resize them, or ask about images of other sizes one by one."
+        )
+
+
 def refuse_packed(positions: Tensor) -> None:
     """Raises BadPrompt where positions [B, N] start over, so that a row holds several prompts."""
     if positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):

@@ -7,7 +7,8 @@ a merged token is a few random numbers, so equal signatures are equal features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import getattr_static, isfunction
 from itertools import pairwise
 from types import MethodType
 from typing import Any
@@ -18,9 +19,10 @@ from torch.nn.functional import avg_pool2d, one_hot
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dymu.errors import UnsupportedModel
-from dymu.families.resolve import Modality, Parts
+from dymu.errors import BadPrompt, UnsupportedModel
+from dymu.families.resolve import Modality, Parts, find
 from dymu.item import Item
+from dymu.merging import Pictures
 from dymu.token_map import TokenMap, take
 
 RANDOM = 56
@@ -30,7 +32,7 @@ LEVELS = 2**14
 mean that differ by less make no difference to features either."""
 
 Modules = dict[str, Any]
-"""Parts of a model by name."""
+"""Parts of a model by path."""
 
 PATCH, PRESENT, PICTURE, ROW, COLUMN, SEEN = 0, 1, 2, 3, 4, slice(5, 8)
 """Channels of a signature, ahead of the random ones."""
@@ -38,7 +40,13 @@ _KNOWN = 8
 
 
 def trace(
-    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], tokens: TokenMap, seen: Tensor
+    parts: Parts,
+    modality: Modality,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    pictures: Pictures,
+    tokens: TokenMap,
+    seen: Sequence[Tensor],
 ) -> list[Item]:
     """The items of one call, as they stand in the prompt.
 
@@ -49,8 +57,9 @@ def trace(
         parts: of the model.
         modality: what the items are.
         args, kwargs: what the inner module's `get_image_features` or `get_video_features` was called with.
-        tokens: the encoder's tokens of each picture, prefix included, to the merged ones.
-        seen: [pictures, 3, rows, columns], each patch as the encoder saw it.
+        pictures: that they show.
+        tokens: the encoder's tokens (units) of each picture, prefix included, to the merged ones.
+        seen: of each picture [3, rows, columns], each token as the encoder saw it.
 
     Raises:
         UnsupportedModel: the family pools with learned weights.
@@ -61,64 +70,85 @@ def trace(
             "spatial_pool_mode average and max are known."
         )
     pixels = args[0] if args else kwargs["pixel_values" if modality == "image" else "pixel_values_videos"]
-    signatures = _signatures(tokens, seen, parts.prefix)
-    items = _in_prompt(parts, modality, args, kwargs, signatures)
+    items = _in_prompt(parts, modality, args, kwargs, pictures, _signatures(tokens, seen, pictures))
     leaders = _leaders(items)
     patches = [item[:, PATCH] > 0.5 for item in items]
     firsts = [item[:, PICTURE].where(patch, torch.inf).min() for item, patch in zip(items, patches, strict=True)]
     starts = [round(first) for first in torch.stack(firsts).tolist()] + [len(seen)]
-    pictures = [(item[:, PICTURE] - start).round().long() for item, start in zip(items, starts, strict=False)]
+    of_item = [(item[:, PICTURE] - start).round().long() for item, start in zip(items, starts, strict=False)]
     if modality == "image" and parts.family.cuts_images:
-        pictures = _most_of(parts, args, kwargs, signatures, starts)
+        of_item = _most_of(parts, args, kwargs, pictures, starts)
+    device = seen[0].device
     return [
         Item(
-            leaders=leader.to(seen.device),
-            patch=patch.to(seen.device),
-            picture=picture.to(seen.device),
-            at=item[:, ROW : COLUMN + 1].to(seen),
-            seen=item[:, SEEN].to(seen),
-            shown=seen[start:end],
+            leaders=leader.to(device),
+            patch=patch.to(device),
+            picture=picture.to(device),
+            at=item[:, ROW : COLUMN + 1].to(seen[0]),
+            seen=item[:, SEEN].to(seen[0]),
+            shown=torch.stack(list(seen[start:end])),
             video=modality == "video",
-            covered=_covered(parts, pixels),
+            covered=_covered(parts, pictures, pixels),
         )
         for item, patch, picture, leader, start, end in zip(
-            items, patches, pictures, leaders, starts[:-1], starts[1:], strict=True
+            items, patches, of_item, leaders, starts[:-1], starts[1:], strict=True
         )
     ]
 
 
 def _most_of(
-    parts: Parts, args: Sequence[Any], kwargs: dict[str, Any], signatures: Tensor, starts: Sequence[int]
+    parts: Parts, args: Sequence[Any], kwargs: dict[str, Any], pictures: Pictures, starts: Sequence[int]
 ) -> list[Tensor]:
     """int64 [N] for each image, whose pictures begin at `starts`: which of them each token shows most of."""
     lengths = [end - start for start, end in pairwise(starts)]
-    number = torch.cat([torch.arange(length, device=signatures.device) for length in lengths])
-    of_picture = one_hot(number, max(lengths)).float()[:, None].repeat(1, signatures.shape[1], 1)
-    return [item.argmax(1) for item in _in_prompt(parts, "image", args, kwargs, of_picture)]
+    number = torch.cat([torch.arange(length, device="cpu") for length in lengths])
+    length = pictures.layout(number.device).length
+    of_picture = one_hot(number, max(lengths)).float().repeat_interleave(length, 0)
+    return [item.argmax(1) for item in _in_prompt(parts, "image", args, kwargs, pictures, of_picture)]
 
 
 def _in_prompt(
-    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], channels: Tensor
+    parts: Parts,
+    modality: Modality,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    pictures: Pictures,
+    channels: Tensor,
 ) -> list[Tensor]:
-    """[N, K] for each item: [pictures, encoder tokens, K] channels as the family arranges them, without projection.
+    """[N, K] for each item: channels [S, K] of the encoder's tokens (units), picture after picture, as the family
+    arranges them, without projection.
 
     Learned tokens are 0 in every channel.
     """
-    count = channels.shape[-1]
-    # The features of several layers arrive concatenated.
-    replaced: Modules = {parts.family.projector: lambda features: features[..., :count]}
-    replaced |= {name: channels.new_zeros(count) for name in parts.family.learned}
+    count, family = channels.shape[-1], parts.family
+
+    def projected(features: Tensor, *_: Any) -> Tensor:
+        if family.regroups == "projector" and pictures.side > 1:
+            features = pictures.first_of_units(features)
+        return features[..., :count]  # the features of several layers, and of the patches of a unit, are concatenated
+
+    replaced: Modules = {name: channels.new_zeros(count) for name in family.learned}
+    if not parts.projects_within:
+        replaced[family.projector] = projected
     # Some families return the frames of a video one by one.
-    return [item.flatten(0, -2) for item in _family_code(parts, modality, args, kwargs, channels, replaced)]
+    return [
+        item.flatten(0, -2) for item in _family_code(parts, modality, args, kwargs, pictures, channels, replaced)
+    ]
 
 
 def features_of(
-    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], tokens: TokenMap, hidden: Tensor
+    parts: Parts,
+    modality: Modality,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    pictures: Pictures,
+    tokens: TokenMap,
+    hidden: Tensor,
 ) -> Any:
     """The features of each item, as the family's code arranges them.
 
     Args:
-        parts, modality, args, kwargs, tokens: see `trace`.
+        parts, modality, args, kwargs, pictures, tokens: see `trace`.
         hidden: [pictures, M, C], the encoder's merged tokens in the one layer that the model reads.
     """
     expand = tokens.drop(parts.dropped()).expand
@@ -127,81 +157,168 @@ def features_of(
         replaced: Modules = {parts.family.pooler: lambda merged: pooler(expand(merged))}
     else:
         replaced = {parts.family.projector: lambda merged: expand(projector(merged))}
-    return _family_code(parts, modality, args, kwargs, hidden, replaced)
+    return _family_code(parts, modality, args, kwargs, pictures, hidden.flatten(0, 1), replaced)
 
 
 def _family_code(
-    parts: Parts, modality: Modality, args: Sequence[Any], kwargs: dict[str, Any], hidden: Tensor, replaced: Modules
+    parts: Parts,
+    modality: Modality,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    pictures: Pictures,
+    channels: Tensor,
+    replaced: Modules,
 ) -> Any:
-    """What the family's code makes of encoder tokens [pictures, tokens, C] with some parts of the model replaced."""
-    output = BaseModelOutputWithPooling(
-        last_hidden_state=hidden, hidden_states=(hidden,) * (len(parts.encoder_layers) + 1)
-    )
-    stand_in = _StandIn(parts.inner, {parts.family.tower: lambda *_, **__: output, **replaced})
+    """What the family's code makes of encoder tokens [S, C] with some parts of the model replaced."""
+    family = parts.family
+
+    def encoded(*tower_args: Any, **tower_kwargs: Any) -> BaseModelOutputWithPooling:
+        if pictures.arrangement == "packed":
+            order = _order(parts, tower_args, tower_kwargs, pictures, channels.device)
+            return BaseModelOutputWithPooling(last_hidden_state=channels, pooler_output=channels[order])
+        if family.regroups == "tower":
+            return BaseModelOutputWithPooling(pooler_output=channels.unflatten(0, (len(pictures.grids), -1)))
+        hidden = pictures.to_patches(channels)
+        hidden_states = (hidden,) * (len(parts.encoder_modules) + 1)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, hidden_states=hidden_states)
+
+    stand_in = _StandIn(parts.inner, {f"{family.tower.split('.')[0]}.forward": encoded, **replaced})
     get_features = getattr(type(parts.inner), f"get_{modality}_features")
     return get_features(stand_in, *args, **{**kwargs, "return_dict": True}).pooler_output
 
 
-def _signatures(tokens: TokenMap, seen: Tensor, prefix: int) -> Tensor:
-    """float64 [pictures, encoder tokens, channels]"""
-    device = torch.device("cpu") if seen.device.type == "mps" else seen.device  # it has no float64
-    pictures, patches = tokens.batch, tokens.tokens - prefix
-    columns = seen.shape[-1]
-    index = torch.arange(patches, device=device)
-    signatures = torch.zeros(pictures, tokens.tokens, _KNOWN + RANDOM, dtype=torch.float64, device=device)
-    shows = signatures[:, prefix:]
-    shows[..., PATCH] = 1
-    shows[..., PICTURE] = torch.arange(pictures, device=device)[:, None]
-    shows[..., ROW], shows[..., COLUMN] = index // columns, index % columns
-    shows[..., SEEN] = seen.flatten(2).mT
+def _order(
+    parts: Parts, args: Sequence[Any], kwargs: Mapping[str, Any], pictures: Pictures, device: torch.device
+) -> Tensor:
+    """int64 [S]: for each token that an encoder of packed patches gives, the unit it is in the order of its layers.
+
+    The encoder's own code says so, run without its layers.
+    """
+    merger = parts.family.projector.removeprefix(f"{parts.family.tower}.")
+    numbers = torch.arange(pictures.layout(device).total, device=device)[:, None]
+    tower = _StandIn(parts.tower, {parts.tower_kind.layers: (), merger: lambda *_: numbers})
+    order: Tensor = tower(*args, **kwargs).pooler_output
+    return order[:, 0]
+
+
+def _signatures(tokens: TokenMap, seen: Sequence[Tensor], pictures: Pictures) -> Tensor:
+    """float64 [S, channels] of the encoder's tokens (units), picture after picture."""
+    device = seen[0].device
+    device = torch.device("cpu") if device.type == "mps" else device  # it has no float64
+    layout, prefix = pictures.layout(device), pictures.prefix
+    picture = torch.arange(layout.batch, device=device).repeat_interleave(layout.length)
+    columns = torch.tensor([columns for _, columns in pictures.unit_grids], device=device)[picture]
+    index = layout.position - prefix
+    shows = index >= 0
+    signatures = torch.zeros(layout.total, _KNOWN + RANDOM, dtype=torch.float64, device=device)
+    signatures[:, PATCH] = shows.double()
+    known = torch.stack((picture, index // columns, index % columns), 1).double()
+    signatures[:, PICTURE : COLUMN + 1] = known * shows[:, None]
+    signatures[shows, SEEN] = torch.cat([part.flatten(1).mT for part in seen]).to(device, torch.float64)
     generator = torch.Generator(device).manual_seed(0)
-    random = torch.rand(pictures, tokens.width, RANDOM, generator=generator, dtype=torch.float64, device=device)
+    random = torch.rand(len(seen), tokens.width, RANDOM, generator=generator, dtype=torch.float64, device=device)
     group = tokens.group.to(device)
-    signatures[..., PRESENT] = group >= 0
-    signatures[..., _KNOWN:] = take(random, group.clamp(min=0)) * signatures[..., PRESENT, None]
+    there = layout.pack(group).flatten() >= 0
+    signatures[:, PRESENT] = there.double()
+    signatures[:, _KNOWN:] = layout.pack(take(random, group.clamp(min=0))).flatten(0, 1) * there[:, None]
     return signatures
+
+
+def pictures_of(parts: Parts, pixels: Tensor, sizes: Tensor | None) -> Pictures:
+    """The pictures that the encoder gets.
+
+    Args:
+        pixels: the encoder's first argument.
+        sizes: of each item the frames, rows and columns of patches, or the height and width in pixels; None: all
+            pictures are as large as the pixels.
+
+    Raises:
+        BadPrompt: the patches of a picture are not whole units.
+    """
+    kind, side = parts.tower_kind, parts.side
+    if sizes is None:
+        grids = [_grid(parts, *pixels.shape[-2:])] * len(pixels)
+    elif sizes.shape[-1] == 3:
+        grids = [(rows, columns) for frames, rows, columns in sizes.tolist() for _ in range(frames)]
+    else:
+        grids = [_grid(parts, height, width) for height, width in sizes.tolist()]
+    for rows, columns in grids:
+        if rows % side or columns % side:
+            raise BadPrompt(
+                f"a picture of {rows} × {columns} patches does not come out even in units of {side} × {side}, which this "
+                "model makes one token of; let the model's own processor set the size of its pictures."
+            )
+    return Pictures(tuple(grids), side, parts.prefix, kind.arrangement)
 
 
 def _patch_sides(parts: Parts) -> tuple[int, int]:
     """Pixels of a patch, high and wide."""
-    sides: int | tuple[int, int] = parts.tower.config.patch_size
+    sides: int | tuple[int, int] = find(parts.tower, parts.tower_kind.patch_size)
     return (sides, sides) if isinstance(sides, int) else sides
 
 
-def grid(parts: Parts, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of the patches of pictures [..., height, width]; what is left over at the ends is not seen."""
-    height, width = _patch_sides(parts)
-    return pixels.shape[-2] // height, pixels.shape[-1] // width
+def _grid(parts: Parts, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the patches of a picture; what is left over at the ends is not seen."""
+    rows, columns = _patch_sides(parts)
+    return height // rows, width // columns
 
 
-def _covered(parts: Parts, pixels: Tensor) -> tuple[float, float]:
+def _covered(parts: Parts, pictures: Pictures, pixels: Tensor) -> tuple[float, float]:
     """See `Item.covered`."""
-    (height, width), (rows, columns) = _patch_sides(parts), grid(parts, pixels)
+    if pictures.arrangement != "batch":
+        return 1.0, 1.0
+    (height, width), (rows, columns) = _patch_sides(parts), pictures.grids[0]
     return rows * height / pixels.shape[-2], columns * width / pixels.shape[-1]
 
 
-def seen_by(parts: Parts, pixels: Tensor) -> Tensor:
-    """Pictures [pictures, 3, height, width] averaged over each patch: [pictures, 3, rows, columns]."""
-    return avg_pool2d(pixels.detach().float(), _patch_sides(parts))
+def pixels_of(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tensor]:
+    """Of each picture what the encoder gets of it: [3, height, width], or its patches [N, ...]."""
+    if pictures.arrangement == "batch":
+        return pixels
+    if pictures.arrangement == "packed":
+        return pixels.split([rows * columns for rows, columns in pictures.grids])
+    height, width = _patch_sides(parts)
+    return [
+        picture[:, : rows * height, : columns * width]
+        for picture, (rows, columns) in zip(pixels, pictures.grids, strict=True)
+    ]
 
 
-def locations(items: Sequence[Item], rows: int, columns: int) -> Tensor:
+def seen_by(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tensor]:
+    """Of each picture [3, rows, columns]: the mean colour of each unit."""
+    if pictures.arrangement == "packed":
+        colours = pixels.detach().float().unflatten(1, (3, -1)).mean(2)
+        units = colours.unflatten(0, (-1, pictures.side**2)).mean(1)
+        grids = pictures.unit_grids
+        of_pictures = units.split([rows * columns for rows, columns in grids])
+        return [part.mT.unflatten(1, shape) for part, shape in zip(of_pictures, grids, strict=True)]
+    height, width = _patch_sides(parts)
+    unit = (height * pictures.side, width * pictures.side)
+    of_each = pixels_of(pictures, parts, pixels)
+    if isinstance(of_each, Tensor):
+        return avg_pool2d(of_each.detach().float(), unit)
+    return [avg_pool2d(picture.detach().float(), unit) for picture in of_each]
+
+
+def locations(items: Sequence[Item], grids: Sequence[tuple[int, int]]) -> Tensor:
     """See `dymu.reducers.Shown.location`. Computed from where two tokens at opposite corners of each picture lie.
 
     Args:
         items: with nothing merged.
+        grids: rows and columns of every picture.
     """
     boxes = []
+    sizes = iter(grids)
     for item in items:
         centre = (item.location[:, :2] + item.location[:, 2:]).flip(1) / 2  # row, then column, as `at`
-        for number in range(item.pictures):
+        for number, (rows, columns) in zip(range(item.pictures), sizes, strict=False):
             tokens = item.patch & (item.picture == number)
             top, bottom = _edges(item.at[tokens, 0], centre[tokens, 0], rows)
             left, right = _edges(item.at[tokens, 1], centre[tokens, 1], columns)
             sides = (left.expand(rows, -1), top[:, None].expand(-1, columns),
                      right.expand(rows, -1), bottom[:, None].expand(-1, columns))  # fmt: skip
             boxes.append(torch.stack(sides, -1).flatten(0, 1))
-    return torch.stack(boxes)
+    return pad_sequence(boxes, True, torch.nan)
 
 
 def _edges(at: Tensor, centre: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -237,14 +354,22 @@ def _leaders(items: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _StandIn:
-    """A model's inner module with some parts replaced."""
+    """A module with some parts, at dotted paths, replaced; its own methods run on these."""
 
-    def __init__(self, inner: nn.Module, replaced: Modules) -> None:
-        self._inner = inner
-        self.__dict__.update(replaced)
+    def __init__(self, module: nn.Module, replaced: Modules) -> None:
+        self._module = module
+        within: dict[str, Modules] = {}
+        for path, part in replaced.items():
+            name, _, rest = path.partition(".")
+            if rest:
+                within.setdefault(name, {})[rest] = part
+            else:
+                self.__dict__[name] = part
+        self.__dict__.update({name: _StandIn(getattr(module, name), parts) for name, parts in within.items()})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._inner, name)
-        if isinstance(value, MethodType) and value.__self__ is self._inner:
-            return MethodType(value.__func__, self)
-        return value
+        method = getattr_static(type(self._module), name, None)
+        return MethodType(method, self) if isfunction(method) else getattr(self._module, name)

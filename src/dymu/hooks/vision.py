@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import Modality, Parts
 from dymu.hooks.call import CallState, arguments_of, carry_items
-from dymu.hooks.refusals import drops_out, refuse_attention_weights, warn_of_dropout, warn_of_hooks
+from dymu.hooks.refusals import drops_out, refuse_absent_patches, refuse_attention_weights, warn_of_dropout, warn_of_hooks
 from dymu.hooks.replaced import Method
-from dymu.hooks.trace import grid, locations, seen_by, trace
+from dymu.hooks.trace import locations, pictures_of, pixels_of, seen_by, trace
 from dymu.item import Item
+from dymu.merging import MergedTokens, Pictures
 from dymu.reducers import EncoderRun, Reducer, Shown, reduce_in_prompt
-from dymu.token_map import TokenMap
+from dymu.token_map import take
 
 
 @dataclass
@@ -27,19 +28,25 @@ class _Call:
 
     Attributes:
         modality, args, kwargs: what it was called with.
+        sizes: of its pictures, see `pictures_of`.
         layers: see `Parts.feature_layers`.
         dropped: leading encoder tokens that the language model does not get.
         run: once the encoder got its pixels.
+        seen: of each picture the colours of its units, then.
         expanded: whether the features were copied to all tokens already.
+        windowed: by the identity of the segments that a layer gets, these and whether they are windows.
     """
 
     modality: Modality
     args: Sequence[Any]
     kwargs: dict[str, Any]
+    sizes: Tensor | None
     layers: list[int]
     dropped: int
     run: EncoderRun | None = None
+    seen: Sequence[Tensor] = ()
     expanded: bool = False
+    windowed: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
 
     @property
     def running(self) -> EncoderRun:
@@ -49,6 +56,22 @@ class _Call:
     def expand(self, features: Tensor) -> Tensor:
         self.expanded = True
         return self.running.map.drop(self.dropped).expand(features)
+
+    def is_windowed(self, segments: Tensor) -> bool:
+        """Whether tokens attend within windows where a layer gets these `segments`, int64 [any]: where the patches that
+        attend to each other begin among all, and the end."""
+        if id(segments) not in self.windowed:
+            self.windowed[id(segments)] = segments, len(self._lengths(segments)) > len(self.running.pictures.grids)
+        return self.windowed[id(segments)][1]
+
+    def window(self, segments: Tensor) -> Tensor:
+        """int64 [units], the window of each."""
+        units = self._lengths(segments) // self.running.pictures.side**2
+        return torch.arange(len(units), device=segments.device).repeat_interleave(units)
+
+    def _lengths(self, segments: Tensor) -> Tensor:
+        lengths = segments.diff()
+        return lengths[lengths > 0]
 
 
 class VisionHooks:
@@ -70,6 +93,8 @@ class VisionHooks:
             UnsupportedModel: what is asked of the encoder cannot be had with merged tokens.
         """
         state, family = self._state, self.parts.family
+        if state.encoding is not None:  # some families encode videos as they do images
+            return get_features(*args, **kwargs)
         arguments = arguments_of(self.parts.inner, f"get_{modality}_features", args, kwargs)
         refuse_attention_weights(arguments, self.parts.tower.config)
         self._refuse_checkpointing()
@@ -77,14 +102,15 @@ class VisionHooks:
         if self.parts.tower.training and drops_out(self.parts.tower.config):
             warn_of_dropout(state.calls.warned)
         as_dict = kwargs.pop("return_dict", None)
-        dropped = self.parts.dropped(arguments.get(family.select_strategy))
-        call = _Call(modality, args, kwargs, self.parts.feature_layers(arguments), dropped)
-        within = state.encoding
+        dropped = self.parts.dropped(arguments.get(family.select_strategy or ""))
+        grid = family.grid if modality == "image" else family.video_grid
+        sizes = arguments.get(grid) if grid else None
+        call = _Call(modality, args, kwargs, sizes, self.parts.feature_layers(arguments), dropped)
         try:
             state.encoding = call
             output = get_features(*args, **kwargs, return_dict=True)
         finally:
-            state.encoding = within
+            state.encoding = None
         run = call.run
         if run is None or not call.expanded or len(run.states) != len(self.parts.encoder_modules) + 1:
             raise UnsupportedModel(
@@ -95,8 +121,7 @@ class VisionHooks:
                 f"{type(run.reducer).__name__} gives features of its own instead of one layer's, and this "
                 "model reads several layers; set its feature layer to one."
             )
-        seen = seen_by(self.parts, run.shown.pixels)
-        items = trace(self.parts, modality, args, kwargs, run.map, seen)
+        items = trace(self.parts, modality, args, kwargs, run.pictures, run.map, call.seen)
         items, output.pooler_output = reduce_in_prompt(run.reducer, items, output.pooler_output, run.shown)
         kept = torch.stack([state.map.kept - dropped for state in run.states[1 : run.depth + 1]])
         each = kept.split([item.pictures for item in items], dim=1)
@@ -115,16 +140,18 @@ class VisionHooks:
         if call is None:
             return forward(*args, **kwargs)
         assert self.reducer is not None
-        pixels = args[0] if args else kwargs["pixel_values"]
-        shown = self._shown(call, pixels)
-        run = EncoderRun(self.reducer, max(call.layers), shown, self.parts.prefix, call.dropped)
+        named = None if args else next(name for name in ("pixel_values", "hidden_states") if name in kwargs)
+        pixels = args[0] if named is None else kwargs[named]
+        pictures = pictures_of(self.parts, pixels, call.sizes)
+        call.seen = seen_by(pictures, self.parts, pixels)
+        run = EncoderRun(self.reducer, max(call.layers), self._shown(call, pictures, pixels), pictures, call.dropped)
         call.run, pixels = run, run.pixels(pixels)
-        if args:
+        if named is None:
             args = (pixels, *args[1:])
         else:
-            kwargs = {**kwargs, "pixel_values": pixels}
+            kwargs = {**kwargs, named: pixels}
         output = forward(*args, **kwargs)
-        if output.hidden_states is not None:
+        if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(
                 None if hidden is None or layers > run.depth else run.in_final_tokens(hidden, layers)
                 for layers, hidden in enumerate(output.hidden_states)
@@ -136,17 +163,46 @@ class VisionHooks:
         call = self._state.encoding
         if call is None:
             return forward(hidden_states, *args, **kwargs)
-        return call.running.layer(index, self.parts.encoder_layer(index), hidden_states)
+        kind = self.parts.tower_kind
+        angles = window = None
+        windowed = False
+        if kind.arrangement == "batch":
+            refuse_absent_patches(kwargs.get("attention_mask", args[0] if args else None))
+        if kind.angles is not None:
+            angles = kwargs[kind.angles]
+        if kind.segments is not None:
+            windowed = call.is_windowed(kwargs[kind.segments])
+            window = call.window(kwargs[kind.segments]) if windowed and index == 0 else None
+        layer = self.parts.encoder_layer(index)
+        return call.running.layer(index, layer, hidden_states, angles, window, windowed)
 
     def pooler(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Pool the features [B, M, C] copied to all tokens."""
         call = self._state.encoding
         return forward(features if call is None else call.expand(features), *args, **kwargs)
 
-    def projector(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
-        """Copy the projected features [B, M, C] to all N tokens of each picture, which the family's code arranges."""
-        call, features = self._state.encoding, forward(*args, **kwargs)
-        return features if call is None or call.expanded else call.expand(features)
+    def projector(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Project merged features and copy them to all N tokens of each picture, which the family's code arranges."""
+        call = self._state.encoding
+        if call is None or call.expanded:
+            return forward(features, *args, **kwargs)
+        run = call.running
+        pictures = run.pictures
+        if pictures.arrangement == "packed":
+            call.expanded = True
+            return run.expand(forward(features, *args, **kwargs))
+        if not pictures.restores:
+            return call.expand(forward(features, *args, **kwargs))
+        call.expanded = True
+        if self.parts.family.regroups == "projector":
+            return forward(features, *args, **kwargs)
+        units = run.map.drop(call.dropped)
+        if features.shape[:2] != units.group.shape:
+            raise UnsupportedModel(
+                f"{type(self.parts.projector).__name__} got {list(features.shape[:2])} tokens and should get one for each "
+                f"unit of {pictures.side} × {pictures.side} patches; dymu does not know how this model makes them."
+            )
+        return units.expand(forward(take(features, units.first()), *args, **kwargs))
 
     def _refuse_checkpointing(self) -> None:
         """Raises UnsupportedModel where the encoder would compute its layers again, on other tokens, for gradients."""
@@ -160,26 +216,25 @@ class VisionHooks:
                 "within handle.disabled()."
             )
 
-    def _shown(self, call: _Call, pixels: Tensor) -> Shown:
-        rows, columns = grid(self.parts, pixels)
+    def _shown(self, call: _Call, pictures: Pictures, pixels: Tensor) -> Shown:
+        parts, grids = self.parts, pictures.unit_grids
 
         @functools.cache
         def untouched() -> list[Item]:
             """The items with nothing merged."""
-            tokens = TokenMap.identity(len(pixels), self.parts.prefix + rows * columns, pixels.device)
-            colours = torch.zeros(len(pixels), 3, rows, columns, dtype=torch.float32, device=pixels.device)
-            return trace(self.parts, call.modality, call.args, call.kwargs, tokens, colours)
+            tokens = MergedTokens.unmerged(pictures.layout(pixels.device)).map
+            colours = [torch.zeros(3, *grid, dtype=torch.float32, device=pixels.device) for grid in grids]
+            return trace(parts, call.modality, call.args, call.kwargs, pictures, tokens, colours)
 
         def text() -> list[Tensor]:
             texts = self._state.text_of(call.modality, [len(item.leaders) for item in untouched()])
             return [text for text, item in zip(texts, untouched(), strict=True) for _ in range(item.pictures)]
 
         return Shown(
-            pixels=pixels,
-            rows=rows,
-            columns=columns,
-            single=call.modality == "image" and not self.parts.family.cuts_images,
+            pixels=pixels_of(pictures, parts, pixels),
+            grids=grids,
+            single=call.modality == "image" and not parts.family.cuts_images,
             video=call.modality == "video",
             find_text=text,
-            find_location=lambda: locations(untouched(), rows, columns),
+            find_location=lambda: locations(untouched(), grids),
         )

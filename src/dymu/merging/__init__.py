@@ -3,8 +3,10 @@
 from dymu.merging.encoder_layer import EncoderLayer, MergedTokens
 from dymu.merging.in_prompt import ROUNDS, PictureTokens
 from dymu.merging.layout import Layout
-from dymu.merging.match import a_count, above
+from dymu.merging.match import a_count, above, most_similar
 from dymu.merging.merge import merge_step
+from dymu.merging.pictures import Pictures
+from dymu.merging.units import Units
 
 __all__ = [
     "ROUNDS",
@@ -12,8 +14,10 @@ __all__ = [
     "Layout",
     "MergedTokens",
     "PictureTokens",
+    "Pictures",
+    "Units",
     "a_count",
     "above",
     "merge_step",
-    "removals",
+    "most_similar",
 ]

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from dymu.merging.encoder_layer import MergedTokens
 from dymu.merging.layout import Layout
-from dymu.merging.match import above, best_partner
+from dymu.merging.match import above, best_partner, most_similar
 from dymu.token_map import TokenMap, at_least_float32
 
 ROUNDS = 6
@@ -83,14 +83,7 @@ class PictureTokens:
             due = merged._left(item, len(goal)) - goal.maximum(
                 (first * (goal / first) ** min(number / ROUNDS, 1)).round().long()
             )
-            similarity, partner = merged.match()
-            similarity = similarity.masked_fill(~similarity.isfinite(), -torch.inf)
-            order = similarity.flatten().argsort(descending=True, stable=True)
-            of_edge, by_item = item[order // similarity.shape[1]].sort(stable=True)
-            rank = torch.arange(len(order), device=order.device) - torch.searchsorted(of_edge, of_edge)
-            best = torch.zeros_like(order, dtype=torch.bool)
-            best[order[by_item]] = rank < due[of_edge]
-            into = torch.where(best.view_as(similarity) & (similarity > -torch.inf), partner, -1)
+            into = most_similar(due, *merged.match(), item)
             if number >= ROUNDS and not bool((into >= 0).any()):
                 break
             # Also where nothing merges, since it brings the tokens into the order that a picture beside others has.

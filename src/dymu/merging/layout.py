@@ -9,17 +9,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-BUCKET = 4
-"""Images of similar length that a CPU's attention takes at a time."""
+BUCKET, SHORT = 4, 1024
+"""Images of similar length that a CPU's attention takes at a time; more of them where they are so short that together
+they have no more than so many tokens."""
 
 
-def bucket_size(device: torch.device, batch: int) -> int:
+def bucket_size(device: torch.device, batch: int, longest: int) -> int:
     """How many images attention takes at a time, padded to the longest of them.
 
     A CPU pays for padding as for tokens: at 16 images buckets of 4 save a seventh of the encoder's time, and buckets
     of 2 no more (docs/encoder.md). A GPU takes all at once, since it pays for calls: not yet measured.
     """
-    return BUCKET if device.type == "cpu" else batch
+    return max(BUCKET, SHORT // max(longest, 1)) if device.type == "cpu" else batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,11 @@ class Layout:
         """Of the tokens as they travel, without channels."""
         return (1, self.total) if self.packed else (self.batch, self.longest)
 
+    @cached_property
+    def position(self) -> Tensor:
+        """int64 [S], where each token stands within its image."""
+        return self._range(self.total) - self.start[:, 0].repeat_interleave(self.length, output_size=self.total)
+
     def index(self, position: Tensor) -> Tensor:
         """Positions [B, ...] within each image, to positions among all S tokens."""
         return position if self.batch == 1 else position + self.start
@@ -106,7 +112,10 @@ class Layout:
         """bool [b, t] for each bucket, whether there is no token; None: there are all."""
         if not self.packed:
             return [None]
-        return [self._range(longest) >= length for _, length, longest in self._buckets]
+        return [
+            None if self.lengths[images[0]] == longest else self._range(longest) >= length
+            for images, (_, length, longest) in zip(self._images, self._buckets, strict=True)
+        ]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`."""
@@ -125,7 +134,7 @@ class Layout:
     def _images(self) -> list[list[int]]:
         """The images of each bucket, the shortest first."""
         rising = sorted(range(self.batch), key=self.lengths.__getitem__)
-        size = bucket_size(self.length.device, self.batch)
+        size = bucket_size(self.length.device, self.batch, self.longest)
         return [rising[first : first + size] for first in range(0, self.batch, size)]
 
     @cached_property

@@ -79,3 +79,22 @@ def above(threshold: float, similarity: Tensor, partner: Tensor) -> Tensor:
         int64 [B, A], the partner that each A token merges into; -1: it stays.
     """
     return torch.where(similarity > threshold, partner, -1)
+
+
+def most_similar(due: Tensor, similarity: Tensor, partner: Tensor, item: Tensor) -> Tensor:
+    """Merge the most similar A tokens of each item; of equals, the first. Those that cannot be compared stay.
+
+    Args:
+        due: int64 [items], how many of each.
+        similarity, partner: [rows, A], see `best_partner`.
+        item: int64 [rows], the item that each row belongs to.
+
+    Returns:
+        int64 [rows, A], as `above` does.
+    """
+    similarity = similarity.masked_fill(~similarity.isfinite(), -torch.inf)
+    order = similarity.flatten().argsort(descending=True, stable=True)
+    of_edge, by_item = item[order // max(similarity.shape[1], 1)].sort(stable=True)
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(of_edge, of_edge)
+    best = torch.zeros_like(order, dtype=torch.bool).scatter(0, order[by_item], rank < due[of_edge])
+    return torch.where(best.view_as(similarity) & (similarity > -torch.inf), partner, -1)

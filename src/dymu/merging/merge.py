@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -41,25 +43,30 @@ def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap,
 
 
 def merge_tokens(
-    x: Tensor, size: Tensor | None, merge_map: TokenMap, before: Layout, after: Layout
-) -> tuple[Tensor, Tensor]:
-    """Size-weighted mean of every group of `merge_map`: x_j = sum(s x) / sum(s), s_j = sum(s).
+    parts: Sequence[Tensor], size: Tensor | None, goal: Tensor, after: Layout
+) -> tuple[list[Tensor], Tensor]:
+    """Size-weighted mean of every group: x_j = sum(s x) / sum(s), s_j = sum(s).
 
     Args:
-        x: tokens, in the layout `before`, with C channels.
-        size: float32, in the layout `before`, how many original tokens each stands for; None: one each.
-        merge_map, after: see `merge_step`.
+        parts: of the S tokens as they travel, [..., C] each.
+        size: float32, how many original tokens each stands for, as they travel; None: one each.
+        goal: int64 [S], which merged token each becomes part of.
+        after: the layout of the merged tokens.
 
     Returns:
-        Tokens in x's dtype and their float32 sizes, in the layout `after`.
+        Each of `parts` in its dtype, and the float32 sizes, in the layout `after`.
     """
-    goal = before.pack(after.index(merge_map.group)).flatten()
-    ones = torch.ones(before.total, dtype=torch.float32, device=x.device) if size is None else size.flatten()
+    ones = torch.ones(len(goal), dtype=torch.float32, device=goal.device) if size is None else size.flatten()
     merged_size = ones.new_zeros(after.total).index_add(0, goal, ones)
     goal, order = goal.sort(stable=True)
-    first = torch.searchsorted(goal, torch.arange(after.total, device=x.device))
-    wide = at_least_float32(x)
-    weight = ones[order].to(wide.dtype) / merged_size[goal]
-    # A bag of one token has weight 1 and is copied. Bags add up in one order, where scattered adds on a GPU do not.
-    merged = embedding_bag(order, wide.flatten(0, 1), first, mode="sum", per_sample_weights=weight).to(x.dtype)
-    return merged.unflatten(0, after.shape), merged_size.view(after.shape)
+    first = torch.searchsorted(goal, torch.arange(after.total, device=goal.device))
+    weight = ones[order] / merged_size[goal]
+
+    def mean(x: Tensor) -> Tensor:
+        # A bag of one token has weight 1 and is copied. Bags add up in one order, where scattered adds on a GPU do not.
+        wide = at_least_float32(x).flatten(0, 1)
+        weights = weight if wide.dtype == weight.dtype else ones[order].to(wide.dtype) / merged_size[goal]
+        merged = embedding_bag(order, wide, first, mode="sum", per_sample_weights=weights)
+        return merged.to(x.dtype).unflatten(0, after.shape)
+
+    return [mean(x) for x in parts], merged_size.view(after.shape)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dymu.merging import EncoderLayer, Layout, MergedTokens, a_count
+from dymu.errors import UnsupportedModel
+from dymu.merging import EncoderLayer, Layout, MergedTokens, Pictures, a_count
+from dymu.merging.encoder_layer import Angles
 from dymu.reducers.reducer import Candidates, Pixels, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, take
 
@@ -17,28 +19,33 @@ class EncoderRun:
         reducer: which tokens merge.
         depth: encoder layers that run and may merge, from the first on.
         shown: what the pictures show.
-        prefix: class and register tokens ahead of the patches.
-        protected: leading tokens that never merge, though they count where tokens are paired; more than `prefix` where
-            the language model does not get the first patch.
+        pictures: how their patches travel.
+        protected: leading tokens that never merge, though they count where tokens are paired; more than the prefix
+            where the language model does not get the first patch.
 
     Attributes:
         states: the tokens ahead of the first layer, and after each.
         gives_features: whether the features at the end are the reducer's, not means of the encoder's.
     """
 
-    def __init__(self, reducer: Reducer, depth: int, shown: Shown, prefix: int, protected: int = 0) -> None:
-        self.reducer, self.depth, self.shown = reducer, depth, shown
-        self.prefix, self.protected = prefix, max(prefix, protected)
+    def __init__(self, reducer: Reducer, depth: int, shown: Shown, pictures: Pictures, protected: int = 0) -> None:
+        self.reducer, self.depth, self.shown, self.pictures = reducer, depth, shown, pictures
+        self.prefix, self.protected = pictures.prefix, max(pictures.prefix, protected)
         self.states: list[MergedTokens] = []
         self.gives_features = False
         self._entering: TokenMap | None = None
 
     def pixels(self, pixels: Tensor) -> Tensor:
-        """The pictures [pictures, 3, height, width] that the encoder gets."""
+        """The pictures that the encoder gets, see `Shown.pixels`."""
         if self.reducer.reduces("before_encoder", self.shown):
+            if self.pictures.arrangement != "batch" or self.pictures.side > 1:
+                raise UnsupportedModel(
+                    f"{type(self.reducer).__name__} acts ahead of the encoder, which dymu can do only where every "
+                    "patch is a token of the language model and all pictures have one size; take another reducer."
+                )
             before = pixels
             pixels, self._entering = self.reducer.before_encoder(Pixels(pixels, self.shown)) or (pixels, None)
-            shape = (len(before), self.shown.rows * self.shown.columns)
+            shape = (len(before), self.shown.counts[0])
             if self._entering is not None and tuple(self._entering.group.shape) != shape:
                 raise ValueError(
                     f"{type(self.reducer).__name__}.before_encoder was asked about patches {list(shape)} and answered "
@@ -46,26 +53,41 @@ class EncoderRun:
                 )
         return pixels
 
-    def layer(self, index: int, layer: EncoderLayer, x: Tensor) -> Tensor:
+    def layer(
+        self,
+        index: int,
+        layer: EncoderLayer,
+        x: Tensor,
+        angles: Angles | None = None,
+        window: Tensor | None = None,
+        windowed: bool = False,
+    ) -> Tensor:
         """Run encoder layer `index` on what the layer before it gave.
 
-        Fewer tokens may come out. Between layers they travel as the states' layouts say; the last of `depth` gives
-        [B, T, C] again, and later ones return their input, since nobody reads their features.
+        Fewer tokens may come out. Between layers they travel as the states' layouts say; the last of `depth` gives what
+        `Pictures.leave` says, and later ones return their input, since nobody reads their features.
+
+        Args:
+            angles, window: of the embedded tokens, see `Pictures.enter`.
+            windowed: whether this layer attends within windows.
         """
         if index == 0:
-            x = self._enter(x)
+            x = self._enter(x, angles, window)
         state = self.states[-1]
         if index < self.depth:
-            x, keys = layer.attend(x, state)
-            into = self.reducer.in_layer(
-                Candidates(index, self.depth, state.map.tokens, self.protected, state, x, keys, self.shown)
+            x, keys = layer.attend(x, state, windowed)
+            tokens = tuple(length - self.protected for length in self.states[0].layout.lengths)
+            candidates = Candidates(
+                index, self.depth, tokens, self.protected, state, x, keys, self.shown, windowed
             )
+            into = self.reducer.in_layer(candidates)
             if into is not None:
-                self._check(into, state.layout)
-                x, state = state.merge(x, into, self.protected)
+                self._check(into, state.rows(windowed).units)
+                x, state = state.merge(x, into, self.protected, windowed)
             x = layer.feed_forward(x)
         if index + 1 == self.depth:
-            x, state = self._leave(state.layout.pad(x), state)
+            x, state = self._reduced(x, state)
+            x = self.pictures.leave(x, state)
         self.states.append(state)
         return x
 
@@ -73,6 +95,11 @@ class EncoderRun:
     def map(self) -> TokenMap:
         """Encoder tokens, prefix included, to those that are left."""
         return self.states[-1].map
+
+    def expand(self, features: Tensor) -> Tensor:
+        """Copy the features [S', C] of merged units, which travel without padding, to all that there were [S, C]."""
+        state = self.states[-1]
+        return self.pictures.expand(features.unflatten(0, state.layout.shape), state)
 
     def in_final_tokens(self, hidden: Tensor, layers: int) -> Tensor:
         """Average what the first `layers` layers gave down to the tokens left at the end, [B, M, C]."""
@@ -88,10 +115,12 @@ class EncoderRun:
         onward = TokenMap(torch.where(state.layout.present, group, -1), final.kept, final.width, padded=True)
         return onward.average(hidden, state.map.size())
 
-    def _enter(self, x: Tensor) -> Tensor:
-        """The embedded tokens [B, T, C] that go into the first layer."""
-        self.states = [MergedTokens.unmerged(x)]
+    def _enter(self, x: Tensor, angles: Angles | None, window: Tensor | None) -> Tensor:
+        """The embedded tokens that go into the first layer."""
         if self._entering is None:
+            # Fewer pixels make fewer patches.
+            x, state = self.pictures.enter(x, angles, window)
+            self.states = [state]
             return x
         entering = self._entering.after(self.prefix)
         layout = Layout.of(entering.kept)
@@ -106,42 +135,52 @@ class EncoderRun:
             return x
         return entering.layout.pack(take(x, entering.map.first()))
 
-    def _check(self, into: Tensor, layout: Layout) -> None:
+    def _check(self, into: Tensor, rows: Layout) -> None:
         """Raises ValueError where a reducer's `in_layer` answers something else than partners."""
-        shape = (layout.batch, a_count(layout.longest, self.protected))
+        shape = (rows.batch, a_count(rows.longest, self.protected))
         if into.dtype != torch.int64 or tuple(into.shape) != shape:
             raise ValueError(
                 f"{type(self.reducer).__name__}.in_layer must answer int64 {list(shape)}, the partner of each A token "
                 f"or -1, and answered {into.dtype} {list(into.shape)}."
             )
 
-    def _leave(self, x: Tensor, state: MergedTokens) -> tuple[Tensor, MergedTokens]:
-        """What the encoder gives: tokens [B, M, C], and which they are."""
+    def _reduced(self, x: Tensor, state: MergedTokens) -> tuple[Tensor, MergedTokens]:
+        """The patches that the last layer gave, reduced once more, and which they are; both as they travel."""
         if not self.reducer.reduces("after_encoder", self.shown):
             return x, state
-        tokens = self._finished(x, state)
+        units = state.layout.pad(state.units.gather(x, state.layout))
+        tokens = self._finished(units, state)
         reduced = self.reducer.after_encoder(tokens)
         if reduced is None:
             return x, state
         reduced.check_answers(self.reducer, "after_encoder", tokens)
         merges = reduced.map.after(self.protected)
         if reduced.features is None:
-            x = merges.average(x, state.map.size())
+            units = merges.average(units, state.map.size())
         else:
             self.gives_features = True
-            x = torch.cat((x[:, : self.protected], reduced.features.to(x.dtype)), 1)
-        return x, MergedTokens(state.map.then(merges), Layout.of(merges.kept))
+            units = torch.cat((units[:, : self.protected], reduced.features.to(units.dtype)), 1)
+        layout = Layout.of(merges.kept)
+        left = MergedTokens(state.map.then(merges), layout, units=state.units)
+        return state.units.spread(layout.pack(units), layout), left
 
-    def _finished(self, x: Tensor, state: MergedTokens) -> Tokens:
+    def _finished(self, units: Tensor, state: MergedTokens) -> Tokens:
         patches = state.map.drop(self.protected)
         missing = self.protected - self.prefix
-        grid = torch.arange(self.shown.rows * self.shown.columns, device=x.device).sub(missing).clamp(min=-1)
+
+        def grids() -> list[list[Tensor]]:
+            numbers = (torch.arange(count, device=units.device) for count in self.shown.counts)
+            return [
+                [number.sub(missing).clamp(min=-1).view(shape)]
+                for number, shape in zip(numbers, self.shown.grids, strict=True)
+            ]
+
         return Tokens(
-            features=x[:, self.protected :],
+            features=units[:, self.protected :],
             map=patches,
             picture=torch.zeros_like(patches.group),
-            first=tuple(range(len(x) + 1)),
+            first=tuple(range(len(units) + 1)),
             shown=self.shown,
-            find_grids=lambda: [[grid.view(self.shown.rows, self.shown.columns)]] * len(x),
+            find_grids=grids,
             find_location=lambda: self.shown.location[:, missing:],
         )

@@ -37,7 +37,7 @@ def tokens_of(items: Sequence[Item], features: Sequence[Tensor], shown: Shown) -
 def picture_tokens(items: Sequence[Item], features: Sequence[Tensor]) -> PictureTokens:
     """The tokens of some items in the prompt, picture by picture."""
     nothing = torch.empty(0)
-    return tokens_of(items, features, Shown(nothing, 0, 0, False, False)).by_picture()[0]
+    return tokens_of(items, features, Shown(nothing, (), False, False)).by_picture()[0]
 
 
 def reduce_in_prompt(reducer: Reducer, items: list[Item], features: Any, shown: Shown) -> tuple[list[Item], Any]:

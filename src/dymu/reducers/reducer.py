@@ -27,20 +27,26 @@ class Shown:
     """What one call shows the encoder. `text` and `location` are computed when they are read.
 
     Attributes:
-        pixels: [pictures, 3, height, width], as the processor made them.
-        rows, columns: patches of every picture.
+        pixels: [pictures, 3, height, width], as the processor made them; where pictures have sizes of their own, of
+            each its [3, height, width], or its patches [N, any].
+        grids: of every picture the rows and columns of its patches; of units, where the family makes one token of
+            several patches.
         single: whether every item is one picture, of which the language model gets all patches; not so for tiles and
             frames.
         video: whether the pictures are frames of videos.
     """
 
-    pixels: Tensor
-    rows: int
-    columns: int
+    pixels: Tensor | Sequence[Tensor]
+    grids: tuple[tuple[int, int], ...]
     single: bool
     video: bool
     find_text: Callable[[], Sequence[Tensor]] = field(default=_unknown, repr=False)
     find_location: Callable[[], Tensor] = field(default=_unknown, repr=False)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Patches (units) of every picture."""
+        return tuple(rows * columns for rows, columns in self.grids)
 
     @cached_property
     def text(self) -> Sequence[Tensor]:
@@ -53,9 +59,9 @@ class Shown:
 
     @cached_property
     def location(self) -> Tensor:
-        """float [pictures, rows * columns, 4], the part of the user's picture that each patch shows: left, top, right,
-        bottom in widths and heights of it (of what the processor left of it, where that crops). Padding lies beyond 0
-        to 1. A frame of a video is a picture.
+        """float [pictures, longest, 4], the part of the user's picture that each patch shows: left, top, right, bottom in
+        widths and heights of it (of what the processor left of it, where that crops). Padding lies beyond 0 to 1; past
+        the end of a smaller picture stands nan. A frame of a video is a picture.
         """
         return self.find_location()
 
@@ -74,40 +80,43 @@ class Candidates:
 
     Attributes:
         layer: its index; `layers` run in all.
-        encoder_tokens: of each picture ahead of the first layer, class and register tokens included.
+        tokens: of each picture ahead of the first layer, those that may merge.
         prefix: leading tokens that never merge. They count where tokens are paired, see `dymu.merging.match.halves`.
-        state: which tokens there are, and how many patches each stands for.
-        x: the tokens, in the state's layout, with C channels.
-        keys: [..., H, D], the keys of the layer's attention, in the same layout.
+        state: which tokens there are, and how many patches (units) each stands for.
+        x: the patches of the tokens, as they travel, with C channels.
+        keys: [..., H, D], the keys of the layer's attention, likewise.
+        windowed: whether the layer attends, and tokens merge, within windows.
     """
 
     layer: int
     layers: int
-    encoder_tokens: int
+    tokens: tuple[int, ...]
     prefix: int
     state: MergedTokens
     x: Tensor
     keys: Tensor
     shown: Shown
-
-    @property
-    def tokens(self) -> int:
-        """Of each picture ahead of the first layer, those that may merge."""
-        return self.encoder_tokens - self.prefix
+    windowed: bool = False
 
     @cached_property
     def _matches(self) -> tuple[Tensor, Tensor]:
-        return self.state.match(self.keys, self.prefix)
+        return self.state.match(self.keys, self.prefix, self.windowed)
 
     @property
     def similarity(self) -> Tensor:
-        """[B, A] of each A token to its best partner; -inf where an image has no such token. See `best_partner`."""
+        """[rows, A] of each A token to its best partner; -inf where a row has no such token. A row is a picture, or a
+        window of one. See `best_partner`."""
         return self._matches[0]
 
     @property
     def partner(self) -> Tensor:
-        """int64 [B, A], the index within B of that partner."""
+        """int64 [rows, A], the index within B of that partner."""
         return self._matches[1]
+
+    @property
+    def picture(self) -> Tensor:
+        """int64 [rows], the picture that each row is of."""
+        return self.state.picture(self.windowed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +289,7 @@ class Reducer:
         return None
 
     def in_layer(self, candidates: Candidates) -> Tensor | None:
-        """int64 [B, A], the partner (an index within B) that each A token merges into, -1: it stays. None: the layer
+        """int64 [rows, A], the partner (an index within B) that each A token merges into, -1: it stays. None: the layer
         merges nothing."""
         return None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dymu.choices import SCHEDULES, Schedule
+from dymu.merging import most_similar
 from dymu.reducers.keep import check_keep, in_tokens
 from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, Stage, Tokens
 from dymu.schedule import removals
@@ -63,13 +64,17 @@ class FixedMerge(Reducer):
     def in_layer(self, candidates: Candidates) -> Tensor | None:
         # What is rounded up here merges in the prompt, where fractions of several pictures add up.
         whole = round if candidates.shown.single else math.ceil
-        count = self._counts(candidates.tokens, candidates.layers, whole)[candidates.layer]
-        return most_similar(count, candidates.similarity, candidates.partner) if count else None
+        counts = [self._counts(tokens, candidates.layers, whole)[candidates.layer] for tokens in candidates.tokens]
+        if not any(counts):
+            return None
+        due = torch.tensor(counts, device=candidates.keys.device)
+        return most_similar(due, candidates.similarity, candidates.partner, candidates.picture)
 
     def in_prompt(self, tokens: Tokens) -> Reduced:
-        patches = tokens.shown.rows * tokens.shown.columns
         places = (tokens.map.group >= 0).sum(1).double()
-        goal = (places * in_tokens(self.keep, patches) / patches).round().long().clamp(min=1)
+        patches = torch.tensor([tokens.shown.counts[first] for first in tokens.first[:-1]], device=places.device)
+        kept = torch.tensor([in_tokens(self.keep, count) for count in patches.tolist()], device=places.device)
+        goal = (places * kept / patches).round().long().clamp(min=1)
         by_picture, index = tokens.by_picture()
         item = index[by_picture.state.layout.start[:, 0]] // tokens.map.width
         merged = by_picture.merge_to(goal, item)
@@ -90,9 +95,3 @@ def _counts(keep: int, tokens: int, layers: int, schedule: Schedule, merging: tu
         left -= counts[-1]
     return counts
 
-
-def most_similar(count: int, similarity: Tensor, partner: Tensor) -> Tensor:
-    """Merge the `count` most similar A tokens; int64 [B, A] as `dymu.merging.above` answers."""
-    best = similarity.topk(min(count, similarity.shape[1]), dim=1).indices
-    chosen = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, best, True) & (similarity > -torch.inf)
-    return torch.where(chosen, partner, -1)
