@@ -107,7 +107,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: floa
     place = torch.arange(seen, device=query.device)
     sees = (place <= place[first:, None]) & (step.keys >= 0)[:, None]
     if window is not None:
-        sees &= step.position[:, first:, None] - step.position[:, None] < window
+        sees &= step.place[:, first:, None] - step.place[:, None] < window
     weights = logits.masked_fill(~sees[:, None], -torch.inf).softmax(-1).nan_to_num()
     return step.queries.average((weights @ value.repeat_interleave(shared, 1)).transpose(1, 2))
 

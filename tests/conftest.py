@@ -18,8 +18,12 @@ import torch.utils._device
 from hypothesis import settings
 from torch import Tensor
 
+from dymu.merging import layout
+
 # Models here are tiny: a second thread costs more than it computes.
 torch.set_num_threads(1)
+# And so are pictures, which come in several buckets all the same.
+layout.SHORT = 1
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

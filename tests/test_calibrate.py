@@ -77,7 +77,7 @@ def slowly(model: nn.Module, pictures: Tensor, target: float, schedule: str) -> 
                 x, size = torch.stack(rows), torch.tensor(sizes[image]).double()
                 normed = layer.norm1(x)
                 q, k, v = (
-                    part(normed).unflatten(-1, (layer.heads, -1)) for part in (layer.query, layer.key, layer.value)
+                    part(normed).unflatten(-1, (layer.heads, -1)) for part in layer.projections
                 )
                 logits = torch.einsum("nhd,mhd->hnm", q, k) / q.shape[-1] ** 0.5 + size.log()
                 update = layer.out(torch.einsum("hnm,mhd->nhd", logits.softmax(-1), v).flatten(1))

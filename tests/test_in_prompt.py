@@ -99,7 +99,7 @@ def slowly(
 def reduced(items: list[Item], features: Any, rounds: Any, over_time: float | None) -> tuple[list[Item], Any]:
     """As a call of the model merges them."""
     rule = ThresholdMerge((), images=tuple(rounds), frames=tuple(rounds), over_time=over_time)
-    shown = Shown(torch.empty(0), 1, 1, single=False, video=items[0].video)
+    shown = Shown(torch.empty(0), ((1, 1),) * len(items), single=False, video=items[0].video)
     return reduce_in_prompt(rule, items, features, shown)
 
 
@@ -158,7 +158,7 @@ def slowly_to(item: Item, feature: Tensor, goal: int) -> list[int]:
 @given(counts=counts, keep=st.sampled_from([0.83, 0.52, 0.31, 0.11]), video=st.booleans(), seed=st.integers(0, 99))
 def test_tome_in_the_prompt_equals_the_formulas(counts, keep, video, seed):
     placed, features = items(counts, video, seed)
-    shown = Shown(torch.empty(0), 3, 3, single=False, video=video)
+    shown = Shown(torch.empty(0), ((3, 3),) * 99, single=False, video=video)
     found, _ = reduce_in_prompt(FixedMerge(keep), placed, features, shown)
     for item, feature, now in zip(placed, features, found, strict=True):
         goal = max(round(keep * int(item.patch.sum())), 1)
@@ -169,7 +169,7 @@ def test_tome_in_the_prompt_equals_the_formulas(counts, keep, video, seed):
 def test_a_tile_of_nan_keeps_its_tokens_and_the_others_merge():
     (item,), (feature,) = items([[9, 9, 9]], False, 4)
     feature[9:18] = torch.nan
-    shown = Shown(torch.empty(0), 3, 3, single=False, video=False)
+    shown = Shown(torch.empty(0), ((3, 3),) * 99, single=False, video=False)
     (now,), _ = reduce_in_prompt(FixedMerge(0.4), [item], [feature], shown)
     assert torch.equal(now.leaders[9:18], item.leaders[9:18])
     kept = now.leaders[(now.leaders == torch.arange(28)) & item.patch]

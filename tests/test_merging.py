@@ -19,14 +19,14 @@ import tiny
 from dymu.choices import SCHEDULES
 from dymu.errors import BadBudget
 from dymu.families.resolve import resolve
-from dymu.merging import EncoderLayer, Layout, above
+from dymu.merging import EncoderLayer, Layout, Pictures, above, most_similar
 from dymu.merging.attention import sized_attention
 from dymu.merging.layout import BUCKET
 from dymu.merging.match import best_partner, similarity_metric
 from dymu.merging.merge import merge_step, merge_tokens
 from dymu.reducers import EncoderRun, FixedMerge, Shown, ThresholdMerge
-from dymu.reducers.tome import most_similar
 from dymu.schedule import fewest, removals
+from dymu.token_map import TokenMap
 
 
 def reference_encoder(
@@ -43,7 +43,7 @@ def reference_encoder(
     for layer, threshold in zip(layers, thresholds, strict=True):
         normed = layer.norm1(x)
         query, key, value = (
-            project(normed).view(len(x), layer.heads, -1) for project in (layer.query, layer.key, layer.value)
+            project(normed).view(len(x), layer.heads, -1) for project in layer.projections
         )
         log_size = torch.tensor([math.log(len(group)) for group in members], dtype=x.dtype)
         attended = torch.empty_like(query)
@@ -90,7 +90,12 @@ def reference_encoder(
 
 def shown(images: Tensor) -> Shown:
     side = tiny.SIDE // tiny.PATCH
-    return Shown(images, side, side, single=True, video=False)
+    return Shown(images, ((side, side),) * len(images), single=True, video=False)
+
+
+def goal(step: TokenMap, before: Layout, after: Layout) -> Tensor:
+    """int64 [S], where each token goes."""
+    return before.pack(after.index(step.group)).flatten()
 
 
 def embedded(model: torch.nn.Module, images: Tensor) -> Tensor:
@@ -110,7 +115,9 @@ def test_token_maps_equal_the_float64_reference(tower, threshold):
     parts = resolve(model)
     images = torch.cat([tiny.pictures(4, seed) for seed in range(3)])
     thresholds = [threshold] * tiny.LAYERS
-    run = EncoderRun(ThresholdMerge(tuple(thresholds)), tiny.LAYERS, shown(images), parts.prefix)
+    run = EncoderRun(
+        ThresholdMerge(tuple(thresholds)), tiny.LAYERS, shown(images), Pictures(shown(images).grids, prefix=parts.prefix)
+    )
     tokens = embedded(model, images)
     x = tokens
     for index, layer in enumerate(parts.encoder_layers):
@@ -198,7 +205,7 @@ def test_one_merge_equals_plain_loops_in_ragged_batches(data, prefix, seed, thre
     size = [torch.randint(1, 4, (n,), generator=generator).float() for n in length]
     similarity, partner = best_partner(similarity_metric(travelling(keys)), before, prefix)
     step, after = merge_step(above(threshold, similarity, partner), before, prefix)
-    merged, merged_size = merge_tokens(travelling(x), travelling(size), step, before, after)
+    (merged,), merged_size = merge_tokens([travelling(x)], travelling(size), goal(step, before, after), after)
     results = zip(as_rows(after, merged), as_rows(after, merged_size), strict=True)
     for row, (found, found_size) in enumerate(results):
         metric = keys[row].mean(1)
@@ -254,9 +261,10 @@ def test_pairs_are_counted_from_the_first_token_as_in_tome(prefix, lengths):
     for count in (5, 3):
         keys = [torch.randn(len(row), 2, 4, generator=generator, dtype=torch.float64) for row in rows]
         metric = similarity_metric(travelling(keys))
-        into = most_similar(count, *best_partner(metric, layout, prefix))
+        due, images = torch.full((len(lengths),), count), torch.arange(len(lengths))
+        into = most_similar(due, *best_partner(metric, layout, prefix), images)
         step, after = merge_step(into, layout, prefix)
-        x, size = merge_tokens(travelling(rows), travelling(sizes), step, layout, after)
+        (x,), size = merge_tokens([travelling(rows)], travelling(sizes), goal(step, layout, after), after)
         expected = [
             tome(m, row, size.double(), count, prefix)
             for m, row, size in zip(as_rows(layout, metric), rows, sizes, strict=True)
@@ -323,7 +331,8 @@ class Waits(TorchDispatchMode):
 def test_a_merging_layer_waits_for_the_device_once(images, rule, monkeypatch):
     model = tiny.llava(layer=-1)
     layers, tokens = resolve(model).encoder_layers, embedded(model, tiny.pictures(images))
-    run = EncoderRun(rule, tiny.LAYERS, shown(tiny.pictures(images)), prefix=1)
+    seen = shown(tiny.pictures(images))
+    run = EncoderRun(rule, tiny.LAYERS, seen, Pictures(seen.grids, prefix=1))
     waits, tolist = Waits(), Tensor.tolist
 
     def counted(tensor: Tensor) -> list:
@@ -445,7 +454,9 @@ def test_fixed_merge_in_layers_that_there_are_not():
 def test_fixed_merge_merges_the_most_alike():
     similarity = torch.tensor([[0.1, 0.9, 0.5], [0.9, -torch.inf, 0.3]])
     partner = torch.tensor([[0, 1, 2], [1, 0, 0]])
-    assert most_similar(2, similarity, partner).tolist() == [[-1, 1, 2], [1, -1, 0]]
+    due = torch.tensor([2, 2])
+    assert most_similar(due, similarity, partner, torch.arange(2)).tolist() == [[-1, 1, 2], [1, -1, 0]]
+    assert most_similar(due, similarity, partner, torch.zeros(2, dtype=torch.long)).tolist() == [[-1, 1, -1], [1, -1, -1]]
 
 
 def test_a_threshold_above_one_merges_nothing_even_among_equals():

@@ -60,7 +60,7 @@ class Darkest(Reducer):
 
     def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap]:
         shown = pixels.shown
-        bright = torch.nn.functional.adaptive_avg_pool2d(pixels.pixels, (shown.rows, shown.columns)).mean(1).flatten(1)
+        bright = torch.nn.functional.adaptive_avg_pool2d(pixels.pixels, shown.grids[0]).mean(1).flatten(1)
         indices = torch.arange(bright.shape[1]).expand_as(bright)
         leaders = torch.where(bright < self.limit, (bright < self.limit).int().argmax(1, keepdim=True), indices)
         return pixels.pixels, TokenMap.from_leaders(leaders)
@@ -72,11 +72,12 @@ class Halved(Reducer):
 
     def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap]:
         shown = pixels.shown
-        rows, columns = shown.rows // 2, shown.columns // 2
-        row = (torch.arange(shown.rows) // 2).clamp(max=rows - 1)
-        column = (torch.arange(shown.columns) // 2).clamp(max=columns - 1)
+        (all_rows, all_columns), *_ = shown.grids
+        rows, columns = all_rows // 2, all_columns // 2
+        row = (torch.arange(all_rows) // 2).clamp(max=rows - 1)
+        column = (torch.arange(all_columns) // 2).clamp(max=columns - 1)
         group = (row[:, None] * columns + column).flatten().expand(len(pixels.pixels), -1)
-        side = pixels.pixels.shape[-1] // shown.columns
+        side = pixels.pixels.shape[-1] // all_columns
         smaller = torch.nn.functional.interpolate(
             pixels.pixels, size=(rows * side, columns * side), mode="bilinear", antialias=True
         )
@@ -324,7 +325,7 @@ def tokens(features: Tensor, rows: int, columns: int, video: bool = False) -> To
     cell = torch.arange(count).view(rows, columns)
     y, x = cell // columns, cell % columns
     box = torch.stack((x / columns, y / rows, (x + 1) / columns, (y + 1) / rows), -1).flatten(0, 1)
-    shown = Shown(torch.randn(batch, 3, 4, 4), rows, columns, True, video)
+    shown = Shown(torch.randn(batch, 3, 4, 4), ((rows, columns),) * batch, True, video)
     return Tokens(
         features, TokenMap.identity(batch, count), torch.zeros(batch, count, dtype=torch.long),
         tuple(range(batch + 1)), shown, lambda: [[cell]] * batch, lambda: box.expand(batch, -1, -1),

@@ -38,9 +38,7 @@ DINOV2 = Tower(
     after_mlp=("layer_scale2", "drop_path"),
 )
 
-DINOV2_WITH_REGISTERS = replace(
-    DINOV2, model_types=("dinov2_with_registers",), registers="config.num_register_tokens"
-)
+DINOV2_WITH_REGISTERS = replace(DINOV2, model_types=("dinov2_with_registers",), registers="config.num_register_tokens")
 
 TOWERS = (CLIP, SIGLIP, DINOV2, DINOV2_WITH_REGISTERS)
 """Those that the LLaVA models hold."""
@@ -82,8 +80,8 @@ AIMV2 = Tower(
     class_token=False,
 )
 
-QWEN = Tower(
-    model_types=("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen2_5_vl"),
+QWEN2 = Tower(
+    model_types=("qwen2_vl_vision",),
     layers="blocks",
     norm1="norm1",
     qkv="attn.qkv",
@@ -91,8 +89,26 @@ QWEN = Tower(
     norm2="norm2",
     mlp="mlp",
     heads="config.num_heads",
+    width="config.embed_dim",
     class_token=False,
     arrangement="packed",
     angles="position_embeddings",
     segments="cu_seqlens",
+)
+
+QWEN = replace(QWEN2, model_types=("qwen2_5_vl_vision",), width="config.hidden_size")
+
+PIXTRAL = Tower(
+    model_types=("pixtral",),
+    layers="transformer.layers",
+    norm1="attention_norm",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.o_proj",
+    norm2="ffn_norm",
+    mlp="feed_forward",
+    class_token=False,
+    arrangement="raster",
+    angles="position_embeddings",
 )

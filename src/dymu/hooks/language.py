@@ -19,7 +19,6 @@ from dymu.hooks.refusals import (
     refuse_attention_weights,
     refuse_lost_features,
     refuse_packed,
-    refuse_stretched,
     warn_of_dropout,
 )
 from dymu.hooks.replaced import Method
@@ -100,14 +99,15 @@ class LanguageHooks:
             state.unmerging = False  # a layer's hook may ask the model, too
             mask = inputs.pop("attention_mask", None)
             present = _present(mask, batch, tokens, history, self._unmerge)
+            place = history.places(present, batch, tokens, embeds.device)
             positions = inputs.pop("position_ids", None)
             if positions is None:
                 positions = torch.arange(history.length, history.length + tokens, device=embeds.device)[None]
-            else:
-                if mask is None and cache is None:
-                    refuse_packed(positions)
-                if getattr(decoder.config, "sliding_window", None):
-                    refuse_stretched(positions, present)
+            elif mask is None and cache is None:
+                refuse_packed(positions)
+            positions = self._by_axis(positions).expand(
+                batch, tokens, *(() if self.parts.decoder_kind.axes == 1 else (-1,))
+            )
             leaders = state.leaders(history.length, tokens)
             if leaders is None and not knows_ids and tokens > 1:
                 refuse_lost_features(embeds, present, decoder.get_input_embeddings(), self.parts.learned)
@@ -122,12 +122,13 @@ class LanguageHooks:
                 embeds = take(embeds, merged.first())
             step = plan_step(
                 merged,
-                positions.expand(batch, tokens),
+                positions,
                 history,
                 functools.partial(self._angles, embeds),
                 plain=plain,
                 unmerge=self._unmerge,
                 backend=self._backend,
+                place=place,
             )
             state.unmerging = True
             output = forward(
@@ -155,7 +156,17 @@ class LanguageHooks:
         """Angles that leave queries and keys as they are, while the language model runs on merged tokens."""
         return no_rotation(x) if self._state.unmerging else forward(x, *args, **kwargs)
 
+    def _by_axis(self, positions: Tensor) -> Tensor:
+        """Positions [B, N], or [axes, B, N] with or without a row for texts ahead, as [B, N] or [B, N, axes]."""
+        axes = self.parts.decoder_kind.axes
+        if axes == 1:
+            return positions
+        if positions.ndim == 2:
+            return positions[..., None].expand(-1, -1, axes)
+        return positions[-axes:].permute(1, 2, 0)
+
     def _angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        positions = positions.permute(2, 0, 1) if positions.ndim == 3 else positions
         cos_sin: tuple[Tensor, Tensor] = self.parts.rotary.forward(like, positions)
         return cos_sin
 

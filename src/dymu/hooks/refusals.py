@@ -52,24 +52,16 @@ def refuse_absent_patches(mask: Any) -> None:
 
 
 def refuse_packed(positions: Tensor) -> None:
-    """Raises BadPrompt where positions [B, N] start over, so that a row holds several prompts."""
+    """Raises BadPrompt where positions [B, N] start over, so that a row holds several prompts. Of those on several axes
+    [axes, B, N], the row for texts that may stand ahead of three says so."""
+    if positions.ndim == 3:
+        if len(positions) == 3:
+            return
+        positions = positions[0]
     if positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
         raise BadPrompt(
             "the position_ids start over within a row, so that it holds several prompts, which dymu cannot keep apart; "
             "give each prompt a row of its own with an attention_mask, or ask within handle.disabled()."
-        )
-
-
-def refuse_stretched(positions: Tensor, present: Tensor | None) -> None:
-    """Raises BadPrompt where positions [B, N] of the tokens that are `present` [B, N] do not rise one by one: a sliding
-    window is counted in them."""
-    there = torch.ones_like(positions, dtype=torch.bool) if present is None else present
-    offset = positions.expand(there.shape) - there.cumsum(1)
-    first = offset.gather(1, there.int().argmax(1, keepdim=True))
-    if bool((there & (offset != first)).any()):
-        raise BadPrompt(
-            "the position_ids do not rise one by one, and this language model has a sliding window, which dymu counts "
-            "in positions and the untouched model in tokens; leave position_ids out, or ask within handle.disabled()."
         )
 
 

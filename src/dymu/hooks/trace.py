@@ -131,9 +131,7 @@ def _in_prompt(
     if not parts.projects_within:
         replaced[family.projector] = projected
     # Some families return the frames of a video one by one.
-    return [
-        item.flatten(0, -2) for item in _family_code(parts, modality, args, kwargs, pictures, channels, replaced)
-    ]
+    return [item.flatten(0, -2) for item in _family_code(parts, modality, args, kwargs, pictures, channels, replaced)]
 
 
 def features_of(
@@ -224,24 +222,25 @@ def _signatures(tokens: TokenMap, seen: Sequence[Tensor], pictures: Pictures) ->
     return signatures
 
 
-def pictures_of(parts: Parts, pixels: Tensor, sizes: Tensor | None) -> Pictures:
+def pictures_of(parts: Parts, pixels: Tensor, sizes: Any) -> Pictures:
     """The pictures that the encoder gets.
 
     Args:
         pixels: the encoder's first argument.
-        sizes: of each item the frames, rows and columns of patches, or the height and width in pixels; None: all
-            pictures are as large as the pixels.
+        sizes: of each item the frames, rows and columns of patches, or the height and width in pixels; None, and where
+            pictures come in a batch: all are as large as the pixels.
 
     Raises:
         BadPrompt: the patches of a picture are not whole units.
     """
     kind, side = parts.tower_kind, parts.side
-    if sizes is None:
+    if sizes is None or kind.arrangement == "batch":
         grids = [_grid(parts, *pixels.shape[-2:])] * len(pixels)
-    elif sizes.shape[-1] == 3:
-        grids = [(rows, columns) for frames, rows, columns in sizes.tolist() for _ in range(frames)]
     else:
-        grids = [_grid(parts, height, width) for height, width in sizes.tolist()]
+        of_items = torch.as_tensor(sizes, device="cpu").tolist()
+        grids = []
+        for *frames, height, width in of_items:
+            grids += [(height, width)] * frames[0] if frames else [_grid(parts, height, width)]
     for rows, columns in grids:
         if rows % side or columns % side:
             raise BadPrompt(

@@ -13,7 +13,13 @@ from torch import Tensor
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import Modality, Parts
 from dymu.hooks.call import CallState, arguments_of, carry_items
-from dymu.hooks.refusals import drops_out, refuse_absent_patches, refuse_attention_weights, warn_of_dropout, warn_of_hooks
+from dymu.hooks.refusals import (
+    drops_out,
+    refuse_absent_patches,
+    refuse_attention_weights,
+    warn_of_dropout,
+    warn_of_hooks,
+)
 from dymu.hooks.replaced import Method
 from dymu.hooks.trace import locations, pictures_of, pixels_of, seen_by, trace
 from dymu.item import Item
@@ -143,6 +149,11 @@ class VisionHooks:
         named = None if args else next(name for name in ("pixel_values", "hidden_states") if name in kwargs)
         pixels = args[0] if named is None else kwargs[named]
         pictures = pictures_of(self.parts, pixels, call.sizes)
+        if pictures.restores and len(call.layers) > 1:
+            raise UnsupportedModel(
+                "this model reads features of several encoder layers and regroups them or takes pictures of several sizes, "
+                "which dymu does not know yet; set its feature layer to one."
+            )
         call.seen = seen_by(pictures, self.parts, pixels)
         run = EncoderRun(self.reducer, max(call.layers), self._shown(call, pictures, pixels), pictures, call.dropped)
         call.run, pixels = run, run.pixels(pixels)
@@ -194,7 +205,7 @@ class VisionHooks:
         if not pictures.restores:
             return call.expand(forward(features, *args, **kwargs))
         call.expanded = True
-        if self.parts.family.regroups == "projector":
+        if pictures.arrangement == "raster" or self.parts.family.regroups == "projector":
             return forward(features, *args, **kwargs)
         units = run.map.drop(call.dropped)
         if features.shape[:2] != units.group.shape:

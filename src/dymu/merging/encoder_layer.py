@@ -61,7 +61,10 @@ class EncoderLayer:
             query, key = (rotated(part, state.angles) for part in (query, key))
         rows = state.rows(windowed)
         by_head = (
-            [bucket.transpose(1, 2) for bucket in rows.patches.split(part.reshape(*rows.patches.shape, *part.shape[2:]))]
+            [
+                bucket.transpose(1, 2)
+                for bucket in rows.patches.split(part.reshape(*rows.patches.shape, *part.shape[2:]))
+            ]
             for part in (query, key, value)
         )
         buckets = zip(*by_head, rows.log_sizes, strict=True)
@@ -172,7 +175,9 @@ class MergedTokens:
     def _rows(self, units: Layout) -> Rows:
         patches = self.units.of_patches(units)
         if self.size is None:
-            ends = [None if absent is None else torch.zeros_like(absent, dtype=torch.float32) for absent in patches.absent()]
+            ends = [
+                None if absent is None else torch.zeros_like(absent, dtype=torch.float32) for absent in patches.absent()
+            ]
         else:
             ends = patches.split(self.units.repeat(self.size.log(), self.layout).view(patches.shape))
         buckets = zip(ends, patches.absent(), strict=True)

@@ -77,9 +77,7 @@ class EncoderRun:
         if index < self.depth:
             x, keys = layer.attend(x, state, windowed)
             tokens = tuple(length - self.protected for length in self.states[0].layout.lengths)
-            candidates = Candidates(
-                index, self.depth, tokens, self.protected, state, x, keys, self.shown, windowed
-            )
+            candidates = Candidates(index, self.depth, tokens, self.protected, state, x, keys, self.shown, windowed)
             into = self.reducer.in_layer(candidates)
             if into is not None:
                 self._check(into, state.rows(windowed).units)

@@ -94,4 +94,3 @@ def _counts(keep: int, tokens: int, layers: int, schedule: Schedule, merging: tu
         counts.append(min(round(due) - (tokens - left), left // 2))
         left -= counts[-1]
     return counts
-

@@ -15,7 +15,7 @@ from dymu.unmerging.history import History
 from dymu.unmerging.virtual import as_phase
 
 Angles = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Positions [B, N] -> cosines and sines of their rotary angles, each [B, N, D]."""
+"""Positions [B, N], or [B, N, axes] -> cosines and sines of their rotary angles, each [B, N, D]."""
 
 T = TypeVar("T")
 
@@ -29,8 +29,8 @@ class Step:
         queries: Nq virtual tokens to the Mq merged ones that this forward computes.
         keys: int64 [B, Nk], the cache entry (without a cache: the merged token) behind each virtual key; -1 for none.
         phase: complex [B, Nk, D / 2], cos + i sin of the rotary angles of the virtual tokens.
-        position: int64 [B, Nk], what a sliding window counts in: positions; for `compact`, `original` and `none`, ranks
-            of merged tokens.
+        place: int64 [B, Nk], what a sliding window counts in: tokens that are there; for `compact`, `original` and
+            `none`, merged ones.
         expand_queries: whether virtual queries differ from merged ones, in number or order.
         expand_keys: whether virtual keys differ from cache entries, in number or order.
         padded: whether absent keys (-1) may come before present ones; if not, causality hides them.
@@ -41,7 +41,7 @@ class Step:
     queries: TokenMap
     keys: Tensor
     phase: Tensor
-    position: Tensor
+    place: Tensor
     expand_queries: bool
     expand_keys: bool
     padded: bool
@@ -96,7 +96,7 @@ class Step:
         key = torch.arange(last, device=self.keys.device)
         mask = (key <= key[first:, None])[None]
         if window is not None and window < seen:
-            mask = mask & (self.position[:, None, :last] > self.position[:, first:last, None] - window)
+            mask = mask & (self.place[:, None, :last] > self.place[:, first:last, None] - window)
         if self.padded:
             mask = mask & (self.keys[:, None, :last] >= 0)
             mask = mask | (self.queries.group[:, start:end] < 0)[:, :, None]
@@ -114,31 +114,33 @@ def plan_step(
     plain: bool,
     unmerge: Unmerge,
     backend: str,
+    place: Tensor | None = None,
 ) -> Step:
     """Add new tokens to the history and say how they attend.
 
     Args:
         queries: the new tokens of the full prompt to their merged ones.
-        positions: int64 [B, N], rotary positions of the new tokens.
+        positions: int64 [B, N], or [B, N, axes], rotary positions of the new tokens.
         history: what the cache holds; the new tokens are appended.
         angles: rotary angles of positions.
         plain: whether `queries` is the identity.
         unmerge: see `Unmerge`.
         backend: name of the backend to compute it with.
+        place: int64 [B, N], see `History.places`; None: the positions.
     """
     first = history.length == 0
     if unmerge != "exact" and not (plain and history.plain):
-        return _merged_tokens(queries, positions, history, angles, plain, unmerge, backend)
+        return _merged_tokens(queries, positions, history, angles, plain, unmerge, backend, place)
     if history.length and history.phase is None:
         assert history.position is not None
         history.phase = as_phase(*angles(history.position))
-    keys, position = history.append(queries, positions, plain, as_phase(*angles(positions)))
+    keys, place = history.append(queries, positions, plain, as_phase(*angles(positions)), place)
     assert history.phase is not None
     step = Step(
         queries,
         keys,
         history.phase,
-        position,
+        place,
         expand_queries=not plain,
         expand_keys=not (history.plain or history.expanded),
         padded=history.padded,
@@ -156,17 +158,20 @@ def _merged_tokens(
     plain: bool,
     unmerge: Unmerge,
     backend: str,
+    place: Tensor | None,
 ) -> Step:
     """Every merged token is one virtual token."""
     first = history.length == 0
-    slot, position = history.append(queries, positions, plain)
+    slot, _ = history.append(queries, positions, plain, place=place)
     entries = TokenMap(slot, queries.kept, history.entries, history.padded)
     size = entries.size()
     rank = (size > 0).cumsum(1)
     if unmerge in COMPACT:
-        positions = entries.average(position.double()).float()
+        assert history.position is not None
+        positions = entries.average(history.position.double()).float()
     else:
         positions = (rank - 1).clamp(min=0)
+        positions = positions if history.position is None or history.position.ndim == 2 else positions[..., None]
     keys = torch.where(size > 0, torch.arange(history.entries, device=size.device), -1)
     group = torch.arange(queries.width, device=keys.device).expand(queries.batch, -1)
     group = torch.where(group < queries.kept[:, None], group, -1)
@@ -192,7 +197,7 @@ def _absent_last(step: Step) -> Step:
         queries=replace(step.queries, group=step.queries.group.gather(1, order)),
         keys=step.keys.gather(1, order),
         phase=step.phase.gather(1, order[..., None].expand_as(step.phase)),
-        position=step.position.gather(1, order),
+        place=step.place.gather(1, order),
         expand_queries=True,
         expand_keys=True,
         padded=False,

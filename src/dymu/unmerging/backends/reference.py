@@ -50,9 +50,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
                     continue
                 at = seen - tokens + n
                 seen_keys = [
-                    j
-                    for j in visible
-                    if j <= at and (window is None or step.position[b, at] - step.position[b, j] < window)
+                    j for j in visible if j <= at and (window is None or step.place[b, at] - step.place[b, j] < window)
                 ]
                 virtual_query = _rotate(query[b, h, merged], cos[b, at], sin[b, at])
                 logits = torch.stack([virtual_query @ virtual_keys[j] * scaling for j in seen_keys])

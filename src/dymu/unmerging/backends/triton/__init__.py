@@ -133,7 +133,7 @@ def prefill(
     group, keys = step.queries.group, step.keys
     rows = step.once(("triton", "query_tiles", tiles.rows), lambda: query_tiles(group, keys.shape[1], tiles.rows))
     columns = step.once(("triton", "key_tiles", tiles.width, sizes), lambda: key_tiles(keys, tiles.width, sizes))
-    visits = step.once(("triton", "visits", tiles, window), lambda: columns.visits(rows, step.position, window))
+    visits = step.once(("triton", "visits", tiles, window), lambda: columns.visits(rows, step.place, window))
     share = step.once(("triton", "share"), lambda: 1 / step.queries.size().clamp(min=1))
     if step.expand_queries:
         out = query.new_zeros(batch, merged, heads, size, dtype=torch.float32)
@@ -232,7 +232,7 @@ def _common(
         ("triton", "angles", query.dtype),
         lambda: (step.phase.real.to(query.dtype).contiguous(), step.phase.imag.to(query.dtype).contiguous()),
     )
-    position = step.once(("triton", "position"), lambda: step.position.int().contiguous())
+    position = step.once(("triton", "position"), lambda: step.place.int().contiguous())
     arguments: dict[str, Any] = {
         "query": query,
         "key": key,
