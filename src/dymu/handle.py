@@ -352,7 +352,10 @@ class Handle:
             self._within(module, "forward", functools.partial(vision.layer, index))
         if parts.pooler is not None:
             self._within(parts.pooler, "forward", vision.pooler)
-        self._within(parts.projector, "forward", vision.projector)
+        if parts.merger is not None:
+            self._within(parts.merger, "forward", vision.merger)
+        if parts.projector is not None:
+            self._within(parts.projector, "forward", vision.projector)
         # The language model unmerges.
         self._call(parts.language_model, "forward", language.decoder)
         self._within(parts.rotary, "forward", language.rotary)

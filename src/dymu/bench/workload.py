@@ -84,7 +84,7 @@ class Shape:
         parts = resolve(self.model)
         shown = self.shown([0])
         pixels = shown["pixel_values"]
-        pictures = pictures_of(parts, pixels.reshape(-1, *pixels.shape[-3:]), None)
+        pictures = pictures_of(parts, "image", shown, pixels.reshape(-1, *pixels.shape[-3:]))
         rows, columns = pictures.unit_grids[0]
         patches = rows * columns
         self._recorded = recorded(patches)

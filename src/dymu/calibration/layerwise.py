@@ -234,7 +234,7 @@ class Run:
         ]
 
     def _pictures(self, image: Inputs, pictures: int) -> Pictures:
-        return pictures_of(self._parts, shape_only(pictures, *image.pixels.shape[-3:]), None)
+        return pictures_of(self._parts, "image", image.kwargs, shape_only(pictures, *image.pixels.shape[-3:]))
 
     def _colourless(self, pictures: Pictures) -> list[Tensor]:
         """float [3, rows, columns] of 0 for each picture: the colours of patches, which only a drawing needs."""

@@ -9,7 +9,7 @@ from dymu.choices import Arrangement
 
 Regroups = Literal["model", "projector", "tower"]
 """Where a family makes one token of the patches of a unit: in its own code between encoder and projector, in the
-projector, or at the encoder's end."""
+projector, or at the encoder's end, which then needs all patches."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,20 @@ class Tower:
     patch_size: str = "config.patch_size"
     class_token: bool = True
     registers: str | None = None
-    """The number of register tokens, which follow the class token."""
+    """The number of further tokens ahead of the patches, which never merge."""
     arrangement: Arrangement = "batch"
     angles: str | None = None
     """Keyword of a layer's forward: cosines and sines of each patch, by which it rotates the halves of each head."""
     segments: str | None = None
     """Keyword of a layer's forward: where the tokens that attend to each other begin, among all. Layers that get other
     numbers than those of whole pictures attend within windows."""
+    merger: str | None = None
+    """What makes one token of the patches of each unit, at the end of an encoder of packed patches."""
+    shapes: str | None = None
+    """Argument of the encoder's forward: rows and columns of the patches of each picture, which the encoder gets ahead
+    of padding. None: pictures are as large as the pixels."""
+    present: str | None = None
+    """Argument of the encoder's forward: which of these are patches, and no padding."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,8 @@ class Family:
     inner: str = "model"
     """The module that places image features among the text embeddings and calls the language model."""
     tower: str = "vision_tower"
-    projector: str = "multi_modal_projector"
-    """What makes a token for the language model of each of the encoder's, or of each unit."""
+    projector: str | None = "multi_modal_projector"
+    """What makes a token for the language model of each of the encoder's, or of each unit; None: the tower's merger."""
     pooler: str | None = None
     """The module that pools the frames of a video ahead of the projector."""
     language_model: str = "language_model"
@@ -95,13 +102,13 @@ class Family:
     cuts_images: bool = False
     """Whether images are cut into tiles."""
     unit: str | None = None
-    """In the config, how many rows and columns of patches become one token, or the part of a side that is left; None:
-    every patch is one."""
+    """Where the config says how many rows and columns of patches become one token, or the part of a side that is left;
+    with `{modality}` in it, an argument of `get_image_features` that says so. None: every patch is one."""
     regroups: Regroups = "model"
-    """Where."""
+    """Where, if the tower has no merger."""
     grid: str | None = None
-    """Argument of `get_image_features` with the frames, rows and columns of patches of each image, or with its height
-    and width in pixels; None: pictures are as large as the pixels."""
-    video_grid: str | None = None
+    """Argument of `get_image_features` and `get_video_features` with the frames, rows and columns of patches of each
+    item, or with its height and width in pixels; `{modality}` stands for image or video. None: pictures are as large as
+    the pixels."""
     towers: tuple[Tower, ...] = ()
     decoders: tuple[Decoder, ...] = ()

@@ -1,24 +1,50 @@
-"""Images and videos of sizes of their own, whose patches the encoder takes all in one row: the Qwen-VL models."""
+"""Images and videos of sizes of their own, whose patches the encoder takes all in one row: Qwen-VL and its kin."""
 
 from dataclasses import replace
 
-from dymu.families.decoders import M_ROPE
+from dymu.families.decoders import DECODERS, M_ROPE
 from dymu.families.family import Family
-from dymu.families.towers import QWEN, QWEN2
+from dymu.families.towers import PADDLE, QWEN, QWEN2, VIDEO_LLAMA
 
 QWEN2_VL = Family(
     model_type="qwen2_vl",
     tower="visual",
-    projector="visual.merger",
+    projector=None,
     video_token="video_token_id",
     feature_layer=-1,
     select_strategy=None,
     unit="vision_config.spatial_merge_size",
-    regroups="tower",
-    grid="image_grid_thw",
-    video_grid="video_grid_thw",
+    grid="{modality}_grid_thw",
     towers=(QWEN2,),
     decoders=(M_ROPE,),
 )
 
 QWEN2_5_VL = replace(QWEN2_VL, model_type="qwen2_5_vl", towers=(QWEN,))
+
+PADDLEOCR_VL = replace(
+    QWEN2_VL,
+    model_type="paddleocr_vl",
+    projector="projector",
+    video_token=None,
+    regroups="projector",
+    towers=(PADDLE,),
+)
+
+VIDEO_LLAMA_3 = replace(
+    QWEN2_VL,
+    model_type="video_llama_3",
+    tower="vision_model",
+    projector="projector",
+    unit="{modality}_merge_sizes",
+    regroups="tower",
+    towers=(VIDEO_LLAMA,),
+    decoders=DECODERS,
+)
+
+HYPERCLOVAX = replace(
+    QWEN2_5_VL,
+    model_type="hyperclovax_vision_v2",
+    tower="vision_model",
+    projector="projector",
+    decoders=DECODERS,
+)

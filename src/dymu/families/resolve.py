@@ -67,6 +67,12 @@ class EncoderParts:
         return tuple(find(module, path) for module in self.encoder_modules)
 
     @property
+    def merger(self) -> nn.Module | None:
+        """See `Tower.merger`."""
+        path = self.tower_kind.merger
+        return None if path is None else find(self.tower, path)
+
+    @property
     def heads(self) -> int:
         return int(find(self.tower, self.tower_kind.heads))
 
@@ -90,7 +96,7 @@ class Parts(EncoderParts):
     config: Any
     model: PreTrainedModel
     inner: PreTrainedModel
-    projector: nn.Module
+    projector: nn.Module | None
     pooler: nn.Module | None
     language_model: PreTrainedModel
     decoder_kind: Decoder
@@ -109,7 +115,7 @@ class Parts(EncoderParts):
     def relied_on(self) -> tuple[nn.Module | None, ...]:
         """Every module that `dymu.apply` changes, or computes itself."""
         return (
-            self.model, self.inner, self.tower, self.projector, self.pooler, self.language_model, self.rotary,
+            self.model, self.inner, self.tower, self.merger, self.projector, self.pooler, self.language_model, self.rotary,
             *self.encoder_modules, *self.encoder_attentions, *self.attentions, *self.choosing_attention,
         )  # fmt: skip
 
@@ -130,18 +136,26 @@ class Parts(EncoderParts):
         """Whether the frames of a video are pooled by learned weights."""
         return self.pooler is not None and any(True for _ in self.pooler.parameters())
 
-    @property
-    def side(self) -> int:
-        """Rows, and columns, of the patches of a unit, which the family makes one token of."""
-        if self.family.unit is None:
-            return 1
-        side: float = find(self.config, self.family.unit)
-        return round(1 / side) if side < 1 else int(side)
+    def side(self, modality: Modality = "image", arguments: Mapping[str, Any] = MappingProxyType({})) -> int:
+        """Rows, and columns, of the patches of a unit, which the family makes one token of, by the arguments of a call or
+        by the config.
 
-    @property
-    def projects_within(self) -> bool:
-        """Whether the projector is a part of the encoder."""
-        return self.family.projector.startswith(f"{self.family.tower}.")
+        Raises:
+            UnsupportedModel: it differs among the items of a call.
+        """
+        unit = self.family.unit
+        if unit is None:
+            return 1
+        if "{modality}" not in unit:
+            side: float = find(self.config, unit)
+            return round(1 / side) if side < 1 else int(side)
+        sides = set(map(int, arguments.get(unit.format(modality=modality), (1,))))
+        if len(sides) > 1:
+            raise UnsupportedModel(
+                f"the {modality}s of one call are merged by different sizes ({', '.join(map(str, sorted(sides)))}), which "
+                "dymu does not know yet; give them in calls of their own."
+            )
+        return sides.pop()
 
     def feature_layers(self, arguments: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
         """How many encoder layers each used feature went through, by the arguments of a call or else by the config."""
@@ -268,7 +282,7 @@ def resolve(model: PreTrainedModel) -> Parts:
         model=model,
         inner=inner,
         tower=tower,
-        projector=find(inner, family.projector),
+        projector=None if family.projector is None else find(inner, family.projector),
         pooler=None if family.pooler is None else find(inner, family.pooler),
         language_model=language_model,
         decoder_kind=decoder_kind,

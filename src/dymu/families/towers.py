@@ -94,6 +94,7 @@ QWEN2 = Tower(
     arrangement="packed",
     angles="position_embeddings",
     segments="cu_seqlens",
+    merger="merger",
 )
 
 QWEN = replace(QWEN2, model_types=("qwen2_5_vl_vision",), width="config.hidden_size")
@@ -112,3 +113,59 @@ PIXTRAL = Tower(
     arrangement="raster",
     angles="position_embeddings",
 )
+
+PADDLE = replace(
+    SIGLIP,
+    model_types=("paddleocr_vl_vision",),
+    layers="vision_model.encoder.layers",
+    arrangement="raster",
+    angles="position_embeddings",
+    segments="cu_seqlens",
+)
+
+VIDEO_LLAMA = replace(PADDLE, model_types=("video_llama_3_vision",), layers="encoder.layers", arrangement="packed")
+
+SIGLIP2 = replace(
+    SIGLIP, model_types=("siglip2_vision_model",), shapes="spatial_shapes", present="pixel_attention_mask"
+)
+"""Of several resolutions (NaFlex); the models of one are `siglip_vision_model`."""
+
+DINOV3 = replace(DINOV2_WITH_REGISTERS, model_types=("dinov3_vit",), layers="model.layer", angles="position_embeddings")
+
+TIMM = Tower(
+    model_types=("timm.VisionTransformer", "timm.VisionTransformerDistilled"),
+    layers="blocks",
+    norm1="norm1",
+    qkv="attn.qkv",
+    query_norm="attn.q_norm",
+    key_norm="attn.k_norm",
+    norms_heads=True,
+    out="attn.proj",
+    after_attention=("attn.proj_drop", "ls1", "drop_path1"),
+    norm2="norm2",
+    mlp="mlp",
+    after_mlp=("ls2", "drop_path2"),
+    heads="blocks.0.attn.num_heads",
+    width="embed_dim",
+    patch_size="patch_embed.patch_size",
+    class_token=False,
+    registers="num_prefix_tokens",
+)
+
+OPEN_CLIP = Tower(
+    model_types=("open_clip.VisionTransformer",),
+    layers="transformer.resblocks",
+    norm1="ln_1",
+    qkv="attn",
+    out="attn.out_proj",
+    after_attention=("ls_1",),
+    norm2="ln_2",
+    mlp="mlp",
+    after_mlp=("ls_2",),
+    heads="transformer.resblocks.0.attn.num_heads",
+    width="transformer.width",
+    patch_size="patch_size",
+)
+
+ENCODERS = (CLIP, SIGLIP, SIGLIP2, DINOV2, DINOV2_WITH_REGISTERS, DINOV3, TIMM, OPEN_CLIP)
+"""Those that `dymu.apply` takes by themselves. What has no config of transformers goes by its library and class."""

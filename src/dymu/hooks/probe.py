@@ -72,14 +72,14 @@ def _encoder_errors(parts: Parts) -> list[float]:
         turns = torch.linspace(0, 2, TOKENS * (parts.width // parts.heads // 2), device=x.device).view(1, TOKENS, -1)
         angles = torch.cat((turns, turns), -1)
         state = replace(state, angles=(angles.cos(), angles.sin()))
-        asked[kind.angles] = tuple(angle[0] if kind.arrangement == "packed" else angle for angle in state.angles)
+        asked[kind.angles] = tuple(angle[0] for angle in state.angles)
     if kind.segments is not None:
         asked[kind.segments] = torch.tensor([0, TOKENS], dtype=torch.int32, device=x.device)
     for index, module in enumerate(parts.encoder_modules):
         layer = parts.encoder_layer(index)
         try:
             merged = layer.feed_forward(layer.attend(x, state)[0])
-            stock = _forwarded(module, x[0] if kind.arrangement == "packed" else x, asked)
+            stock = _forwarded(module, x if kind.segments is None else x[0], asked)
         except Exception as error:
             raise UnsupportedModel(
                 f"layer {index} of the vision encoder does not compute what its description says "

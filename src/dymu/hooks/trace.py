@@ -69,7 +69,7 @@ def trace(
             "this model pools the frames of videos with learned weights, which dymu cannot follow; "
             "spatial_pool_mode average and max are known."
         )
-    pixels = args[0] if args else kwargs["pixel_values" if modality == "image" else "pixel_values_videos"]
+    pixels = _pixels(modality, args, kwargs)
     items = _in_prompt(parts, modality, args, kwargs, pictures, _signatures(tokens, seen, pictures))
     leaders = _leaders(items)
     patches = [item[:, PATCH] > 0.5 for item in items]
@@ -128,7 +128,7 @@ def _in_prompt(
         return features[..., :count]  # the features of several layers, and of the patches of a unit, are concatenated
 
     replaced: Modules = {name: channels.new_zeros(count) for name in family.learned}
-    if not parts.projects_within:
+    if family.projector is not None:
         replaced[family.projector] = projected
     # Some families return the frames of a video one by one.
     return [item.flatten(0, -2) for item in _family_code(parts, modality, args, kwargs, pictures, channels, replaced)]
@@ -171,12 +171,15 @@ def _family_code(
     family = parts.family
 
     def encoded(*tower_args: Any, **tower_kwargs: Any) -> BaseModelOutputWithPooling:
-        if pictures.arrangement == "packed":
+        if parts.merger is not None:
             order = _order(parts, tower_args, tower_kwargs, pictures, channels.device)
-            return BaseModelOutputWithPooling(last_hidden_state=channels, pooler_output=channels[order])
+            return BaseModelOutputWithPooling(pooler_output=channels[order])
         if family.regroups == "tower":
-            return BaseModelOutputWithPooling(pooler_output=channels.unflatten(0, (len(pictures.grids), -1)))
+            packed = pictures.arrangement == "packed"
+            units = channels if packed else channels.unflatten(0, (len(pictures.grids), -1))
+            return BaseModelOutputWithPooling(last_hidden_state=units, pooler_output=units)
         hidden = pictures.to_patches(channels)
+        hidden = hidden if pictures.cut or hidden.ndim == 3 else hidden[None]
         hidden_states = (hidden,) * (len(parts.encoder_modules) + 1)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, hidden_states=hidden_states)
 
@@ -192,9 +195,8 @@ def _order(
 
     The encoder's own code says so, run without its layers.
     """
-    merger = parts.family.projector.removeprefix(f"{parts.family.tower}.")
     numbers = torch.arange(pictures.layout(device).total, device=device)[:, None]
-    tower = _StandIn(parts.tower, {parts.tower_kind.layers: (), merger: lambda *_: numbers})
+    tower = _StandIn(parts.tower, {parts.tower_kind.layers: (), parts.tower_kind.merger or "": lambda *_: numbers})
     order: Tensor = tower(*args, **kwargs).pooler_output
     return order[:, 0]
 
@@ -222,18 +224,24 @@ def _signatures(tokens: TokenMap, seen: Sequence[Tensor], pictures: Pictures) ->
     return signatures
 
 
-def pictures_of(parts: Parts, pixels: Tensor, sizes: Any) -> Pictures:
+def _pixels(modality: Modality, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Of a call of the inner module's `get_image_features` or `get_video_features`."""
+    pixels: Tensor = args[0] if args else kwargs["pixel_values" if modality == "image" else "pixel_values_videos"]
+    return pixels
+
+
+def pictures_of(parts: Parts, modality: Modality, arguments: Mapping[str, Any], pixels: Tensor) -> Pictures:
     """The pictures that the encoder gets.
 
     Args:
+        modality, arguments: of the call of `get_image_features` or `get_video_features`.
         pixels: the encoder's first argument.
-        sizes: of each item the frames, rows and columns of patches, or the height and width in pixels; None, and where
-            pictures come in a batch: all are as large as the pixels.
 
     Raises:
         BadPrompt: the patches of a picture are not whole units.
     """
-    kind, side = parts.tower_kind, parts.side
+    kind, family, side = parts.tower_kind, parts.family, parts.side(modality, arguments)
+    sizes = arguments.get((family.grid or "").format(modality=modality))
     if sizes is None or kind.arrangement == "batch":
         grids = [_grid(parts, *pixels.shape[-2:])] * len(pixels)
     else:
@@ -247,7 +255,9 @@ def pictures_of(parts: Parts, pixels: Tensor, sizes: Any) -> Pictures:
                 f"a picture of {rows} × {columns} patches does not come out even in units of {side} × {side}, which this "
                 "model makes one token of; let the model's own processor set the size of its pictures."
             )
-    return Pictures(tuple(grids), side, parts.prefix, kind.arrangement)
+    regroups = parts.merger is None and (side > 1 or family.regroups == "tower")
+    cut = sizes is not None and kind.arrangement != "batch" and len(of_items[0]) == 3
+    return Pictures(tuple(grids), side, parts.prefix, kind.arrangement, regroups, cut)
 
 
 def _patch_sides(parts: Parts) -> tuple[int, int]:
@@ -274,8 +284,9 @@ def pixels_of(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tens
     """Of each picture what the encoder gets of it: [3, height, width], or its patches [N, ...]."""
     if pictures.arrangement == "batch":
         return pixels
-    if pictures.arrangement == "packed":
-        return pixels.split([rows * columns for rows, columns in pictures.grids])
+    if pictures.cut:
+        counts = [rows * columns for rows, columns in pictures.grids]
+        return pixels.reshape(sum(counts), -1).split(counts)
     height, width = _patch_sides(parts)
     return [
         picture[:, : rows * height, : columns * width]
@@ -285,18 +296,17 @@ def pixels_of(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tens
 
 def seen_by(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tensor]:
     """Of each picture [3, rows, columns]: the mean colour of each unit."""
-    if pictures.arrangement == "packed":
-        colours = pixels.detach().float().unflatten(1, (3, -1)).mean(2)
-        units = colours.unflatten(0, (-1, pictures.side**2)).mean(1)
-        grids = pictures.unit_grids
-        of_pictures = units.split([rows * columns for rows, columns in grids])
-        return [part.mT.unflatten(1, shape) for part, shape in zip(of_pictures, grids, strict=True)]
-    height, width = _patch_sides(parts)
-    unit = (height * pictures.side, width * pictures.side)
-    of_each = pixels_of(pictures, parts, pixels)
+    of_each = pixels_of(pictures, parts, pixels.detach())
+    height, width = (patch * pictures.side for patch in _patch_sides(parts))
     if isinstance(of_each, Tensor):
-        return avg_pool2d(of_each.detach().float(), unit)
-    return [avg_pool2d(picture.detach().float(), unit) for picture in of_each]
+        return avg_pool2d(of_each.float(), (height, width))
+    if not pictures.cut:
+        return [avg_pool2d(picture.float(), (height, width)) for picture in of_each]
+    colours = torch.cat([patches.unflatten(1, (3, -1)).float().mean(2) for patches in of_each])
+    units = pictures.to_units(colours).unflatten(0, (-1, pictures.side**2)).mean(1)
+    grids = pictures.unit_grids
+    split = units.split([rows * columns for rows, columns in grids])
+    return [part.mT.unflatten(1, shape) for part, shape in zip(split, grids, strict=True)]
 
 
 def locations(items: Sequence[Item], grids: Sequence[tuple[int, int]]) -> Tensor:

@@ -34,7 +34,7 @@ class _Call:
 
     Attributes:
         modality, args, kwargs: what it was called with.
-        sizes: of its pictures, see `pictures_of`.
+        arguments: the same by name.
         layers: see `Parts.feature_layers`.
         dropped: leading encoder tokens that the language model does not get.
         run: once the encoder got its pixels.
@@ -46,7 +46,7 @@ class _Call:
     modality: Modality
     args: Sequence[Any]
     kwargs: dict[str, Any]
-    sizes: Tensor | None
+    arguments: dict[str, Any]
     layers: list[int]
     dropped: int
     run: EncoderRun | None = None
@@ -109,9 +109,7 @@ class VisionHooks:
             warn_of_dropout(state.calls.warned)
         as_dict = kwargs.pop("return_dict", None)
         dropped = self.parts.dropped(arguments.get(family.select_strategy or ""))
-        grid = family.grid if modality == "image" else family.video_grid
-        sizes = arguments.get(grid) if grid else None
-        call = _Call(modality, args, kwargs, sizes, self.parts.feature_layers(arguments), dropped)
+        call = _Call(modality, args, kwargs, arguments, self.parts.feature_layers(arguments), dropped)
         try:
             state.encoding = call
             output = get_features(*args, **kwargs, return_dict=True)
@@ -148,7 +146,7 @@ class VisionHooks:
         assert self.reducer is not None
         named = None if args else next(name for name in ("pixel_values", "hidden_states") if name in kwargs)
         pixels = args[0] if named is None else kwargs[named]
-        pictures = pictures_of(self.parts, pixels, call.sizes)
+        pictures = pictures_of(self.parts, call.modality, call.arguments, pixels)
         if pictures.restores and len(call.layers) > 1:
             raise UnsupportedModel(
                 "this model reads features of several encoder layers and regroups them or takes pictures of several sizes, "
@@ -192,26 +190,33 @@ class VisionHooks:
         call = self._state.encoding
         return forward(features if call is None else call.expand(features), *args, **kwargs)
 
+    def merger(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Make a token of the patches [S', C] of each merged unit, and copy it to all that it stands for."""
+        call, tokens = self._state.encoding, forward(features, *args, **kwargs)
+        if call is None:
+            return tokens
+        call.expanded = True
+        return call.running.expand(tokens)
+
     def projector(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Project merged features and copy them to all N tokens of each picture, which the family's code arranges."""
         call = self._state.encoding
         if call is None or call.expanded:
             return forward(features, *args, **kwargs)
         run = call.running
-        pictures = run.pictures
-        if pictures.arrangement == "packed":
-            call.expanded = True
-            return run.expand(forward(features, *args, **kwargs))
-        if not pictures.restores:
+        if not run.pictures.restores:
             return call.expand(forward(features, *args, **kwargs))
         call.expanded = True
-        if pictures.arrangement == "raster" or self.parts.family.regroups == "projector":
+        if run.pictures.arrangement == "raster" or self.parts.family.regroups == "projector":
             return forward(features, *args, **kwargs)
+        # Of the tokens of each group, all alike, one is projected.
         units = run.map.drop(call.dropped)
+        if run.pictures.arrangement == "packed":
+            return run.expand(forward(features[run.first], *args, **kwargs))
         if features.shape[:2] != units.group.shape:
             raise UnsupportedModel(
                 f"{type(self.parts.projector).__name__} got {list(features.shape[:2])} tokens and should get one for each "
-                f"unit of {pictures.side} × {pictures.side} patches; dymu does not know how this model makes them."
+                f"unit of {run.pictures.side} × {run.pictures.side} patches; dymu does not know how this model makes them."
             )
         return units.expand(forward(take(features, units.first()), *args, **kwargs))
 

@@ -22,12 +22,16 @@ class Pictures:
         side: rows, and columns, of the patches of a unit.
         prefix: class and register tokens ahead of each picture's patches.
         arrangement: how the layers get them.
+        regroups: whether what follows the layers regroups patches by itself, hence needs all of them.
+        cut: whether the encoder gets patches, and not pixels that it cuts into patches.
     """
 
     grids: tuple[tuple[int, int], ...]
     side: int = 1
     prefix: int = 0
     arrangement: Arrangement = "batch"
+    regroups: bool = False
+    cut: bool = False
 
     @property
     def units(self) -> Units:
@@ -40,9 +44,8 @@ class Pictures:
 
     @property
     def restores(self) -> bool:
-        """Whether the layers' output must hold all patches, row after row, since the family regroups them or takes
-        pictures of several sizes apart."""
-        return self.arrangement == "raster" or (self.arrangement == "batch" and self.side > 1)
+        """Whether the layers' output must hold all patches: where they are regrouped, or taken apart by picture."""
+        return self.arrangement == "raster" or self.regroups
 
     def enter(self, x: Tensor, angles: Angles | None, window: Tensor | None) -> tuple[Tensor, MergedTokens]:
         """What the first layer gets, as it travels, and which tokens these are.
@@ -55,25 +58,19 @@ class Pictures:
         units = self.layout(x.device)
         shape = self.units.of_patches(units).shape
         x, *angles_of_units = (
-            self._to_units(part.reshape(*x.shape[:-1], -1)).reshape(*shape, -1) for part in (x, *(angles or ()))
+            self.to_units(part.reshape(*x.shape[:-1], -1)).reshape(*shape, -1) for part in (x, *(angles or ()))
         )
         angles = (angles_of_units[0], angles_of_units[1]) if angles else None
         return x, MergedTokens.unmerged(units, self.units, angles, window)
 
     def leave(self, x: Tensor, state: MergedTokens) -> Tensor:
-        """What the last layer gives: merged tokens, [pictures, M, C] padded or [S, C]; or all patches where the layers'
-        output must hold them, see `restores`."""
-        if self.arrangement == "packed":
-            return x.flatten(0, 1)
+        """What the last layer gives: merged tokens, [pictures, M, C] padded or [S, C]; or all patches, see `restores`, in
+        the order of the layers, [pictures, prefix + N, C] or [S, C]."""
         if not self.restores:
-            return state.layout.pad(x)
+            return x.flatten(0, 1) if self.arrangement == "packed" else state.layout.pad(x)
         original = self.layout(x.device)
         units = self.expand(state.units.gather(x, state.layout), state).unflatten(0, original.shape)
-        patches = state.units.spread(units, original)
-        if self.arrangement == "raster":
-            return patches.flatten(0, 1)[self._raster(x.device)][None]
-        behind = patches[:, self.prefix :]
-        return torch.cat((patches[:, : self.prefix], behind[:, self._raster(x.device)]), 1)
+        return self._from_units(state.units.spread(units, original))
 
     def layout(self, device: torch.device) -> Layout:
         """Of the units, prefix tokens included, ahead of the first layer."""
@@ -90,29 +87,32 @@ class Pictures:
         return rows.masked_fill((original.pack(state.map.group).flatten() < 0)[:, None], 0)
 
     def to_patches(self, units: Tensor) -> Tensor:
-        """What stands for each unit [S, ...], picture after picture, prefix tokens included, to every patch in the
-        arrangement of the layers."""
-        if self.arrangement == "batch":
-            rows = units.unflatten(0, (len(self.grids), -1))
-            if self.side == 1:
-                return rows
-            patches = rows[:, self.prefix :].repeat_interleave(self.side**2, 1)
-            return torch.cat((rows[:, : self.prefix], patches[:, self._raster(units.device)]), 1)
-        patches = units.repeat_interleave(self.side**2, 0)
-        return patches if self.arrangement == "packed" else patches[self._raster(units.device)][None]
+        """What stands for each unit [S, C], picture after picture, prefix tokens included, to every patch in the order
+        of the layers, [pictures, prefix + N, C] or [S, C]."""
+        layout = self.layout(units.device)
+        patches = units.repeat(1, self.side**2).unflatten(0, layout.shape)
+        return self._from_units(self.units.spread(patches, layout))
 
     def first_of_units(self, x: Tensor) -> Tensor:
         """The first patch of each unit, of patches [pictures, N, C] or [S, C] row after row: [..., units, C]."""
         return x[..., self._order(x.device), :][..., :: self.side**2, :]
 
-    def _to_units(self, x: Tensor) -> Tensor:
-        """Patches with those of a unit together."""
+    def to_units(self, x: Tensor) -> Tensor:
+        """Patches in the order of the layers, [pictures, prefix + N, C] or [S, C], with those of a unit together."""
         if self.arrangement == "packed" or self.side == 1:
             return x
-        order = self._order(x.device)
         if self.arrangement == "raster":
-            return x[:, order]
-        return torch.cat((x[:, : self.prefix], x[:, self.prefix :][:, order]), 1)
+            return x.flatten(0, -2)[self._order(x.device)]
+        return torch.cat((x[:, : self.prefix], x[:, self.prefix :][:, self._order(x.device)]), 1)
+
+    def _from_units(self, x: Tensor) -> Tensor:
+        """The inverse of `to_units`, of patches as they travel while nothing is merged."""
+        if self.arrangement != "batch":
+            x = x.flatten(0, 1)
+            return x if self.arrangement == "packed" or self.side == 1 else x[self._order(x.device).argsort()]
+        if self.side == 1:
+            return x
+        return torch.cat((x[:, : self.prefix], x[:, self.prefix :][:, self._order(x.device).argsort()]), 1)
 
     def _order(self, device: torch.device) -> Tensor:
         """int64 [N] of each picture in a batch, or [S] of all: the patches row after row, unit after unit."""
@@ -120,10 +120,6 @@ class Pictures:
         orders, begin, side = [], 0, self.side
         for rows, columns in grids:
             index = torch.arange(rows * columns, device=device) + begin
-            blocks = index.view(rows // side, side, columns // side, side).transpose(1, 2)
-            orders.append(blocks.flatten())
+            orders.append(index.view(rows // side, side, columns // side, side).transpose(1, 2).flatten())
             begin += rows * columns
         return torch.cat(orders)
-
-    def _raster(self, device: torch.device) -> Tensor:
-        return self._order(device).argsort()

@@ -34,6 +34,7 @@ class EncoderRun:
         self.states: list[MergedTokens] = []
         self.gives_features = False
         self._entering: TokenMap | None = None
+        self._dimensions = 3
 
     def pixels(self, pixels: Tensor) -> Tensor:
         """The pictures that the encoder gets, see `Shown.pixels`."""
@@ -72,6 +73,7 @@ class EncoderRun:
             windowed: whether this layer attends within windows.
         """
         if index == 0:
+            self._dimensions = x.ndim
             x = self._enter(x, angles, window)
         state = self.states[-1]
         if index < self.depth:
@@ -86,6 +88,7 @@ class EncoderRun:
         if index + 1 == self.depth:
             x, state = self._reduced(x, state)
             x = self.pictures.leave(x, state)
+            x = x if x.ndim == self._dimensions else x[None]
         self.states.append(state)
         return x
 
@@ -93,6 +96,13 @@ class EncoderRun:
     def map(self) -> TokenMap:
         """Encoder tokens, prefix included, to those that are left."""
         return self.states[-1].map
+
+    @property
+    def first(self) -> Tensor:
+        """int64 [S']: of each merged unit, the first of all that there were."""
+        state = self.states[-1]
+        original = self.pictures.layout(state.map.group.device)
+        return state.layout.pack(original.index(state.map.first())).flatten()
 
     def expand(self, features: Tensor) -> Tensor:
         """Copy the features [S', C] of merged units, which travel without padding, to all that there were [S, C]."""
