@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from dymu.choices import CACHE_FORMS, UNMERGE, CacheForm, Unmerge
 from dymu.errors import AlreadyApplied, BadBudget, DymuError, UnsupportedModel
-from dymu.families.resolve import Parts, resolve
+from dymu.families.encoders import METHODS, LoneEncoder, parts_of, type_of
+from dymu.families.resolve import Parts
 from dymu.files import expanded
 from dymu.hooks.attention import NAME
 from dymu.hooks.call import Calls, CallState, refuse_merged_features
+from dymu.hooks.encoder import EncoderHooks
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.language import LanguageHooks
 from dymu.hooks.probe import check_layers
@@ -45,10 +47,14 @@ def apply(
     backend: str = "auto",
     cache: CacheForm = "merged",
 ) -> Handle:
-    """Make a stock vision-language model merge image tokens, in place.
+    """Make a stock vision-language model, or a vision encoder by itself, merge image tokens, in place.
+
+    An encoder by itself gives merged tokens copied to all places, so that features and what is pooled of them have stock
+    shapes; see docs/encoders-alone.md.
 
     Args:
-        model: a transformers model of a described family (`dymu families`), also within PEFT's wrapper or others.
+        model: a transformers model of a described family (`dymu families`), also within PEFT's wrapper or others; or a
+            vision encoder of transformers, timm or open_clip.
         thresholds: a `Thresholds`, or where they are: a file, a model's folder or a hub name, see `Thresholds.load`.
             Left out, and no `merge` given: those beside the model.
         budget: average of image tokens per image, class token and registers not counted; a float up to 1 is a
@@ -57,7 +63,7 @@ def apply(
         per_second: average of tokens per second of video. Tokens that stay alike are then kept from frame to frame.
             None: every frame is merged by itself, as in the paper.
         merge: another way to have fewer tokens instead of thresholds, such as `FixedMerge(keep=94)`.
-        unmerge: `exact`: the language model attends as if no token had been merged (VTU, paper section 3.2). `compact`:
+        unmerge: of vision-language models, as are `backend` and `cache`. `exact`: the language model attends as if no token had been merged (VTU, paper section 3.2). `compact`:
             it sees each merged token once, at the mean position of its group and as heavy as its size. `original`: the
             same, all as heavy as one. `none`: it sees merged tokens as a shorter prompt. See `dymu.choices.Unmerge`.
         backend: how to compute the attention: `auto`, `sdpa`, `triton` (on a GPU) or `reference` (slow).
@@ -72,21 +78,21 @@ def apply(
             it reads image features that no layer made.
         AlreadyApplied: DyMU is applied to this model already.
         BadThresholds, BadBudget: the thresholds or the budget do not fit.
-        ValueError: an unknown `unmerge`, `backend` or `cache`, a reducer that does not fit the encoder, both
-            `thresholds` and `merge`, or `cache="expanded"` with another `unmerge` than `exact` or another backend
-            than `sdpa`.
+        ValueError: an unknown `unmerge`, `backend` or `cache`, or any of them for an encoder by itself, a reducer that
+            does not fit the encoder, both `thresholds` and `merge`, or `cache="expanded"` with another `unmerge` than
+            `exact` or another backend than `sdpa`.
         TypeError: `merge` is no `Reducer`, or acts in no stage.
     """
     if thresholds is not None and merge is not None:
         raise ValueError("give either thresholds (and a budget) or merge=, not both")
     calibrated = _load(model, thresholds) if merge is None else None
     with _APPLYING:
-        parts = resolve(model)
-        if max(parts.feature_layers()) == 0:
+        parts = parts_of(model)
+        if _depth(parts) == 0:
             raise UnsupportedModel(
                 "this model reads its image features ahead of the first encoder layer: none can merge."
             )
-        if _MARK in parts.inner.__dict__:
+        if any(_MARK in module.__dict__ for module in _marked(parts)):
             raise AlreadyApplied(
                 "DyMU is already applied to this model; set handle.budget to change the budget, or call "
                 "handle.remove() first (dymu.handle_of(model) gives the handle)."
@@ -97,6 +103,8 @@ def apply(
             raise ValueError(f"unknown cache {cache!r}; choose {' or '.join(CACHE_FORMS)}")
         if cache == "expanded" and (unmerge != "exact" or choose(backend) != "sdpa"):
             raise ValueError('cache="expanded" needs unmerge="exact" and the backend sdpa')
+        if isinstance(parts, LoneEncoder) and (unmerge, backend, cache) != ("exact", "auto", "merged"):
+            raise ValueError("an encoder by itself has no language model: leave unmerge, backend and cache out")
         if merge is not None:
             _check_reducer(merge)
             if budget is not None or per_second is not None:
@@ -119,9 +127,9 @@ def _load(model: Any, named: Thresholds | str | os.PathLike[str] | None) -> Thre
     """The thresholds that are given or named, or those beside the model. May ask the hub."""
     if named is not None:
         return named if isinstance(named, Thresholds) else Thresholds.load(named)
-    config: Any = resolve(model).config
+    config: Any = getattr(parts_of(model).model, "config", None)
     revision = getattr(config, "_commit_hash", None)
-    return beside(config._name_or_path, "dymu.apply(model, thresholds)", revision)
+    return beside(getattr(config, "_name_or_path", ""), "dymu.apply(model, thresholds)", revision)
 
 
 def _check_reducer(merge: Any) -> None:
@@ -147,21 +155,30 @@ def handle_of(model: PreTrainedModel) -> Handle | None:
     Raises:
         UnsupportedModel: the model is of no described family.
     """
-    handle: Handle | None = resolve(model).inner.__dict__.get(_MARK)
+    handle: Handle | None = _marked(parts_of(model))[0].__dict__.get(_MARK)
     return handle
 
 
-def encoder_of(parts: Parts, tokens: int = 0) -> Encoder:
+def encoder_of(parts: Parts | LoneEncoder, tokens: int = 0) -> Encoder:
     """Describe the vision encoder that thresholds belong to."""
-    config = parts.tower.config
     return Encoder(
-        model_type=config.model_type,
+        model_type=type_of(parts.tower),
         layers=len(parts.encoder_layers),
-        depth=max(parts.feature_layers()),
+        depth=_depth(parts),
         hidden_size=parts.width,
         heads=parts.heads,
         tokens=tokens,
     )
+
+
+def _depth(parts: Parts | LoneEncoder) -> int:
+    """Encoder layers that are read, and may merge."""
+    return len(parts.encoder_modules) if isinstance(parts, LoneEncoder) else max(parts.feature_layers())
+
+
+def _marked(parts: Parts | LoneEncoder) -> tuple[nn.Module, ...]:
+    """The modules that know the handle, so that none is changed twice."""
+    return (parts.tower,) if isinstance(parts, LoneEncoder) else (parts.inner, parts.tower)
 
 
 def name_of(model: nn.Module) -> str:
@@ -176,7 +193,7 @@ class Handle:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: Parts | LoneEncoder,
         thresholds: Thresholds | None,
         reducer: Reducer | None,
         unmerge: Unmerge,
@@ -185,12 +202,18 @@ class Handle:
     ) -> None:
         self._thresholds, self._calls = thresholds, Calls()
         self._parts, self._state = parts, CallState(self._calls)
-        self._language = LanguageHooks(parts, self._state, unmerge, backend, cache)
-        self._generation = GenerationHooks(parts, self._state)
-        self._vision = VisionHooks(parts, self._state, reducer)
+        self._vision: VisionHooks | EncoderHooks
+        if isinstance(parts, LoneEncoder):
+            self._vision = EncoderHooks(parts, self._state, reducer)
+        else:
+            self._vision = VisionHooks(parts, self._state, reducer)
+            self._language = LanguageHooks(parts, self._state, unmerge, backend, cache)
+            self._generation = GenerationHooks(parts, self._state)
         self._budget: float | None = None
         self._per_second: float | None = None
         self._undo: list[Callable[[], object]] = []
+        self._staying = 0
+        """How many of these stay while parts are exchanged."""
         self._changed: list[tuple[int, int, int]] = []
         """See `_changing`; empty while something is amiss."""
         self._refused: str | None = None
@@ -237,7 +260,8 @@ class Handle:
             raise BadBudget("DyMU was removed from this model; apply it again to set a budget.")
         if self._thresholds is None:
             raise BadBudget("this model merges by a fixed rule, which has no budget; apply thresholds instead.")
-        if per_second is not None and "video" not in self._parts.placeholders:
+        parts = self._parts
+        if per_second is not None and (isinstance(parts, LoneEncoder) or "video" not in parts.placeholders):
             raise BadBudget("this model takes no videos, so it has no tokens per second; leave per_second out.")
         entry = self._thresholds.at(budget)
         over_time = None if per_second is None else self._thresholds.over_time_at(budget, per_second)
@@ -300,13 +324,13 @@ class Handle:
         Raises:
             UnsupportedModel: they are not what the description says.
         """
-        parts = resolve(self._parts.model)
+        parts = parts_of(self._parts.model)
         if _changing(parts) != self._changed:
             with self._state.alone_within():
-                parts = resolve(self._parts.model)
+                parts = parts_of(self._parts.model)
                 if _changing(parts) != self._changed:
                     self._changed = []
-                    self._uninstall(down_to=2)
+                    self._uninstall(down_to=self._staying)
                     self._install(parts)
                     try:
                         self._check(parts)
@@ -317,32 +341,62 @@ class Handle:
         if self._refused is not None:
             raise UnsupportedModel(self._refused)
 
-    def _check_fits(self, parts: Parts) -> None:
+    def _check_fits(self, parts: Parts | LoneEncoder) -> None:
         """Refuse parts that the thresholds, or the reducer, are not for."""
         if self._thresholds is not None:
-            prefix = max(parts.prefix, parts.dropped())
-            self._thresholds.check_fits(encoder_of(parts), parts.family.cuts_images, prefix)
+            prefix, cuts_images = parts.prefix, False
+            if isinstance(parts, Parts):
+                prefix, cuts_images = max(prefix, parts.dropped()), parts.family.cuts_images
+            self._thresholds.check_fits(encoder_of(parts), cuts_images, prefix)
         elif self._vision.reducer is not None:
-            self._vision.reducer.check_fits(max(parts.feature_layers()))
+            self._vision.reducer.check_fits(_depth(parts))
 
-    def _check(self, parts: Parts) -> None:
+    def _check(self, parts: Parts | LoneEncoder) -> None:
         """Refuse parts that are not what the descriptions, or the thresholds, say."""
         self._check_fits(parts)
-        check_layers(parts)
+        rotations = check_layers(parts)
+        if isinstance(parts, Parts):
+            self._language.rotations = rotations
 
     def _forward(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Each forward of the whole, also within `generate`."""
         self._follow()
         return forward(*args, **kwargs)
 
-    def _install(self, parts: Parts) -> None:
-        vision, language, generation, state = self._vision, self._language, self._generation, self._state
-        self._parts = vision.parts = language.parts = generation.parts = parts
+    def _install(self, parts: Parts | LoneEncoder) -> None:
+        self._parts = parts
         if not self._undo:  # these stay while parts are exchanged: each call finds out whether the rest is in place
-            self._call(parts.model, "generate", generation.generate)
-            self._call(parts.model, "forward", self._forward)
-        self._undo.append(functools.partial(self._unmark, parts.inner))
-        parts.inner.__dict__[_MARK] = self
+            if isinstance(parts, Parts):
+                self._call(parts.model, "generate", self._generation.generate)
+            for name in METHODS:
+                if hasattr(parts.model, name):
+                    self._call(parts.model, name, self._forward)
+            self._staying = len(self._undo)
+        for module in _marked(parts):
+            self._undo.append(functools.partial(self._unmark, module))
+            module.__dict__[_MARK] = self
+        if isinstance(parts, LoneEncoder):
+            self._install_encoder(parts)
+        else:
+            self._install_model(parts)
+        warn_of_hooks(parts.encoder_attentions, self._calls.warned)
+        for module in {id(module): module for module in (parts.model, *_marked(parts))}.values():
+            self._set(module, "__getstate__", refuse_copy)
+
+    def _install_encoder(self, parts: LoneEncoder) -> None:
+        encoder = self._vision
+        assert isinstance(encoder, EncoderHooks)
+        encoder.parts = parts
+        for name in METHODS:
+            if hasattr(parts.tower, name):
+                self._call(parts.tower, name, functools.partial(encoder.encode, name))
+        for index, module in enumerate(parts.encoder_modules):
+            self._within(module, "forward", functools.partial(encoder.layer, index))
+
+    def _install_model(self, parts: Parts) -> None:
+        vision, language, generation, state = self._vision, self._language, self._generation, self._state
+        assert isinstance(vision, VisionHooks)
+        vision.parts = language.parts = generation.parts = parts
         self._call(parts.inner, "forward", language.inner)
         # The encoder merges.
         for modality in parts.placeholders:
@@ -354,11 +408,15 @@ class Handle:
             self._within(parts.pooler, "forward", vision.pooler)
         if parts.merger is not None:
             self._within(parts.merger, "forward", vision.merger)
+        for module in parts.side_mergers:
+            self._within(module, "forward", vision.side_merger)
         if parts.projector is not None:
             self._within(parts.projector, "forward", vision.projector)
         # The language model unmerges.
         self._call(parts.language_model, "forward", language.decoder)
         self._within(parts.rotary, "forward", language.rotary)
+        for module in parts.mixers:
+            self._within(module, "forward", language.mixer)
         choosing = parts.choosing_attention
         views = {id(module.config): config_view(module.config, lambda: NAME) for module in choosing}
         for module in choosing:
@@ -367,9 +425,7 @@ class Handle:
         self._set(parts.language_model, "config", view)
         for name, around in generation.names.items():
             self._within(parts.model, name, around)
-        warn_of_hooks(parts.encoder_attentions, self._calls.warned)
-        for module in (parts.model, parts.inner, parts.tower, parts.language_model):
-            self._set(module, "__getstate__", refuse_copy)
+        self._set(parts.language_model, "__getstate__", refuse_copy)
 
     def _uninstall(self, down_to: int = 0) -> None:
         """Undo everything but the first things, the last first; what an interruption leaves, the next time does."""
@@ -377,9 +433,9 @@ class Handle:
             self._undo[-1]()
             self._undo.pop()
 
-    def _unmark(self, inner: nn.Module) -> None:
-        if inner.__dict__.get(_MARK) is self:
-            del inner.__dict__[_MARK]
+    def _unmark(self, module: nn.Module) -> None:
+        if module.__dict__.get(_MARK) is self:
+            del module.__dict__[_MARK]
 
     def _call(self, module: nn.Module, name: str, around: Around) -> None:
         """Put `around` a method that callers call."""
@@ -407,7 +463,7 @@ class Handle:
         module.__dict__[name] = value
 
 
-def _changing(parts: Parts) -> list[tuple[int, int, int]]:
+def _changing(parts: Parts | LoneEncoder) -> list[tuple[int, int, int]]:
     """The modules that DyMU relies on, and what stands in the place of their `forward` and `config`."""
     return [
         (id(module), id(module.__dict__.get("forward")), id(module.__dict__.get("config")))

@@ -1,12 +1,32 @@
 """The language models that are described."""
 
+from dataclasses import replace
+
 from dymu.families.family import Decoder
 
-HALF_SPLIT = Decoder(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "granite", "phi3", "hyperclovax")
-)
+PLAIN = Decoder(
+    model_types=(
+        "llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "granite", "phi3", "hyperclovax", "cohere2",
+        "smollm3", "exaone4",
+    )
+)  # fmt: skip
 
-DECODERS = (HALF_SPLIT,)
+DECODERS = (PLAIN,)
 """Those that families hold which take any language model."""
 
-M_ROPE = Decoder(model_types=("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text"), axes=3)
+M_ROPE = Decoder(
+    model_types=(
+        "qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text", "glm4v_text", "glm46v_text", "glm_ocr_text",
+        "glm4v_moe_text",
+    ),
+    axes=3,
+)  # fmt: skip
+
+DEEP_STACK = replace(
+    M_ROPE,
+    model_types=("qwen3_vl_text", "qwen3_vl_moe_text"),
+    added_rows="deepstack_visual_embeds",
+    added_where="visual_pos_masks",
+)
+
+HYBRID = replace(M_ROPE, model_types=("qwen3_5_text", "qwen3_5_moe_text"), mixer="linear_attn")

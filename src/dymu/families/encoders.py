@@ -15,9 +15,8 @@ from dymu.families.resolve import (
     HOW_TO_ADD,
     EncoderParts,
     Parts,
-    distinct_layers,
+    encoder_parts,
     find,
-    prefix_of,
     refuse_spread,
     resolve,
     unwrapped,
@@ -86,13 +85,7 @@ def parts_of(model: Any) -> Parts | LoneEncoder:
         )
     refuse_spread(model)
     tower, kind = at
-    return LoneEncoder(
-        tower=tower,
-        tower_kind=kind,
-        encoder_modules=distinct_layers(tower, kind),
-        prefix=prefix_of(tower, kind),
-        model=model,
-    )
+    return LoneEncoder(**encoder_parts(tower, kind), model=model)
 
 
 def type_of(model: Any) -> str:

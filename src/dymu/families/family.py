@@ -55,6 +55,8 @@ class Tower:
     numbers than those of whole pictures attend within windows."""
     merger: str | None = None
     """What makes one token of the patches of each unit, at the end of an encoder of packed patches."""
+    side_mergers: str | None = None
+    """The same for what some layers give, which is added within the language model."""
     shapes: str | None = None
     """Argument of the encoder's forward: rows and columns of the patches of each picture, which the encoder gets ahead
     of padding. None: pictures are as large as the pixels."""
@@ -64,7 +66,8 @@ class Tower:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A language model whose attention asks `AttentionInterface` and rotates the two halves of each head (RoPE)."""
+    """A language model whose attention asks `AttentionInterface`. How each layer rotates its heads (which channels, and
+    whether at all) is found by trying, see `dymu.hooks.probe`."""
 
     model_types: tuple[str, ...]
     layers: str = "layers"
@@ -72,6 +75,14 @@ class Decoder:
     rotary: str = "rotary_emb"
     axes: int = 1
     """Of its positions: 3 for time, height and width."""
+    layer_type: str | None = None
+    """Attribute of an attention layer: the kind of angles that the rotary module is asked for."""
+    mixer: str | None = None
+    """What mixes tokens in layers without attention (linear attention, a short convolution)."""
+    added_rows: str | None = None
+    """Argument of its forward: for each of the first layers the rows [image tokens, C] that are added behind it."""
+    added_where: str | None = None
+    """Argument of its forward: bool [B, N], the tokens to which these rows are added."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,17 @@ from dymu.families.internvl import IDEFICS3, INTERNVL, OVIS2, QIANFAN_OCR, SMOLV
 from dymu.families.llava import LLAVA, VIPLLAVA
 from dymu.families.llava_next import LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
 from dymu.families.mistral3 import LIGHTON_OCR, MISTRAL3
-from dymu.families.qwen_vl import HYPERCLOVAX, PADDLEOCR_VL, QWEN2_5_VL, QWEN2_VL, VIDEO_LLAMA_3
+from dymu.families.qwen_vl import (
+    HYPERCLOVAX,
+    PADDLEOCR_VL,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    VIDEO_LLAMA_3,
+)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -14,7 +24,7 @@ FAMILIES: dict[str, Family] = {
         LLAVA, VIPLLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION,
         DEEPSEEK_VL, JANUS,
         INTERNVL, QIANFAN_OCR, IDEFICS3, SMOLVLM, OVIS2,
-        QWEN2_VL, QWEN2_5_VL, PADDLEOCR_VL, VIDEO_LLAMA_3, HYPERCLOVAX,
+        QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE, PADDLEOCR_VL, VIDEO_LLAMA_3, HYPERCLOVAX,
         MISTRAL3, LIGHTON_OCR,
     )
 }  # fmt: skip

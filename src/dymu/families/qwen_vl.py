@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from dymu.families.decoders import DECODERS, M_ROPE
+from dymu.families.decoders import DECODERS, DEEP_STACK, HYBRID, M_ROPE
 from dymu.families.family import Family
-from dymu.families.towers import PADDLE, QWEN, QWEN2, VIDEO_LLAMA
+from dymu.families.towers import PADDLE, QWEN, QWEN2, QWEN3, VIDEO_LLAMA
 
 QWEN2_VL = Family(
     model_type="qwen2_vl",
@@ -20,6 +20,14 @@ QWEN2_VL = Family(
 )
 
 QWEN2_5_VL = replace(QWEN2_VL, model_type="qwen2_5_vl", towers=(QWEN,))
+
+QWEN3_VL = replace(QWEN2_5_VL, model_type="qwen3_vl", towers=(QWEN3,), decoders=(DEEP_STACK,))
+
+QWEN3_VL_MOE = replace(QWEN3_VL, model_type="qwen3_vl_moe")
+
+QWEN3_5 = replace(QWEN2_5_VL, model_type="qwen3_5", decoders=(HYBRID,))
+
+QWEN3_5_MOE = replace(QWEN3_5, model_type="qwen3_5_moe")
 
 PADDLEOCR_VL = replace(
     QWEN2_VL,

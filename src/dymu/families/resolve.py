@@ -73,6 +73,12 @@ class EncoderParts:
         return None if path is None else find(self.tower, path)
 
     @property
+    def side_mergers(self) -> tuple[nn.Module, ...]:
+        """See `Tower.side_mergers`."""
+        path = self.tower_kind.side_mergers
+        return () if path is None else tuple(map(_plain, find(self.tower, path)))
+
+    @property
     def heads(self) -> int:
         return int(find(self.tower, self.tower_kind.heads))
 
@@ -104,6 +110,26 @@ class Parts(EncoderParts):
     rotary: nn.Module
 
     @property
+    def angle_kinds(self) -> tuple[str, ...]:
+        """The kinds of rotary angles that the attention layers ask for; one without a name where all have the same."""
+        return tuple(dict.fromkeys(map(self.angle_kind, self.attentions)))
+
+    def angle_kind(self, attention: nn.Module) -> str:
+        """That of one attention layer."""
+        name = self.decoder_kind.layer_type
+        return "" if name is None else str(find(attention, name))
+
+    @property
+    def mixers(self) -> tuple[nn.Module, ...]:
+        """See `Decoder.mixer`."""
+        path = self.decoder_kind.mixer
+        return () if path is None else tuple(find(layer, path) for layer in self.decoder_layers if hasattr(layer, path))
+
+    @property
+    def decoder_layers(self) -> tuple[nn.Module, ...]:
+        return tuple(map(_plain, find(self.language_model, self.decoder_kind.layers)))
+
+    @property
     def choosing_attention(self) -> tuple[Any, ...]:
         """The modules whose config says which function attends: the language model's attention layers, or what is
         within them where somebody wrapped them."""
@@ -116,7 +142,8 @@ class Parts(EncoderParts):
         """Every module that `dymu.apply` changes, or computes itself."""
         return (
             self.model, self.inner, self.tower, self.merger, self.projector, self.pooler, self.language_model, self.rotary,
-            *self.encoder_modules, *self.encoder_attentions, *self.attentions, *self.choosing_attention,
+            *self.encoder_modules, *self.encoder_attentions, *self.side_mergers,
+            *self.attentions, *self.mixers, *self.choosing_attention,
         )  # fmt: skip
 
     @property
@@ -233,6 +260,33 @@ def _kind(kinds: tuple[Kind, ...], what: str, model_type: str) -> Kind:
     raise UnsupportedModel(f"the {what} {model_type!r} is not described; described are {known}; {HOW_TO_ADD}.")
 
 
+def refuse_spread(model: Any) -> None:
+    """Raises UnsupportedModel where the parts of a model are on several devices."""
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if len(devices) > 1:
+        raise UnsupportedModel(
+            f"the model is spread over several devices ({', '.join(map(str, devices))}), which dymu does not know yet; "
+            "load it onto one."
+        )
+
+
+def encoder_parts(tower: nn.Module, kind: Tower) -> dict[str, Any]:
+    """The fields of `EncoderParts`.
+
+    Raises:
+        UnsupportedModel: a layer stands in several places.
+    """
+    modules = tuple(map(_plain, find(tower, kind.layers)))
+    if len(set(modules)) < len(modules):
+        raise UnsupportedModel(
+            "the vision encoder has the same layer in several places, which dymu cannot tell apart; give each place a "
+            "layer of its own."
+        )
+    registers = int(find(tower, kind.registers)) if kind.registers else 0
+    prefix = int(kind.class_token) + registers
+    return {"tower": tower, "tower_kind": kind, "encoder_modules": modules, "prefix": prefix}
+
+
 def resolve(model: PreTrainedModel) -> Parts:
     """Find the parts of `model`, or of the one that it wraps, see `unwrapped`.
 
@@ -252,12 +306,7 @@ def resolve(model: PreTrainedModel) -> Parts:
             f"{type(model).__name__} is only a part of a {model_type} model; give the whole one, "
             "as AutoModelForImageTextToText loads it."
         )
-    devices = set(getattr(model, "hf_device_map", {}).values())
-    if len(devices) > 1:
-        raise UnsupportedModel(
-            f"the model is spread over several devices ({', '.join(map(str, devices))}), which dymu does not know yet; "
-            "load it onto one."
-        )
+    refuse_spread(model)
     inner = find(model, family.inner)
     tower = find(inner, family.tower)
     language_model = find(inner, family.language_model)
@@ -269,26 +318,20 @@ def resolve(model: PreTrainedModel) -> Parts:
             f"the language model's rotary angles ({rotary.rope_type}) depend on how long the prompt is, which dymu "
             "does not follow yet; use a model with another kind."
         )
-    modules = tuple(map(_plain, find(tower, tower_kind.layers)))
-    if len(set(modules)) < len(modules):
-        raise UnsupportedModel(
-            "the vision encoder has the same layer in several places, which dymu cannot tell apart; give each place a "
-            "layer of its own."
-        )
-    registers = int(find(tower, tower_kind.registers)) if tower_kind.registers else 0
     return Parts(
+        **encoder_parts(tower, tower_kind),
         family=family,
         config=config,
         model=model,
         inner=inner,
-        tower=tower,
         projector=None if family.projector is None else find(inner, family.projector),
         pooler=None if family.pooler is None else find(inner, family.pooler),
         language_model=language_model,
         decoder_kind=decoder_kind,
-        tower_kind=tower_kind,
-        encoder_modules=modules,
-        attentions=tuple(find(layer, decoder_kind.attention) for layer in find(language_model, decoder_kind.layers)),
+        attentions=tuple(
+            find(layer, decoder_kind.attention)
+            for layer in find(language_model, decoder_kind.layers)
+            if decoder_kind.mixer is None or not hasattr(layer, decoder_kind.mixer)
+        ),
         rotary=rotary,
-        prefix=int(tower_kind.class_token) + registers,
     )

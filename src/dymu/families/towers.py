@@ -97,7 +97,15 @@ QWEN2 = Tower(
     merger="merger",
 )
 
-QWEN = replace(QWEN2, model_types=("qwen2_5_vl_vision",), width="config.hidden_size")
+QWEN = replace(
+    QWEN2,
+    model_types=("qwen2_5_vl_vision", "qwen3_5_vision", "qwen3_5_moe_vision"),
+    width="config.hidden_size",
+)
+
+QWEN3 = replace(
+    QWEN, model_types=("qwen3_vl_vision", "qwen3_vl_moe_vision"), side_mergers="deepstack_merger_list"
+)
 
 PIXTRAL = Tower(
     model_types=("pixtral",),

@@ -1,14 +1,18 @@
-"""The function that the language model's attention layers call."""
+"""The function that the language model's attention layers call, and how each of them rotates its heads."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dymu.families.resolve import Parts
 from dymu.hooks.refusals import refuse_unknown
 from dymu.unmerging import BACKENDS, Step
 
@@ -16,10 +20,103 @@ NAME = "dymu"
 """Name of the attention implementation, which layers read from their config."""
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """How an attention layer rotates its heads.
+
+    Attributes:
+        start: where its angles begin among those of all kinds.
+        pairs: how many pairs of channels, from the first one on, turn; 0: the layer does not rotate.
+        neighbours: whether channels 2i and 2i + 1 are a pair, and not i and i + `pairs`.
+    """
+
+    start: int
+    pairs: int
+    neighbours: bool
+
+    def half_split(self, x: Tensor) -> Tensor:
+        """The channels of [..., D] in an order in which i and i + D / 2 are a pair, those that do not turn behind."""
+        if not self.pairs:
+            return x
+        turning, rest = x[..., : 2 * self.pairs], x[..., 2 * self.pairs :]
+        if self.neighbours:
+            turning = turning.unflatten(-1, (-1, 2)).mT.flatten(-2)
+        if not rest.shape[-1]:
+            return turning
+        halves = zip(turning.chunk(2, -1), rest.chunk(2, -1), strict=True)
+        return torch.cat([part for half in halves for part in half], -1)
+
+
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines [B, N, any], as a rotary module gives them."""
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """How the layers of a language model rotate.
+
+    Attributes:
+        interleaved: of each kind of angles, in order, whether each is given twice in a row, and not in two halves.
+        by_module: by the identity of each attention module.
+    """
+
+    interleaved: Mapping[str, bool]
+    by_module: Mapping[int, Rotation]
+
+    def joined(self, angles: Mapping[str, Angles]) -> Angles:
+        """Those of all kinds side by side, [B, N, any], both halves alike."""
+        kinds = list(self.interleaved.items())
+        if len(kinds) == 1 and not kinds[0][1]:
+            return angles[kinds[0][0]]
+        cos, sin = (
+            torch.cat([one_of_two(angles[kind][part], interleaved) for kind, interleaved in kinds], -1)
+            for part in range(2)
+        )
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+
+def one_of_two(values: Tensor, interleaved: bool) -> Tensor:
+    """Of values [..., 2 P] that stand there twice, one each."""
+    return values[..., 0::2] if interleaved else values[..., : values.shape[-1] // 2]
+
+
+def angles_of(parts: Parts, like: Tensor, positions: Tensor) -> dict[str, Angles]:
+    """The angles of positions, as the rotary module takes these, by kind."""
+    rotary: Any = parts.rotary.forward
+    return {kind: rotary(like, positions, *([kind] if kind else [])) for kind in parts.angle_kinds}
+
+
+class LayerSteps:
+    """The step of one forward, as each attention layer rotates.
+
+    Args:
+        step: its phases are those of all kinds of angles, side by side.
+        rotations: by the identity of each attention module.
+    """
+
+    def __init__(self, step: Step, rotations: Mapping[int, Rotation]) -> None:
+        self._step, self._rotations = step, rotations
+        self._steps = dict[tuple[Rotation, int], Step]()
+
+    def at(self, module: Any, query: Tensor, key: Tensor) -> tuple[Step, Tensor, Tensor]:
+        """The step of an attention layer, and its queries and keys in half-split order."""
+        rotation, size = self._rotations[id(module)], query.shape[-1]
+        if (rotation, size) not in self._steps:
+            self._steps[rotation, size] = self._turned(rotation, size)
+        return self._steps[rotation, size], rotation.half_split(query), rotation.half_split(key)
+
+    def _turned(self, rotation: Rotation, size: int) -> Step:
+        if rotation.pairs == self._step.phase.shape[-1] == size // 2:
+            return self._step
+        phase = self._step.phase[..., rotation.start : rotation.start + rotation.pairs]
+        still = phase.new_ones(*phase.shape[:-1], size // 2 - rotation.pairs)
+        return replace(self._step, phase=torch.cat((phase, still), -1))
+
+
 class Probe(Protocol):
     """Stands in for a step where it is tried how a layer rotates, see `dymu.hooks.probe`."""
 
-    def attend(self, query: Tensor, key: Tensor) -> Tensor: ...
+    def attend(self, module: Any, query: Tensor, key: Tensor) -> Tensor: ...
 
 
 def unmerged_attention(
@@ -31,7 +128,7 @@ def unmerged_attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    dymu_step: Step | Probe | None = None,
+    dymu_step: LayerSteps | Probe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over virtual tokens, in the signature of transformers' attention functions.
@@ -56,9 +153,10 @@ def unmerged_attention(
         )  # fmt: skip
         return attended
     refuse_unknown(module, kwargs)
-    if not isinstance(dymu_step, Step):
-        return dymu_step.attend(query, key), None
-    unmerged = BACKENDS[dymu_step.backend](query, key, value, dymu_step, scaling, sliding_window)
+    if not isinstance(dymu_step, LayerSteps):
+        return dymu_step.attend(module, query, key), None
+    step, query, key = dymu_step.at(module, query, key)
+    unmerged = BACKENDS[step.backend](query, key, value, step, scaling, sliding_window)
     return unmerged.contiguous(), None
 
 

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from dymu.choices import CacheForm
 from dymu.errors import UnsupportedCache
@@ -110,9 +110,16 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
     Raises:
         UnsupportedCache: another kind of cache, or one that was filled without DyMU.
     """
-    if cache.layers and isinstance(cache.layers[0], MergedLayer):
-        return cache.layers[0].history
-    if type(cache) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+    history = history_of(cache)
+    if history is not None:
+        if history.interrupted:
+            raise UnsupportedCache(
+                "a call with this KV cache was interrupted, and what the language model's layers without attention "
+                "remember cannot be taken back; start with a new cache."
+            )
+        return history
+    known = (DynamicLayer, LinearAttentionLayer)
+    if type(cache) is not DynamicCache or not all(isinstance(layer, known) for layer in cache.layers):
         raise UnsupportedCache(
             f"DyMU stores merged tokens in a DynamicCache, not in a {type(cache).__name__}; "
             "leave cache_implementation and past_key_values unset."
@@ -124,7 +131,11 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
     layer = ExpandedLayer if form == "expanded" else MergedLayer
     history = History(expanded=form == "expanded")
     if cache.layer_class_to_replicate is None:
-        cache.layers = [layer(history, leads=index == 0) for index in range(len(cache.layers))]
+        first = next(index for index, stock in enumerate(cache.layers) if isinstance(stock, DynamicLayer))
+        cache.layers = [
+            layer(history, leads=index == first) if isinstance(stock, DynamicLayer) else stock
+            for index, stock in enumerate(cache.layers)
+        ]
     else:
         cache.layers.append(layer(history, leads=True))
         cache.layer_class_to_replicate = functools.partial(layer, history, leads=False)
@@ -133,8 +144,12 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
 
 def history_of(cache: Any) -> History | None:
     """What the entries of an adopted cache stand for; None for another, or none."""
-    layers = getattr(cache, "layers", None)
-    return layers[0].history if layers and isinstance(layers[0], MergedLayer) else None
+    return next((layer.history for layer in _merged(cache)), None)
+
+
+def _merged(cache: Any) -> Iterator[MergedLayer]:
+    """The layers that store merged tokens; others remember in other ways."""
+    return (layer for layer in getattr(cache, "layers", ()) if isinstance(layer, MergedLayer))
 
 
 def remembered(cache: Any) -> Callable[[], None]:
@@ -147,13 +162,14 @@ def remembered(cache: Any) -> Callable[[], None]:
         cache.layers, cache.layer_class_to_replicate = layers, replicated
         if history is not None and before is not None:
             history.restore(before)
-            for layer in layers:
+            for layer in _merged(cache):
                 layer.keep_first(history.entries)
+            history.interrupted = any(not isinstance(layer, MergedLayer) for layer in layers)
 
     return rewind
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that the cache holds."""
-    stored = [states for layer in cache.layers if layer.is_initialized for states in (layer.keys, layer.values)]
+    stored = [states for layer in _merged(cache) if layer.is_initialized for states in (layer.keys, layer.values)]
     return sum(states.numel() * states.element_size() for states in stored)

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +21,7 @@ from dymu.families.resolve import Modality, Parts
 from dymu.hooks.cache import cache_bytes, history_of
 from dymu.item import Item
 from dymu.report import Report
+from dymu.token_map import TokenMap
 from dymu.unmerging import History, leaders_within, place_leaders
 
 _log = logging.getLogger("dymu")
@@ -185,6 +187,21 @@ class Calls:
         self.warned = set[str]()
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """The tokens of a running forward of the language model.
+
+    Attributes:
+        tokens: of the full prompt, to the merged ones.
+        plain: whether these are the same.
+        present: bool [B, N], those of the full prompt that are there; None: all are.
+    """
+
+    tokens: TokenMap
+    plain: bool
+    present: Tensor | None
+
+
 class CallState(threading.local):
     """What the hooks of one model share while a call runs; every thread has its own.
 
@@ -199,6 +216,7 @@ class CallState(threading.local):
             leaders int64 [B, N].
         encoding: the running call of `get_image_features` or `get_video_features`.
         unmerging: whether the language model runs on merged tokens.
+        mapped: these, then.
     """
 
     def __init__(self, calls: Calls) -> None:
@@ -214,6 +232,7 @@ class CallState(threading.local):
         self.collecting = self.generating = self.knows_ids = self.unmerging = False
         self.chunked: tuple[int, Tensor] | None = None
         self.encoding: Any = None
+        self.mapped: Mapped | None = None
 
     @property
     def active(self) -> bool:

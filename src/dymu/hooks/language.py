@@ -12,8 +12,9 @@ from transformers import DynamicCache
 from dymu.choices import COMPACT, CacheForm, Unmerge
 from dymu.errors import UnsupportedCache
 from dymu.families.resolve import Parts
+from dymu.hooks.attention import Angles, LayerSteps, Rotations, angles_of
 from dymu.hooks.cache import adopt, remembered
-from dymu.hooks.call import PIXELS, CallState, Prompts, arguments_of
+from dymu.hooks.call import PIXELS, CallState, Mapped, Prompts, arguments_of
 from dymu.hooks.refusals import (
     drops_out,
     refuse_attention_weights,
@@ -25,7 +26,6 @@ from dymu.hooks.replaced import Method
 from dymu.hooks.versions import cache_among, cache_argument, pop_cache
 from dymu.token_map import TokenMap, take
 from dymu.unmerging import History, in_mean_order, plan_step
-from dymu.unmerging.virtual import no_rotation
 
 
 class LanguageHooks:
@@ -40,6 +40,8 @@ class LanguageHooks:
     def __init__(self, parts: Parts, state: CallState, unmerge: Unmerge, backend: str, cache: CacheForm) -> None:
         self.parts, self._state = parts, state
         self._unmerge, self._backend, self._cache = unmerge, backend, cache
+        self.rotations = Rotations({}, {})
+        self._still = dict[Any, Angles]()
 
     def inner(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Find the placeholders of this call's images and videos."""
@@ -72,7 +74,7 @@ class LanguageHooks:
 
         A call that ends in an error leaves the cache as it was.
         """
-        state, decoder, within = self._state, self.parts.language_model, self._state.unmerging
+        state, decoder, within = self._state, self.parts.language_model, (self._state.unmerging, self._state.mapped)
         inputs = arguments_of(decoder, "forward", args, kwargs)
         refuse_attention_weights(inputs, decoder.config)
         if decoder.training and drops_out(decoder.config):
@@ -86,7 +88,7 @@ class LanguageHooks:
 
         cache, use_cache = pop_cache(inputs), inputs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache()
+            cache = DynamicCache(config=decoder.config) if self.parts.mixers else DynamicCache()
         rewind = None if cache is None else remembered(cache)
         history = History() if cache is None else adopt(cache, self._cache)
         if history.expanded and self._cache != "expanded":
@@ -119,7 +121,9 @@ class LanguageHooks:
                 merged = TokenMap.from_leaders(index if leaders is None else leaders, present)
                 if self._unmerge in COMPACT:
                     merged = in_mean_order(merged)
-                embeds = take(embeds, merged.first())
+                first = merged.first()
+                embeds = take(embeds, first)
+                self._average_added_rows(inputs, merged, first)
             step = plan_step(
                 merged,
                 positions,
@@ -130,20 +134,21 @@ class LanguageHooks:
                 backend=self._backend,
                 place=place,
             )
+            state.mapped = Mapped(merged, plain, present)
             state.unmerging = True
             output = forward(
                 **inputs,
                 inputs_embeds=embeds,
                 position_ids=torch.arange(merged.width, device=embeds.device)[None],  # the step has the angles
                 **{cache_argument(type(decoder).forward): cache},
-                dymu_step=step,
+                dymu_step=LayerSteps(step, self.rotations.by_module),
             )
         except BaseException:
             if rewind is not None:
                 rewind()
             raise
         finally:
-            state.unmerging = within
+            state.unmerging, state.mapped = within
         if not plain:
             output.last_hidden_state = merged.expand(output.last_hidden_state)
             if output.hidden_states is not None:
@@ -154,7 +159,40 @@ class LanguageHooks:
 
     def rotary(self, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Angles that leave queries and keys as they are, while the language model runs on merged tokens."""
-        return no_rotation(x) if self._state.unmerging else forward(x, *args, **kwargs)
+        if not self._state.unmerging:
+            return forward(x, *args, **kwargs)
+        kind = next((value for value in (*args, *kwargs.values()) if isinstance(value, str)), "")
+        key = (x.dtype, x.device, kind)
+        if key not in self._still:
+            position = torch.zeros(1, 1, dtype=torch.long, device=x.device)
+            cos, sin = forward(x[:1, :1], position, *([kind] if kind else []))
+            self._still[key] = torch.ones_like(cos), torch.zeros_like(sin)
+        return self._still[key]
+
+    def mixer(self, forward: Method, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What mixes tokens without attention runs on all of the full prompt; of a group, the mean of what it gives."""
+        mapped = self._state.mapped
+        if not self._state.unmerging or mapped is None:
+            return forward(hidden_states, *args, **kwargs)
+        del kwargs["dymu_step"]
+        if "attention_mask" in kwargs:
+            kwargs["attention_mask"] = mapped.present
+        if mapped.plain:
+            return forward(hidden_states, *args, **kwargs)
+        return mapped.tokens.average(forward(mapped.tokens.expand(hidden_states), *args, **kwargs))
+
+    def _average_added_rows(self, inputs: dict[str, Any], merged: TokenMap, first: Tensor) -> None:
+        """Of the rows that the language model adds behind its first layers, the mean of each group."""
+        kind = self.parts.decoder_kind
+        where, rows = (inputs.get(name) for name in (kind.added_where or "", kind.added_rows or ""))
+        if where is None or rows is None:
+            return
+        real = torch.arange(merged.width, device=first.device) < merged.kept[:, None]
+        inputs[kind.added_where or ""] = there = where.gather(1, first) & real
+        inputs[kind.added_rows or ""] = [
+            merged.average(added.new_zeros(*where.shape, added.shape[-1]).masked_scatter(where[..., None], added))[there]
+            for added in rows
+        ]
 
     def _by_axis(self, positions: Tensor) -> Tensor:
         """Positions [B, N], or [axes, B, N] with or without a row for texts ahead, as [B, N] or [B, N, axes]."""
@@ -165,10 +203,9 @@ class LanguageHooks:
             return positions[..., None].expand(-1, -1, axes)
         return positions[-axes:].permute(1, 2, 0)
 
-    def _angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, like: Tensor, positions: Tensor) -> Angles:
         positions = positions.permute(2, 0, 1) if positions.ndim == 3 else positions
-        cos_sin: tuple[Tensor, Tensor] = self.parts.rotary.forward(like, positions)
-        return cos_sin
+        return self.rotations.joined(angles_of(self.parts, like, positions))
 
 
 def _present(mask: Any, batch: int, tokens: int, history: History, unmerge: Unmerge) -> Tensor | None:

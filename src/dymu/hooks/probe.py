@@ -1,23 +1,27 @@
-"""Try, as DyMU is applied, whether a model's layers compute what the descriptions say.
+"""Try, as DyMU is applied, whether a model's layers compute what the descriptions say, and how its heads rotate.
 
-An encoder layer must give what its parts give together, and every attention layer of the language model must rotate the
-two halves of its heads by the angles that it gets. What a description leaves out would else be a wrong number later.
+An encoder layer must give what its parts give together. Every attention layer of the language model must rotate pairs of
+channels of its heads by the angles that it gets, or none. What a description leaves out would else be a wrong number
+later.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from dymu.errors import UnsupportedModel
-from dymu.families.resolve import Parts
-from dymu.hooks.replaced import Method
+from dymu.families.encoders import LoneEncoder
+from dymu.families.resolve import EncoderParts, Parts
+from dymu.hooks.attention import Angles, Rotation, Rotations, angles_of, one_of_two
 from dymu.merging import Layout, MergedTokens
-from dymu.unmerging.virtual import as_pairs, as_phase, no_rotation
+from dymu.unmerging.virtual import as_pairs
 
 TOKENS = 5
 POSITIONS = (0, 1, 5, 17, 40)
@@ -30,24 +34,26 @@ HALF_PRECISION = 0.05
 class _Recorder:
     """In place of a step: keeps queries [B, H, N, D] and keys [B, Hkv, N, D] as a layer hands them over."""
 
-    called = False
+    module: Any = None
 
-    def attend(self, query: Tensor, key: Tensor) -> Tensor:
-        self.query, self.key, self.called = query, key, True
+    def attend(self, module: Any, query: Tensor, key: Tensor) -> Tensor:
+        self.module, self.query, self.key = module, query, key
         return torch.zeros_like(query).transpose(1, 2)
 
 
 @torch.no_grad()
-def check_layers(parts: Parts) -> None:
-    """Raises UnsupportedModel, naming the layer that computes something else."""
+def check_layers(parts: Parts | LoneEncoder) -> Rotations:
+    """How the layers of the language model rotate, if there is one.
+
+    Raises:
+        UnsupportedModel: a layer computes something else; names it.
+    """
     if any(parameter.is_meta for parameter in parts.model.parameters()):
         raise UnsupportedModel(
             "weights of the model are not loaded, or offloaded (they are on the device meta), which dymu does not know "
             "yet; load all of them onto one device first."
         )
-    config = parts.tower.config.to_dict()
-    chance = parts.tower.training and any(value for name, value in config.items() if "drop" in name)
-    encoder = [] if chance else _encoder_errors(parts)  # dropout would make them differ
+    encoder = [] if _left_to_chance(parts.tower) else _encoder_errors(parts)  # dropout would make them differ
     for index, error in enumerate(encoder):
         if error:
             raise UnsupportedModel(
@@ -55,26 +61,50 @@ def check_layers(parts: Parts) -> None:
                 "largest value apart), so that merging within it would be wrong; somebody exchanged its parts, or the "
                 "description is of another encoder (docs/add-a-family.md)."
             )
+    return _rotations(parts) if isinstance(parts, Parts) else Rotations({}, {})
+
+
+def _rotations(parts: Parts) -> Rotations:
+    x = _random(parts.language_model, parts.language_model.config.hidden_size)
+    angles = angles_of(parts, x, torch.tensor(POSITIONS, device=x.device)[None])
+    interleaved = {kind: torch.equal(cos[..., 0::2], cos[..., 1::2]) for kind, (cos, _) in angles.items()}
+    starts = dict(zip(angles, accumulate((cos.shape[-1] // 2 for cos, _ in angles.values()), initial=0), strict=False))
+    by_module = dict[int, Rotation]()
     for index, attention in enumerate(parts.attentions):
-        if why := _rotates_otherwise(attention, parts.rotary.forward, parts.language_model):
+        kind = parts.angle_kind(attention)
+        module, rotation = _rotation(attention, x, angles[kind], interleaved[kind])
+        if isinstance(rotation, str):
             raise UnsupportedModel(
-                f"attention layer {index} of the language model, a {type(attention).__name__}, does not rotate the two "
-                f"halves of its heads by the angles it is given ({why}); dymu does not know its kind of rotation."
+                f"attention layer {index} of the language model, a {type(attention).__name__}, does not rotate pairs of "
+                f"channels of its heads by the angles it is given ({rotation}); dymu does not know its kind of rotation."
             )
+        by_module[id(module)] = replace(rotation, start=starts[kind])
+    return Rotations(interleaved, by_module)
 
 
-def _encoder_errors(parts: Parts) -> list[float]:
+def _left_to_chance(tower: Any) -> bool:
+    """Whether an encoder drops out anything, by its config or else by its modules."""
+    if not tower.training:
+        return False
+    if hasattr(tower, "config"):
+        return any(value for name, value in tower.config.to_dict().items() if "drop" in name)
+    rates = (getattr(module, name, 0) for module in tower.modules() for name in ("p", "drop_prob", "dropout"))
+    return any(rate > 0 for rate in rates if isinstance(rate, float))
+
+
+def _encoder_errors(parts: EncoderParts) -> list[float]:
     """Of each layer how far its own forward is from its parts, if too far, else 0."""
     errors = []
-    kind, x = parts.tower_kind, _random(parts.tower, parts.width)
-    state, asked = MergedTokens.unmerged(Layout.equal(1, TOKENS, x.device)), dict[str, Any]()
+    kind, prefix, tokens = parts.tower_kind, parts.prefix, parts.prefix + TOKENS
+    x = _random(parts.tower, parts.width, tokens)
+    state, asked = MergedTokens.unmerged(Layout.equal(1, tokens, x.device)), dict[str, Any]()
     if kind.angles is not None:
-        turns = torch.linspace(0, 2, TOKENS * (parts.width // parts.heads // 2), device=x.device).view(1, TOKENS, -1)
-        angles = torch.cat((turns, turns), -1)
-        state = replace(state, angles=(angles.cos(), angles.sin()))
-        asked[kind.angles] = tuple(angle[0] for angle in state.angles)
+        turns = torch.linspace(0, 2, TOKENS * (parts.width // parts.heads // 2), device=x.device).view(TOKENS, -1)
+        angles = pad(torch.cat((turns, turns), -1), (0, 0, prefix, 0))  # what stands ahead of patches is not rotated
+        state = replace(state, angles=(angles.cos().to(x.dtype)[None], angles.sin().to(x.dtype)[None]))
+        asked[kind.angles] = tuple(angle[0, prefix:] for angle in state.angles)
     if kind.segments is not None:
-        asked[kind.segments] = torch.tensor([0, TOKENS], dtype=torch.int32, device=x.device)
+        asked[kind.segments] = torch.tensor([0, tokens], dtype=torch.int32, device=x.device)
     for index, module in enumerate(parts.encoder_modules):
         layer = parts.encoder_layer(index)
         try:
@@ -99,29 +129,35 @@ def _forwarded(module: nn.Module, x: Tensor, asked: dict[str, Any]) -> Any:
         return module.forward(x, attention_mask=None, **asked)
 
 
-def _rotates_otherwise(attention: nn.Module, angles: Method, decoder: PreTrainedModel) -> str:
-    """Why a layer's rotation is not the one described; empty: it is."""
-    x = _random(decoder, decoder.config.hidden_size)
-    cos, sin = angles(x, torch.tensor(POSITIONS, device=x.device)[None])
+def _rotation(attention: nn.Module, x: Tensor, angles: Angles, interleaved: bool) -> tuple[Any, Rotation | str]:
+    """The module that asks for attention and how it rotates x, or why that is not known."""
+    cos, sin = angles
     try:
-        plain, rotated = (_handed_over(attention, x, *pair) for pair in (no_rotation(x), (cos, sin)))
+        plain = _handed_over(attention, x, torch.ones_like(cos), torch.zeros_like(sin))
+        rotated = _handed_over(attention, x, cos, sin)
     except UnsupportedModel:
         raise
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    if not (plain.called and rotated.called):
-        return "it does not call the attention function that its config names"
-    if cos.shape[-1] != plain.query.shape[-1]:
-        return f"it has angles for {cos.shape[-1]} of {plain.query.shape[-1]} channels"
-    half = cos.shape[-1] // 2
-    if not torch.equal(cos[..., :half], cos[..., half:]):
-        return "its angles are of neighbouring channels"
-    phase = as_phase(cos, sin)[:, None]
-    for before, after in ((plain.query, rotated.query), (plain.key, rotated.key)):
-        apart = _apart(torch.view_as_real(as_pairs(before) * phase), torch.view_as_real(as_pairs(after)))
-        if apart > TOLERANCE.get(x.dtype, HALF_PRECISION):
-            return "its queries or keys are rotated otherwise, or not at all"
-    return ""
+        return None, f"{type(error).__name__}: {error}"
+    if plain.module is None or rotated.module is None:
+        return None, "it does not call the attention function that its config names"
+    size, pairs = plain.query.shape[-1], cos.shape[-1] // 2
+    if 2 * pairs > size:
+        return None, f"it has angles for {2 * pairs} of {size} channels"
+    phase = torch.complex(*(one_of_two(part, interleaved).to(torch.promote_types(part.dtype, torch.float32)) for part in angles))
+    for rotation in (Rotation(0, pairs, False), Rotation(0, pairs, True), Rotation(0, 0, False)):
+        still = phase.new_ones(*phase.shape[:-1], size // 2 - rotation.pairs)
+        turns = torch.cat((phase[..., : rotation.pairs], still), -1)[:, None]
+        before, after = (
+            [as_pairs(rotation.half_split(part)) for part in (handed.query, handed.key)] for handed in (plain, rotated)
+        )
+        apart = [
+            _apart(torch.view_as_real(one * turns), torch.view_as_real(other))
+            for one, other in zip(before, after, strict=True)
+        ]
+        if max(apart) <= TOLERANCE.get(x.dtype, HALF_PRECISION):
+            return plain.module, rotation
+    return None, "its queries or keys are rotated otherwise"
 
 
 def _handed_over(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> _Recorder:
@@ -137,8 +173,8 @@ def _apart(x: Tensor, expected: Tensor) -> Tensor:
     return (x - expected).masked_fill(both, 0).nan_to_num(torch.inf).abs().max() / largest
 
 
-def _random(half: nn.Module, width: int) -> Tensor:
+def _random(half: nn.Module, width: int, tokens: int = TOKENS) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(1, TOKENS, width, generator=generator, dtype=torch.float32, device="cpu")
+    x = torch.randn(1, tokens, width, generator=generator, dtype=torch.float32, device="cpu")
     parameter = next(parameter for parameter in half.parameters() if parameter.is_floating_point())
     return x.to(parameter.device, parameter.dtype)

@@ -44,11 +44,31 @@ def refuse_unknown(module: nn.Module, arguments: Mapping[str, Any]) -> None:
 
 def refuse_absent_patches(mask: Any) -> None:
     """Raises BadPrompt where the mask of an encoder layer, bool or added to logits, hides patches of a picture."""
-    if isinstance(mask, Tensor) and not bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all()):
+    if isinstance(mask, Tensor) and not _shows_all(mask):
         raise BadPrompt(
             "a picture is padded within its pixels (its pixel_attention_mask hides some), which dymu does not know yet; "
             "let the processor cut images into tiles or resize them, or ask about images of other sizes one by one."
         )
+
+
+def refuse_masks(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModel where an encoder layer is asked for attention under a mask, or in a way that is not
+    known."""
+    unknown = [
+        name
+        for name, value in arguments.items()
+        if value is not None and value is not False and name not in _HARMLESS - {"is_causal"} and not _shows_all(value)
+    ]
+    if unknown:
+        raise UnsupportedModel(
+            f"{type(module).__name__} is asked for attention with {', '.join(sorted(unknown))}, which dymu does not know "
+            "and cannot compute; leave it out of the call, or ask within handle.disabled()."
+        )
+
+
+def _shows_all(mask: Any) -> bool:
+    """Whether it is a mask, bool or added to logits, that hides nothing."""
+    return isinstance(mask, Tensor) and bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
 
 
 def refuse_packed(positions: Tensor) -> None:

@@ -173,7 +173,9 @@ def _family_code(
     def encoded(*tower_args: Any, **tower_kwargs: Any) -> BaseModelOutputWithPooling:
         if parts.merger is not None:
             order = _order(parts, tower_args, tower_kwargs, pictures, channels.device)
-            return BaseModelOutputWithPooling(pooler_output=channels[order])
+            output = BaseModelOutputWithPooling(pooler_output=channels[order])
+            output.deepstack_features = []
+            return output
         if family.regroups == "tower":
             packed = pictures.arrangement == "packed"
             units = channels if packed else channels.unflatten(0, (len(pictures.grids), -1))

@@ -198,6 +198,11 @@ class VisionHooks:
         call.expanded = True
         return call.running.expand(tokens)
 
+    def side_merger(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The same part way through the encoder, where other tokens may have merged than at its end."""
+        call, tokens = self._state.encoding, forward(features, *args, **kwargs)
+        return tokens if call is None else call.running.expand(tokens)
+
     def projector(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Project merged features and copy them to all N tokens of each picture, which the family's code arranges."""
         call = self._state.encoding

@@ -12,6 +12,7 @@ from dymu.reducers.random_keep import RandomKeep
 from dymu.reducers.reducer import Candidates, Pixels, Reduced, Reducer, Shown, Stage, Tokens
 from dymu.reducers.stride import Stride
 from dymu.reducers.tome import FixedMerge
+from dymu.reducers.whole_run import WholeRun
 
 __all__ = [
     "AveragePool",
@@ -28,6 +29,7 @@ __all__ = [
     "Stride",
     "ThresholdMerge",
     "Tokens",
+    "WholeRun",
     "picture_tokens",
     "reduce_in_prompt",
     "tokens_of",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -134,6 +136,9 @@ class EncoderRun:
         layout = Layout.of(entering.kept)
         size = layout.pack(entering.size()) if x.shape[1] == entering.tokens else None
         self.states = [MergedTokens(entering, layout, size)]
+        if angles is not None:
+            cos, sin = map(self._entered, angles)
+            self.states = [replace(self.states[0], angles=(cos, sin))]
         return self._entered(x)
 
     def _entered(self, x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class History:
         newest: map of the tokens that were appended last to their merged ones.
         hidden: bool [B, N], tokens that the present call does not see; None: it sees all.
         report: what the caller says of it; copies have copies.
+        interrupted: whether something else that the cache remembers is no longer of these tokens.
     """
 
     def __init__(self, expanded: bool = False) -> None:
@@ -42,6 +43,7 @@ class History:
         self.newest: TokenMap | None = None
         self.hidden: Tensor | None = None
         self.report: Any = None
+        self.interrupted = False
         self.entries = 0
         self.plain, self.padded = True, False
 

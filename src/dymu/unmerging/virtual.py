@@ -31,12 +31,6 @@ def interleaved(pairs: Tensor, dtype: torch.dtype) -> Tensor:
     return real if real.dtype == dtype else real.to(dtype)
 
 
-def no_rotation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [1, 1, 1] of angles that leave queries and keys as they are."""
-    one = x.new_ones(1, 1, 1)
-    return one, torch.zeros_like(one)
-
-
 def rows_behind(slot: Tensor, stored: int, heads: int = 1) -> Tensor:
     """Rows of the flattened [B * heads * stored, ...] entries that the tokens [B, N] of every head read: int64
     [B * heads * N]; any row for slot -1."""

@@ -1,0 +1,201 @@
+"""Hooks for a vision encoder by itself, which gives merged tokens copied to all places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from dymu.errors import BadImage, UnsupportedModel
+from dymu.families.encoders import LoneEncoder
+from dymu.hooks.call import CallState, arguments_of
+from dymu.hooks.refusals import refuse_attention_weights, refuse_masks, warn_of_dropout, warn_of_hooks
+from dymu.hooks.replaced import Method
+from dymu.hooks.trace import locations
+from dymu.item import Item
+from dymu.merging import MergedTokens, Pictures
+from dymu.reducers import Reducer, Shown, WholeRun
+from dymu.token_map import TokenMap, leaders_of
+
+
+class EncoderHooks:
+    """What stands around the methods of an encoder that take pixels, and around its layers.
+
+    Args:
+        parts: of the encoder.
+        state: of the running call.
+        reducer: which tokens merge; may be replaced between calls.
+    """
+
+    def __init__(self, parts: LoneEncoder, state: CallState, reducer: Reducer | None) -> None:
+        self.parts, self.reducer, self._state = parts, reducer, state
+
+    def encode(self, name: str, method: Method, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's method `name`, in which tokens merge.
+
+        Raises:
+            UnsupportedModel: what is asked of the encoder cannot be had with merged tokens.
+            BadImage: it is not known which patches are padding.
+        """
+        state, parts, reducer = self._state, self.parts, self.reducer
+        if state.encoding is not None:  # one of them calls another
+            return method(*args, **kwargs)
+        assert reducer is not None
+        arguments = arguments_of(parts.tower, name, args, kwargs)
+        refuse_attention_weights(arguments, getattr(parts.tower, "config", None))
+        self._refuse_checkpointing()
+        warn_of_hooks(parts.encoder_attentions, state.calls.warned)
+        if parts.tower.training and any(map(_drops_out, parts.encoder_attentions)):
+            warn_of_dropout(state.calls.warned)
+        pixels = args[0] if args else kwargs[parts.pixels]
+        run = self._run(reducer, pixels, arguments)
+        seen = run.pixels(pixels)
+        if seen.shape != pixels.shape:
+            raise UnsupportedModel(
+                f"{type(reducer).__name__} shows the encoder smaller pictures, and an encoder by itself has features at "
+                "all places; give it smaller pictures yourself."
+            )
+        try:
+            state.encoding = run
+            output = method(seen, *args[1:], **kwargs) if args else method(**{**kwargs, parts.pixels: seen})
+        finally:
+            state.encoding = None
+        if len(run.states) < 2:
+            raise UnsupportedModel(
+                "parts of the model were exchanged while a call ran; exchange them between calls, and ask again."
+            )
+        kept = torch.stack([state.map.kept for state in run.states[1:]]) - parts.prefix
+        state.begin_report(items_of(parts, run.pictures, run.map, pixels, kept))
+        return output
+
+    def layer(self, index: int, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Encoder layer `index`, which merges between its attention and its MLP."""
+        run = self._state.encoding
+        if run is None:
+            return forward(x, *args, **kwargs)
+        kind, module = self.parts.tower_kind, self.parts.encoder_modules[index]
+        angles = None if kind.angles is None else kwargs.pop(kind.angles)
+        if kind.present is None:
+            refuse_masks(module, {f"argument {place}": value for place, value in enumerate(args, 2)} | kwargs)
+        return run.layer(index, self.parts.encoder_layer(index), x, angles)
+
+    def _run(self, reducer: Reducer, pixels: Tensor, arguments: Mapping[str, Any]) -> WholeRun:
+        parts = self.parts
+        pictures = pictures_of(parts, pixels.shape, arguments)
+
+        def location() -> Tensor:
+            tokens = MergedTokens.unmerged(pictures.layout(pixels.device)).map
+            return locations(items_of(parts, pictures, tokens, pixels), pictures.grids)
+
+        shown = Shown(_seen(parts, pictures, pixels), pictures.grids, single=True, video=False, find_location=location)
+        for stage, fits in (("before_encoder", parts.tower_kind.shapes is None), ("in_prompt", False)):
+            if not fits and reducer.reduces(stage, shown):  # type: ignore[arg-type]
+                where = "in the prompt, which an encoder by itself has not"
+                where = where if stage == "in_prompt" else "on whole pictures, of which this encoder gets the patches"
+                raise UnsupportedModel(f"{type(reducer).__name__} acts {where}; take another reducer.")
+        return WholeRun(reducer, len(parts.encoder_modules), shown, pictures)
+
+    def _refuse_checkpointing(self) -> None:
+        """Raises UnsupportedModel where the encoder would compute its layers again, on other tokens, for gradients."""
+        if torch.is_grad_enabled() and any(
+            getattr(module, "grad_checkpointing", False)
+            or (module.training and getattr(module, "gradient_checkpointing", False))
+            for module in self.parts.tower.modules()
+        ):
+            raise UnsupportedModel(
+                "gradient checkpointing computes the encoder's layers again when nothing merges any more; switch it off "
+                "(gradient_checkpointing_disable(), or set_grad_checkpointing(False)), or train within "
+                "handle.disabled()."
+            )
+
+
+def pictures_of(parts: LoneEncoder, shape: Sequence[int], arguments: Mapping[str, Any]) -> Pictures:
+    """The pictures in pixels of some shape.
+
+    Args:
+        arguments: of the encoder's call, by name.
+
+    Raises:
+        BadImage: padding is among the patches, and not named as such.
+    """
+    kind = parts.tower_kind
+    if kind.shapes is None:
+        (height, width), (rows, columns) = shape[-2:], parts.patch_sides
+        return Pictures(((height // rows, width // columns),) * shape[0], prefix=parts.prefix)
+    shapes: Tensor = arguments[kind.shapes]
+    grids = tuple((rows, columns) for rows, columns in shapes.tolist())
+    if kind.present is not None:
+        given = arguments.get(kind.present)
+        patches = torch.arange(shape[1], device=shapes.device) < shapes.prod(-1, keepdim=True)
+        present = torch.ones_like(patches) if given is None else given.to(patches.device).bool()
+        if not torch.equal(present, patches):
+            raise BadImage(
+                f"{kind.present} does not say that the first rows × columns patches of each picture, by {kind.shapes}, "
+                "are there and the others are padding; give both as the processor makes them."
+            )
+    return Pictures(grids, prefix=parts.prefix)
+
+
+def items_of(
+    parts: LoneEncoder, pictures: Pictures, tokens: TokenMap, pixels: Tensor, kept: Tensor | None = None
+) -> list[Item]:
+    """Every picture as an item, whose tokens are its patches.
+
+    Args:
+        tokens: from a picture's tokens, class and register tokens included.
+        pixels: that the encoder got.
+        kept: int64 [layers, pictures], see `Item.kept_by_layer`.
+    """
+    patches = tokens.drop(parts.prefix)
+    leaders = leaders_of(patches.group, patches.width)
+    covered = (1.0, 1.0)
+    if parts.tower_kind.shapes is None:
+        (rows, columns), (height, width) = pictures.grids[0], parts.patch_sides
+        covered = (rows * height / pixels.shape[-2], columns * width / pixels.shape[-1])
+    items = []
+    for number, (seen, (rows, columns)) in enumerate(
+        zip(_colours(parts, pictures, pixels), pictures.grids, strict=True)
+    ):
+        index = torch.arange(rows * columns, device=leaders.device)
+        items.append(
+            Item(
+                leaders=leaders[number, : len(index)],
+                patch=torch.ones_like(index, dtype=torch.bool),
+                picture=torch.zeros_like(index),
+                at=torch.stack((index // columns, index % columns), 1).float(),
+                seen=seen.flatten(1).mT,
+                shown=seen[None],
+                video=False,
+                covered=covered,
+                **({} if kept is None else {"kept_by_layer": kept[:, number : number + 1]}),
+            )
+        )
+    return items
+
+
+def _seen(parts: LoneEncoder, pictures: Pictures, pixels: Tensor) -> Tensor | list[Tensor]:
+    """Of each picture what the encoder sees: [3, height, width], or its patches [N, any]."""
+    if parts.tower_kind.shapes is None:
+        return pixels
+    return [picture[: rows * columns] for picture, (rows, columns) in zip(pixels, pictures.grids, strict=True)]
+
+
+def _colours(parts: LoneEncoder, pictures: Pictures, pixels: Tensor) -> list[Tensor]:
+    """Of each picture [3, rows, columns], the mean colour of each patch; of other channels than three, their mean."""
+    seen = _seen(parts, pictures, pixels.detach())
+    if isinstance(seen, Tensor):
+        colours = list(avg_pool2d(seen.float(), parts.patch_sides))
+    else:
+        means = (patches.float().unflatten(-1, (-1, 3)).mean(-2) for patches in seen)
+        colours = [mean.mT.unflatten(1, grid) for mean, grid in zip(means, pictures.grids, strict=True)]
+    return [part if len(part) == 3 else part.mean(0, keepdim=True).expand(3, -1, -1) for part in colours]
+
+
+def _drops_out(attention: Any) -> bool:
+    """Whether an attention module has dropout of its weights: as a number, in its config, or as a module."""
+    rates = (getattr(attention, name, 0) for name in ("dropout", "attn_drop"))
+    config = getattr(attention, "config", None)
+    return any(getattr(rate, "p", rate) for rate in rates) or bool(getattr(config, "attention_dropout", 0))

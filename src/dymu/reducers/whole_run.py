@@ -1,0 +1,113 @@
+"""One batch of pictures in an encoder whose every layer gives all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dymu.errors import UnsupportedModel
+from dymu.merging import EncoderLayer, MergedTokens, Pictures
+from dymu.merging.encoder_layer import Angles
+from dymu.reducers.encoder_run import EncoderRun
+from dymu.reducers.reducer import Reducer, Shown
+from dymu.token_map import TokenMap
+
+
+class WholeRun(EncoderRun):
+    """One batch of pictures in an encoder by itself: what a layer gives are copies of the merged tokens at all places.
+
+    So hidden states, norms, pooling, and whoever else reads what a layer gives, find stock shapes.
+    """
+
+    def __init__(self, reducer: Reducer, depth: int, shown: Shown, pictures: Pictures) -> None:
+        super().__init__(reducer, depth, shown, pictures)
+        self._places = 0
+        self._copies = self._merged = torch.empty(0)
+        self._version: int | None = None
+
+    def layer(
+        self,
+        index: int,
+        layer: EncoderLayer,
+        x: Tensor,
+        angles: Angles | None = None,
+        window: Tensor | None = None,
+        windowed: bool = False,
+    ) -> Tensor:
+        """Run encoder layer `index` on [B, T, C], what the layer before it gave, or that with changes by somebody else.
+
+        Args:
+            angles: of the patches of every picture [N, D], or of all tokens.
+
+        Returns:
+            [B, T, C]; where a picture is padded, 0.
+
+        Raises:
+            UnsupportedModel: another number of tokens enters than the pixels have, layers are left out, or the reducer
+                drops tokens.
+        """
+        if len(self.states) != (index + 1 if index else 0):
+            raise UnsupportedModel(
+                f"layer {index} of the encoder does not run behind layer {index - 1}, so that dymu cannot follow; call "
+                "the encoder as it is, without leaving layers out, or within handle.disabled()."
+            )
+        if index == 0:
+            x, angles = self._begin(x, angles)
+        else:
+            x, angles = self._merged_of(x), None
+        x = super().layer(index, layer, x, angles)
+        state = self.states[-1]
+        self._copies, self._merged = self._at_all_places(x, state, index + 1 == self.depth), x
+        self._version = _version(self._copies)
+        return self._copies
+
+    def _begin(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Angles | None]:
+        """The tokens of all pictures as they travel, and their angles: class and register tokens are not rotated."""
+        layout = self.pictures.layout(x.device)
+        batch, self._places = x.shape[:2]
+        ragged = layout.packed or self._places > layout.longest
+        if batch != layout.batch or self._places < layout.longest or (ragged and self.prefix):
+            raise UnsupportedModel(
+                f"{self._places} tokens of each picture enter the encoder's first layer, and not the {layout.longest} "
+                "that its pixels have: it drops patches (patch dropout in training), pads pictures, or makes its patches "
+                "otherwise than dymu knows; call encoder.eval(), or give pictures of whole patches."
+            )
+        if angles is not None:
+            cos, sin = angles
+            ahead = layout.longest - cos.shape[-2]
+            angles = (
+                pad(cos, (0, 0, ahead, 0), value=1.0).expand(batch, -1, -1),
+                pad(sin, (0, 0, ahead, 0)).expand(batch, -1, -1),
+            )
+        return layout.pack(x[:, : layout.longest]), angles
+
+    def _merged_of(self, copies: Tensor) -> Tensor:
+        """The merged tokens, as they travel, of those at all places: means where somebody changed some."""
+        if copies is self._copies and _version(copies) == self._version:
+            return self._merged
+        tokens = self.states[-1]
+        return tokens.layout.pack(tokens.map.average(copies[:, : tokens.map.tokens]))
+
+    def _at_all_places(self, x: Tensor, state: MergedTokens, last: bool) -> Tensor:
+        """What a layer gave, at all places; the last gives it padded, see `Pictures.leave`."""
+        if state is self.states[0] and self._entering is None and x.shape[1] == self._places:
+            return x
+        copies = state.map.expand(x if last else state.layout.pad(x))
+        self._refuse_dropped(state.map)
+        missing = self._places - copies.shape[1]
+        return pad(copies, (0, 0, 0, missing)) if missing else copies
+
+    def _refuse_dropped(self, tokens: TokenMap) -> None:
+        if tokens.padded:
+            length = self.pictures.layout(tokens.group.device).length
+            if bool(((tokens.group >= 0).sum(1) < length).any()):
+                raise UnsupportedModel(
+                    f"{type(self.reducer).__name__} drops tokens, and an encoder by itself has features at all places; "
+                    'merge instead, or let the nearest kept token stand for a dropped one (fill="nearest").'
+                )
+
+
+def _version(x: Tensor) -> int | None:
+    """What changes with every change in place; tensors of inference mode do not count them."""
+    return None if x.is_inference() else x._version
