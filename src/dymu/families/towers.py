@@ -103,6 +103,14 @@ QWEN = replace(
     width="config.hidden_size",
 )
 
+GLM = replace(QWEN, model_types=("glm4v_vision", "glm4v_moe_vision"))
+
+GLM_OCR = replace(
+    QWEN, model_types=("glm_ocr_vision",), query_norm="attn.q_norm", key_norm="attn.k_norm", norms_heads=True
+)
+
+EXAONE = replace(QWEN, model_types=("exaone4_5_vision",))
+
 QWEN3 = replace(
     QWEN, model_types=("qwen3_vl_vision", "qwen3_vl_moe_vision"), side_mergers="deepstack_merger_list"
 )

@@ -92,7 +92,12 @@ class GenerationHooks:
         for modality, mask in prompts.placeholders.items():
             if outputs.get(modality) is not None:
                 repeated[modality] = output = copy.copy(outputs[modality])
-                output.pooler_output = _repeated(output.pooler_output, mask.sum(1).tolist(), expand_size)
+                tokens = mask.sum(1).tolist()
+                output.pooler_output = _repeated(output.pooler_output, tokens, expand_size)
+                if getattr(output, "deepstack_features", None):
+                    output.deepstack_features = [
+                        _repeated(features, tokens, expand_size) for features in output.deepstack_features
+                    ]
         return repeated
 
     def prefill(self, prefill: Method, *args: Any, **kwargs: Any) -> Any:

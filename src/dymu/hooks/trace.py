@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, one_hot
+from torch.nn.functional import avg_pool2d, one_hot, pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -121,17 +121,21 @@ def _in_prompt(
     Learned tokens are 0 in every channel.
     """
     count, family = channels.shape[-1], parts.family
+    hidden = parts.language_model.config.hidden_size
+    width = -(-count // hidden) * hidden  # some families reshape features by it
 
     def projected(features: Tensor, *_: Any) -> Tensor:
         if family.regroups == "projector" and pictures.side > 1:
             features = pictures.first_of_units(features)
-        return features[..., :count]  # the features of several layers, and of the patches of a unit, are concatenated
+        # The features of several layers, and of the patches of a unit, are concatenated.
+        return pad(features[..., :count], (0, width - count))
 
-    replaced: Modules = {name: channels.new_zeros(count) for name in family.learned}
+    replaced: Modules = {name: channels.new_zeros(width) for name in family.learned}
     if family.projector is not None:
         replaced[family.projector] = projected
     # Some families return the frames of a video one by one.
-    return [item.flatten(0, -2) for item in _family_code(parts, modality, args, kwargs, pictures, channels, replaced)]
+    items = _family_code(parts, modality, args, kwargs, pictures, channels, replaced)
+    return [item.reshape(-1, count if family.projector is None else width)[:, :count] for item in items]
 
 
 def features_of(

@@ -31,18 +31,19 @@ def sized_attention(
     """softmax(q k / sqrt(D) + log_size) v.
 
     Args:
-        query, key, value: [B, H, T, D].
+        query: [B, H, T, D]; key, value: the same, or with fewer heads Hkv, each for several queries.
         log_size: float32 [B, T], added to the logits of each key; -inf: there is no such key. None: all 0.
         way: see `Way`; None: what `way_for` says.
 
     Returns:
         [B, H, T, D].
     """
+    shares = query.shape[1] != key.shape[1]
     if log_size is None:
-        return scaled_dot_product_attention(query, key, value)
+        return scaled_dot_product_attention(query, key, value, enable_gqa=shares)
     if (way or way_for(query)) == "mask":
         bias = log_size[:, None, None].to(query.dtype)
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=shares)
     channels, root = query.shape[-1], math.sqrt(query.shape[-1])
     width = -(-(channels + 2) // 8) * 8  # the flash kernels want multiples of 8
     factor = 2.0 ** round(math.log2(root))  # exact in every type
@@ -52,4 +53,4 @@ def sized_attention(
     query, key, value = (pad(part, (0, width - channels)) for part in (query, key, value))
     query[..., channels : channels + 2] = factor
     key[..., channels : channels + 2] = torch.cat((high, low), -1)
-    return scaled_dot_product_attention(query, key, value, scale=1 / root)[..., :channels]
+    return scaled_dot_product_attention(query, key, value, scale=1 / root, enable_gqa=shares)[..., :channels]

@@ -77,15 +77,19 @@ class EncoderLayer:
         return x + _through(self.after_mlp, self.mlp(self.norm2(x)))
 
     def _project(self, normed: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values [..., H, D]."""
+        """Queries [..., H, D], and keys and values [..., Hkv, D], which may have fewer heads."""
         if len(self.projections) > 1:
-            return tuple(part(normed).unflatten(-1, (self.heads, -1)) for part in self.projections)
-        (fused,) = self.projections
-        if isinstance(fused, nn.MultiheadAttention):
-            projected = linear(normed, fused.in_proj_weight, fused.in_proj_bias)
+            query, key, value = (part(normed) for part in self.projections)
         else:
-            projected = fused(normed)
-        return projected.unflatten(-1, (3, self.heads, -1)).unbind(-3)
+            (fused,) = self.projections
+            if isinstance(fused, nn.MultiheadAttention):
+                projected = linear(normed, fused.in_proj_weight, fused.in_proj_bias)
+            else:
+                projected = fused(normed)
+            shared = (projected.shape[-1] - normed.shape[-1]) // 2
+            query, key, value = projected.split((normed.shape[-1], shared, shared), -1)
+        size = query.shape[-1] // self.heads
+        return tuple(part.unflatten(-1, (-1, size)) for part in (query, key, value))
 
     def _normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
         if norm is None:

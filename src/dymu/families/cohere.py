@@ -1,0 +1,18 @@
+"""Images cut into tiles, whose projector makes one token of several patches: Aya Vision and Command A Vision."""
+
+from dataclasses import replace
+
+from dymu.families.decoders import DECODERS
+from dymu.families.family import Family
+from dymu.families.towers import SIGLIP
+
+AYA_VISION = Family(
+    model_type="aya_vision",
+    unit="downsample_factor",
+    regroups="projector",
+    cuts_images=True,
+    towers=(SIGLIP,),
+    decoders=DECODERS,
+)
+
+COHERE2_VISION = replace(AYA_VISION, model_type="cohere2_vision", feature_layer=-1, select_strategy=None)
