@@ -33,10 +33,53 @@ def unmerged_by_hand(model: Any, ids: Tensor, features: Tensor, group: Tensor) -
             module that mixes tokens.
     """
     stock = copy.deepcopy(model).double()
-    parts = resolve(stock)
+    _, first = average_attention(stock, ids, group)
+    embeds = stock.get_input_embeddings()(ids)
+    embeds[ids == tiny.IMAGE_TOKEN] = features.double()
+    tiny.close(embeds, embeds[first])
+    return stock(inputs_embeds=embeds[None, first], use_cache=False).logits[0].to(model.dtype)
+
+
+def unmerged_prompt_by_hand(model: Any, inputs: dict[str, Any], encoded: Any, group: Tensor) -> Tensor:
+    """`unmerged_by_hand` where the model itself puts features in place: it may do more with them, and with the prompt.
+
+    Args:
+        inputs: what the model takes for one prompt that shows images.
+        encoded: what its `get_image_features` answered while images merged. Rows that the language model adds within
+            (`deepstack_features`) are averaged over each group.
+        group: int64 [image tokens], of all images one after the other.
+    """
+    stock = copy.deepcopy(model).double()
+    ids = inputs["input_ids"][0]
+    share, first = average_attention(stock, ids, group)
     places = ids == tiny.IMAGE_TOKEN
+    mean = share[first][:, places][places]
+
+    def averaged(features: Any) -> Any:
+        """Of all images, in the shape that they have: a tensor, or one for each image."""
+        items = [features] if isinstance(features, Tensor) else list(features)
+        rows = torch.cat([item.double().flatten(0, -2) for item in items])
+        alike = (mean @ rows).split([item[..., 0].numel() for item in items])
+        shaped = [new.view(item.shape) for new, item in zip(alike, items, strict=True)]
+        return shaped[0] if isinstance(features, Tensor) else shaped
+
+    answer = copy.copy(encoded)
+    answer.pooler_output = averaged(encoded.pooler_output)
+    if getattr(encoded, "deepstack_features", None) is not None:
+        answer.deepstack_features = [averaged(features) for features in encoded.deepstack_features]
+    resolve(stock).inner.get_image_features = lambda *_args, **_kwargs: answer
+    return stock(**inputs, use_cache=False).logits[0].to(model.dtype)
+
+
+def average_attention(stock: Any, ids: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Have a model's attention answer the mean over each group; everything else must find a group's tokens alike.
+
+    Returns:
+        float64 [N, N], how much of each token makes up that mean; int64 [N], the first token of each token's group.
+    """
+    parts = resolve(stock)
     label = -1 - torch.arange(len(ids))
-    label[places] = group
+    label[ids == tiny.IMAGE_TOKEN] = group
     same = (label == label[:, None]).double()
     share = same / same.sum(1, keepdim=True)
     first = same.argmax(1)
@@ -56,7 +99,4 @@ def unmerged_by_hand(model: Any, ids: Tensor, features: Tensor, group: Tensor) -
     for name, module in parts.language_model.named_modules():
         if module not in within:
             module.register_forward_pre_hook(functools.partial(check, name))
-    embeds = stock.get_input_embeddings()(ids)
-    embeds[places] = features.double()
-    tiny.close(embeds, embeds[first])
-    return stock(inputs_embeds=embeds[None, first], use_cache=False).logits[0].to(model.dtype)
+    return share, first

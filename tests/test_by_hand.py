@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 import tiny
 from by_hand import unmerged_by_hand
@@ -82,14 +82,19 @@ def test_the_mean_may_be_taken_ahead_of_the_output_projection(model, seed, monke
     ids, features, group = merged_prompt(model, seed)
     label = torch.arange(len(ids)) + 100
     label[ids == tiny.IMAGE_TOKEN] = group
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    interface = AttentionInterface.get_interface
 
-    def averaged(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        heads = attend(*args, **kwargs)[0]
-        return torch.stack([heads[:, label == one].mean(1) for one in label], 1), None
+    def get_interface(functions: Any, name: str, default: Any) -> Any:
+        attend = interface(functions, name, default)
+
+        def averaged(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            heads = attend(*args, **kwargs)[0]
+            return torch.stack([heads[:, label == one].mean(1) for one in label], 1), None
+
+        return averaged
 
     expected = unmerged_by_hand(model, ids, features, group)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", averaged)
+    monkeypatch.setattr(AttentionInterface, "get_interface", get_interface)
     tiny.close(model(inputs_embeds=embedded(model, ids, features)[None]).logits[0], expected, part=EXACT)
 
 

@@ -49,8 +49,8 @@ def apply(
 ) -> Handle:
     """Make a stock vision-language model, or a vision encoder by itself, merge image tokens, in place.
 
-    An encoder by itself gives merged tokens copied to all places, so that features and what is pooled of them have stock
-    shapes; see docs/encoders-alone.md.
+    An encoder by itself gives merged tokens copied to all places, so that features and what is pooled of them have
+    stock shapes; see docs/encoders-alone.md.
 
     Args:
         model: a transformers model of a described family (`dymu families`), also within PEFT's wrapper or others; or a
@@ -63,9 +63,10 @@ def apply(
         per_second: average of tokens per second of video. Tokens that stay alike are then kept from frame to frame.
             None: every frame is merged by itself, as in the paper.
         merge: another way to have fewer tokens instead of thresholds, such as `FixedMerge(keep=94)`.
-        unmerge: of vision-language models, as are `backend` and `cache`. `exact`: the language model attends as if no token had been merged (VTU, paper section 3.2). `compact`:
-            it sees each merged token once, at the mean position of its group and as heavy as its size. `original`: the
-            same, all as heavy as one. `none`: it sees merged tokens as a shorter prompt. See `dymu.choices.Unmerge`.
+        unmerge: of a language model, as are `backend` and `cache`. `exact`: it attends as if no token had been merged
+            (VTU, paper section 3.2). `compact`: it sees each merged token once, at the mean position of its group and
+            as heavy as its size. `original`: the same, all as heavy as one. `none`: it sees merged tokens as a shorter
+            prompt. See `dymu.choices.Unmerge`.
         backend: how to compute the attention: `auto`, `sdpa`, `triton` (on a GPU) or `reference` (slow).
         cache: `merged`: the KV cache holds one entry per merged token. `expanded`: one per token of the full prompt, as
             without DyMU; saves no memory, and the time to unmerge keys and values for each new token.
@@ -88,7 +89,7 @@ def apply(
     calibrated = _load(model, thresholds) if merge is None else None
     with _APPLYING:
         parts = parts_of(model)
-        if _depth(parts) == 0:
+        if max(parts.feature_layers()) == 0:
             raise UnsupportedModel(
                 "this model reads its image features ahead of the first encoder layer: none can merge."
             )
@@ -164,16 +165,11 @@ def encoder_of(parts: Parts | LoneEncoder, tokens: int = 0) -> Encoder:
     return Encoder(
         model_type=type_of(parts.tower),
         layers=len(parts.encoder_layers),
-        depth=_depth(parts),
+        depth=max(parts.feature_layers()),
         hidden_size=parts.width,
         heads=parts.heads,
         tokens=tokens,
     )
-
-
-def _depth(parts: Parts | LoneEncoder) -> int:
-    """Encoder layers that are read, and may merge."""
-    return len(parts.encoder_modules) if isinstance(parts, LoneEncoder) else max(parts.feature_layers())
 
 
 def _marked(parts: Parts | LoneEncoder) -> tuple[nn.Module, ...]:
@@ -344,12 +340,10 @@ class Handle:
     def _check_fits(self, parts: Parts | LoneEncoder) -> None:
         """Refuse parts that the thresholds, or the reducer, are not for."""
         if self._thresholds is not None:
-            prefix, cuts_images = parts.prefix, False
-            if isinstance(parts, Parts):
-                prefix, cuts_images = max(prefix, parts.dropped()), parts.family.cuts_images
-            self._thresholds.check_fits(encoder_of(parts), cuts_images, prefix)
+            prefix = max(parts.prefix, parts.dropped())
+            self._thresholds.check_fits(encoder_of(parts), parts.cuts_images, prefix)
         elif self._vision.reducer is not None:
-            self._vision.reducer.check_fits(_depth(parts))
+            self._vision.reducer.check_fits(max(parts.feature_layers()))
 
     def _check(self, parts: Parts | LoneEncoder) -> None:
         """Refuse parts that are not what the descriptions, or the thresholds, say."""
@@ -423,6 +417,9 @@ class Handle:
             self._set(module, "config", views[id(module.config)])
         view = config_view(parts.language_model.config, lambda: NAME if state.unmerging else None)
         self._set(parts.language_model, "config", view)
+        if parts.family.both_ways is not None:  # then the module that holds both halves makes masks
+            within = config_view(view, lambda: NAME if state.active else None)
+            self._set(parts.inner, "config", config_view(parts.inner.config, lambda: None, within))
         for name, around in generation.names.items():
             self._within(parts.model, name, around)
         self._set(parts.language_model, "__getstate__", refuse_copy)

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dymu.item import Item, View
 from dymu.media.contact_sheet import contact_sheet
 from dymu.media.drawing import draw, draw_seen
+from dymu.merging.dense import Filling, dense
+from dymu.token_map import TokenMap
 
 
 @dataclass(repr=False)
@@ -66,6 +69,42 @@ class Report:
     def cache_bytes_saved(self) -> int:
         """Bytes of KV cache that merging saves."""
         return self.cache_bytes_full - self.cache_bytes
+
+    @property
+    def map(self) -> TokenMap:
+        """From the tokens of each item to its merged ones: `average` makes merged tokens [B, M, C] of features
+        [B, N, C], and `expand` features of those."""
+        return TokenMap.from_leaders(pad_sequence([item.leaders for item in self.items], True, -1))
+
+    def dense(self, features: Tensor, i: int | None = None, *, filling: Filling = "copy") -> Tensor:
+        """Features of all items [B, N, C], or of item i [N, C], on the grid of the picture: [B, rows, columns, C], or
+        [rows, columns, C].
+
+        Args:
+            features: of patches alone, without class token and registers; of merged tokens, `map.expand` makes them.
+            filling: `copy`: each place has the features of its group. `bilinear`: see `dymu.merging.dense.Filling`.
+
+        Raises:
+            IndexError: the call had no item i.
+            ValueError: there are more features or fewer than patches, an item is no grid of patches, or the grids of
+                several items differ.
+        """
+        if i is None:
+            of_items = [self.dense(part, number, filling=filling) for number, part in enumerate(features)]
+            if len(features) != len(self.items) or len({part.shape for part in of_items}) != 1:
+                raise ValueError(
+                    f"features of {len(features)} items do not fill grids of one size; the last call had "
+                    f"{len(self.items)} items: ask for one after the other by its number i"
+                )
+            return torch.stack(of_items)
+        item = self._item(i)
+        if len(item.grids) > 1 or bool((item.grids[0] < 0).any()) or item.grids[0].numel() != len(features):
+            raise ValueError(
+                f"item {i} of the last call has {len(item.leaders)} tokens and {len(item.grids)} grids of patches, and "
+                f"there are {len(features)} features: give those of one grid, without class token and registers"
+            )
+        grid = item.grids[0].to(features.device)
+        return dense(features[grid], item.group.to(features.device)[grid], filling)
 
     def group(self, i: int = 0) -> Tensor:
         """int64 [N]: for item i, the merged token behind every token the language model expects.

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from dymu.calibration.layerwise import Batch, Run, Sizes, summed_up
-from dymu.calibration.samples import ImageSource, Samples, processor_of
+from dymu.calibration.samples import ImageSource, Samples, processor_of, transform_of
 from dymu.calibration.spill import Spill
 from dymu.choices import SCHEDULES, Schedule
 from dymu.errors import DymuError
-from dymu.families.resolve import resolve
+from dymu.families.encoders import LoneEncoder, parts_of
+from dymu.families.resolve import Parts
 from dymu.handle import encoder_of, name_of
 from dymu.measure.progress import Bar
 from dymu.schedule import fewest, layers_to_merge_in, removals
@@ -52,8 +53,10 @@ def calibrate(
     the embedding and the first attention are shared; up to four where images are cut into tiles that hold padding.
 
     Args:
-        model: a transformers model of a described family, with or without DyMU applied; it is not changed.
-        processor: the model's processor or image processor.
+        model: a transformers model of a described family, or a vision encoder by itself, with or without DyMU applied;
+            it is not changed.
+        processor: the model's processor or image processor; for an encoder of timm or open_clip, what turns a PIL image
+            into a tensor [3, height, width].
         images: a folder, or paths, PIL images, arrays, tensors, bytes or rows of a data set, as `dymu.media.images`
             takes them; gone through once. What cannot be read is skipped, and named in a warning.
         budgets: image tokens (class token and registers not counted) to keep on average, one number or several; a float
@@ -82,12 +85,12 @@ def calibrate(
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if not budgets or not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError("calibrate needs at least one budget, and a whole number of at least 1 as batch_size")
-    parts = resolve(model)
+    parts = parts_of(model)
     prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
     if depth == 0:
         raise DymuError("this model reads its image features ahead of the first encoder layer, so no layer can merge.")
     merging_layers = layers_to_merge_in(range(depth) if merge_layers is None else merge_layers, depth)
-    samples = Samples(processor_of(processor, "image"), images, parts)
+    samples = Samples(_to_pixels(processor, parts), images, parts)
     batches: list[Batch] = []
     with ExitStack() as opened:
         opened.enter_context(torch.inference_mode())
@@ -159,6 +162,12 @@ def calibrate(
         created=datetime.now(UTC).date().isoformat(),
         dymu=__version__,
     )
+
+
+def _to_pixels(processor: Any, parts: Parts | LoneEncoder) -> Any:
+    if isinstance(parts, LoneEncoder) and not hasattr(parts.tower, "config"):
+        return transform_of(processor)
+    return processor_of(processor, "image")
 
 
 def _warn(samples: Samples, calibrated: Sequence[Calibrated]) -> None:

@@ -13,7 +13,9 @@ from dymu.calibration.quantile import NEVER, threshold_for
 from dymu.calibration.samples import Inputs, shape_only
 from dymu.calibration.spill import Slot, Spill
 from dymu.errors import BadBudget, DymuError
+from dymu.families.encoders import LoneEncoder
 from dymu.families.resolve import Parts
+from dymu.hooks import encoder
 from dymu.hooks.trace import features_of, pictures_of, trace
 from dymu.item import Item
 from dymu.merging import ROUNDS, MergedTokens, Pictures, above
@@ -116,14 +118,14 @@ def _by_image(batch: Batch, tokens: TokenMap) -> Iterator[tuple[Inputs, slice, T
 class Run:
     """All images on their way through the encoder, layer by layer, by the arithmetic of inference."""
 
-    def __init__(self, parts: Parts, merging: Collection[int], prefix: int) -> None:
+    def __init__(self, parts: Parts | LoneEncoder, merging: Collection[int], prefix: int) -> None:
         self._parts, self._merging, self._prefix = parts, merging, prefix
         self._layers = parts.encoder_layers[: max(parts.feature_layers())]
 
     def begin(self, embedded: Tensor, images: list[Inputs], slot: Slot) -> Batch:
         """The embedded pictures [B, T, C] of some images, through the first attention."""
         pictures = replace(self._pictures(images[0], 1), grids=self._pictures(images[0], 1).grids * len(embedded))
-        return self._attend(0, *pictures.enter(embedded, None, None), images, slot)
+        return self._attend(0, *pictures.enter(embedded, images[0].angles, None), images, slot)
 
     def thresholds(
         self,
@@ -179,6 +181,7 @@ class Run:
             batches, threshold: see `kept`.
             spill: for what stands in the prompt.
         """
+        assert isinstance(self._parts, Parts)
         images, kept, videos, patches = list[Waiting](), list[int](), list[Waiting](), 0
         for batch in batches:
             x, state = self._merged(batch, threshold)
@@ -216,7 +219,7 @@ class Run:
         plain = all(item.pictures == 1 and count == tokens for item, count in zip(items, counts, strict=True))
         parts = self._parts
         mixes = any(item.mixes for item in items)
-        videos = "video" in parts.placeholders and not parts.pools_with_weights
+        videos = isinstance(parts, Parts) and "video" in parts.placeholders and not parts.pools_with_weights
         if (mixes or videos) and len(parts.feature_layers()) > 1:
             raise DymuError(
                 "this model reads features of several encoder layers and makes means over neighbouring tokens, which "
@@ -226,14 +229,19 @@ class Run:
 
     def items(self, batch: Batch, tokens: TokenMap) -> list[Item]:
         """How the images lie in the prompt, once `tokens` of their pictures were merged."""
-        return [
-            item
-            for image, _, merged in _by_image(batch, tokens)
-            for shown in [self._pictures(image, image.pictures)]
-            for item in trace(self._parts, "image", (), image.kwargs, shown, merged, self._colourless(shown))
-        ]
+        items = list[Item]()
+        for image, _, merged in _by_image(batch, tokens):
+            shown = self._pictures(image, image.pictures)
+            colours = self._colourless(shown)
+            if isinstance(self._parts, LoneEncoder):
+                items += encoder.items_of(shown, merged, colours)
+            else:
+                items += trace(self._parts, "image", (), image.kwargs, shown, merged, colours)
+        return items
 
     def _pictures(self, image: Inputs, pictures: int) -> Pictures:
+        if isinstance(self._parts, LoneEncoder):
+            return encoder.pictures_of(self._parts, (pictures, *image.pixels.shape[1:]), image.kwargs)
         return pictures_of(self._parts, "image", image.kwargs, shape_only(pictures, *image.pixels.shape[-3:]))
 
     def _colourless(self, pictures: Pictures) -> list[Tensor]:

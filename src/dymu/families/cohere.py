@@ -8,7 +8,7 @@ from dymu.families.towers import SIGLIP
 
 AYA_VISION = Family(
     model_type="aya_vision",
-    unit="downsample_factor",
+    unit="config.downsample_factor",
     regroups="projector",
     cuts_images=True,
     towers=(SIGLIP,),

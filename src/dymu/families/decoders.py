@@ -7,7 +7,7 @@ from dymu.families.family import Decoder
 PLAIN = Decoder(
     model_types=(
         "llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "granite", "phi3", "hyperclovax", "cohere2",
-        "smollm3", "exaone4",
+        "smollm3", "exaone4", "gemma2",
     )
 )  # fmt: skip
 
@@ -30,3 +30,5 @@ DEEP_STACK = replace(
 )
 
 HYBRID = replace(M_ROPE, model_types=("qwen3_5_text", "qwen3_5_moe_text"), mixer="linear_attn")
+
+GEMMA3 = Decoder(model_types=("gemma3_text",), layer_type="layer_type")

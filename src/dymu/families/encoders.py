@@ -55,6 +55,19 @@ class LoneEncoder(EncoderParts):
         """See `Parts.relied_on`."""
         return self.model, self.tower, *self.encoder_modules, *self.encoder_attentions
 
+    def feature_layers(self) -> list[int]:
+        """See `Parts.feature_layers`: all layers are read."""
+        return [len(self.encoder_modules)]
+
+    def dropped(self) -> int:
+        """See `Parts.dropped`."""
+        return 0
+
+    @property
+    def cuts_images(self) -> bool:
+        """See `Family.cuts_images`."""
+        return False
+
     @property
     def patch_sides(self) -> tuple[int, int]:
         """Pixels of a patch, high and wide."""

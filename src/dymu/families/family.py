@@ -113,13 +113,16 @@ class Family:
     cuts_images: bool = False
     """Whether images are cut into tiles."""
     unit: str | None = None
-    """Where the config says how many rows and columns of patches become one token, or the part of a side that is left;
-    with `{modality}` in it, an argument of `get_image_features` that says so. None: every patch is one."""
+    """Where it stands how many rows and columns of patches become one token, or the part of a side that is left; with
+    `{modality}` in it, an argument of `get_image_features` that says so. None: every patch is one."""
     regroups: Regroups = "model"
     """Where, if the tower has no merger."""
     grid: str | None = None
     """Argument of `get_image_features` and `get_video_features` with the frames, rows and columns of patches of each
     item, or with its height and width in pixels; `{modality}` stands for image or video. None: pictures are as large as
     the pixels."""
+    both_ways: Literal["images", "prefix"] | None = None
+    """Which tokens also attend to later ones, by the argument `token_type_ids` of `inner`: those of an image to each
+    other (1), or the whole prompt that is not to be continued (0)."""
     towers: tuple[Tower, ...] = ()
     decoders: tuple[Decoder, ...] = ()

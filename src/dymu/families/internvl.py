@@ -7,7 +7,7 @@ from dymu.families.family import Family
 from dymu.families.towers import AIMV2, INTERNVIT, QIANFAN, SIGLIP
 
 INTERNVL = Family(
-    model_type="internvl", unit="downsample_ratio", cuts_images=True, towers=(INTERNVIT,), decoders=DECODERS
+    model_type="internvl", unit="config.downsample_ratio", cuts_images=True, towers=(INTERNVIT,), decoders=DECODERS
 )
 
 QIANFAN_OCR = replace(INTERNVL, model_type="qianfan_ocr", towers=(QIANFAN,))
@@ -19,7 +19,7 @@ IDEFICS3 = Family(
     language_model="text_model",
     feature_layer=-1,
     select_strategy=None,
-    unit="scale_factor",
+    unit="config.scale_factor",
     cuts_images=True,
     towers=(SIGLIP,),
     decoders=DECODERS,
@@ -33,7 +33,7 @@ OVIS2 = replace(
     tower="vision_tower.transformer",
     projector="visual_embeddings_table",
     language_model="language_model",
-    unit="vision_config.hidden_stride",
+    unit="config.vision_config.hidden_stride",
     regroups="tower",
     towers=(AIMV2,),
 )

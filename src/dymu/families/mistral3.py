@@ -9,7 +9,7 @@ from dymu.families.towers import PIXTRAL
 MISTRAL3 = Family(
     model_type="mistral3",
     select_strategy=None,
-    unit="spatial_merge_size",
+    unit="config.spatial_merge_size",
     regroups="projector",
     grid="image_sizes",
     towers=(PIXTRAL,),

@@ -159,6 +159,11 @@ class Parts(EncoderParts):
         return torch.cat(tokens) if tokens else torch.empty(0, self.language_model.config.hidden_size)
 
     @property
+    def cuts_images(self) -> bool:
+        """See `Family.cuts_images`."""
+        return self.family.cuts_images
+
+    @property
     def pools_with_weights(self) -> bool:
         """Whether the frames of a video are pooled by learned weights."""
         return self.pooler is not None and any(True for _ in self.pooler.parameters())
@@ -174,7 +179,7 @@ class Parts(EncoderParts):
         if unit is None:
             return 1
         if "{modality}" not in unit:
-            side: float = find(self.config, unit)
+            side: float = find(self.inner, unit)
             return round(1 / side) if side < 1 else int(side)
         sides = set(map(int, arguments.get(unit.format(modality=modality), (1,))))
         if len(sides) > 1:

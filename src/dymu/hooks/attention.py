@@ -128,6 +128,7 @@ def unmerged_attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     dymu_step: LayerSteps | Probe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -147,16 +148,17 @@ def unmerged_attention(
             module.config._attn_implementation_internal,  # what the config view of this layer covers
             getattr(sys.modules[type(module).__module__], "eager_attention_forward", None),
         )
+        named = {"sliding_window": sliding_window, "softcap": softcap}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
         attended: tuple[Tensor, Tensor | None] = stock(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
-            **({} if sliding_window is None else {"sliding_window": sliding_window}), **kwargs,
-        )  # fmt: skip
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
         return attended
     refuse_unknown(module, kwargs)
     if not isinstance(dymu_step, LayerSteps):
         return dymu_step.attend(module, query, key), None
     step, query, key = dymu_step.at(module, query, key)
-    unmerged = BACKENDS[step.backend](query, key, value, step, scaling, sliding_window)
+    unmerged = BACKENDS[step.backend](query, key, value, step, scaling, sliding_window, softcap)
     return unmerged.contiguous(), None
 
 

@@ -211,6 +211,8 @@ class CallState(threading.local):
         asked: the prompts that pictures are encoded for, within a forward or ahead of one.
         collecting: whether items that are encoded add to the report, instead of beginning a new one.
         generating: whether `generate` runs, whose forwards share one report.
+        mask: the padding mask [B, N] that the running forward was given, and
+        types: the kinds of its tokens, int64 [B, N], where they say which tokens attend to later ones.
         knows_ids: whether the running forward was given ids, so that it is known where pictures stand.
         chunked: while a prompt with encoded images is prefilled in chunks, the number of tokens before it, and its
             leaders int64 [B, N].
@@ -233,6 +235,8 @@ class CallState(threading.local):
         self.chunked: tuple[int, Tensor] | None = None
         self.encoding: Any = None
         self.mapped: Mapped | None = None
+        self.mask: Any = None
+        self.types: Tensor | None = None
 
     @property
     def active(self) -> bool:

@@ -55,8 +55,8 @@ class EncoderHooks:
         seen = run.pixels(pixels)
         if seen.shape != pixels.shape:
             raise UnsupportedModel(
-                f"{type(reducer).__name__} shows the encoder smaller pictures, and an encoder by itself has features at "
-                "all places; give it smaller pictures yourself."
+                f"{type(reducer).__name__} shows the encoder smaller pictures, and an encoder by itself has features "
+                "at all places; give it smaller pictures yourself."
             )
         try:
             state.encoding = run
@@ -68,7 +68,12 @@ class EncoderHooks:
                 "parts of the model were exchanged while a call ran; exchange them between calls, and ask again."
             )
         kept = torch.stack([state.map.kept for state in run.states[1:]]) - parts.prefix
-        state.begin_report(items_of(parts, run.pictures, run.map, pixels, kept))
+        covered = (1.0, 1.0)
+        if parts.tower_kind.shapes is None:
+            (rows, columns), (height, width) = run.pictures.grids[0], parts.patch_sides
+            covered = (rows * height / pixels.shape[-2], columns * width / pixels.shape[-1])
+        seen_by_patch = _colours(parts, run.pictures, pixels)
+        state.begin_report(items_of(run.pictures, run.map, seen_by_patch, covered, kept))
         return output
 
     def layer(self, index: int, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +93,7 @@ class EncoderHooks:
 
         def location() -> Tensor:
             tokens = MergedTokens.unmerged(pictures.layout(pixels.device)).map
-            return locations(items_of(parts, pictures, tokens, pixels), pictures.grids)
+            return locations(items_of(pictures, tokens, _colours(parts, pictures, pixels)), pictures.grids)
 
         shown = Shown(_seen(parts, pictures, pixels), pictures.grids, single=True, video=False, find_location=location)
         for stage, fits in (("before_encoder", parts.tower_kind.shapes is None), ("in_prompt", False)):
@@ -106,8 +111,8 @@ class EncoderHooks:
             for module in self.parts.tower.modules()
         ):
             raise UnsupportedModel(
-                "gradient checkpointing computes the encoder's layers again when nothing merges any more; switch it off "
-                "(gradient_checkpointing_disable(), or set_grad_checkpointing(False)), or train within "
+                "gradient checkpointing computes the encoder's layers again when nothing merges any more; switch it "
+                "off (gradient_checkpointing_disable(), or set_grad_checkpointing(False)), or train within "
                 "handle.disabled()."
             )
 
@@ -140,25 +145,24 @@ def pictures_of(parts: LoneEncoder, shape: Sequence[int], arguments: Mapping[str
 
 
 def items_of(
-    parts: LoneEncoder, pictures: Pictures, tokens: TokenMap, pixels: Tensor, kept: Tensor | None = None
+    pictures: Pictures,
+    tokens: TokenMap,
+    colours: Sequence[Tensor],
+    covered: tuple[float, float] = (1.0, 1.0),
+    kept: Tensor | None = None,
 ) -> list[Item]:
     """Every picture as an item, whose tokens are its patches.
 
     Args:
         tokens: from a picture's tokens, class and register tokens included.
-        pixels: that the encoder got.
+        colours: of each picture [3, rows, columns].
+        covered: see `Item.covered`.
         kept: int64 [layers, pictures], see `Item.kept_by_layer`.
     """
-    patches = tokens.drop(parts.prefix)
+    patches = tokens.drop(pictures.prefix)
     leaders = leaders_of(patches.group, patches.width)
-    covered = (1.0, 1.0)
-    if parts.tower_kind.shapes is None:
-        (rows, columns), (height, width) = pictures.grids[0], parts.patch_sides
-        covered = (rows * height / pixels.shape[-2], columns * width / pixels.shape[-1])
     items = []
-    for number, (seen, (rows, columns)) in enumerate(
-        zip(_colours(parts, pictures, pixels), pictures.grids, strict=True)
-    ):
+    for number, (seen, (rows, columns)) in enumerate(zip(colours, pictures.grids, strict=True)):
         index = torch.arange(rows * columns, device=leaders.device)
         items.append(
             Item(

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from dymu.choices import COMPACT, CacheForm, Unmerge
-from dymu.errors import UnsupportedCache
+from dymu.errors import BadPrompt, UnsupportedCache
 from dymu.families.resolve import Parts
 from dymu.hooks.attention import Angles, LayerSteps, Rotations, angles_of
 from dymu.hooks.cache import adopt, remembered
@@ -51,9 +52,11 @@ class LanguageHooks:
         ids = inputs.get("input_ids")
         encoded = inputs.get("mm_encoder_outputs") or {}
         ahead = any(output is not None for output in encoded.values())
-        before = state.prompts, state.asked, state.collecting, state.knows_ids
+        before = state.prompts, state.asked, state.collecting, state.knows_ids, state.mask, state.types
         try:
             state.prompts = state.asked = None
+            state.mask = inputs.get("attention_mask")
+            state.types = inputs.get("token_type_ids") if parts.family.both_ways else None
             state.knows_ids = ids is not None
             if ahead or any(inputs.get(name) is not None for name in PIXELS):
                 embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
@@ -67,7 +70,7 @@ class LanguageHooks:
                 state.begin_report(cache=cache_among(inputs))
             return forward(*args, **kwargs)
         finally:
-            state.prompts, state.asked, state.collecting, state.knows_ids = before
+            state.prompts, state.asked, state.collecting, state.knows_ids, state.mask, state.types = before
 
     def decoder(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Keep one token of each group, plan the attention over all, and give all tokens the outputs of their groups.
@@ -100,6 +103,8 @@ class LanguageHooks:
         try:
             state.unmerging = False  # a layer's hook may ask the model, too
             mask = inputs.pop("attention_mask", None)
+            if self.parts.family.both_ways is not None:
+                mask = state.mask
             present = _present(mask, batch, tokens, history, self._unmerge)
             place = history.places(present, batch, tokens, embeds.device)
             positions = inputs.pop("position_ids", None)
@@ -133,6 +138,7 @@ class LanguageHooks:
                 unmerge=self._unmerge,
                 backend=self._backend,
                 place=place,
+                block=self._block(batch, tokens, first=history.length == 0),
             )
             state.mapped = Mapped(merged, plain, present)
             state.unmerging = True
@@ -193,6 +199,30 @@ class LanguageHooks:
             merged.average(added.new_zeros(*where.shape, added.shape[-1]).masked_scatter(where[..., None], added))[there]
             for added in rows
         ]
+
+    def _block(self, batch: int, tokens: int, first: bool) -> Tensor | None:
+        """int64 [B, N], the new tokens that attend to later ones, see `Step.block`.
+
+        Args:
+            first: whether no tokens came before.
+
+        Raises:
+            BadPrompt: it is not known of all new tokens whether they do.
+        """
+        types, both_ways = self._state.types, self.parts.family.both_ways
+        if types is None or tokens == 1 or (both_ways == "prefix" and not first):
+            return None
+        if types.ndim != 2 or len(types) != batch or types.shape[1] < tokens:
+            raise BadPrompt(
+                f"the token_type_ids are {list(types.shape)}, and the new tokens are {[batch, tokens]}; give one for each."
+            )
+        types = types[:, -tokens:]
+        if both_ways == "prefix":
+            block = torch.where(types == 0, 0, -1)
+        else:
+            begins = (types == 1) & (pad(types, (1, 0))[:, :-1] != 1)
+            block = torch.where(types == 1, begins.cumsum(1) - 1, -1)
+        return block if bool((block >= 0).any()) else None
 
     def _by_axis(self, positions: Tensor) -> Tensor:
         """Positions [B, N], or [axes, B, N] with or without a row for texts ahead, as [B, N] or [B, N, axes]."""

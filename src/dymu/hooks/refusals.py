@@ -61,8 +61,8 @@ def refuse_masks(module: nn.Module, arguments: Mapping[str, Any]) -> None:
     ]
     if unknown:
         raise UnsupportedModel(
-            f"{type(module).__name__} is asked for attention with {', '.join(sorted(unknown))}, which dymu does not know "
-            "and cannot compute; leave it out of the call, or ask within handle.disabled()."
+            f"{type(module).__name__} is asked for attention with {', '.join(sorted(unknown))}, which dymu does not "
+            "know and cannot compute; leave it out of the call, or ask within handle.disabled()."
         )
 
 

@@ -54,9 +54,13 @@ def refuse_copy() -> NoReturn:
     raise DymuError(COPIED)
 
 
-def config_view(config: Any, attention: Callable[[], str | None]) -> Any:
+def config_view(config: Any, attention: Callable[[], str | None], text: Any = None) -> Any:
     """The same config, all values shared, but for the attention implementation, which `attention` names; None: it is as
-    set. A copy of the view is an ordinary config."""
+    set. A copy of the view is an ordinary config.
+
+    Args:
+        text: what stands in for the config of the language model within it.
+    """
     kind: Any = type(config)
     stock = kind._attn_implementation
 
@@ -68,6 +72,9 @@ def config_view(config: Any, attention: Callable[[], str | None]) -> Any:
         @_attn_implementation.setter
         def _attn_implementation(self, name: Any) -> None:
             stock.fset(self, name)
+
+        def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+            return super().get_text_config(*args, **kwargs) if text is None else text
 
         def __reduce_ex__(self, _protocol: Any) -> Any:
             return copy.copy, (config,)

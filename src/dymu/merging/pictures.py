@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dymu.choices import Arrangement
 from dymu.merging.encoder_layer import Angles, MergedTokens
@@ -52,16 +53,25 @@ class Pictures:
 
         Args:
             x: see `Arrangement`.
-            angles: [S, D] each, in the same order.
+            angles: [S, D] each, in the same order; in a batch, of the N patches of a picture or of all T tokens of one,
+                [N, D] or [T, D].
             window: int64 [units], see `MergedTokens`.
         """
         units = self.layout(x.device)
         shape = self.units.of_patches(units).shape
+        if angles is not None and self.arrangement == "batch":
+            angles = self.for_all(angles, x)
         x, *angles_of_units = (
             self.to_units(part.reshape(*x.shape[:-1], -1)).reshape(*shape, -1) for part in (x, *(angles or ()))
         )
         angles = (angles_of_units[0], angles_of_units[1]) if angles else None
         return x, MergedTokens.unmerged(units, self.units, angles, window)
+
+    def for_all(self, angles: Angles, x: Tensor) -> Angles:
+        """Of all tokens of a batch [B, T, C]: what stands ahead of patches is not rotated."""
+        cos, sin = angles
+        ahead = (0, 0, x.shape[1] - cos.shape[-2], 0)
+        return pad(cos, ahead, value=1.0).expand(len(x), -1, -1), pad(sin, ahead).expand(len(x), -1, -1)
 
     def leave(self, x: Tensor, state: MergedTokens) -> Tensor:
         """What the last layer gives: merged tokens, [pictures, M, C] padded or [S, C]; or all patches, see `restores`, in

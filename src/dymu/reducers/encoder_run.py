@@ -137,7 +137,7 @@ class EncoderRun:
         size = layout.pack(entering.size()) if x.shape[1] == entering.tokens else None
         self.states = [MergedTokens(entering, layout, size)]
         if angles is not None:
-            cos, sin = map(self._entered, angles)
+            cos, sin = map(self._entered, self.pictures.for_all(angles, x))
             self.states = [replace(self.states[0], angles=(cos, sin))]
         return self._entered(x)
 

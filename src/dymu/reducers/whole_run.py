@@ -37,9 +37,6 @@ class WholeRun(EncoderRun):
     ) -> Tensor:
         """Run encoder layer `index` on [B, T, C], what the layer before it gave, or that with changes by somebody else.
 
-        Args:
-            angles: of the patches of every picture [N, D], or of all tokens.
-
         Returns:
             [B, T, C]; where a picture is padded, 0.
 
@@ -53,7 +50,7 @@ class WholeRun(EncoderRun):
                 "the encoder as it is, without leaving layers out, or within handle.disabled()."
             )
         if index == 0:
-            x, angles = self._begin(x, angles)
+            x = self._begin(x)
         else:
             x, angles = self._merged_of(x), None
         x = super().layer(index, layer, x, angles)
@@ -62,25 +59,18 @@ class WholeRun(EncoderRun):
         self._version = _version(self._copies)
         return self._copies
 
-    def _begin(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Angles | None]:
-        """The tokens of all pictures as they travel, and their angles: class and register tokens are not rotated."""
+    def _begin(self, x: Tensor) -> Tensor:
+        """The tokens of all pictures as they travel."""
         layout = self.pictures.layout(x.device)
         batch, self._places = x.shape[:2]
         ragged = layout.packed or self._places > layout.longest
         if batch != layout.batch or self._places < layout.longest or (ragged and self.prefix):
             raise UnsupportedModel(
                 f"{self._places} tokens of each picture enter the encoder's first layer, and not the {layout.longest} "
-                "that its pixels have: it drops patches (patch dropout in training), pads pictures, or makes its patches "
-                "otherwise than dymu knows; call encoder.eval(), or give pictures of whole patches."
+                "that its pixels have: it drops patches (patch dropout in training), pads pictures, or makes its "
+                "patches otherwise than dymu knows; call encoder.eval(), or give pictures of whole patches."
             )
-        if angles is not None:
-            cos, sin = angles
-            ahead = layout.longest - cos.shape[-2]
-            angles = (
-                pad(cos, (0, 0, ahead, 0), value=1.0).expand(batch, -1, -1),
-                pad(sin, (0, 0, ahead, 0)).expand(batch, -1, -1),
-            )
-        return layout.pack(x[:, : layout.longest]), angles
+        return layout.pack(x[:, : layout.longest])
 
     def _merged_of(self, copies: Tensor) -> Tensor:
         """The merged tokens, as they travel, of those at all places: means where somebody changed some."""

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dymu.choices import COMPACT, Unmerge
 from dymu.token_map import TokenMap
@@ -36,6 +37,8 @@ class Step:
         padded: whether absent keys (-1) may come before present ones; if not, causality hides them.
         rotated: whether the cache holds keys and values of virtual tokens, the keys rotated (`cache="expanded"`).
         bias: float32 [B, Nk], added to the logits of each virtual key; None for 0.
+        block: int64 [B, Nq]: queries with the same number see each other's keys, also later ones; -1: there are none.
+            None: no query has any.
     """
 
     queries: TokenMap
@@ -48,6 +51,7 @@ class Step:
     backend: str
     rotated: bool = False
     bias: Tensor | None = None
+    block: Tensor | None = None
     _results: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def once(self, name: Any, compute: Callable[[], T]) -> T:
@@ -81,7 +85,16 @@ class Step:
         """
         tokens, seen = self.queries.tokens, self.keys.shape[1]
         whole = window is None or window >= seen
-        return whole and self.bias is None and not self.padded and (tokens == 1 or tokens == seen)
+        plain = self.bias is None and self.block is None and not self.padded
+        return whole and plain and (tokens == 1 or tokens == seen)
+
+    def sees(self, start: int, end: int) -> int:
+        """How many keys, from the first on, any of the queries from `start` to `end` may see."""
+        before = self.keys.shape[1] - self.queries.tokens
+        if self.block is None:
+            return before + end
+        ends: list[int] = self.once("block ends", lambda: _ends(self.block).tolist())  # type: ignore[arg-type]
+        return before + max(ends[start:end])
 
     def mask(self, window: int | None = None, start: int = 0, end: int | None = None) -> Tensor:
         """[B or 1, 1, end - start, keys]: which key each of the queries from `start` to `end` sees (bool) or, with a
@@ -92,16 +105,20 @@ class Step:
         """
         tokens, seen = self.queries.tokens, self.keys.shape[1]
         end = tokens if end is None else end
-        first, last = seen - tokens + start, seen - tokens + end
-        key = torch.arange(last, device=self.keys.device)
-        mask = (key <= key[first:, None])[None]
+        first, last, sees = seen - tokens + start, seen - tokens + end, self.sees(start, end)
+        key = torch.arange(sees, device=self.keys.device)
+        mask = (key <= key[first:last, None])[None]
+        if self.block is not None:
+            own = self.block[:, start:end, None]
+            others = pad(self.block, (seen - tokens, 0), value=-1)[:, None, :sees]
+            mask = mask | ((own >= 0) & (own == others))
         if window is not None and window < seen:
-            mask = mask & (self.place[:, None, :last] > self.place[:, first:last, None] - window)
+            mask = mask & (self.place[:, None, :sees] > self.place[:, first:last, None] - window)
         if self.padded:
-            mask = mask & (self.keys[:, None, :last] >= 0)
+            mask = mask & (self.keys[:, None, :sees] >= 0)
             mask = mask | (self.queries.group[:, start:end] < 0)[:, :, None]
         if self.bias is not None:
-            mask = self.bias[:, None, :last].masked_fill(~mask, -torch.inf)
+            mask = self.bias[:, None, :sees].masked_fill(~mask, -torch.inf)
         return mask[:, None]
 
 
@@ -115,6 +132,7 @@ def plan_step(
     unmerge: Unmerge,
     backend: str,
     place: Tensor | None = None,
+    block: Tensor | None = None,
 ) -> Step:
     """Add new tokens to the history and say how they attend.
 
@@ -127,10 +145,13 @@ def plan_step(
         unmerge: see `Unmerge`.
         backend: name of the backend to compute it with.
         place: int64 [B, N], see `History.places`; None: the positions.
+        block: int64 [B, N], see `Step.block`.
     """
     first = history.length == 0
+    if block is not None:
+        block = block.masked_fill(queries.group < 0, -1)
     if unmerge != "exact" and not (plain and history.plain):
-        return _merged_tokens(queries, positions, history, angles, plain, unmerge, backend, place)
+        return _merged_tokens(queries, positions, history, angles, plain, unmerge, backend, place, block)
     if history.length and history.phase is None:
         assert history.position is not None
         history.phase = as_phase(*angles(history.position))
@@ -146,6 +167,7 @@ def plan_step(
         padded=history.padded,
         backend=backend,
         rotated=history.expanded,
+        block=block,
     )
     return _absent_last(step) if first and step.padded and not step.rotated else step
 
@@ -159,6 +181,7 @@ def _merged_tokens(
     unmerge: Unmerge,
     backend: str,
     place: Tensor | None,
+    block: Tensor | None,
 ) -> Step:
     """Every merged token is one virtual token."""
     first = history.length == 0
@@ -176,6 +199,8 @@ def _merged_tokens(
     group = torch.arange(queries.width, device=keys.device).expand(queries.batch, -1)
     group = torch.where(group < queries.kept[:, None], group, -1)
     ragged = bool((group < 0).any())
+    if block is not None:
+        block = block.gather(1, queries.first()).masked_fill(group < 0, -1)
     return Step(
         TokenMap(group, queries.kept, queries.width, ragged),
         keys,
@@ -186,6 +211,7 @@ def _merged_tokens(
         padded=not first and bool((keys < 0).any()),
         backend=backend,
         bias=size.clamp(min=1).log() if unmerge == "compact" else None,
+        block=block,
     )
 
 
@@ -198,7 +224,17 @@ def _absent_last(step: Step) -> Step:
         keys=step.keys.gather(1, order),
         phase=step.phase.gather(1, order[..., None].expand_as(step.phase)),
         place=step.place.gather(1, order),
+        block=None if step.block is None else step.block.gather(1, order),
         expand_queries=True,
         expand_keys=True,
         padded=False,
     )
+
+
+def _ends(block: Tensor) -> Tensor:
+    """int64 [N]: of the tokens that have a block [B, N] in any row, behind its last token; of others, behind them."""
+    index = torch.arange(block.shape[1], device=block.device).expand_as(block)
+    numbers = torch.where(block < 0, 0, block + 1)
+    last = torch.zeros(len(block), int(numbers.max()) + 1, dtype=torch.long, device=block.device)
+    last = last.scatter_reduce(1, numbers, index, "amax")
+    return torch.where(block < 0, index, last.gather(1, numbers)).amax(0) + 1

@@ -17,7 +17,15 @@ def _rotate(vector: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Step,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Attention over virtual tokens (paper section 3.2): expand, rotate, attend causally, average over each group.
 
     Args:
@@ -26,6 +34,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
         step: the virtual tokens.
         scaling: factor on the logits.
         window: sliding window in virtual tokens, or None.
+        softcap: what logits approach, c tanh(x / c), before the bias; None: they are as they are.
 
     Returns:
         [B, Mq, H, D]; 0 for merged tokens past a row's end.
@@ -54,6 +63,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
                 ]
                 virtual_query = _rotate(query[b, h, merged], cos[b, at], sin[b, at])
                 logits = torch.stack([virtual_query @ virtual_keys[j] * scaling for j in seen_keys])
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
                 if step.bias is not None:
                     logits = logits + step.bias[b, seen_keys]
                 weights = logits.softmax(0)
@@ -61,3 +72,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float
                     weight * value[b, h // shared, entry[j]] for weight, j in zip(weights, seen_keys, strict=True)
                 )
     return total / count.clamp(min=1)[:, :, None, None]
+
+
+def _in_block(step: Step, row: int, query: int, key: int) -> bool:
+    """Whether a later key is of the query's block."""
+    if step.block is None:
+        return False
+    other = key - (step.keys.shape[1] - step.queries.tokens)
+    return other >= 0 and bool(step.block[row, query] >= 0) and bool(step.block[row, query] == step.block[row, other])

@@ -17,7 +17,7 @@ from dymu.unmerging.step import Step
 from dymu.unmerging.virtual import rows_behind, virtual_keys, virtual_queries, virtual_values
 
 Mask = Callable[[int, int], Tensor]
-"""The mask of the queries from a start to an end, and the keys up to the last of them."""
+"""The mask of the queries from a start to an end, and the keys that any of them sees."""
 
 FEW = 8
 """Up to so many virtual queries, weights are summed over each group instead of copying the group's value."""
@@ -30,24 +30,37 @@ PIECE, SHORT = 64, 1024
 """Queries at a time, and the longest prompts that gain by it: a fifth at 640 tokens, nothing from 1,536 on."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Step,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """See `dymu.unmerging.backends.reference.attend`."""
     few = step.expand_keys and step.queries.tokens <= FEW
-    attended = (_attend_few if few else _attend_many)(query, key, value, step, scaling, window)
+    attended = (_attend_few if few else _attend_many)(query, key, value, step, scaling, window, softcap)
     return step.queries.average(attended) if step.expand_queries else attended
 
 
-def _attend_many(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None) -> Tensor:
+def _attend_many(
+    query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
     """Attention between expanded tokens, [B, Nq, H, D]."""
     query = virtual_queries(query, _query_rows(step), step.query_phase)
     if not step.rotated:
         rows = _key_rows(step, key) if step.expand_keys else None
         key = virtual_keys(key, rows, step.phase)
         value = value if rows is None else virtual_values(value, rows)
-    causal = step.causal(window)
-    if not _heads_may_differ(query, causal):
+    causal = step.causal(window) and softcap is None
+    if softcap is not None or not _heads_may_differ(query, causal):
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    if softcap is None:
+        attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    else:
+        attend = partial(_capped, scaling=scaling, softcap=softcap)
     if causal:
         return _attend_causal(attend, query, key, value)
     if torch.compiler.is_compiling() and step.queries.tokens > MASK:
@@ -68,7 +81,14 @@ def _attend_masked(
     tokens = step.queries.tokens
     if tokens <= MASK:
         return attend(query, key, value, attn_mask=step.once((window, "mask"), lambda: mask(0, tokens))).transpose(1, 2)
-    return _attend_in_pieces(attend, query, key, value, MASK, mask)  # masks too large to keep for the other layers
+    # Masks too large to keep for the other layers.
+    return _attend_in_pieces(attend, query, key, value, MASK, mask, step.sees)
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scaling: float, softcap: float) -> Tensor:
+    """Attention whose logits are at most `softcap` before the mask."""
+    logits = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
+    return (logits.float() + _added(attn_mask)).softmax(-1).to(query.dtype) @ value
 
 
 # Compiled, its loop would be unrolled, and compiled again for other lengths.
@@ -89,24 +109,34 @@ def _attend_causal(attend: Callable[..., Tensor], query: Tensor, key: Tensor, va
     # Slices of the mask's lower right corner hide the right keys from every piece.
     mask = query.new_zeros(PIECE, tokens)
     mask[:, -PIECE:].masked_fill_(mask.new_ones(PIECE, PIECE, dtype=torch.bool).triu(1), -torch.inf)
-    return _attend_in_pieces(attend, query, key, value, PIECE, lambda start, end: mask[start - end :, tokens - end :])
+    return _attend_in_pieces(
+        attend, query, key, value, PIECE, lambda start, end: mask[start - end :, tokens - end :], lambda _start, end: end
+    )
 
 
 def _attend_in_pieces(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, piece: int, mask: Mask
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    piece: int,
+    mask: Mask,
+    sees: Callable[[int, int], int],
 ) -> Tensor:
-    """Attention of `piece` queries at a time, with the keys up to the last of them."""
-    tokens, seen = query.shape[2], key.shape[2]
+    """Attention of `piece` queries at a time, with the keys that any of them sees."""
+    tokens = query.shape[2]
     attended = []
     for start in range(0, tokens, piece):
         end = min(start + piece, tokens)
-        last = seen - tokens + end
+        last = sees(start, end)
         part = attend(query[:, :, start:end], key[:, :, :last], value[:, :, :last], attn_mask=mask(start, end))
         attended.append(part.transpose(1, 2))
     return torch.cat(attended, 1)
 
 
-def _attend_few(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None) -> Tensor:
+def _attend_few(
+    query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
     """The same of a few queries, where the weights on all copies of one value are summed before they meet it."""
     batch, shared, entries, size = key.shape
     tokens, seen = step.queries.tokens, step.keys.shape[1]
@@ -116,6 +146,8 @@ def _attend_few(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: 
     query = virtual_queries(query, _query_rows(step), phase).reshape(batch * shared, -1, size)
     key = virtual_keys(key, _key_rows(step, key), step.phase).flatten(0, 1)
     logits = torch.bmm(query, key.mT).view(batch, shared, -1, seen)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if tokens > 1 or not step.causal(window):
         mask = step.once((window, "added"), lambda: _added(step.mask(window)))
         logits = (logits.unflatten(2, (-1, tokens)) + mask[:, None]).flatten(2, 3)

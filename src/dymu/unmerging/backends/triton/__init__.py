@@ -55,15 +55,23 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None = None) -> Tensor:
-    """See `dymu.unmerging.backends.reference.attend`.
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Step,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """See `dymu.unmerging.backends.reference.attend`. Where logits are capped, or tokens see later ones, torch computes.
 
     Raises:
         ValueError: the tensors are on a device or of a type that it does not compute on, or need gradients.
     """
     _refuse(query, key, value)
-    if step.rotated:
-        return sdpa.attend(query, key, value, step, scaling, window)
+    if step.rotated or step.block is not None or softcap is not None:
+        return sdpa.attend(query, key, value, step, scaling, window, softcap)
     if window is not None and window >= step.keys.shape[1]:
         window = None
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))

@@ -1,0 +1,25 @@
+"""Images whose tokens attend to each other both ways: Gemma 3, ShieldGemma 2 and PaliGemma."""
+
+from dataclasses import replace
+
+from dymu.families.decoders import DECODERS
+from dymu.families.decoders import GEMMA3 as GEMMA3_TEXT
+from dymu.families.family import Family
+from dymu.families.towers import SIGLIP
+
+GEMMA3 = Family(
+    model_type="gemma3",
+    feature_layer=-1,
+    select_strategy=None,
+    unit="multi_modal_projector.kernel_size",
+    regroups="projector",
+    both_ways="images",
+    towers=(SIGLIP,),
+    decoders=(GEMMA3_TEXT,),
+)
+
+SHIELDGEMMA2 = replace(GEMMA3, model_type="shieldgemma2")
+
+PALIGEMMA = replace(
+    GEMMA3, model_type="paligemma", unit=None, regroups="model", both_ways="prefix", decoders=DECODERS
+)
