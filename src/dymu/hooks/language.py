@@ -139,6 +139,7 @@ class LanguageHooks:
                 backend=self._backend,
                 place=place,
                 block=self._block(batch, tokens, first=history.length == 0),
+                beyond_window=self.parts.family.both_ways == "prefix",
             )
             state.mapped = Mapped(merged, plain, present)
             state.unmerging = True

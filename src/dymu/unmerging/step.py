@@ -39,6 +39,7 @@ class Step:
         bias: float32 [B, Nk], added to the logits of each virtual key; None for 0.
         block: int64 [B, Nq]: queries with the same number see each other's keys, also later ones; -1: there are none.
             None: no query has any.
+        beyond_window: whether they do wherever these are, and not within a sliding window alone.
     """
 
     queries: TokenMap
@@ -52,6 +53,7 @@ class Step:
     rotated: bool = False
     bias: Tensor | None = None
     block: Tensor | None = None
+    beyond_window: bool = False
     _results: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def once(self, name: Any, compute: Callable[[], T]) -> T:
@@ -108,12 +110,15 @@ class Step:
         first, last, sees = seen - tokens + start, seen - tokens + end, self.sees(start, end)
         key = torch.arange(sees, device=self.keys.device)
         mask = (key <= key[first:last, None])[None]
+        block = None
         if self.block is not None:
             own = self.block[:, start:end, None]
             others = pad(self.block, (seen - tokens, 0), value=-1)[:, None, :sees]
-            mask = mask | ((own >= 0) & (own == others))
+            block = (own >= 0) & (own == others)
+            mask = mask | block
         if window is not None and window < seen:
-            mask = mask & (self.place[:, None, :sees] > self.place[:, first:last, None] - window)
+            near = self.place[:, None, :sees] > self.place[:, first:last, None] - window
+            mask = mask & (near if block is None or not self.beyond_window else near | block)
         if self.padded:
             mask = mask & (self.keys[:, None, :sees] >= 0)
             mask = mask | (self.queries.group[:, start:end] < 0)[:, :, None]
@@ -133,6 +138,7 @@ def plan_step(
     backend: str,
     place: Tensor | None = None,
     block: Tensor | None = None,
+    beyond_window: bool = False,
 ) -> Step:
     """Add new tokens to the history and say how they attend.
 
@@ -145,13 +151,13 @@ def plan_step(
         unmerge: see `Unmerge`.
         backend: name of the backend to compute it with.
         place: int64 [B, N], see `History.places`; None: the positions.
-        block: int64 [B, N], see `Step.block`.
+        block, beyond_window: int64 [B, N], see `Step`.
     """
     first = history.length == 0
     if block is not None:
         block = block.masked_fill(queries.group < 0, -1)
     if unmerge != "exact" and not (plain and history.plain):
-        return _merged_tokens(queries, positions, history, angles, plain, unmerge, backend, place, block)
+        return _merged_tokens(queries, positions, history, angles, plain, unmerge, backend, place, block, beyond_window)
     if history.length and history.phase is None:
         assert history.position is not None
         history.phase = as_phase(*angles(history.position))
@@ -168,6 +174,7 @@ def plan_step(
         backend=backend,
         rotated=history.expanded,
         block=block,
+        beyond_window=beyond_window,
     )
     return _absent_last(step) if first and step.padded and not step.rotated else step
 
@@ -182,6 +189,7 @@ def _merged_tokens(
     backend: str,
     place: Tensor | None,
     block: Tensor | None,
+    beyond_window: bool,
 ) -> Step:
     """Every merged token is one virtual token."""
     first = history.length == 0
@@ -212,6 +220,7 @@ def _merged_tokens(
         backend=backend,
         bias=size.clamp(min=1).log() if unmerge == "compact" else None,
         block=block,
+        beyond_window=beyond_window,
     )
 
 

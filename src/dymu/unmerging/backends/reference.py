@@ -75,7 +75,7 @@ def attend(
 
 
 def _in_block(step: Step, row: int, query: int, key: int) -> bool:
-    """Whether a later key is of the query's block."""
+    """Whether a key is of the query's block."""
     if step.block is None:
         return False
     other = key - (step.keys.shape[1] - step.queries.tokens)
