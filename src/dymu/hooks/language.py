@@ -232,7 +232,7 @@ class LanguageHooks:
             return positions
         if positions.ndim == 2:
             return positions[..., None].expand(-1, -1, axes)
-        return positions[-axes:].permute(1, 2, 0)
+        return positions[-axes:].expand(axes, -1, -1).permute(1, 2, 0)
 
     def _angles(self, like: Tensor, positions: Tensor) -> Angles:
         positions = positions.permute(2, 0, 1) if positions.ndim == 3 else positions

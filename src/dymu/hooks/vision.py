@@ -162,7 +162,7 @@ class VisionHooks:
         output = forward(*args, **kwargs)
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(
-                None if hidden is None or layers > run.depth else run.in_final_tokens(hidden, layers)
+                None if hidden is None else run.in_final_tokens(hidden, layers)
                 for layers, hidden in enumerate(output.hidden_states)
             )
         return output

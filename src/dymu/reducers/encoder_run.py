@@ -111,10 +111,13 @@ class EncoderRun:
         state = self.states[-1]
         return self.pictures.expand(features.unflatten(0, state.layout.shape), state)
 
-    def in_final_tokens(self, hidden: Tensor, layers: int) -> Tensor:
-        """Average what the first `layers` layers gave down to the tokens left at the end, [B, M, C]."""
-        if layers >= self.depth:
+    def in_final_tokens(self, hidden: Tensor, layers: int) -> Tensor | None:
+        """What the first `layers` layers gave, averaged down to the tokens left at the end, [B, M, C]; what the last one
+        gave, as it is. None: layers that did not run gave it, or such tokens are not what the family reads."""
+        if layers == self.depth:
             return hidden
+        if layers > self.depth or self.pictures.restores or self.pictures.arrangement == "packed":
+            return None
         state, final = self.states[layers], self.map
         if layers == 0:
             hidden = self._entered(hidden)
