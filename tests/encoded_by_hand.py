@@ -74,15 +74,17 @@ class Picture:
 
         Args:
             key: [rows of all pictures, D], the mean over heads.
-            windowed: whether units of other windows are out of reach.
+            windowed: whether every window is by itself: places count anew in each, and units of others are out of reach.
         """
         metric = nn.functional.normalize(torch.stack([key[rows].mean(0) for rows in self.rows]), dim=-1)
         similarity = (metric @ metric.T).tolist()
-        even = [unit for place, unit in enumerate(self.order, self.prefix) if place % 2 == 0]
-        odd = [unit for place, unit in enumerate(self.order, self.prefix) if place % 2 == 1]
+        row = {unit: self.window[unit] if windowed else 0 for unit in self.order}
+        rows = [[unit for unit in self.order if row[unit] == number] for number in sorted(set(row.values()))]
+        even = [unit for units in rows for place, unit in enumerate(units, self.prefix) if place % 2 == 0]
+        odd = [unit for units in rows for place, unit in enumerate(units, self.prefix) if place % 2 == 1]
         into = {}
         for unit in even:
-            reach = [other for other in odd if not windowed or self.window[other] == self.window[unit]]
+            reach = [other for other in odd if row[other] == row[unit]]
             if reach:
                 best = max(reach, key=similarity[unit].__getitem__)
                 if similarity[unit][best] > threshold:
