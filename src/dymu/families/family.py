@@ -41,6 +41,10 @@ class Tower:
     after_attention: tuple[str, ...] = ()
     after_mlp: tuple[str, ...] = ()
     """A path may lead to a parameter, which is a factor."""
+    turning: int = 1
+    """Parts of each head, each of which rotates its own two halves."""
+    scaling: float | None = None
+    """Factor on the logits; None: one over the root of the head's size."""
     heads: str = "config.num_attention_heads"
     width: str = "config.hidden_size"
     patch_size: str = "config.patch_size"
@@ -50,6 +54,8 @@ class Tower:
     arrangement: Arrangement = "batch"
     angles: str | None = None
     """Keyword of a layer's forward: cosines and sines of each patch, by which it rotates the halves of each head."""
+    positions: str | None = None
+    """Keyword of a layer's forward: column and row of each patch."""
     segments: str | None = None
     """Keyword of a layer's forward: where the tokens that attend to each other begin, among all. Layers that get other
     numbers than those of whole pictures attend within windows."""
@@ -83,6 +89,10 @@ class Decoder:
     """Argument of its forward: for each of the first layers the rows [image tokens, C] that are added behind it."""
     added_where: str | None = None
     """Argument of its forward: bool [B, N], the tokens to which these rows are added."""
+    shared: str | None = None
+    """Argument of an attention layer: keys and values of an earlier layer, which later ones take."""
+    per_token: str | None = None
+    """Argument of its forward: one row [B, N, ...] for each token, alike for all of an image."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +131,9 @@ class Family:
     """Argument of `get_image_features` and `get_video_features` with the frames, rows and columns of patches of each
     item, or with its height and width in pixels; `{modality}` stands for image or video. None: pictures are as large as
     the pixels."""
-    both_ways: Literal["images", "prefix"] | None = None
-    """Which tokens also attend to later ones, by the argument `token_type_ids` of `inner`: those of an image to each
-    other (1), or the whole prompt that is not to be continued (0)."""
+    both_ways: Literal["images", "prefix", "windows"] | None = None
+    """Which tokens also attend to later ones: by the argument `token_type_ids` of `inner`, those of an image to each other
+    (1), or the whole prompt that is not to be continued (0); or by `mm_token_type_ids`, those of an image or video (1, 2)
+    in layers with a sliding window, where the text config's `use_bidirectional_attention` says `vision`."""
     towers: tuple[Tower, ...] = ()
     decoders: tuple[Decoder, ...] = ()

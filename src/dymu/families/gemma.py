@@ -1,10 +1,12 @@
-"""Images whose tokens attend to each other both ways: Gemma 3, ShieldGemma 2 and PaliGemma."""
+"""Images whose tokens attend to each other both ways: Gemma 3 and 4, ShieldGemma 2 and PaliGemma."""
 
 from dataclasses import replace
 
 from dymu.families.decoders import DECODERS
 from dymu.families.decoders import GEMMA3 as GEMMA3_TEXT
+from dymu.families.decoders import GEMMA4 as GEMMA4_TEXT
 from dymu.families.family import Family
+from dymu.families.towers import GEMMA4 as GEMMA4_TOWER
 from dymu.families.towers import SIGLIP
 
 GEMMA3 = Family(
@@ -22,4 +24,17 @@ SHIELDGEMMA2 = replace(GEMMA3, model_type="shieldgemma2")
 
 PALIGEMMA = replace(
     GEMMA3, model_type="paligemma", unit=None, regroups="model", both_ways="prefix", decoders=DECODERS
+)
+
+GEMMA4 = replace(
+    GEMMA3,
+    model_type="gemma4",
+    projector="embed_vision",
+    video_token="video_token_id",
+    unit="config.vision_config.pooling_kernel_size",
+    regroups="tower",
+    grid="{modality}_position_ids",
+    both_ways="windows",
+    towers=(GEMMA4_TOWER,),
+    decoders=(GEMMA4_TEXT,),
 )

@@ -3,7 +3,7 @@
 from dymu.families.cohere import AYA_VISION, COHERE2_VISION
 from dymu.families.deepseek_vl import DEEPSEEK_VL, JANUS
 from dymu.families.family import Family
-from dymu.families.gemma import GEMMA3, PALIGEMMA, SHIELDGEMMA2
+from dymu.families.gemma import GEMMA3, GEMMA4, PALIGEMMA, SHIELDGEMMA2
 from dymu.families.glm import EXAONE4_5, GLM4V, GLM4V_MOE, GLM46V, GLM_OCR
 from dymu.families.internvl import IDEFICS3, INTERNVL, OVIS2, QIANFAN_OCR, SMOLVLM
 from dymu.families.llava import LLAVA, VIPLLAVA
@@ -31,6 +31,6 @@ FAMILIES: dict[str, Family] = {
         MISTRAL3, LIGHTON_OCR,
         GLM4V, GLM46V, GLM4V_MOE, GLM_OCR, EXAONE4_5,
         AYA_VISION, COHERE2_VISION,
-        GEMMA3, SHIELDGEMMA2, PALIGEMMA,
+        GEMMA3, GEMMA4, SHIELDGEMMA2, PALIGEMMA,
     )
 }  # fmt: skip

@@ -51,6 +51,8 @@ class EncoderParts:
             projections=tuple(find(module, path) for path in self._projections),
             norms=tuple(None if path is None else find(module, path) for path in norms),  # type: ignore[arg-type]
             norms_heads=kind.norms_heads,
+            turning=kind.turning,
+            scaling=kind.scaling,
             heads=self.heads,
             **parts,
         )

@@ -185,3 +185,27 @@ OPEN_CLIP = Tower(
 
 ENCODERS = (CLIP, SIGLIP, SIGLIP2, DINOV2, DINOV2_WITH_REGISTERS, DINOV3, TIMM, OPEN_CLIP)
 """Those that `dymu.apply` takes by themselves. What has no config of transformers goes by its library and class."""
+
+GEMMA4 = Tower(
+    model_types=("gemma4_vision",),
+    layers="encoder.layers",
+    norm1="input_layernorm",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    value_norm="self_attn.v_norm",
+    norms_heads=True,
+    out="self_attn.o_proj",
+    after_attention=("post_attention_layernorm",),
+    norm2="pre_feedforward_layernorm",
+    mlp="mlp",
+    after_mlp=("post_feedforward_layernorm",),
+    scaling=1.0,
+    turning=2,
+    class_token=False,
+    arrangement="padded",
+    angles="position_embeddings",
+    positions="position_ids",
+)

@@ -81,8 +81,10 @@ def one_of_two(values: Tensor, interleaved: bool) -> Tensor:
 
 
 def angles_of(parts: Parts, like: Tensor, positions: Tensor) -> dict[str, Angles]:
-    """The angles of positions, as the rotary module takes these, by kind."""
+    """The angles of positions [B, N] or [axes, B, N], by kind."""
     rotary: Any = parts.rotary.forward
+    if parts.decoder_kind.axes > 1:  # which only later versions of transformers expand themselves
+        positions = positions.expand(parts.decoder_kind.axes, *positions.shape[-2:])
     return {kind: rotary(like, positions, *([kind] if kind else [])) for kind in parts.angle_kinds}
 
 
@@ -92,20 +94,24 @@ class LayerSteps:
     Args:
         step: its phases are those of all kinds of angles, side by side.
         rotations: by the identity of each attention module.
+        in_windows: whether tokens attend to later ones in layers with a sliding window alone.
     """
 
-    def __init__(self, step: Step, rotations: Mapping[int, Rotation]) -> None:
-        self._step, self._rotations = step, rotations
-        self._steps = dict[tuple[Rotation, int], Step]()
+    def __init__(self, step: Step, rotations: Mapping[int, Rotation], in_windows: bool) -> None:
+        self._step, self._rotations, self._in_windows = step, rotations, in_windows
+        self._steps = dict[tuple[Rotation, int, bool], Step]()
 
-    def at(self, module: Any, query: Tensor, key: Tensor) -> tuple[Step, Tensor, Tensor]:
+    def at(self, module: Any, query: Tensor, key: Tensor, window: int | None) -> tuple[Step, Tensor, Tensor]:
         """The step of an attention layer, and its queries and keys in half-split order."""
         rotation, size = self._rotations[id(module)], query.shape[-1]
-        if (rotation, size) not in self._steps:
-            self._steps[rotation, size] = self._turned(rotation, size)
-        return self._steps[rotation, size], rotation.half_split(query), rotation.half_split(key)
+        asked = rotation, size, self._in_windows and window is None
+        if asked not in self._steps:
+            self._steps[asked] = self._turned(*asked)
+        return self._steps[asked], rotation.half_split(query), rotation.half_split(key)
 
-    def _turned(self, rotation: Rotation, size: int) -> Step:
+    def _turned(self, rotation: Rotation, size: int, one_way: bool) -> Step:
+        if one_way and self._step.block is not None:
+            return replace(self._turned(rotation, size, False), block=None)
         if rotation.pairs == self._step.phase.shape[-1] == size // 2:
             return self._step
         phase = self._step.phase[..., rotation.start : rotation.start + rotation.pairs]
@@ -157,7 +163,7 @@ def unmerged_attention(
     refuse_unknown(module, kwargs)
     if not isinstance(dymu_step, LayerSteps):
         return dymu_step.attend(module, query, key), None
-    step, query, key = dymu_step.at(module, query, key)
+    step, query, key = dymu_step.at(module, query, key, sliding_window)
     unmerged = BACKENDS[step.backend](query, key, value, step, scaling, sliding_window, softcap)
     return unmerged.contiguous(), None
 

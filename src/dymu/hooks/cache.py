@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 
 from dymu.choices import CacheForm
 from dymu.errors import UnsupportedCache
+from dymu.hooks.versions import EMPTY_LAYERS
 from dymu.unmerging import History
 from dymu.unmerging.virtual import rows_behind, virtual_keys, virtual_values
 
@@ -118,7 +119,7 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
                 "remember cannot be taken back; start with a new cache."
             )
         return history
-    known = (DynamicLayer, LinearAttentionLayer)
+    known = (DynamicLayer, LinearAttentionLayer, *EMPTY_LAYERS)
     if type(cache) is not DynamicCache or not all(isinstance(layer, known) for layer in cache.layers):
         raise UnsupportedCache(
             f"DyMU stores merged tokens in a DynamicCache, not in a {type(cache).__name__}; "
@@ -164,7 +165,7 @@ def remembered(cache: Any) -> Callable[[], None]:
             history.restore(before)
             for layer in _merged(cache):
                 layer.keep_first(history.entries)
-            history.interrupted = any(not isinstance(layer, MergedLayer) for layer in layers)
+            history.interrupted = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
 
     return rewind
 

@@ -56,7 +56,7 @@ class LanguageHooks:
         try:
             state.prompts = state.asked = None
             state.mask = inputs.get("attention_mask")
-            state.types = inputs.get("token_type_ids") if parts.family.both_ways else None
+            state.types = inputs.get(self._types_argument or "")
             state.knows_ids = ids is not None
             if ahead or any(inputs.get(name) is not None for name in PIXELS):
                 embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
@@ -129,6 +129,11 @@ class LanguageHooks:
                 first = merged.first()
                 embeds = take(embeds, first)
                 self._average_added_rows(inputs, merged, first)
+                rows = inputs.get(self.parts.decoder_kind.per_token or "")
+                if rows is not None:
+                    inputs[self.parts.decoder_kind.per_token or ""] = take(rows, first)
+            if inputs.get("logits_to_keep") is not None:  # the module that called cuts off the rest
+                inputs["logits_to_keep"] = 0
             step = plan_step(
                 merged,
                 positions,
@@ -148,7 +153,7 @@ class LanguageHooks:
                 inputs_embeds=embeds,
                 position_ids=torch.arange(merged.width, device=embeds.device)[None],  # the step has the angles
                 **{cache_argument(type(decoder).forward): cache},
-                dymu_step=LayerSteps(step, self.rotations.by_module),
+                dymu_step=LayerSteps(step, self.rotations.by_module, self.parts.family.both_ways == "windows"),
             )
         except BaseException:
             if rewind is not None:
@@ -171,7 +176,8 @@ class LanguageHooks:
         kind = next((value for value in (*args, *kwargs.values()) if isinstance(value, str)), "")
         key = (x.dtype, x.device, kind)
         if key not in self._still:
-            position = torch.zeros(1, 1, dtype=torch.long, device=x.device)
+            axes = self.parts.decoder_kind.axes
+            position = torch.zeros(*([axes] if axes > 1 else []), 1, 1, dtype=torch.long, device=x.device)
             cos, sin = forward(x[:1, :1], position, *([kind] if kind else []))
             self._still[key] = torch.ones_like(cos), torch.zeros_like(sin)
         return self._still[key]
@@ -201,6 +207,15 @@ class LanguageHooks:
             for added in rows
         ]
 
+    @property
+    def _types_argument(self) -> str | None:
+        """Of `inner`: which argument says which tokens attend to later ones, see `Family.both_ways`."""
+        both_ways = self.parts.family.both_ways
+        if both_ways != "windows":
+            return None if both_ways is None else "token_type_ids"
+        sees = getattr(self.parts.language_model.config, "use_bidirectional_attention", None)
+        return "mm_token_type_ids" if sees == "vision" else None
+
     def _block(self, batch: int, tokens: int, first: bool) -> Tensor | None:
         """int64 [B, N], the new tokens that attend to later ones, see `Step.block`.
 
@@ -221,8 +236,9 @@ class LanguageHooks:
         if both_ways == "prefix":
             block = torch.where(types == 0, 0, -1)
         else:
-            begins = (types == 1) & (pad(types, (1, 0))[:, :-1] != 1)
-            block = torch.where(types == 1, begins.cumsum(1) - 1, -1)
+            of_image = (types == 1) | ((types == 2) & (both_ways == "windows"))
+            begins = of_image & ~pad(of_image, (1, 0))[:, :-1]
+            block = torch.where(of_image, begins.cumsum(1) - 1, -1)
         return block if bool((block >= 0).any()) else None
 
     def _by_axis(self, positions: Tensor) -> Tensor:

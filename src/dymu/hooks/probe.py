@@ -70,9 +70,10 @@ def _rotations(parts: Parts) -> Rotations:
     interleaved = {kind: torch.equal(cos[..., 0::2], cos[..., 1::2]) for kind, (cos, _) in angles.items()}
     starts = dict(zip(angles, accumulate((cos.shape[-1] // 2 for cos, _ in angles.values()), initial=0), strict=False))
     by_module = dict[int, Rotation]()
+    shared: Shared = {}, {}
     for index, attention in enumerate(parts.attentions):
         kind = parts.angle_kind(attention)
-        module, rotation = _rotation(attention, x, angles[kind], interleaved[kind])
+        module, rotation = _rotation(attention, x, angles[kind], interleaved[kind], parts.decoder_kind.shared, shared)
         if isinstance(rotation, str):
             raise UnsupportedModel(
                 f"attention layer {index} of the language model, a {type(attention).__name__}, does not rotate pairs of "
@@ -99,12 +100,18 @@ def _encoder_errors(parts: EncoderParts) -> list[float]:
     x = _random(parts.tower, parts.width, tokens)
     state, asked = MergedTokens.unmerged(Layout.equal(1, tokens, x.device)), dict[str, Any]()
     if kind.angles is not None:
-        turns = torch.linspace(0, 2, TOKENS * (parts.width // parts.heads // 2), device=x.device).view(TOKENS, -1)
-        angles = pad(torch.cat((turns, turns), -1), (0, 0, prefix, 0))  # what stands ahead of patches is not rotated
-        state = replace(state, angles=(angles.cos().to(x.dtype)[None], angles.sin().to(x.dtype)[None]))
-        asked[kind.angles] = tuple(angle[0, prefix:] for angle in state.angles)
+        first = parts.encoder_layer(0)
+        size = first.project(first.norm1(x))[0].shape[-1]
+        turns = torch.linspace(0, 2, TOKENS * (size // 2), device=x.device).view(TOKENS, -1)
+        turns = turns.unflatten(-1, (kind.turning, -1)).repeat(1, 1, 2).flatten(1)
+        angles = pad(turns, (0, 0, prefix, 0))  # what stands ahead of patches is not rotated
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        state = replace(state, angles=(cos[None], sin[None]))
+        asked[kind.angles] = cos[prefix:], sin[prefix:]
     if kind.segments is not None:
         asked[kind.segments] = torch.tensor([0, tokens], dtype=torch.int32, device=x.device)
+    if kind.positions is not None:
+        asked[kind.positions] = torch.zeros(1, tokens, 2, dtype=torch.long, device=x.device)
     for index, module in enumerate(parts.encoder_modules):
         layer = parts.encoder_layer(index)
         try:
@@ -129,25 +136,40 @@ def _forwarded(module: nn.Module, x: Tensor, asked: dict[str, Any]) -> Any:
         return module.forward(x, attention_mask=None, **asked)
 
 
-def _rotation(attention: nn.Module, x: Tensor, angles: Angles, interleaved: bool) -> tuple[Any, Rotation | str]:
-    """The module that asks for attention and how it rotates x, or why that is not known."""
+Shared = tuple[dict[str, Any], dict[str, Any]]
+"""What layers that are tried take of earlier ones, un-rotated and rotated."""
+
+
+def _rotation(
+    attention: nn.Module, x: Tensor, angles: Angles, interleaved: bool, named: str | None, shared: Shared
+) -> tuple[Any, Rotation | str]:
+    """The module that asks for attention and how it rotates x, or why that is not known.
+
+    Args:
+        named: see `Decoder.shared`.
+    """
     cos, sin = angles
+    still = torch.ones_like(cos), torch.zeros_like(sin)
     try:
-        plain = _handed_over(attention, x, torch.ones_like(cos), torch.zeros_like(sin))
-        rotated = _handed_over(attention, x, cos, sin)
+        plain, rotated = (
+            _handed_over(attention, x, turns, {} if named is None else {named: states})
+            for turns, states in zip((still, angles), shared, strict=True)
+        )
     except UnsupportedModel:
         raise
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
     if plain.module is None or rotated.module is None:
         return None, "it does not call the attention function that its config names"
+    if getattr(plain.module, "is_causal", True) is False:
+        return None, "it lets every token attend to later ones"
     size, pairs = plain.query.shape[-1], cos.shape[-1] // 2
     if 2 * pairs > size:
         return None, f"it has angles for {2 * pairs} of {size} channels"
     phase = torch.complex(*(one_of_two(part, interleaved).to(torch.promote_types(part.dtype, torch.float32)) for part in angles))
     for rotation in (Rotation(0, pairs, False), Rotation(0, pairs, True), Rotation(0, 0, False)):
-        still = phase.new_ones(*phase.shape[:-1], size // 2 - rotation.pairs)
-        turns = torch.cat((phase[..., : rotation.pairs], still), -1)[:, None]
+        rest = phase.new_ones(*phase.shape[:-1], size // 2 - rotation.pairs)
+        turns = torch.cat((phase[..., : rotation.pairs], rest), -1)[:, None]
         before, after = (
             [as_pairs(rotation.half_split(part)) for part in (handed.query, handed.key)] for handed in (plain, rotated)
         )
@@ -160,9 +182,11 @@ def _rotation(attention: nn.Module, x: Tensor, angles: Angles, interleaved: bool
     return None, "its queries or keys are rotated otherwise"
 
 
-def _handed_over(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> _Recorder:
+def _handed_over(attention: nn.Module, x: Tensor, angles: Angles, shared: dict[str, Any]) -> _Recorder:
     recorder = _Recorder()
-    attention.forward(hidden_states=x, position_embeddings=(cos, sin), attention_mask=None, dymu_step=recorder)
+    attention.forward(
+        hidden_states=x, position_embeddings=angles, attention_mask=None, dymu_step=recorder, **shared
+    )
     return recorder
 
 

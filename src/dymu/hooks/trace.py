@@ -124,7 +124,8 @@ def _in_prompt(
     hidden = parts.language_model.config.hidden_size
     width = -(-count // hidden) * hidden  # some families reshape features by it
 
-    def projected(features: Tensor, *_: Any) -> Tensor:
+    def projected(*args: Any, **named: Any) -> Tensor:
+        features: Tensor = args[0] if args else next(iter(named.values()))
         if family.regroups == "projector" and pictures.side > 1:
             features = pictures.first_of_units(features)
         # The features of several layers, and of the patches of a unit, are concatenated.
@@ -181,8 +182,7 @@ def _family_code(
             output.deepstack_features = []
             return output
         if family.regroups == "tower":
-            packed = pictures.arrangement == "packed"
-            units = channels if packed else channels.unflatten(0, (len(pictures.grids), -1))
+            units = channels if pictures.cut else channels.unflatten(0, (len(pictures.grids), -1))
             return BaseModelOutputWithPooling(last_hidden_state=units, pooler_output=units)
         hidden = pictures.to_patches(channels)
         hidden = hidden if pictures.cut or hidden.ndim == 3 else hidden[None]
@@ -248,13 +248,19 @@ def pictures_of(parts: Parts, modality: Modality, arguments: Mapping[str, Any], 
     """
     kind, family, side = parts.tower_kind, parts.family, parts.side(modality, arguments)
     sizes = arguments.get((family.grid or "").format(modality=modality))
+    length = 0
     if sizes is None or kind.arrangement == "batch":
         grids = [_grid(parts, *pixels.shape[-2:])] * len(pixels)
     else:
-        of_items = torch.as_tensor(sizes, device="cpu").tolist()
+        sizes = torch.as_tensor(sizes, device="cpu")
+        length = sizes.shape[1] if sizes.ndim == 3 else 0
+        of_items = sizes.tolist() if not length else _padded_grids(sizes)
         grids = []
         for *frames, height, width in of_items:
-            grids += [(height, width)] * frames[0] if frames else [_grid(parts, height, width)]
+            if frames:
+                grids += [(height, width)] * frames[0]
+            else:
+                grids.append((height, width) if length else _grid(parts, height, width))
     for rows, columns in grids:
         if rows % side or columns % side:
             raise BadPrompt(
@@ -262,8 +268,28 @@ def pictures_of(parts: Parts, modality: Modality, arguments: Mapping[str, Any], 
                 "model makes one token of; let the model's own processor set the size of its pictures."
             )
     regroups = parts.merger is None and (side > 1 or family.regroups == "tower")
-    cut = sizes is not None and kind.arrangement != "batch" and len(of_items[0]) == 3
-    return Pictures(tuple(grids), side, parts.prefix, kind.arrangement, regroups, cut)
+    cut = sizes is not None and kind.arrangement != "batch" and (len(of_items[0]) == 3 or length > 0)
+    return Pictures(tuple(grids), side, parts.prefix, kind.arrangement, regroups, cut, length)
+
+
+def _padded_grids(positions: Tensor) -> list[list[int]]:
+    """Rows and columns of each picture, by the column and row [pictures, P, 2] of each patch, -1 for padding.
+
+    Raises:
+        BadPrompt: patches do not come row after row, and then padding.
+    """
+    there = positions[..., 0] >= 0
+    grids = []
+    for places, exist in zip(positions, there, strict=True):
+        columns, rows = (places.amax(0) + 1).tolist()
+        raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+        if int(exist.sum()) != len(raster) or not torch.equal(places[: len(raster)].cpu(), raster.view(-1, 2)):
+            raise BadPrompt(
+                "the patches of a picture do not come row after row with padding behind, as its positions say, which dymu "
+                "cannot follow; give pixels and positions as the model's own processor makes them."
+            )
+        grids.append([rows, columns])
+    return grids
 
 
 def _patch_sides(parts: Parts) -> tuple[int, int]:
@@ -292,7 +318,8 @@ def pixels_of(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tens
         return pixels
     if pictures.cut:
         counts = [rows * columns for rows, columns in pictures.grids]
-        return pixels.reshape(sum(counts), -1).split(counts)
+        patches = pixels[pictures.there(pixels.device)] if pictures.length else pixels
+        return patches.reshape(sum(counts), -1).split(counts)
     height, width = _patch_sides(parts)
     return [
         picture[:, : rows * height, : columns * width]
@@ -308,7 +335,9 @@ def seen_by(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tensor
         return avg_pool2d(of_each.float(), (height, width))
     if not pictures.cut:
         return [avg_pool2d(picture.float(), (height, width)) for picture in of_each]
-    colours = torch.cat([patches.unflatten(1, (3, -1)).float().mean(2) for patches in of_each])
+    channels_last = pictures.arrangement == "padded"
+    shape, pixel = ((-1, 3), 1) if channels_last else ((3, -1), 2)
+    colours = torch.cat([patches.unflatten(1, shape).float().mean(pixel) for patches in of_each])
     units = pictures.to_units(colours).unflatten(0, (-1, pictures.side**2)).mean(1)
     grids = pictures.unit_grids
     split = units.split([rows * columns for rows, columns in grids])

@@ -7,8 +7,11 @@ import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
-from transformers import Cache
+from transformers import Cache, cache_utils
 from transformers.generation import utils as generation
+
+EMPTY_LAYERS: tuple[type, ...] = tuple(filter(None, (getattr(cache_utils, "DummyLayer", None),)))
+"""What stands in a KV cache for layers that take the keys and values of others, where anything does."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """The KV cache, as an argument and in outputs: from transformers 5.24 on, and before."""

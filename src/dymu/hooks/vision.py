@@ -203,27 +203,28 @@ class VisionHooks:
         call, tokens = self._state.encoding, forward(features, *args, **kwargs)
         return tokens if call is None else call.running.expand(tokens)
 
-    def projector(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def projector(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Project merged features and copy them to all N tokens of each picture, which the family's code arranges."""
         call = self._state.encoding
         if call is None or call.expanded:
-            return forward(features, *args, **kwargs)
+            return forward(*args, **kwargs)
         run = call.running
         if not run.pictures.restores:
-            return call.expand(forward(features, *args, **kwargs))
+            return call.expand(forward(*args, **kwargs))
         call.expanded = True
         if run.pictures.arrangement == "raster" or self.parts.family.regroups == "projector":
-            return forward(features, *args, **kwargs)
+            return forward(*args, **kwargs)
         # Of the tokens of each group, all alike, one is projected.
+        features = args[0] if args else next(iter(kwargs.values()))
+        if features.ndim == 2:
+            return run.expand(forward(features[run.first]))
         units = run.map.drop(call.dropped)
-        if run.pictures.arrangement == "packed":
-            return run.expand(forward(features[run.first], *args, **kwargs))
         if features.shape[:2] != units.group.shape:
             raise UnsupportedModel(
                 f"{type(self.parts.projector).__name__} got {list(features.shape[:2])} tokens and should get one for each "
                 f"unit of {run.pictures.side} × {run.pictures.side} patches; dymu does not know how this model makes them."
             )
-        return units.expand(forward(take(features, units.first()), *args, **kwargs))
+        return units.expand(forward(take(features, units.first())))
 
     def _refuse_checkpointing(self) -> None:
         """Raises UnsupportedModel where the encoder would compute its layers again, on other tokens, for gradients."""

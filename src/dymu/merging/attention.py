@@ -26,25 +26,32 @@ def way_for(x: Tensor) -> Way:
 
 
 def sized_attention(
-    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor | None, way: Way | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_size: Tensor | None,
+    way: Way | None = None,
+    scaling: float | None = None,
 ) -> Tensor:
-    """softmax(q k / sqrt(D) + log_size) v.
+    """softmax(q k scaling + log_size) v.
 
     Args:
         query: [B, H, T, D]; key, value: the same, or with fewer heads Hkv, each for several queries.
         log_size: float32 [B, T], added to the logits of each key; -inf: there is no such key. None: all 0.
         way: see `Way`; None: what `way_for` says.
+        scaling: None: 1 / sqrt(D).
 
     Returns:
         [B, H, T, D].
     """
     shares = query.shape[1] != key.shape[1]
     if log_size is None:
-        return scaled_dot_product_attention(query, key, value, enable_gqa=shares)
+        return scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=shares)
     if (way or way_for(query)) == "mask":
         bias = log_size[:, None, None].to(query.dtype)
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=shares)
-    channels, root = query.shape[-1], math.sqrt(query.shape[-1])
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=shares)
+    channels = query.shape[-1]
+    root = math.sqrt(channels) if scaling is None else 1 / scaling
     width = -(-(channels + 2) // 8) * 8  # the flash kernels want multiples of 8
     factor = 2.0 ** round(math.log2(root))  # exact in every type
     scaled = log_size.clamp(min=ABSENT)[:, None, :, None] * (root / factor)

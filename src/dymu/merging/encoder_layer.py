@@ -42,6 +42,10 @@ class EncoderLayer:
     mlp: nn.Module
     after_mlp: tuple[nn.Module | Tensor, ...]
     heads: int
+    turning: int = 1
+    """Parts of each head, each of which rotates its own two halves."""
+    scaling: float | None = None
+    """Factor on the logits; None: one over the root of the head's size."""
 
     def attend(self, x: Tensor, state: MergedTokens, windowed: bool = False) -> tuple[Tensor, Tensor]:
         """The attention half of the layer.
@@ -55,10 +59,10 @@ class EncoderLayer:
             Patches after the residual, and the [..., H, D] keys of the attention ahead of norms and rotation, both in
             the same layout.
         """
-        projected = self._project(self.norm1(x))
+        projected = self.project(self.norm1(x))
         query, key, value = map(self._normed, self.norms, projected)
         if state.angles is not None:
-            query, key = (rotated(part, state.angles) for part in (query, key))
+            query, key = (rotated(part, state.angles, self.turning) for part in (query, key))
         rows = state.rows(windowed)
         by_head = (
             [
@@ -68,7 +72,9 @@ class EncoderLayer:
             for part in (query, key, value)
         )
         buckets = zip(*by_head, rows.log_sizes, strict=True)
-        attended = rows.patches.join([sized_attention(*bucket).transpose(1, 2).flatten(2) for bucket in buckets])
+        attended = rows.patches.join(
+            [sized_attention(*bucket, scaling=self.scaling).transpose(1, 2).flatten(2) for bucket in buckets]
+        )
         update = _through(self.after_attention, self.out(attended.view(*x.shape[:2], -1)))
         return x + update, projected[1]
 
@@ -76,7 +82,7 @@ class EncoderLayer:
         """The MLP half of the layer, for tokens in any layout."""
         return x + _through(self.after_mlp, self.mlp(self.norm2(x)))
 
-    def _project(self, normed: Tensor) -> tuple[Tensor, ...]:
+    def project(self, normed: Tensor) -> tuple[Tensor, ...]:
         """Queries [..., H, D], and keys and values [..., Hkv, D], which may have fewer heads."""
         if len(self.projections) > 1:
             query, key, value = (part(normed) for part in self.projections)
@@ -104,12 +110,13 @@ def _through(parts: Sequence[nn.Module | Tensor], update: Tensor) -> Tensor:
     return update
 
 
-def rotated(x: Tensor, angles: Angles) -> Tensor:
-    """Rotate [..., H, D] queries or keys, elements i and i + D / 2 together, in float32 or wider."""
+def rotated(x: Tensor, angles: Angles, parts: int = 1) -> Tensor:
+    """Rotate [..., H, D] queries or keys, elements i and i + D / 2 together, or of each of so many parts of D the like, in
+    float32 or wider."""
     cos, sin = (part.unsqueeze(-2) for part in angles)
     wide = at_least_float32(x)
-    first, second = wide.chunk(2, -1)
-    return (wide * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+    first, second = wide.unflatten(-1, (parts, -1)).chunk(2, -1)
+    return (wide * cos + torch.cat((-second, first), -1).flatten(-2) * sin).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

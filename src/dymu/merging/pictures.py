@@ -25,6 +25,7 @@ class Pictures:
         arrangement: how the layers get them.
         regroups: whether what follows the layers regroups patches by itself, hence needs all of them.
         cut: whether the encoder gets patches, and not pixels that it cuts into patches.
+        length: P, where pictures are padded.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -33,6 +34,7 @@ class Pictures:
     arrangement: Arrangement = "batch"
     regroups: bool = False
     cut: bool = False
+    length: int = 0
 
     @property
     def units(self) -> Units:
@@ -59,6 +61,9 @@ class Pictures:
         """
         units = self.layout(x.device)
         shape = self.units.of_patches(units).shape
+        if self.arrangement == "padded":
+            there = self.there(x.device)
+            x, angles = x[there], angles and (angles[0][there], angles[1][there])
         if angles is not None and self.arrangement == "batch":
             angles = self.for_all(angles, x)
         x, *angles_of_units = (
@@ -75,12 +80,21 @@ class Pictures:
 
     def leave(self, x: Tensor, state: MergedTokens) -> Tensor:
         """What the last layer gives: merged tokens, [pictures, M, C] padded or [S, C]; or all patches, see `restores`, in
-        the order of the layers, [pictures, prefix + N, C] or [S, C]."""
+        the order of the layers, [pictures, prefix + N, C], [S, C], or padded with zeros [pictures, P, C]."""
         if not self.restores:
             return x.flatten(0, 1) if self.arrangement == "packed" else state.layout.pad(x)
         original = self.layout(x.device)
         units = self.expand(state.units.gather(x, state.layout), state).unflatten(0, original.shape)
-        return self._from_units(state.units.spread(units, original))
+        patches = self._from_units(state.units.spread(units, original))
+        if self.arrangement != "padded":
+            return patches
+        there = self.there(x.device)
+        return patches.new_zeros(*there.shape, patches.shape[-1]).index_put((there,), patches)
+
+    def there(self, device: torch.device) -> Tensor:
+        """bool [pictures, P], whether there is a patch, where pictures are padded."""
+        counts = torch.tensor([rows * columns for rows, columns in self.grids], device=device)
+        return torch.arange(self.length, device=device) < counts[:, None]
 
     def layout(self, device: torch.device) -> Layout:
         """Of the units, prefix tokens included, ahead of the first layer."""
@@ -111,7 +125,7 @@ class Pictures:
         """Patches in the order of the layers, [pictures, prefix + N, C] or [S, C], with those of a unit together."""
         if self.arrangement == "packed" or self.side == 1:
             return x
-        if self.arrangement == "raster":
+        if self.arrangement != "batch":
             return x.flatten(0, -2)[self._order(x.device)]
         return torch.cat((x[:, : self.prefix], x[:, self.prefix :][:, self._order(x.device)]), 1)
 

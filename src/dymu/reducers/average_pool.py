@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dymu.errors import BadBudget
 from dymu.reducers.keep import check_keep, in_tokens
-from dymu.reducers.reducer import Reduced, Reducer, Tokens
+from dymu.reducers.reducer import Reduced, Reducer, Shown, Stage, Tokens
 from dymu.token_map import TokenMap, leaders_of
 
 
@@ -38,11 +38,14 @@ class AveragePool(Reducer):
         if tokens is not None:
             self._part(tokens)
 
-    def after_encoder(self, tokens: Tokens) -> Reduced | None:
-        return self._pooled(tokens) if tokens.shown.single else None
+    def reduces(self, stage: Stage, shown: Shown) -> bool:
+        return super().reduces(stage, shown) and (stage == "after_encoder") == shown.single
 
-    def in_prompt(self, tokens: Tokens) -> Reduced | None:
-        return None if tokens.shown.single else self._pooled(tokens)
+    def after_encoder(self, tokens: Tokens) -> Reduced:
+        return self._pooled(tokens)
+
+    def in_prompt(self, tokens: Tokens) -> Reduced:
+        return self._pooled(tokens)
 
     def _part(self, tokens: int) -> float:
         part = in_tokens(self.keep, tokens) / tokens

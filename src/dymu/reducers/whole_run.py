@@ -73,20 +73,27 @@ class WholeRun(EncoderRun):
         return layout.pack(x[:, : layout.longest])
 
     def _merged_of(self, copies: Tensor) -> Tensor:
-        """The merged tokens, as they travel, of those at all places: means where somebody changed some."""
-        if copies is self._copies and _version(copies) == self._version:
+        """The merged tokens, as they travel, of those at all places: means where somebody may have changed some."""
+        state = self.states[-1]
+        if self._whole(state):
+            return copies
+        if copies is self._copies and self._version is not None and _version(copies) == self._version:
             return self._merged
-        tokens = self.states[-1]
-        return tokens.layout.pack(tokens.map.average(copies[:, : tokens.map.tokens]))
+        return state.layout.pack(state.map.average(copies[:, : state.map.tokens]))
 
     def _at_all_places(self, x: Tensor, state: MergedTokens, last: bool) -> Tensor:
         """What a layer gave, at all places; the last gives it padded, see `Pictures.leave`."""
-        if state is self.states[0] and self._entering is None and x.shape[1] == self._places:
+        if self._whole(state):
             return x
         copies = state.map.expand(x if last else state.layout.pad(x))
         self._refuse_dropped(state.map)
         missing = self._places - copies.shape[1]
         return pad(copies, (0, 0, 0, missing)) if missing else copies
+
+    def _whole(self, state: MergedTokens) -> bool:
+        """Whether every place has a token of its own."""
+        whole = state.map.width == self._places and not state.map.padded
+        return whole and state is self.states[0]
 
     def _refuse_dropped(self, tokens: TokenMap) -> None:
         if tokens.padded:
@@ -94,7 +101,7 @@ class WholeRun(EncoderRun):
             if bool(((tokens.group >= 0).sum(1) < length).any()):
                 raise UnsupportedModel(
                     f"{type(self.reducer).__name__} drops tokens, and an encoder by itself has features at all places; "
-                    'merge instead, or let the nearest kept token stand for a dropped one (fill="nearest").'
+                    "merge instead, or let a kept token stand for each dropped one."
                 )
 
 
