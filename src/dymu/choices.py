@@ -30,6 +30,6 @@ Fill = Literal["none", "nearest"]
 """What stands for a dropped token: nothing, or the kept token that is most like it."""
 
 Arrangement = Literal["batch", "packed", "raster", "padded"]
-"""How an encoder's layers get the patches of several pictures: [pictures, N, C], class and register tokens first; all in
-one row [S, C], the patches of a unit together; [1, S, C], row after row of every picture; or [pictures, P, C], row after
-row and then padding."""
+"""How an encoder's layers get the patches of several pictures: [pictures, N, C], class and register tokens first; all
+in one row [S, C], the patches of a unit together; [1, S, C], row after row of every picture; or [pictures, P, C], row
+after row and then padding."""

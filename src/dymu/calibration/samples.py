@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from dymu.families.encoders import LoneEncoder
 from dymu.families.resolve import Parts
 from dymu.files import expanded
 from dymu.hooks import encoder
+from dymu.hooks.refusals import refuse_absent_patches
+from dymu.hooks.trace import StandIn, pictures_of
 from dymu.media.images import in_folder, load
+from dymu.merging import Pictures
 from dymu.merging.encoder_layer import Angles
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor | Mapping[str, Any]
@@ -31,61 +35,132 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 @dataclass(frozen=True)
 class Inputs:
     """What the model's `get_image_features`, or the encoder itself, takes for one image, with `shape_only` pixels, and
-    its number of pictures.
-
-    Attributes:
-        angles: by which the encoder rotates the patches of each, if it does.
-    """
+    the pictures that the encoder gets of it."""
 
     kwargs: dict[str, Any]
-    pictures: int
-    angles: Angles | None = None
+    pictures: Pictures
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Some images as the first encoder layer gets them.
+
+    Attributes:
+        images: their arguments.
+        pictures: of all of them.
+        x: see `dymu.choices.Arrangement`.
+        angles, window: see `Pictures.enter`.
+        windowed: for each layer that may merge, whether it attends within windows.
+    """
+
+    images: list[Inputs]
+    pictures: Pictures
+    x: Tensor
+    angles: Angles | None
+    window: Tensor | None
+    windowed: tuple[bool, ...]
 
     @property
-    def pixels(self) -> Tensor:
-        """A tensor with their shape and no memory."""
-        pixels: Tensor = self.kwargs["pixel_values"]
-        return pixels
+    def alike(self) -> tuple[int, ...]:
+        """What has the same can go through the encoder together: rows and columns of patches, where pictures are a
+        batch."""
+        return self.pictures.grids[0] if self.pictures.arrangement == "batch" else ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Embedded]) -> Embedded:
+        """Of several that are `alike`."""
+        first, batch = parts[0], parts[0].pictures.arrangement == "batch"
+        pictures = replace(first.pictures, grids=tuple(grid for part in parts for grid in part.pictures.grids))
+        angles = first.angles
+        if angles is not None and not batch:
+            of_all = zip(*(part.angles for part in parts if part.angles is not None), strict=True)
+            angles = tuple(torch.cat([one.flatten(0, -2) for one in several]) for several in of_all)  # type: ignore[assignment]
+        return cls(
+            images=[image for part in parts for image in part.images],
+            pictures=pictures,
+            x=torch.cat([part.x for part in parts], 1 if pictures.arrangement == "raster" else 0),
+            angles=angles,
+            window=_joined_windows(parts),
+            windowed=tuple(any(of_layer) for of_layer in zip(*(part.windowed for part in parts), strict=True)),
+        )
 
 
-def shape_only(*shape: int) -> Tensor:
-    """A tensor with that shape and no memory."""
-    return torch.zeros((), dtype=torch.bool, device="cpu").expand(shape)
+def _joined_windows(parts: Sequence[Embedded]) -> Tensor | None:
+    """int64 [units], the window of each; a picture without windows is one."""
+    if all(part.window is None for part in parts):
+        return None
+    windows, count = [], 0
+    for part in parts:
+        window = part.window
+        if window is None:
+            length = part.pictures.layout(part.x.device).length
+            window = torch.arange(len(length), device=length.device).repeat_interleave(length)
+        windows.append(window + count)
+        count += int(window[-1]) + 1
+    return torch.cat(windows)
+
+
+def shape_only(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """A tensor of True with that shape and no memory."""
+    return torch.ones((), dtype=torch.bool, device=device).expand(shape)
+
+
+def _without_memory(x: Any) -> Any:
+    """What holds one value everywhere, as masks may, without the memory for it."""
+    if not isinstance(x, Tensor) or x.numel() < 2 or not bool((x == x.flatten()[0]).all()):
+        return x
+    return x.flatten()[0].clone().expand(x.shape)
 
 
 class _Stop(Exception):
-    """Ends a vision encoder's forward at its first layer."""
+    """Ends a vision encoder's forward once all is known that is asked of it."""
 
 
-def _embed(parts: Parts | LoneEncoder, kwargs: dict[str, Any]) -> tuple[Tensor, Angles | None]:
-    """What the first encoder layer gets: patches [pictures, T, C], and their angles; from the arguments of
-    `get_image_features`, or of the encoder.
+def _first_layer(parts: Parts | LoneEncoder, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """What the first encoder layer gets, from the arguments of `get_image_features`, or of the encoder: the patches, and
+    what else by name.
 
     The model itself is run and stopped there, so that its ways of cutting and embedding need not be known.
     """
-    taken: list[tuple[Tensor, Angles | None]] = []
-
+    taken: list[tuple[Tensor, dict[str, Any]]] = []
     thread = threading.get_ident()
 
     def take(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if threading.get_ident() != thread:  # somebody else asks the same model
             return
-        taken.append((args[0] if args else named["hidden_states"], named.get(parts.tower_kind.angles or "")))
+        if parts.tower_kind.present is None:
+            refuse_absent_patches(named.get("attention_mask", args[1] if len(args) > 1 else None))
+        taken.append((args[0] if args else named["hidden_states"], named))
         raise _Stop
 
-    parameter = next(parts.tower.parameters())
-    pixels = kwargs["pixel_values"].to(parameter.device, parameter.dtype)
     hook = parts.encoder_modules[0].register_forward_pre_hook(take, with_kwargs=True)
     try:
         if isinstance(parts, LoneEncoder):
-            parts.tower(pixels, **{name: value for name, value in kwargs.items() if name != "pixel_values"})
+            parts.tower(kwargs["pixel_values"], **{key: kwargs[key] for key in kwargs if key != "pixel_values"})
         else:
-            parts.inner.get_image_features(**{**kwargs, "pixel_values": pixels})
+            parts.inner.get_image_features(**kwargs)
     except _Stop:
         pass
     finally:
         hook.remove()
     return taken[0]
+
+
+def _all_layers(parts: Parts, kwargs: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What every encoder layer that may merge gets, see `_first_layer`, were each to return its input."""
+    taken: list[tuple[Tensor, dict[str, Any]]] = []
+    depth = max(parts.feature_layers())
+
+    def layer(x: Tensor, *_: Any, **named: Any) -> Tensor:
+        taken.append((x, named))
+        if len(taken) == depth:
+            raise _Stop
+        return x
+
+    inner = StandIn(parts.inner, {f"{parts.family.tower}.{parts.tower_kind.layers}": (layer,) * depth})
+    with suppress(_Stop):
+        type(parts.inner).get_image_features(inner, **kwargs)
+    return taken
 
 
 def transform_of(transform: Any) -> Callable[..., dict[str, Tensor]]:
@@ -143,7 +218,6 @@ class Samples:
         takes: Any = parts.tower if isinstance(parts, LoneEncoder) else parts.inner
         takes = type(takes).forward if isinstance(parts, LoneEncoder) else type(takes).get_image_features
         self._takes = {"pixel_values", *inspect.signature(takes).parameters}
-        self._size: tuple[int, ...] | None = None
         self.expected: int | None = None
         with suppress(Exception):  # a length serves the bar alone
             self.expected = len(self._images) if isinstance(self._images, Sized) else None
@@ -151,23 +225,22 @@ class Samples:
         self.skipped: list[dict[str, str]] = []
         self.left_out: list[str] = []
 
-    def batches(self, size: int, advance: Callable[[], object]) -> Iterator[tuple[Tensor, list[Inputs]]]:
-        """Embedded pictures [B, T, C] of some images, at least `size` of them but for the last; `advance` is called
-        after each image."""
-        waiting: list[Tensor] = []
-        inputs: list[Inputs] = []
+    def batches(self, size: int, advance: Callable[[], object]) -> Iterator[Embedded]:
+        """Some images at a time, of at least `size` pictures but for the last ones; `advance` is called after each
+        image."""
+        waiting: dict[tuple[int, ...], list[Embedded]] = {}
         for number, source in enumerate(self._each(), 1):
             sample = self._embedded(source, number)
             advance()
-            if sample is not None:
-                self.used += 1
-                waiting.append(sample[0])
-                inputs.append(sample[1])
-            if sum(map(len, waiting)) >= size:
-                yield torch.cat(waiting), inputs
-                waiting, inputs = [], []
-        if waiting:
-            yield torch.cat(waiting), inputs
+            if sample is None:
+                continue
+            self.used += 1
+            together = waiting.setdefault(sample.alike, [])
+            together.append(sample)
+            if sum(len(one.pictures.grids) for one in together) >= size:
+                yield Embedded.joined(waiting.pop(sample.alike))
+        for together in waiting.values():
+            yield Embedded.joined(together)
 
     def _each(self) -> Iterator[ImageSource]:
         """The images, those in folders one by one."""
@@ -185,7 +258,7 @@ class Samples:
             else:
                 yield source
 
-    def _embedded(self, source: ImageSource, number: int) -> tuple[Tensor, Inputs] | None:
+    def _embedded(self, source: ImageSource, number: int) -> Embedded | None:
         """One image, or None where it cannot be read."""
         named = source if isinstance(source, str | os.PathLike) else getattr(source, "filename", "")
         name = str(named or f"image {number}")
@@ -194,32 +267,55 @@ class Samples:
         except BadImage as error:
             self.skipped.append({"image": name, "why": str(error).removeprefix(f"{name} ")})
             return None
+        parts = self._parts
         processed = self._processor(images=[image], return_tensors="pt")
-        kwargs = {key: value for key, value in processed.items() if key in self._takes}
-        kind = self._parts.tower_kind
-        asked = ("pixel_values", "image_sizes" if self._parts.cuts_images else None, kind.shapes, kind.present)
-        needed = [name for name in asked if name is not None]
-        missing = [name for name in needed if name not in kwargs]
+        missing = [needed for needed in self._needed() if needed not in processed]
         if missing:
             raise DymuError(
                 f"a {type(self._processor).__name__} makes no {' and no '.join(missing)}, which this model needs: give "
                 "the model's own processor, as AutoProcessor.from_pretrained gives it."
             )
-        pixels = kwargs["pixel_values"]
-        size: tuple[int, ...] = tuple(pixels.shape[-2:])
-        if isinstance(self._parts, LoneEncoder) and kind.shapes is not None:
-            size = encoder.pictures_of(self._parts, pixels.shape, kwargs).grids[0]
-        self._size = self._size or size
-        if size != self._size:
-            sizes = " and ".join(f"{width} × {height}" for height, width in (self._size, size))
-            raise DymuError(
-                f"the image processor makes pictures of different sizes ({sizes} "
-                f"{'patches' if kind.shapes else 'pixels'}), which calibration does not know yet; set it to one size."
-            )
-        embedded, angles = _embed(self._parts, kwargs)
-        if kind.shapes is not None:
-            embedded = embedded[:, : self._parts.prefix + size[0] * size[1]]
-        return embedded, Inputs({**kwargs, "pixel_values": shape_only(*pixels.shape)}, len(embedded), angles)
+        like = next(parts.tower.parameters())
+        kwargs = {
+            key: value.to(like.device) if isinstance(value, Tensor) else value
+            for key, value in processed.items()
+            if key in self._takes
+        }
+        pixels = kwargs["pixel_values"] = kwargs["pixel_values"].to(like.dtype)
+        windows: list[Tensor | None] = [None]
+        if isinstance(parts, LoneEncoder):
+            x, named_as = _first_layer(parts, kwargs)
+            pictures = encoder.pictures_of(parts, pixels.shape, kwargs)
+            x = x[:, : parts.prefix + math.prod(pictures.grids[0])]
+        else:
+            segments = parts.tower_kind.segments
+            layers = [_first_layer(parts, kwargs)] if segments is None else _all_layers(parts, kwargs)
+            x, named_as = layers[0]
+            pictures = pictures_of(parts, "image", kwargs, shape_only(len(x), *pixels.shape[-3:]))
+            if segments is not None:
+                windows = [pictures.window(of_layer[segments]) for _, of_layer in layers]
+        kwargs["pixel_values"] = shape_only(*pixels.shape, device=pixels.device)
+        windowed = [window is not None for window in windows] * (max(parts.feature_layers()) // len(windows))
+        return Embedded(
+            images=[Inputs({key: _without_memory(value) for key, value in kwargs.items()}, pictures)],
+            pictures=pictures,
+            x=x,
+            angles=named_as.get(parts.tower_kind.angles or ""),
+            window=next((window for window in windows if window is not None), None),
+            windowed=tuple(windowed),
+        )
+
+    def _needed(self) -> list[str]:
+        """What the processor must make of an image."""
+        kind = self._parts.tower_kind
+        names: list[str | None] = ["pixel_values", kind.shapes, kind.present]
+        if isinstance(self._parts, Parts):
+            family = self._parts.family
+            names.append("image_sizes" if family.cuts_images else None)
+            names.append(None if kind.arrangement == "batch" else family.grid)
+            names.append(family.unit if "{modality}" in (family.unit or "") else None)
+        named = [name.format(modality="image") for name in names if name is not None]
+        return [name for name in named if name != "image_sizes" or name in self._takes]
 
     def why_none(self) -> str:
         """For an error: why there is nothing to calibrate on."""

@@ -33,6 +33,4 @@ HYBRID = replace(M_ROPE, model_types=("qwen3_5_text", "qwen3_5_moe_text"), mixer
 
 GEMMA3 = Decoder(model_types=("gemma3_text",), layer_type="layer_type")
 
-GEMMA4 = replace(
-    GEMMA3, model_types=("gemma4_text",), shared="shared_kv_states", per_token="per_layer_inputs"
-)
+GEMMA4 = replace(GEMMA3, model_types=("gemma4_text",), shared="shared_kv_states", per_token="per_layer_inputs")

@@ -132,8 +132,9 @@ class Family:
     item, or with its height and width in pixels; `{modality}` stands for image or video. None: pictures are as large as
     the pixels."""
     both_ways: Literal["images", "prefix", "windows"] | None = None
-    """Which tokens also attend to later ones: by the argument `token_type_ids` of `inner`, those of an image to each other
-    (1), or the whole prompt that is not to be continued (0); or by `mm_token_type_ids`, those of an image or video (1, 2)
-    in layers with a sliding window, where the text config's `use_bidirectional_attention` says `vision`."""
+    """Which tokens also attend to later ones. By the argument `token_type_ids` of `inner`: `images`, those of an image
+    (1) to each other, or `prefix`, the prompt that is not to be continued (0). `windows`: by `mm_token_type_ids`, those
+    of an image or video (1, 2) in layers with a sliding window, where the text config's `use_bidirectional_attention`
+    is `vision`."""
     towers: tuple[Tower, ...] = ()
     decoders: tuple[Decoder, ...] = ()

@@ -22,9 +22,7 @@ GEMMA3 = Family(
 
 SHIELDGEMMA2 = replace(GEMMA3, model_type="shieldgemma2")
 
-PALIGEMMA = replace(
-    GEMMA3, model_type="paligemma", unit=None, regroups="model", both_ways="prefix", decoders=DECODERS
-)
+PALIGEMMA = replace(GEMMA3, model_type="paligemma", unit=None, regroups="model", both_ways="prefix", decoders=DECODERS)
 
 GEMMA4 = replace(
     GEMMA3,

@@ -143,7 +143,8 @@ class Parts(EncoderParts):
     def relied_on(self) -> tuple[nn.Module | None, ...]:
         """Every module that `dymu.apply` changes, or computes itself."""
         return (
-            self.model, self.inner, self.tower, self.merger, self.projector, self.pooler, self.language_model, self.rotary,
+            self.model, self.inner, self.tower, self.merger, self.projector, self.pooler,
+            self.language_model, self.rotary,
             *self.encoder_modules, *self.encoder_attentions, *self.side_mergers,
             *self.attentions, *self.mixers, *self.choosing_attention,
         )  # fmt: skip
@@ -171,8 +172,8 @@ class Parts(EncoderParts):
         return self.pooler is not None and any(True for _ in self.pooler.parameters())
 
     def side(self, modality: Modality = "image", arguments: Mapping[str, Any] = MappingProxyType({})) -> int:
-        """Rows, and columns, of the patches of a unit, which the family makes one token of, by the arguments of a call or
-        by the config.
+        """Rows, and columns, of the patches of a unit, which the family makes one token of, by the arguments of a call
+        or by the config.
 
         Raises:
             UnsupportedModel: it differs among the items of a call.
@@ -186,8 +187,8 @@ class Parts(EncoderParts):
         sides = set(map(int, arguments.get(unit.format(modality=modality), (1,))))
         if len(sides) > 1:
             raise UnsupportedModel(
-                f"the {modality}s of one call are merged by different sizes ({', '.join(map(str, sorted(sides)))}), which "
-                "dymu does not know yet; give them in calls of their own."
+                f"the {modality}s of one call are merged by different sizes ({', '.join(map(str, sorted(sides)))}), "
+                "which dymu does not know yet; give them in calls of their own."
             )
         return sides.pop()
 

@@ -111,9 +111,7 @@ GLM_OCR = replace(
 
 EXAONE = replace(QWEN, model_types=("exaone4_5_vision",))
 
-QWEN3 = replace(
-    QWEN, model_types=("qwen3_vl_vision", "qwen3_vl_moe_vision"), side_mergers="deepstack_merger_list"
-)
+QWEN3 = replace(QWEN, model_types=("qwen3_vl_vision", "qwen3_vl_moe_vision"), side_mergers="deepstack_merger_list")
 
 PIXTRAL = Tower(
     model_types=("pixtral",),

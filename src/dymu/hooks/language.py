@@ -203,7 +203,9 @@ class LanguageHooks:
         real = torch.arange(merged.width, device=first.device) < merged.kept[:, None]
         inputs[kind.added_where or ""] = there = where.gather(1, first) & real
         inputs[kind.added_rows or ""] = [
-            merged.average(added.new_zeros(*where.shape, added.shape[-1]).masked_scatter(where[..., None], added))[there]
+            merged.average(added.new_zeros(*where.shape, added.shape[-1]).masked_scatter(where[..., None], added))[
+                there
+            ]
             for added in rows
         ]
 
@@ -230,7 +232,8 @@ class LanguageHooks:
             return None
         if types.ndim != 2 or len(types) != batch or types.shape[1] < tokens:
             raise BadPrompt(
-                f"the token_type_ids are {list(types.shape)}, and the new tokens are {[batch, tokens]}; give one for each."
+                f"the {self._types_argument} are {list(types.shape)}, and the new tokens are {[batch, tokens]}; give "
+                "one for each."
             )
         types = types[:, -tokens:]
         if both_ways == "prefix":

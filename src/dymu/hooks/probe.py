@@ -1,7 +1,7 @@
 """Try, as DyMU is applied, whether a model's layers compute what the descriptions say, and how its heads rotate.
 
-An encoder layer must give what its parts give together. Every attention layer of the language model must rotate pairs of
-channels of its heads by the angles that it gets, or none. What a description leaves out would else be a wrong number
+An encoder layer must give what its parts give together. Every attention layer of the language model must rotate pairs
+of channels of its heads by the angles that it gets, or none. What a description leaves out would else be a wrong number
 later.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from dymu.errors import UnsupportedModel
 from dymu.families.encoders import LoneEncoder
@@ -76,8 +75,9 @@ def _rotations(parts: Parts) -> Rotations:
         module, rotation = _rotation(attention, x, angles[kind], interleaved[kind], parts.decoder_kind.shared, shared)
         if isinstance(rotation, str):
             raise UnsupportedModel(
-                f"attention layer {index} of the language model, a {type(attention).__name__}, does not rotate pairs of "
-                f"channels of its heads by the angles it is given ({rotation}); dymu does not know its kind of rotation."
+                f"attention layer {index} of the language model, a {type(attention).__name__}, does not rotate pairs "
+                f"of channels of its heads by the angles it is given ({rotation}); dymu does not know its kind of "
+                "rotation."
             )
         by_module[id(module)] = replace(rotation, start=starts[kind])
     return Rotations(interleaved, by_module)
@@ -166,7 +166,9 @@ def _rotation(
     size, pairs = plain.query.shape[-1], cos.shape[-1] // 2
     if 2 * pairs > size:
         return None, f"it has angles for {2 * pairs} of {size} channels"
-    phase = torch.complex(*(one_of_two(part, interleaved).to(torch.promote_types(part.dtype, torch.float32)) for part in angles))
+    phase = torch.complex(
+        *(one_of_two(part, interleaved).to(torch.promote_types(part.dtype, torch.float32)) for part in angles)
+    )
     for rotation in (Rotation(0, pairs, False), Rotation(0, pairs, True), Rotation(0, 0, False)):
         rest = phase.new_ones(*phase.shape[:-1], size // 2 - rotation.pairs)
         turns = torch.cat((phase[..., : rotation.pairs], rest), -1)[:, None]
@@ -184,9 +186,7 @@ def _rotation(
 
 def _handed_over(attention: nn.Module, x: Tensor, angles: Angles, shared: dict[str, Any]) -> _Recorder:
     recorder = _Recorder()
-    attention.forward(
-        hidden_states=x, position_embeddings=angles, attention_mask=None, dymu_step=recorder, **shared
-    )
+    attention.forward(hidden_states=x, position_embeddings=angles, attention_mask=None, dymu_step=recorder, **shared)
     return recorder
 
 

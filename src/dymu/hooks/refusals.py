@@ -46,8 +46,8 @@ def refuse_absent_patches(mask: Any) -> None:
     """Raises BadPrompt where the mask of an encoder layer, bool or added to logits, hides patches of a picture."""
     if isinstance(mask, Tensor) and not _shows_all(mask):
         raise BadPrompt(
-            "a picture is padded within its pixels (its pixel_attention_mask hides some), which dymu does not know yet; "
-            "let the processor cut images into tiles or resize them, or ask about images of other sizes one by one."
+            "a picture is padded within its pixels (its pixel_attention_mask hides some), which dymu does not know "
+            "yet; let the processor cut images into tiles or resize them, or ask about such images one by one."
         )
 
 

@@ -46,7 +46,7 @@ def trace(
     kwargs: dict[str, Any],
     pictures: Pictures,
     tokens: TokenMap,
-    seen: Sequence[Tensor],
+    seen: Tensor | Sequence[Tensor],
 ) -> list[Item]:
     """The items of one call, as they stand in the prompt.
 
@@ -159,7 +159,8 @@ def features_of(
     if modality == "video" and pooler is not None and parts.family.pooler is not None:
         replaced: Modules = {parts.family.pooler: lambda merged: pooler(expand(merged))}
     else:
-        replaced = {parts.family.projector: lambda merged: expand(projector(merged))}
+        assert projector is not None
+        replaced = {parts.family.projector or "": lambda merged: expand(projector(merged))}
     return _family_code(parts, modality, args, kwargs, pictures, hidden.flatten(0, 1), replaced)
 
 
@@ -189,7 +190,7 @@ def _family_code(
         hidden_states = (hidden,) * (len(parts.encoder_modules) + 1)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, hidden_states=hidden_states)
 
-    stand_in = _StandIn(parts.inner, {f"{family.tower.split('.')[0]}.forward": encoded, **replaced})
+    stand_in = StandIn(parts.inner, {f"{family.tower.split('.')[0]}.forward": encoded, **replaced})
     get_features = getattr(type(parts.inner), f"get_{modality}_features")
     return get_features(stand_in, *args, **{**kwargs, "return_dict": True}).pooler_output
 
@@ -202,12 +203,12 @@ def _order(
     The encoder's own code says so, run without its layers.
     """
     numbers = torch.arange(pictures.layout(device).total, device=device)[:, None]
-    tower = _StandIn(parts.tower, {parts.tower_kind.layers: (), parts.tower_kind.merger or "": lambda *_: numbers})
+    tower = StandIn(parts.tower, {parts.tower_kind.layers: (), parts.tower_kind.merger or "": lambda *_: numbers})
     order: Tensor = tower(*args, **kwargs).pooler_output
     return order[:, 0]
 
 
-def _signatures(tokens: TokenMap, seen: Sequence[Tensor], pictures: Pictures) -> Tensor:
+def _signatures(tokens: TokenMap, seen: Tensor | Sequence[Tensor], pictures: Pictures) -> Tensor:
     """float64 [S, channels] of the encoder's tokens (units), picture after picture."""
     device = seen[0].device
     device = torch.device("cpu") if device.type == "mps" else device  # it has no float64
@@ -264,8 +265,8 @@ def pictures_of(parts: Parts, modality: Modality, arguments: Mapping[str, Any], 
     for rows, columns in grids:
         if rows % side or columns % side:
             raise BadPrompt(
-                f"a picture of {rows} × {columns} patches does not come out even in units of {side} × {side}, which this "
-                "model makes one token of; let the model's own processor set the size of its pictures."
+                f"a picture of {rows} × {columns} patches does not come out even in units of {side} × {side}, which "
+                "this model makes one token of; let the model's own processor set the size of its pictures."
             )
     regroups = parts.merger is None and (side > 1 or family.regroups == "tower")
     cut = sizes is not None and kind.arrangement != "batch" and (len(of_items[0]) == 3 or length > 0)
@@ -285,8 +286,8 @@ def _padded_grids(positions: Tensor) -> list[list[int]]:
         raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
         if int(exist.sum()) != len(raster) or not torch.equal(places[: len(raster)].cpu(), raster.view(-1, 2)):
             raise BadPrompt(
-                "the patches of a picture do not come row after row with padding behind, as its positions say, which dymu "
-                "cannot follow; give pixels and positions as the model's own processor makes them."
+                "the patches of a picture do not come row after row with padding behind, as its positions say, which "
+                "dymu cannot follow; give pixels and positions as the model's own processor makes them."
             )
         grids.append([rows, columns])
     return grids
@@ -312,14 +313,15 @@ def _covered(parts: Parts, pictures: Pictures, pixels: Tensor) -> tuple[float, f
     return rows * height / pixels.shape[-2], columns * width / pixels.shape[-1]
 
 
-def pixels_of(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tensor]:
+def pixels_of(pictures: Pictures, parts: Parts, pixels: Tensor) -> Tensor | Sequence[Tensor]:
     """Of each picture what the encoder gets of it: [3, height, width], or its patches [N, ...]."""
     if pictures.arrangement == "batch":
         return pixels
     if pictures.cut:
         counts = [rows * columns for rows, columns in pictures.grids]
         patches = pixels[pictures.there(pixels.device)] if pictures.length else pixels
-        return patches.reshape(sum(counts), -1).split(counts)
+        split: Sequence[Tensor] = patches.reshape(sum(counts), -1).split(counts)
+        return split
     height, width = _patch_sides(parts)
     return [
         picture[:, : rows * height, : columns * width]
@@ -327,7 +329,7 @@ def pixels_of(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tens
     ]
 
 
-def seen_by(pictures: Pictures, parts: Parts, pixels: Tensor) -> Sequence[Tensor]:
+def seen_by(pictures: Pictures, parts: Parts, pixels: Tensor) -> Tensor | Sequence[Tensor]:
     """Of each picture [3, rows, columns]: the mean colour of each unit."""
     of_each = pixels_of(pictures, parts, pixels.detach())
     height, width = (patch * pictures.side for patch in _patch_sides(parts))
@@ -397,7 +399,7 @@ def _leaders(items: Sequence[Tensor]) -> list[Tensor]:
     return of_items
 
 
-class _StandIn:
+class StandIn:
     """A module with some parts, at dotted paths, replaced; its own methods run on these."""
 
     def __init__(self, module: nn.Module, replaced: Modules) -> None:
@@ -409,7 +411,7 @@ class _StandIn:
                 within.setdefault(name, {})[rest] = part
             else:
                 self.__dict__[name] = part
-        self.__dict__.update({name: _StandIn(getattr(module, name), parts) for name, parts in within.items()})
+        self.__dict__.update({name: StandIn(getattr(module, name), parts) for name, parts in within.items()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)

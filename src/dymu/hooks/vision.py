@@ -40,7 +40,7 @@ class _Call:
         run: once the encoder got its pixels.
         seen: of each picture the colours of its units, then.
         expanded: whether the features were copied to all tokens already.
-        windowed: by the identity of the segments that a layer gets, these and whether they are windows.
+        windows: by the identity of the segments that a layer gets, these and the windows that they are.
     """
 
     modality: Modality
@@ -50,9 +50,9 @@ class _Call:
     layers: list[int]
     dropped: int
     run: EncoderRun | None = None
-    seen: Sequence[Tensor] = ()
+    seen: Tensor | Sequence[Tensor] = ()
     expanded: bool = False
-    windowed: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
+    windows: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     @property
     def running(self) -> EncoderRun:
@@ -63,21 +63,11 @@ class _Call:
         self.expanded = True
         return self.running.map.drop(self.dropped).expand(features)
 
-    def is_windowed(self, segments: Tensor) -> bool:
-        """Whether tokens attend within windows where a layer gets these `segments`, int64 [any]: where the patches that
-        attend to each other begin among all, and the end."""
-        if id(segments) not in self.windowed:
-            self.windowed[id(segments)] = segments, len(self._lengths(segments)) > len(self.running.pictures.grids)
-        return self.windowed[id(segments)][1]
-
-    def window(self, segments: Tensor) -> Tensor:
-        """int64 [units], the window of each."""
-        units = self._lengths(segments) // self.running.pictures.side**2
-        return torch.arange(len(units), device=segments.device).repeat_interleave(units)
-
-    def _lengths(self, segments: Tensor) -> Tensor:
-        lengths = segments.diff()
-        return lengths[lengths > 0]
+    def window(self, segments: Tensor) -> Tensor | None:
+        """See `Pictures.window`."""
+        if id(segments) not in self.windows:
+            self.windows[id(segments)] = segments, self.running.pictures.window(segments)
+        return self.windows[id(segments)][1]
 
 
 class VisionHooks:
@@ -149,8 +139,8 @@ class VisionHooks:
         pictures = pictures_of(self.parts, call.modality, call.arguments, pixels)
         if pictures.restores and len(call.layers) > 1:
             raise UnsupportedModel(
-                "this model reads features of several encoder layers and regroups them or takes pictures of several sizes, "
-                "which dymu does not know yet; set its feature layer to one."
+                "this model reads features of several encoder layers and regroups them or takes pictures of several "
+                "sizes, which dymu does not know yet; set its feature layer to one."
             )
         call.seen = seen_by(pictures, self.parts, pixels)
         run = EncoderRun(self.reducer, max(call.layers), self._shown(call, pictures, pixels), pictures, call.dropped)
@@ -174,16 +164,14 @@ class VisionHooks:
             return forward(hidden_states, *args, **kwargs)
         kind = self.parts.tower_kind
         angles = window = None
-        windowed = False
         if kind.arrangement == "batch":
             refuse_absent_patches(kwargs.get("attention_mask", args[0] if args else None))
         if kind.angles is not None:
             angles = kwargs[kind.angles]
         if kind.segments is not None:
-            windowed = call.is_windowed(kwargs[kind.segments])
-            window = call.window(kwargs[kind.segments]) if windowed and index == 0 else None
+            window = call.window(kwargs[kind.segments])
         layer = self.parts.encoder_layer(index)
-        return call.running.layer(index, layer, hidden_states, angles, window, windowed)
+        return call.running.layer(index, layer, hidden_states, angles, window, window is not None)
 
     def pooler(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Pool the features [B, M, C] copied to all tokens."""
@@ -221,8 +209,9 @@ class VisionHooks:
         units = run.map.drop(call.dropped)
         if features.shape[:2] != units.group.shape:
             raise UnsupportedModel(
-                f"{type(self.parts.projector).__name__} got {list(features.shape[:2])} tokens and should get one for each "
-                f"unit of {run.pictures.side} × {run.pictures.side} patches; dymu does not know how this model makes them."
+                f"{type(self.parts.projector).__name__} got {list(features.shape[:2])} tokens and should get one for "
+                f"each unit of {run.pictures.side} × {run.pictures.side} patches; dymu does not know how this model "
+                "makes them."
             )
         return units.expand(forward(take(features, units.first())))
 

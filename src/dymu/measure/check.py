@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dymu.errors import AlreadyApplied, DymuError, UnsupportedModel
-from dymu.families.resolve import resolve
+from dymu.families.resolve import find, resolve
 from dymu.files import first_line
 from dymu.handle import apply, handle_of
 from dymu.hooks.cache import cache_bytes
@@ -75,7 +75,7 @@ def check(model: PreTrainedModel, processor: Any, image: Image.Image | None = No
             pass
     except UnsupportedModel as error:
         return ModelCheck((Finding(part, False, str(error)),))
-    seen = f"{parts.family.model_type} of {parts.tower.config.model_type} and {parts.language_model.config.model_type}"
+    seen = f"{parts.family.model_type} of {find(parts.tower, "config.model_type")} and {parts.language_model.config.model_type}"
     tried = _Tried(model, processor, image or example_picture())
     return ModelCheck((Finding(part, True, seen), *map(tried.finding, tried.parts())))
 

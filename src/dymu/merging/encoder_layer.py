@@ -73,14 +73,18 @@ class EncoderLayer:
         )
         buckets = zip(*by_head, rows.log_sizes, strict=True)
         attended = rows.patches.join(
-            [sized_attention(*bucket, scaling=self.scaling).transpose(1, 2).flatten(2) for bucket in buckets]
+            [
+                sized_attention(q, k, v, log_size, scaling=self.scaling).transpose(1, 2).flatten(2)
+                for q, k, v, log_size in buckets
+            ]
         )
         update = _through(self.after_attention, self.out(attended.view(*x.shape[:2], -1)))
         return x + update, projected[1]
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP half of the layer, for tokens in any layout."""
-        return x + _through(self.after_mlp, self.mlp(self.norm2(x)))
+        update: Tensor = self.mlp(self.norm2(x))
+        return x + _through(self.after_mlp, update)
 
     def project(self, normed: Tensor) -> tuple[Tensor, ...]:
         """Queries [..., H, D], and keys and values [..., Hkv, D], which may have fewer heads."""
@@ -111,8 +115,8 @@ def _through(parts: Sequence[nn.Module | Tensor], update: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, angles: Angles, parts: int = 1) -> Tensor:
-    """Rotate [..., H, D] queries or keys, elements i and i + D / 2 together, or of each of so many parts of D the like, in
-    float32 or wider."""
+    """Rotate [..., H, D] queries or keys in float32 or wider: elements i and i + D / 2 together, or the like of each of
+    so many parts of D."""
     cos, sin = (part.unsqueeze(-2) for part in angles)
     wide = at_least_float32(x)
     first, second = wide.unflatten(-1, (parts, -1)).chunk(2, -1)
@@ -185,16 +189,15 @@ class MergedTokens:
 
     def _rows(self, units: Layout) -> Rows:
         patches = self.units.of_patches(units)
+        absents = patches.absent()
+        logs: list[Tensor | None]
         if self.size is None:
-            ends = [
-                None if absent is None else torch.zeros_like(absent, dtype=torch.float32) for absent in patches.absent()
-            ]
+            logs = [None if absent is None else torch.zeros_like(absent, dtype=torch.float32) for absent in absents]
         else:
-            ends = patches.split(self.units.repeat(self.size.log(), self.layout).view(patches.shape))
-        buckets = zip(ends, patches.absent(), strict=True)
-        return Rows(
-            units, patches, [x if absent is None else x.masked_fill(absent, -torch.inf) for x, absent in buckets]
-        )
+            logs = [*patches.split(self.units.repeat(self.size.log(), self.layout).view(patches.shape))]
+        pairs = zip(logs, absents, strict=True)
+        masked = [x if x is None or absent is None else x.masked_fill(absent, -torch.inf) for x, absent in pairs]
+        return Rows(units, patches, masked)
 
     def picture(self, windowed: bool) -> Tensor:
         """int64 [rows], the image that each of the `rows` is of."""
@@ -202,14 +205,14 @@ class MergedTokens:
         return torch.searchsorted(self.layout.length.cumsum(0), begins, right=True)
 
     def match(self, keys: Tensor, prefix: int, windowed: bool = False) -> tuple[Tensor, Tensor]:
-        """Similarity and partner of each A token of every row, see `best_partner`; `keys` are [..., H, D] of patches, as
-        they travel."""
+        """Similarity and partner of each A token of every row, see `best_partner`; `keys` are [..., H, D] of patches,
+        as they travel."""
         rows = self.rows(windowed).units
         metric = similarity_metric(self.units.metric(keys, self.layout))
         return best_partner(metric.reshape(*rows.shape, -1), rows, prefix)
 
     def merge(self, x: Tensor, into: Tensor, prefix: int, windowed: bool = False) -> tuple[Tensor, MergedTokens]:
-        """Merge the A tokens of every row of x, patches as they travel, into their partners `into`, see `merge_step`."""
+        """Merge the A tokens of every row of x, patches as they travel, into their partners, see `merge_step`."""
         rows = self.rows(windowed).units
         merge_map, after = merge_step(into, rows, prefix)
         goal = rows.pack(after.index(merge_map.group)).flatten()

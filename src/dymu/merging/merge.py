@@ -67,6 +67,6 @@ def merge_tokens(
         wide = at_least_float32(x).flatten(0, 1)
         weights = weight if wide.dtype == weight.dtype else ones[order].to(wide.dtype) / merged_size[goal]
         merged = embedding_bag(order, wide, first, mode="sum", per_sample_weights=weights)
-        return merged.to(x.dtype).unflatten(0, after.shape)
+        return merged.to(x.dtype).view(*after.shape, -1)
 
     return [mean(x) for x in parts], merged_size.view(after.shape)

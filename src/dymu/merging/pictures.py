@@ -78,9 +78,18 @@ class Pictures:
         ahead = (0, 0, x.shape[1] - cos.shape[-2], 0)
         return pad(cos, ahead, value=1.0).expand(len(x), -1, -1), pad(sin, ahead).expand(len(x), -1, -1)
 
+    def window(self, segments: Tensor) -> Tensor | None:
+        """int64 [units], the window of each, where a layer's patches attend from one of `segments` to the next, int64
+        [any]: where they begin among all, and the end; None: whole pictures do."""
+        lengths = segments.diff()
+        units = lengths[lengths > 0] // self.side**2
+        if len(units) == len(self.grids):
+            return None
+        return torch.arange(len(units), device=units.device).repeat_interleave(units)
+
     def leave(self, x: Tensor, state: MergedTokens) -> Tensor:
-        """What the last layer gives: merged tokens, [pictures, M, C] padded or [S, C]; or all patches, see `restores`, in
-        the order of the layers, [pictures, prefix + N, C], [S, C], or padded with zeros [pictures, P, C]."""
+        """What the last layer gives: merged tokens, [pictures, M, C] padded or [S, C]; or all patches, see `restores`,
+        in the order of the layers, [pictures, prefix + N, C], [S, C], or padded with zeros [pictures, P, C]."""
         if not self.restores:
             return x.flatten(0, 1) if self.arrangement == "packed" else state.layout.pad(x)
         original = self.layout(x.device)

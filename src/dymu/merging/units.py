@@ -43,19 +43,19 @@ class Units:
         if self.single:
             return x
         if not self.prefix:
-            return x.unflatten(1, (-1, self.patches)).flatten(2)
+            return x.reshape(*layout.shape, -1)
         patch, _ = self._places(layout)
-        return x.flatten(0, 1)[patch].flatten(1).unflatten(0, layout.shape)
+        return x.flatten(0, 1)[patch].view(*layout.shape, -1)
 
     def spread(self, units: Tensor, layout: Layout) -> Tensor:
         """The inverse of `gather`."""
         if self.single:
             return units
-        patches = units.unflatten(-1, (self.patches, -1))
+        shape = self.of_patches(layout).shape
         if not self.prefix:
-            return patches.flatten(1, 2)
+            return units.reshape(*shape, -1)
         _, there = self._places(layout)
-        return patches.flatten(0, 1)[there].unflatten(0, self.of_patches(layout).shape)
+        return units.reshape(layout.total, self.patches, -1)[there].view(*shape, -1)
 
     def repeat(self, values: Tensor, layout: Layout) -> Tensor:
         """One value for each unit in `layout`, to one for each patch."""
@@ -67,7 +67,8 @@ class Units:
         """Keys [..., H, D] of patches, summed over the patches of each unit."""
         if self.single:
             return keys
-        return self.gather(keys.flatten(-2), layout).unflatten(-1, (self.patches, *keys.shape[-2:])).sum(-3)
+        units = self.gather(keys.flatten(-2), layout)
+        return units.view(*layout.shape, self.patches, *keys.shape[-2:]).sum(-3)
 
     def _places(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """int64 [S, patches], the patches of each unit among all; and bool, whether there is such a patch."""

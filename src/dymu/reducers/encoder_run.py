@@ -112,8 +112,8 @@ class EncoderRun:
         return self.pictures.expand(features.unflatten(0, state.layout.shape), state)
 
     def in_final_tokens(self, hidden: Tensor, layers: int) -> Tensor | None:
-        """What the first `layers` layers gave, averaged down to the tokens left at the end, [B, M, C]; what the last one
-        gave, as it is. None: layers that did not run gave it, or such tokens are not what the family reads."""
+        """What the first `layers` layers gave, averaged down to the tokens left at the end, [B, M, C]; what the last
+        one gave, as it is. None: layers that did not run gave it, or such tokens are not what the family reads."""
         if layers == self.depth:
             return hidden
         if layers > self.depth or self.pictures.restores or self.pictures.arrangement == "packed":

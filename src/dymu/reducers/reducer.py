@@ -59,9 +59,9 @@ class Shown:
 
     @cached_property
     def location(self) -> Tensor:
-        """float [pictures, longest, 4], the part of the user's picture that each patch shows: left, top, right, bottom in
-        widths and heights of it (of what the processor left of it, where that crops). Padding lies beyond 0 to 1; past
-        the end of a smaller picture stands nan. A frame of a video is a picture.
+        """float [pictures, longest, 4], the part of the user's picture that each patch shows: left, top, right, bottom
+        in widths and heights of it (of what the processor left of it, where that crops). Padding lies beyond 0 to 1;
+        past the end of a smaller picture stands nan. A frame of a video is a picture.
         """
         return self.find_location()
 

@@ -110,7 +110,13 @@ def _attend_causal(attend: Callable[..., Tensor], query: Tensor, key: Tensor, va
     mask = query.new_zeros(PIECE, tokens)
     mask[:, -PIECE:].masked_fill_(mask.new_ones(PIECE, PIECE, dtype=torch.bool).triu(1), -torch.inf)
     return _attend_in_pieces(
-        attend, query, key, value, PIECE, lambda start, end: mask[start - end :, tokens - end :], lambda _start, end: end
+        attend,
+        query,
+        key,
+        value,
+        PIECE,
+        lambda start, end: mask[start - end :, tokens - end :],
+        lambda _start, end: end,
     )
 
 

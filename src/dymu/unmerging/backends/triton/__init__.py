@@ -64,7 +64,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """See `dymu.unmerging.backends.reference.attend`. Where logits are capped, or tokens see later ones, torch computes.
+    """See `dymu.unmerging.backends.reference.attend`. Where logits are capped, or tokens see later ones, torch does it.
 
     Raises:
         ValueError: the tensors are on a device or of a type that it does not compute on, or need gradients.
