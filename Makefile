@@ -5,6 +5,8 @@
 #   make contract TRANSFORMERS=5.18.0
 #                the contract on one model of every family, layouts and reducers, with another transformers than
 #                the pinned one
+#   make encoders
+#                the encoders of timm and open_clip
 #   make check   format, lint, types, import contract and tests: what CI runs
 #   make format  put the code into shape
 
@@ -20,7 +22,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CODE := src scenes tests training benchmarks experiments
 
 .DELETE_ON_ERROR:
-.PHONY: demo setup test contract check format-check lint types imports format clean
+.PHONY: demo setup test contract encoders check format-check lint types imports format clean
 
 demo: setup
 	$(BIN)/dymu run $(PHOTO) "$(QUESTION)" --budget $(BUDGET) --compare --draw demo.png
@@ -50,6 +52,16 @@ contract: setup
 	@test -d $(OVERLAY) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OVERLAY) \
 	  transformers==$(TRANSFORMERS)
 	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -n $(WORKERS) --dist worksteal -m one_of_each tests
+
+NEIGHBOURS := .overlays/neighbours
+
+encoders: $(NEIGHBOURS)/.ready
+	PYTHONPATH=$(NEIGHBOURS) $(BIN)/pytest tests/neighbours
+
+$(NEIGHBOURS)/.ready: tests/neighbours/requirements.txt $(READY)
+	@rm -rf $(NEIGHBOURS)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(NEIGHBOURS) -r $<
+	@touch $@
 
 check: format-check lint types imports test
 

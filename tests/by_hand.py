@@ -50,6 +50,7 @@ def unmerged_prompt_by_hand(model: Any, inputs: dict[str, Any], encoded: Any, gr
         group: int64 [image tokens], of all images one after the other.
     """
     stock = copy.deepcopy(model).double()
+    stock.set_experts_implementation("eager")  # the fast ones know no float64
     ids = inputs["input_ids"][0]
     share, first = average_attention(stock, ids, group)
     places = ids == tiny.IMAGE_TOKEN
@@ -72,7 +73,7 @@ def unmerged_prompt_by_hand(model: Any, inputs: dict[str, Any], encoded: Any, gr
 
 
 def average_attention(stock: Any, ids: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Have a model's attention answer the mean over each group; everything else must find a group's tokens alike.
+    """Have what mixes a model's tokens answer the mean over each group; all else must find a group's tokens alike.
 
     Returns:
         float64 [N, N], how much of each token makes up that mean; int64 [N], the first token of each token's group.
@@ -93,9 +94,10 @@ def average_attention(stock: Any, ids: Tensor, group: Tensor) -> tuple[Tensor, T
             apart = (x - x[..., first, :]).abs().max()
             assert apart <= 1e-9 * x.abs().max(), f"tokens of one group differ where {name} gets them"
 
-    within = {module for attention in parts.attentions for module in attention.modules()}
-    for attention in parts.attentions:
-        attention.register_forward_hook(average)
+    mixing = (*parts.attentions, *parts.mixers)
+    within = {module for mixer in mixing for module in mixer.modules()}
+    for mixer in mixing:
+        mixer.register_forward_hook(average)
     for name, module in parts.language_model.named_modules():
         if module not in within:
             module.register_forward_pre_hook(functools.partial(check, name))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,106 +16,46 @@ from torch import Tensor
 from transformers import (
     BatchFeature,
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    Dinov2Config,
-    Dinov2WithRegistersConfig,
-    GemmaConfig,
-    GraniteConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
-    LlavaNextVideoConfig,
-    LlavaNextVideoForConditionalGeneration,
     LlavaNextVideoProcessor,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionProcessor,
     LlavaProcessor,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    SiglipVisionConfig,
-    VipLlavaConfig,
-    VipLlavaForConditionalGeneration,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-VOCAB, PAD, VIDEO_TOKEN, IMAGE_TOKEN = 64, 0, 62, 63
-SIDE, PATCH, LAYERS = 28, 4, 4
-PATCHES = (SIDE // PATCH) ** 2
+import tiny_families
+from tiny_families import (
+    ABILITIES,
+    ANYRES,
+    FAMILIES,
+    IMAGE_TOKEN,
+    LAYERS,
+    PAD,
+    PATCH,
+    PATCHES,
+    PINPOINTS,
+    SIDE,
+    TOWERS,
+    VIDEO_TOKEN,
+    VOCAB,
+    TinyFamily,
+    build,
+    configured,
+    family_of,
+    name_of,
+)
 
-_VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "image_size": SIDE,
-    "patch_size": PATCH,
-}
-_TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.2,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+__all__ = ["LAYERS", "TOWERS", "VOCAB", "build", "configured"]
+"""What the tests take from the table through this module."""
 
-TOWERS = {
-    "clip": lambda: CLIPVisionConfig(**_VISION, intermediate_size=48),
-    "siglip": lambda: SiglipVisionConfig(**_VISION, intermediate_size=48),
-    "dinov2": lambda: Dinov2Config(**_VISION, mlp_ratio=2, layerscale_value=0.5),
-    "dinov2_with_registers": lambda: Dinov2WithRegistersConfig(
-        **_VISION, mlp_ratio=2, layerscale_value=0.5, num_register_tokens=3
-    ),
-}
-DECODERS = {
-    "llama": lambda: LlamaConfig(**_TEXT),
-    "qwen2": lambda: Qwen2Config(**_TEXT),
-    "qwen3": lambda: Qwen3Config(**_TEXT),
-    "mistral": lambda: MistralConfig(**_TEXT, sliding_window=40),
-}
-UNDESCRIBED_DECODERS = {
-    "gemma": lambda: GemmaConfig(**_TEXT),
-    "olmo2": lambda: Olmo2Config(**_TEXT),
-    "granite": lambda: GraniteConfig(
-        **_TEXT, embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5
-    ),
-    "phi3": lambda: Phi3Config(**_TEXT),
-}
-"""Decoders that transformers knows and the library does not: one that is described moves up to `DECODERS`."""
-
-ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
-"""Families that cut an image into tiles. Their tests show images twice as wide as high: two tiles of `SIDE` pixels."""
-PINPOINTS = [[rows * SIDE, columns * SIDE] for rows in range(1, 7) for columns in range(1, 7)]
-
-FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llava": (LlavaConfig, LlavaForConditionalGeneration, {}),
-    "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration, {"vision_feature_layers": (-2, 1, 2)}),
-    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration, {"image_grid_pinpoints": PINPOINTS}),
-    "llava_next_video": (
-        LlavaNextVideoConfig,
-        LlavaNextVideoForConditionalGeneration,
-        {"image_grid_pinpoints": PINPOINTS, "video_token_index": VIDEO_TOKEN},
-    ),
-    "llava_onevision": (
-        LlavaOnevisionConfig,
-        LlavaOnevisionForConditionalGeneration,
-        {"image_grid_pinpoints": PINPOINTS, "video_token_index": VIDEO_TOKEN, "vision_feature_layer": -1},
-    ),
-}
+UNDESCRIBED = {"cohere2", "smollm3", "gemma2"}
+"""Decoders that transformers knows and the library does not: one that is described leaves this set."""
+DECODERS = {name: text for name, text in tiny_families.DECODERS.items() if name not in UNDESCRIBED}
+UNDESCRIBED_DECODERS = {name: text for name, text in tiny_families.DECODERS.items() if name in UNDESCRIBED}
+AS_THEY_BEGIN = ("llama", "qwen2", "qwen3", "mistral")
+"""Decoders whose norms are not random within `llava`: the seeds of many tests were chosen so."""
 
 
 def llava(
@@ -126,26 +69,25 @@ def llava(
     text: dict[str, Any] | None = None,
 ) -> Any:
     """A model of two tiny random models; SigLIP, which has no class token to drop, uses the strategy `full`."""
-    torch.manual_seed(seed)
-    text_config = (DECODERS | UNDESCRIBED_DECODERS)[decoder]()
-    for name, value in (text or {}).items():
-        setattr(text_config, name, value)
-    vision_config = TOWERS[tower]()
-    vision_config.initializer_range = 0.2
-    make_config, make_model, settings = FAMILIES[family]
-    more = dict(settings) if family == "vipllava" else {"vision_feature_layer": -2, **settings}
+    more: dict[str, Any] = {}
     if layer is not None:
         more["vision_feature_layer"] = layer
     if family != "vipllava":
         more["vision_feature_select_strategy"] = strategy or ("full" if tower == "siglip" else "default")
-    config = make_config(vision_config=vision_config, text_config=text_config, image_token_index=IMAGE_TOKEN, **more)
-    model = make_model(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.5 if "patch" in name else parameter.shape[-1] ** -0.5)
-    model.generation_config.pad_token_id = PAD
-    return model
+    return build(
+        family,
+        seed,
+        vision=TOWERS[tower],
+        text={**tiny_families.DECODERS[decoder], **(text or {})},
+        norms=decoder not in AS_THEY_BEGIN,
+        **more,
+    )
+
+
+def can(model: Any, ability: str) -> bool:
+    """Whether the stock model has one of `tiny_families.ABILITIES`."""
+    assert ability in ABILITIES
+    return ability not in family_of(model).lacks
 
 
 def cuts_tiles(model: Any) -> bool:
@@ -153,28 +95,94 @@ def cuts_tiles(model: Any) -> bool:
 
 
 def tokens_per_picture(model: Any) -> int:
-    """Tokens of one picture that the language model gets."""
-    tower = model.config.vision_config
-    prefix = {"clip_vision_model": 1, "siglip_vision_model": 0}.get(tower.model_type, 1)
-    prefix += getattr(tower, "num_register_tokens", 0)
-    return PATCHES + prefix - (getattr(model.config, "vision_feature_select_strategy", "default") == "default")
+    """Tokens of one picture of `shown` that the language model gets."""
+    family = family_of(model)
+    return (family.size[0] // family.cell) * (family.size[1] // family.cell) + family.prefix(model)
 
 
 def tokens_per_image(model: Any) -> int:
-    """Placeholders that the model expects for one image of `shown`: two tiles, newlines, and the whole image."""
+    """Placeholders that the model expects for one image of `shown`: some get two tiles, newlines and the whole."""
     side = SIDE // PATCH
     return tokens_per_picture(model) + (side * (2 * side + 1) if cuts_tiles(model) else 0)
 
 
-def shown(model: Any, pictures: Tensor | None) -> dict[str, Any]:
-    """What the model takes to see images of [B, 3, SIDE, SIDE] pixels, or of twice their width where it cuts tiles."""
-    if pictures is None:
+def image(model: Any, picture: Tensor | None = None) -> Tensor:
+    """Ids [N] of one image, with those around it and behind its rows.
+
+    Args:
+        picture: [3, height, width]; one of `SIDE` x `SIDE` pixels unless given.
+    """
+    family = family_of(model)
+    height, width = family.size if picture is None else _fit(family, picture).shape[1:]
+    if family.row_end is not None:
+        row = [IMAGE_TOKEN] * (width // family.cell) + [family.row_end]
+        placeholders = row * (height // family.cell)
+    elif not family.any_size or picture is None:
+        placeholders = [IMAGE_TOKEN] * tokens_per_image(model)
+    else:
+        placeholders = [IMAGE_TOKEN] * (height // family.cell) * (width // family.cell)
+    return torch.tensor([*family.begin, *placeholders, *family.end])
+
+
+def shown(
+    model: Any, pictures: Sequence[Tensor] | Tensor | None, counts: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """What the model takes to see pictures.
+
+    Args:
+        pictures: [B, 3, SIDE, SIDE], or a list of pictures of other sizes where the family takes `any_size`.
+        counts: how many of them each prompt shows; unless given, one.
+    """
+    if pictures is None or len(pictures) == 0:
         return {}
-    if not cuts_tiles(model):
-        return {"pixel_values": pictures}
-    wide = torch.nn.functional.interpolate(pictures, size=(SIDE, 2 * SIDE), mode="bilinear")
-    tiles = torch.stack((pictures, wide[..., :SIDE], wide[..., SIDE:]), 1)
-    return {"pixel_values": tiles, "image_sizes": torch.tensor([[SIDE, 2 * SIDE]] * len(pictures))}
+    family = family_of(model)
+    counts = [1] * len(pictures) if counts is None else counts
+    return family.show([_fit(family, picture) for picture in pictures], counts)
+
+
+def _fit(family: TinyFamily, picture: Tensor) -> Tensor:
+    """[3, height, width] as the family sees it."""
+    size = tuple(picture.shape[1:])
+    if size == family.size or (family.any_size and size != (SIDE, SIDE)):
+        return picture
+    return torch.nn.functional.interpolate(picture[None], size=family.size, mode="bilinear")[0]
+
+
+def inputs(
+    model: Any,
+    prompts: Tensor | Sequence[Tensor],
+    pictures: Sequence[Tensor] | Tensor | None = None,
+    side: str = "left",
+    said: int = 0,
+) -> dict[str, Any]:
+    """All that the model takes for prompts that show pictures.
+
+    Args:
+        prompts: ids [N] or [B, N], or a list of ids [N] that are padded on a `side`.
+        pictures: of all prompts one after the other, see `shown`.
+        said: how many ids at the end the model itself said.
+    """
+    if isinstance(prompts, Tensor):
+        asked: dict[str, Any] = {"input_ids": prompts if prompts.ndim == 2 else prompts[None]}
+    else:
+        asked = pad(list(prompts), side)
+    asked |= family_of(model).follow(asked["input_ids"], said)
+    counts = [int(count) // tokens_per_image(model) for count in (asked["input_ids"] == IMAGE_TOKEN).sum(1)]
+    return {**asked, **shown(model, pictures, counts)}
+
+
+def features_of(model: Any, **seen: Any) -> Any:
+    """What `get_image_features` answers, which some families have on the inner model alone."""
+    return (model if hasattr(model, "get_image_features") else model.model).get_image_features(**seen)
+
+
+def seen(model: Any, photos: Sequence[Image.Image]) -> dict[str, Any]:
+    """What `get_image_features` takes for so many prompts of one photo each, by the family's image processor."""
+    name = name_of(model)
+    images: Any = [[photo] for photo in photos] if FAMILIES[name].joins_images else list(photos)
+    processed = processor(name)(images=images, return_tensors="pt")
+    takes = inspect.signature(type(model.model).get_image_features).parameters
+    return {name: value for name, value in processed.items() if name in takes}
 
 
 REPEATS_RIGHT = version.parse(transformers.__version__) >= version.parse("5.19")
@@ -209,8 +217,21 @@ def pictures(count: int, seed: int = 0) -> Tensor:
     return torch.stack(images)
 
 
+def uneven(model: Any, count: int, seed: int = 0) -> list[Tensor]:
+    """`pictures`, each of another size where the family takes any."""
+    family = family_of(model)
+    sizes = [family.size, (2 * family.cell, 5 * family.cell), (4 * family.cell, 3 * family.cell)]
+    return [
+        torch.nn.functional.interpolate(picture[None], size=size, mode="bilinear")[0] if family.any_size else picture
+        for picture, size in zip(pictures(count, seed), itertools.cycle(sizes))
+    ]
+
+
 def processor(family: str = "llava") -> Any:
     """The family's image processor. That of `llava` and `vipllava` neither resizes nor crops `photos`."""
+    if (kind := FAMILIES[family].processor) is not None:
+        name, settings = kind
+        return getattr(transformers, name)(**settings)
     side = {"height": SIDE, "width": SIDE}
     if family == "llava_onevision":
         return LlavaOnevisionImageProcessorPil(size=side, image_grid_pinpoints=PINPOINTS)
@@ -286,16 +307,25 @@ def photos(count: int, seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def prompt(model: Any, *parts: int | str, seed: int = 0) -> Tensor:
-    """Ids [N] of a prompt: a number is that many random words, "image" the placeholders of one image."""
+def prompt(model: Any, *parts: int | str | Tensor, seed: int = 0) -> Tensor:
+    """Ids [N] of a prompt: a number is that many random words, "image" an image, a picture [3, H, W] an image of it."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[Tensor] = []
     for part in parts:
-        if part == "image":
-            ids.append(torch.full((tokens_per_image(model),), IMAGE_TOKEN))
+        if isinstance(part, Tensor):
+            ids.append(image(model, part))
+        elif part == "image":
+            ids.append(image(model))
         else:
-            ids.append(torch.randint(3, VIDEO_TOKEN, (int(part),), generator=generator))
+            ids.append(torch.randint(3, min(specials(model)), (int(part),), generator=generator))
     return torch.cat(ids)
+
+
+def specials(model: Any) -> list[int]:
+    """Ids that are no words: a model that says one says an image to a later turn."""
+    family = family_of(model)
+    around = {*family.begin, *family.end} | ({family.row_end} if family.row_end is not None else set())
+    return [*sorted(around), VIDEO_TOKEN, IMAGE_TOKEN]
 
 
 def pad(rows: list[Tensor], side: str = "left") -> dict[str, Tensor]:
@@ -309,13 +339,23 @@ def pad(rows: list[Tensor], side: str = "left") -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def going_on(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What the model takes for ids [B, n] that follow on a cache, with the mask [B, N] of all ids so far.
+
+    A model whose positions have several axes wants to be told them: after its images they are behind the ids' places.
+    """
+    behind = getattr(model.model, "rope_deltas", None)
+    positions = {} if behind is None else {"position_ids": (mask.cumsum(1) - 1)[:, -ids.shape[1] :] + behind}
+    return {"input_ids": ids, "attention_mask": mask, **positions}
+
+
 def asked(model: Any, seed: int = 0, images: int = 1) -> dict[str, Any]:
     """What the model takes for one prompt that shows so many pictures."""
-    ids = prompt(model, 4, *["image"] * images, 7, seed=seed)[None]
-    return {"input_ids": ids, **shown(model, pictures(images, seed))}
+    ids = prompt(model, 4, *["image"] * images, 7, seed=seed)
+    return inputs(model, ids, pictures(images, seed))
 
 
 def answer(model: Any, **inputs: Any) -> Any:
     """Its greedy answer of six tokens."""
-    options = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [IMAGE_TOKEN], **inputs}
+    options = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": specials(model), **inputs}
     return model.generate(**options)

@@ -75,7 +75,8 @@ def check(model: PreTrainedModel, processor: Any, image: Image.Image | None = No
             pass
     except UnsupportedModel as error:
         return ModelCheck((Finding(part, False, str(error)),))
-    seen = f"{parts.family.model_type} of {find(parts.tower, "config.model_type")} and {parts.language_model.config.model_type}"
+    halves = [find(half, "config.model_type") for half in (parts.tower, parts.language_model)]
+    seen = f"{parts.family.model_type} of {' and '.join(halves)}"
     tried = _Tried(model, processor, image or example_picture())
     return ModelCheck((Finding(part, True, seen), *map(tried.finding, tried.parts())))
 
