@@ -885,3 +885,24 @@ def test_merged_logits_with_an_adapter_equal_an_independent_implementation():
         features = tiny.features_in(out)
     by_hand = unmerged_by_hand(copy.deepcopy(model).double(), inputs["input_ids"][0], features.double(), group)
     tiny.close(out.logits[0], by_hand.float(), 1e-4)
+
+
+def test_threads_do_not_share_what_a_model_remembers_of_a_call():
+    """Qwen-VL keeps on itself by how much positions lag behind tokens, which differs from image to image."""
+    model = tiny.build("qwen2_5_vl")
+    large, small = (tiny.uneven(model, 2)[number : number + 1] for number in range(2))
+    asked, other = (tiny.inputs(model, tiny.prompt(model, 4, picture[0], 7), picture) for picture in (large, small))
+
+    def answered(between: bool) -> Tensor:
+        out = model(**asked, use_cache=True)
+        if between:
+            thread = threading.Thread(target=lambda: model(**other))
+            thread.start()
+            thread.join()
+        return model(input_ids=torch.tensor([[5]]), **going_on(model, out)).logits
+
+    alone = answered(between=False)
+    assert not torch.allclose(answered(between=True), alone), "the stock model mixes them up"
+    with dymu.apply(model, merge=ThresholdMerge((0.8,) * tiny.LAYERS)):
+        assert torch.equal(answered(between=True), answered(between=False))
+    assert type(model.model) is type(tiny.build("qwen2_5_vl").model)

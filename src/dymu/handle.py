@@ -24,7 +24,7 @@ from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.language import LanguageHooks
 from dymu.hooks.probe import check_layers
 from dymu.hooks.refusals import warn_of_hooks
-from dymu.hooks.replaced import Around, Method, Replaced, config_view, refuse_copy
+from dymu.hooks.replaced import Around, Method, Replaced, by_thread, config_view, refuse_copy
 from dymu.hooks.vision import VisionHooks
 from dymu.reducers import Reducer, Stage, ThresholdMerge
 from dymu.report import Report
@@ -169,6 +169,7 @@ def encoder_of(parts: Parts | LoneEncoder, tokens: int = 0) -> Encoder:
         hidden_size=parts.width,
         heads=parts.heads,
         tokens=tokens,
+        unit=parts.side() if isinstance(parts, Parts) else 1,
     )
 
 
@@ -391,6 +392,8 @@ class Handle:
         vision, language, generation, state = self._vision, self._language, self._generation, self._state
         assert isinstance(vision, VisionHooks)
         vision.parts = language.parts = generation.parts = parts
+        if parts.family.remembers:
+            self._undo.append(by_thread(parts.inner, parts.family.remembers))
         self._call(parts.inner, "forward", language.inner)
         # The encoder merges.
         for modality in parts.placeholders:

@@ -136,5 +136,7 @@ class Family:
     (1) to each other, or `prefix`, the prompt that is not to be continued (0). `windows`: by `mm_token_type_ids`, those
     of an image or video (1, 2) in layers with a sliding window, where the text config's `use_bidirectional_attention`
     is `vision`."""
+    remembers: tuple[str, ...] = ()
+    """Attributes in which `inner` keeps something of the last call, of which every thread gets its own."""
     towers: tuple[Tower, ...] = ()
     decoders: tuple[Decoder, ...] = ()

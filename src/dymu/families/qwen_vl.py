@@ -15,6 +15,7 @@ QWEN2_VL = Family(
     select_strategy=None,
     unit="config.vision_config.spatial_merge_size",
     grid="{modality}_grid_thw",
+    remembers=("rope_deltas",),
     towers=(QWEN2,),
     decoders=(M_ROPE,),
 )
@@ -45,6 +46,7 @@ VIDEO_LLAMA_3 = replace(
     projector="projector",
     unit="{modality}_merge_sizes",
     regroups="tower",
+    remembers=(),
     towers=(VIDEO_LLAMA,),
     decoders=DECODERS,
 )
@@ -54,5 +56,6 @@ HYPERCLOVAX = replace(
     model_type="hyperclovax_vision_v2",
     tower="vision_model",
     projector="projector",
+    remembers=(),
     decoders=DECODERS,
 )

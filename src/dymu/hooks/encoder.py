@@ -41,7 +41,8 @@ class EncoderHooks:
             BadImage: it is not known which patches are padding.
         """
         state, parts, reducer = self._state, self.parts, self.reducer
-        if state.encoding is not None:  # one of them calls another
+        outer: WholeRun | None = state.encoding
+        if outer is not None and not outer.states:  # one method calls another; later, a hook asks something else
             return method(*args, **kwargs)
         assert reducer is not None
         arguments = arguments_of(parts.tower, name, args, kwargs)
@@ -62,7 +63,7 @@ class EncoderHooks:
             state.encoding = run
             output = method(seen, *args[1:], **kwargs) if args else method(**{**kwargs, parts.pixels: seen})
         finally:
-            state.encoding = None
+            state.encoding = outer
         if len(run.states) < 2:
             raise UnsupportedModel(
                 "parts of the model were exchanged while a call ran; exchange them between calls, and ask again."

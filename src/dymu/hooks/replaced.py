@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from torch import nn
 
 from dymu.errors import DymuError
 
@@ -52,6 +55,28 @@ class Replaced:
 def refuse_copy() -> NoReturn:
     """In place of a module's `__getstate__`, which copies and pickles ask for first."""
     raise DymuError(COPIED)
+
+
+def by_thread(module: nn.Module, names: Sequence[str]) -> Callable[[], None]:
+    """Let every thread have values of its own of some attributes of a module, None at first. Returns what undoes it."""
+    kind, values = type(module), threading.local()
+
+    def own(name: str) -> property:
+        return property(
+            lambda _module: getattr(values, name, None), lambda _module, value: setattr(values, name, value)
+        )
+
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    view = type(kind.__name__, (kind,), named | {name: own(name) for name in names})
+    for name in names:
+        setattr(values, name, module.__dict__.get(name))
+    module.__class__ = view
+
+    def undo() -> None:
+        if type(module) is view:
+            module.__class__ = kind
+
+    return undo
 
 
 def config_view(config: Any, attention: Callable[[], str | None], text: Any = None) -> Any:

@@ -154,14 +154,14 @@ def features_of(
         parts, modality, args, kwargs, pictures, tokens: see `trace`.
         hidden: [pictures, M, C], the encoder's merged tokens in the one layer that the model reads.
     """
-    expand = tokens.drop(parts.dropped()).expand
-    pooler, projector = parts.pooler, parts.projector
+    dropped, (pooler, projector) = parts.dropped(), (parts.pooler, parts.projector)
+    expand, merged = tokens.drop(dropped).expand, hidden[:, dropped:]
     if modality == "video" and pooler is not None and parts.family.pooler is not None:
-        replaced: Modules = {parts.family.pooler: lambda merged: pooler(expand(merged))}
+        replaced: Modules = {parts.family.pooler: lambda _: pooler(expand(merged))}
     else:
-        assert projector is not None
-        replaced = {parts.family.projector or "": lambda merged: expand(projector(merged))}
-    return _family_code(parts, modality, args, kwargs, pictures, hidden.flatten(0, 1), replaced)
+        replaced = {parts.family.projector: lambda _: expand(projector(merged))}
+    nothing = hidden.new_zeros(()).expand(pictures.layout(hidden.device).total, hidden.shape[-1])
+    return _family_code(parts, modality, args, kwargs, pictures, nothing, replaced)
 
 
 def _family_code(
