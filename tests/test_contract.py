@@ -162,7 +162,7 @@ def test_nothing_merged_equals_the_untouched_model_in_bfloat16(model):
 
 
 def rounding(model: Any) -> float:
-    """How far, in parts of their norm, logits may be off in bfloat16: 3 %, or half again the untouched model's own rounding.
+    """How far logits may be off in bfloat16, in parts of their norm: 3 %, or half again the untouched model's rounding.
 
     Some tiny models round more than others: where experts are chosen, or little is divided by little.
     """
@@ -448,8 +448,9 @@ def test_removing_gives_the_model_back(model, tmp_path):
     handle.remove()
     assert torch.equal(model(**inputs).logits, before)
     assert _attributes(model) == attributes
-    again = type(model).from_pretrained(tmp_path)
-    torch.testing.assert_close(again(**inputs).logits, before, atol=1e-6, rtol=0)
+    if tiny.can(model, "saves"):
+        again = type(model).from_pretrained(tmp_path)
+        torch.testing.assert_close(again(**inputs).logits, before, atol=1e-6, rtol=0)
     handle.remove()
 
 

@@ -351,7 +351,7 @@ class Handle:
         self._check_fits(parts)
         rotations = check_layers(parts)
         if isinstance(parts, Parts):
-            self._language.rotations = rotations
+            self._language.rotate(rotations)
 
     def _forward(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Each forward of the whole, also within `generate`."""

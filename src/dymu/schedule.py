@@ -9,7 +9,7 @@ from dymu.choices import SCHEDULES, Schedule
 from dymu.errors import BadBudget, DymuError
 
 
-def fewest(tokens: int, merging_layers: int, alike: bool = False) -> float:
+def fewest(tokens: float, merging_layers: int, alike: bool = False) -> float:
     """The fewest of `tokens` tokens that so many merging layers leave of a picture.
 
     Tokens merge in pairs. Behind a class token one of an odd number has no partner, so where counts differ from picture
@@ -48,7 +48,7 @@ def layers_to_merge_in(layers: Iterable[int], depth: int) -> tuple[int, ...]:
 
 
 def removals(
-    tokens: int,
+    tokens: float,
     keep: float,
     layers: int,
     schedule: Schedule,
@@ -62,7 +62,7 @@ def removals(
     are `merging`, they remove everything, in the same proportion to one another.
 
     Args:
-        tokens: of an image.
+        tokens: of an image; where images differ, on average.
         keep: of them in the end.
         layers: how many the encoder has.
         schedule: where to remove.
@@ -81,8 +81,8 @@ def removals(
     lowest = fewest(tokens, len(chosen), alike)
     if not lowest - 1e-9 <= keep <= tokens:
         raise BadBudget(
-            f"cannot keep {keep:g} of {tokens} tokens in {len(chosen)} layers, each of which at most halves them; "
-            f"keep between {lowest:.4g} and {tokens}."
+            f"cannot keep {keep:g} of {tokens:g} tokens in {len(chosen)} layers, each of which at most halves them; "
+            f"keep between {lowest:.4g} and {tokens:g}."
         )
     rising = range(1, layers + 1)
     weights = {

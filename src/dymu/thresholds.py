@@ -30,14 +30,16 @@ _CHECKPOINTS = (".pth", ".pt")
 Positive = Annotated[int, msgspec.Meta(gt=0, le=2**53)] | Annotated[float, msgspec.Meta(gt=0)]
 
 
-class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The vision encoder that thresholds belong to.
 
     Attributes:
         model_type: transformers' name of its architecture.
         layers: its layers in all; `depth` of them merge, from the first on.
         hidden_size, heads: its width and attention heads.
-        tokens: image tokens of one picture without class token and registers, at calibration.
+        tokens: image tokens of one picture without class token and registers, at calibration; where pictures differ,
+            their mean, rounded.
+        unit: rows, and columns, of the patches that become one image token.
     """
 
     model_type: str
@@ -46,6 +48,7 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hidden_size: Count
     heads: Count
     tokens: Count
+    unit: Count = 1
 
 
 class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,7 +102,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         over_time: one entry per budget and tokens per second, see `dymu.calibrate_videos`.
         model: the model's name or path at calibration.
         image_tokens: tokens of an untouched image, on average over the calibration images, where images are cut into
-            tiles; None: every image is one picture.
+            tiles or have sizes of their own; None: every image is one picture, and all have as many.
         images: how many calibration images there were.
         skipped: images that could not be used: `{"image": ..., "why": ...}`.
         created: ISO 8601 date; dymu: version of this library.
@@ -148,6 +151,9 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
 
     def tokens_for(self, budget: int | float | None) -> float:
         """A budget in image tokens: an int or a number above 1 is one already, 0.15 is a fraction of the full count.
+
+        Where images have different numbers of tokens (tiles, native resolution), it is the mean over images like those
+        of calibration: others keep about the same fraction of theirs.
 
         Raises:
             BadBudget: outside the calibrated range, or missing where several are calibrated.
@@ -258,7 +264,9 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
                     f"of the model merges in {encoder.depth} of {encoder.layers}; use the thresholds of this encoder."
                 )
             return
-        if cuts_images != (self.image_tokens is not None):
+        # Of an image that is one picture the mean stands in both, where images differ.
+        one_picture = self.image_tokens is None or round(self.image_tokens) == self.encoder.tokens
+        if self.image_tokens is None if cuts_images else not one_picture:
             ways = ("of one picture each", "cut into tiles")
             raise BadThresholds(
                 f"{self} was calibrated on images {ways[not cuts_images]}, and this model's are {ways[cuts_images]}, "
@@ -266,7 +274,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             )
         differing = [
             f"{name.replace('_', ' ')} {getattr(self.encoder, name)} instead of {getattr(encoder, name)}"
-            for name in ("model_type", "layers", "depth", "hidden_size", "heads")
+            for name in ("model_type", "layers", "depth", "hidden_size", "heads", "unit")
             if getattr(self.encoder, name) != getattr(encoder, name)
         ]
         if differing:

@@ -108,11 +108,9 @@ def calibrate(
             return targets
 
         reading = bar.add_task("reading images", total=samples.expected)
-        for embedded, inputs in samples.batches(
-            batch_size, lambda: bar.update(reading, advance=1, total=samples.expected)
-        ):
-            batches.append(run.begin(embedded, inputs, spill.slot(embedded.nbytes)))
-            if len(batches) == 1 and (first := run.sizes(batches)).plain:
+        for embedded in samples.batches(batch_size, lambda: bar.update(reading, advance=1, total=samples.expected)):
+            batches.append(run.begin(embedded, spill))
+            if len(batches) == 1 and embedded.alike and (first := run.sizes(batches)).alike:
                 possible(first)  # so that what cannot be met is refused before all are read
         if not batches:
             raise DymuError(f"no image could be used for calibration: {samples.why_none()}")
@@ -120,9 +118,9 @@ def calibrate(
         targets = possible(sizes)
 
         merging = [target for target in targets if target < sizes.full]
-        slots = [batch.slot for batch in batches]
+        slots = [batch.slots for batch in batches]
         if len(merging) > 1 or not sizes.plain:
-            spare = [spill.slot(slot.capacity_bytes) for slot in slots]
+            spare = [tuple(spill.slot(slot.capacity_bytes) for slot in of_batch) for of_batch in slots]
         calibrated = []
         for target in merging:
             aim = sizes.per_picture(target)
@@ -134,7 +132,7 @@ def calibrate(
                     slots if sizes.plain and target == merging[-1] else spare,
                     lambda task=task: bar.advance(task),  # type: ignore[misc]
                 )
-                kept = run.kept(ended, thresholds[-1])
+                kept = run.kept(ended, thresholds[-1], sizes)
                 achieved = sum(kept) / len(kept)
                 if sizes.plain or sizes.mixes or abs(achieved - target) <= TOLERANCE * target:
                     break
@@ -152,11 +150,11 @@ def calibrate(
     _warn(samples, calibrated)
     return Thresholds(
         calibrated=tuple(calibrated),
-        encoder=encoder_of(parts, sizes.tokens),
+        encoder=encoder_of(parts, round(sizes.tokens)),
         schedule=schedule,
         merge_layers=None if merge_layers is None else merging_layers,
         model=name_of(model),
-        image_tokens=None if sizes.plain else sizes.full,
+        image_tokens=None if sizes.alike and not parts.cuts_images else sizes.full,
         images=samples.used,
         skipped=tuple(samples.skipped),
         created=datetime.now(UTC).date().isoformat(),

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dymu.calibration.in_prompt import Waiting, rounds
 from dymu.calibration.quantile import NEVER, threshold_for
-from dymu.calibration.samples import Inputs, shape_only
+from dymu.calibration.samples import Embedded, Inputs, shape_only
 from dymu.calibration.spill import Slot, Spill
 from dymu.errors import BadBudget, DymuError
 from dymu.families.encoders import LoneEncoder
 from dymu.families.resolve import Parts
 from dymu.hooks import encoder
-from dymu.hooks.trace import features_of, pictures_of, trace
+from dymu.hooks.trace import features_of, trace
 from dymu.item import Item
 from dymu.merging import ROUNDS, MergedTokens, Pictures, above
 from dymu.reducers import picture_tokens
@@ -29,23 +29,28 @@ class Sizes:
     """How many tokens the sample images have.
 
     Attributes:
-        tokens: patches of one picture.
-        counts: patches of every image, as the language model gets them.
-        plain: whether every image is one picture.
+        tokens: those of one picture of the encoder, on average.
+        counts: those of every image, as the language model gets them.
+        plain: whether every image is one picture, of which it gets every token.
         mixes: whether some images are shrunk, see `dymu.item.Item.mixes`.
-        videos: whether the family takes videos that can be followed.
+        videos: whether the frames of videos are shrunk, in a way that can be followed.
     """
 
-    tokens: int
+    tokens: float
     counts: list[int]
     plain: bool
     mixes: bool
     videos: bool
 
     @property
+    def alike(self) -> bool:
+        """Whether every image is one picture and all have as many tokens."""
+        return self.plain and len(set(self.counts)) == 1
+
+    @property
     def full(self) -> float:
         """Tokens of an untouched image, on average."""
-        return self.tokens if self.plain else sum(self.counts) / len(self.counts)
+        return sum(self.counts) / len(self.counts)
 
     def targets(self, budgets: Sequence[int | float]) -> list[int | float]:
         """The budgets in tokens, each once, smallest first.
@@ -54,10 +59,14 @@ class Sizes:
             BadBudget: one is more than there are.
         """
         targets = {
-            min(round(budget * self.full), self.full) if isinstance(budget, float) and 0 < budget <= 1 else budget
+            budget
+            if not isinstance(budget, float) or not 0 < budget <= 1
+            else self.full
+            if budget == 1
+            else min(round(budget * self.full), self.full)
             for budget in budgets
         }
-        if not self.plain and max(targets) > self.full:
+        if not self.alike and max(targets) > self.full:
             raise BadBudget(
                 f"cannot keep {max(targets):g} tokens of images that have {self.full:.1f} on average; take fewer."
             )
@@ -95,24 +104,41 @@ def summed_up(
 
 @dataclass(frozen=True)
 class Batch:
-    """The pictures of some images between the attention of a layer and its merging."""
+    """The pictures of some images between the attention of a layer and its merging.
 
+    Attributes:
+        layer: its index.
+        images: what they were made of.
+        windowed: for each layer that may merge, whether tokens attend and merge within windows.
+        slots: hold the patches, as they travel, and where the encoder rotates the cosines and sines of their angles.
+        state: without these.
+        similarity: [rows, A] of each A token to its best partner, -inf where a row has no such token; see
+            `best_partner`. A row is a picture, or a window of one. [B, 0] where the layer does not merge.
+        partner: likewise.
+    """
+
+    layer: int
     images: list[Inputs]
-    slot: Slot
-    """Holds their tokens, in the state's layout."""
+    windowed: tuple[bool, ...]
+    slots: tuple[Slot, ...]
     state: MergedTokens
     similarity: Tensor
-    """[B, A] of each A token to its best partner, -inf where a row has no such token; see `best_partner`. [B, 0] where
-    the layer does not merge."""
     partner: Tensor
+
+    def get(self) -> tuple[Tensor, MergedTokens]:
+        """The patches, and the state with their angles."""
+        x, *angles = (slot.get().to(self.similarity.device) for slot in self.slots)
+        return x, replace(self.state, angles=(angles[0], angles[1]) if angles else None)
 
 
 def _by_image(batch: Batch, tokens: TokenMap) -> Iterator[tuple[Inputs, slice, TokenMap]]:
     """For each image: its inputs, which of the batch's pictures are its own, and their part of `tokens`."""
     end = 0
     for image in batch.images:
-        start, end = end, end + image.pictures
-        yield image, slice(start, end), TokenMap(tokens.group[start:end], tokens.kept[start:end], tokens.width)
+        start, end = end, end + len(image.pictures.grids)
+        longest = image.pictures.layout(tokens.kept.device).longest
+        group = tokens.group[start:end, :longest]
+        yield image, slice(start, end), TokenMap(group, tokens.kept[start:end], tokens.width, tokens.padded)
 
 
 class Run:
@@ -122,22 +148,23 @@ class Run:
         self._parts, self._merging, self._prefix = parts, merging, prefix
         self._layers = parts.encoder_layers[: max(parts.feature_layers())]
 
-    def begin(self, embedded: Tensor, images: list[Inputs], slot: Slot) -> Batch:
-        """The embedded pictures [B, T, C] of some images, through the first attention."""
-        pictures = replace(self._pictures(images[0], 1), grids=self._pictures(images[0], 1).grids * len(embedded))
-        return self._attend(0, *pictures.enter(embedded, images[0].angles, None), images, slot)
+    def begin(self, embedded: Embedded, room: Spill) -> Batch:
+        """Some images, through the first attention."""
+        x, state = embedded.pictures.enter(embedded.x, embedded.angles, embedded.window)
+        slots = tuple(room.slot(part.nbytes) for part in (x, *(state.angles or ())))
+        return self._attend(0, x, state, embedded.images, embedded.windowed, slots)
 
     def thresholds(
         self,
         removed: Sequence[float],
         batches: Sequence[Batch],
-        slots: Sequence[Slot],
+        slots: Sequence[tuple[Slot, ...]],
         advance: Callable[[], object],
     ) -> tuple[list[float], Sequence[Batch]]:
         """Find the thresholds at which layer l removes `removed[l]` tokens per picture, and run the pictures through.
 
         Args:
-            removed: one number per layer.
+            removed: one number per layer; where pictures differ, of one of mean size.
             batches: from `begin`; not changed, but for the slots they share with `slots`.
             slots: where each batch may keep its tokens from here on.
             advance: called when a batch has gone through a layer.
@@ -157,17 +184,20 @@ class Run:
             if index + 1 < len(removed):
                 onward = []
                 for batch, slot in zip(batches, slots, strict=True):
-                    onward.append(self._next(index, batch, threshold, slot))
+                    onward.append(self._next(batch, threshold, slot))
                     advance()
                 batches = onward
         return thresholds, batches
 
-    def kept(self, batches: Sequence[Batch], threshold: float) -> list[int]:
+    def kept(self, batches: Sequence[Batch], threshold: float, sizes: Sizes) -> list[int]:
         """Tokens of each image as it stands in the prompt, after the last merging.
 
         Args:
             batches, threshold: from `thresholds`, the last of them.
         """
+        if sizes.plain:
+            merged = [self._merged(batch, threshold)[1].layout.lengths for batch in batches]
+            return [length - self._prefix for lengths in merged for length in lengths]
         traced = (self.items(batch, self._merged(batch, threshold)[1].map) for batch in batches)
         return [item.budgeted for items in traced for item in items]
 
@@ -191,15 +221,17 @@ class Run:
             by_image = list(_by_image(batch, tokens))
             if sizes.mixes:
                 for (image, pictures, merged), item in zip(by_image, items, strict=True):
-                    shown = self._pictures(image, image.pictures)
-                    features = features_of(self._parts, "image", (), image.kwargs, shown, merged, hidden[pictures])
+                    features = features_of(
+                        self._parts, "image", (), image.kwargs, image.pictures, merged, hidden[pictures]
+                    )
                     images.append(Waiting.put(picture_tokens([item], list(features)), spill))
             if sizes.videos:
                 # The whole image, which comes first, is what the family would see of a frame.
                 first = [pictures.start for _, pictures, _ in by_image]
                 whole = TokenMap(tokens.group[first], tokens.kept[first], tokens.width)
-                args = (shape_only(len(first), 1, *batch.images[0].pixels.shape[-3:]),)
-                shown = self._pictures(batch.images[0], len(first))
+                args = (shape_only(len(first), 1, *batch.images[0].kwargs["pixel_values"].shape[-3:]),)
+                one = batch.images[0].pictures
+                shown = replace(one, grids=one.grids[:1] * len(first))
                 frames = trace(self._parts, "video", args, {}, shown, whole, self._colourless(shown))
                 features = features_of(self._parts, "video", args, {}, shown, whole, hidden[first])
                 videos.append(Waiting.put(picture_tokens(frames, list(features)), spill))
@@ -214,24 +246,26 @@ class Run:
     def sizes(self, batches: Sequence[Batch]) -> Sizes:
         """How many tokens the images of unmerged batches have."""
         items = [item for batch in batches for item in self.items(batch, batch.state.map)]
-        tokens = batches[0].state.map.tokens - self._prefix
+        lengths = [length - self._prefix for batch in batches for length in batch.state.layout.lengths]
         counts = [item.budgeted for item in items]
-        plain = all(item.pictures == 1 and count == tokens for item, count in zip(items, counts, strict=True))
+        plain = len(lengths) == len(items) and lengths == counts
         parts = self._parts
         mixes = any(item.mixes for item in items)
-        videos = isinstance(parts, Parts) and "video" in parts.placeholders and not parts.pools_with_weights
+        # Where a video says how many patches its frames have, the family shrinks none.
+        videos = isinstance(parts, Parts) and "video" in parts.placeholders and parts.family.grid is None
+        videos = videos and not parts.pools_with_weights  # type: ignore[union-attr]
         if (mixes or videos) and len(parts.feature_layers()) > 1:
             raise DymuError(
                 "this model reads features of several encoder layers and makes means over neighbouring tokens, which "
                 "calibration does not know yet; set vision_feature_layer to one layer."
             )
-        return Sizes(tokens, counts, plain, mixes, videos)
+        return Sizes(sum(lengths) / len(lengths), counts, plain, mixes, videos)
 
     def items(self, batch: Batch, tokens: TokenMap) -> list[Item]:
         """How the images lie in the prompt, once `tokens` of their pictures were merged."""
         items = list[Item]()
         for image, _, merged in _by_image(batch, tokens):
-            shown = self._pictures(image, image.pictures)
+            shown = image.pictures
             colours = self._colourless(shown)
             if isinstance(self._parts, LoneEncoder):
                 items += encoder.items_of(shown, merged, colours)
@@ -239,32 +273,38 @@ class Run:
                 items += trace(self._parts, "image", (), image.kwargs, shown, merged, colours)
         return items
 
-    def _pictures(self, image: Inputs, pictures: int) -> Pictures:
-        if isinstance(self._parts, LoneEncoder):
-            return encoder.pictures_of(self._parts, (pictures, *image.pixels.shape[1:]), image.kwargs)
-        return pictures_of(self._parts, "image", image.kwargs, shape_only(pictures, *image.pixels.shape[-3:]))
-
     def _colourless(self, pictures: Pictures) -> list[Tensor]:
         """float [3, rows, columns] of 0 for each picture: the colours of patches, which only a drawing needs."""
         device = next(self._parts.tower.parameters()).device
         return [torch.zeros(3, *grid, dtype=torch.float32, device=device) for grid in pictures.unit_grids]
 
     def _merged(self, batch: Batch, threshold: float) -> tuple[Tensor, MergedTokens]:
-        x, state = batch.slot.get().to(batch.similarity.device), batch.state
+        x, state = batch.get()
         if threshold <= 1:
-            x, state = state.merge(x, above(threshold, batch.similarity, batch.partner), self._prefix)
+            into = above(threshold, batch.similarity, batch.partner)
+            x, state = state.merge(x, into, self._prefix, batch.windowed[batch.layer])
         return x, state
 
-    def _next(self, index: int, batch: Batch, threshold: float, slot: Slot) -> Batch:
-        """Merge, finish layer `index` and go through the next one's attention."""
+    def _next(self, batch: Batch, threshold: float, slots: tuple[Slot, ...]) -> Batch:
+        """Merge, finish the layer and go through the next one's attention."""
         x, state = self._merged(batch, threshold)
-        return self._attend(index + 1, self._layers[index].feed_forward(x), state, batch.images, slot)
+        x = self._layers[batch.layer].feed_forward(x)
+        return self._attend(batch.layer + 1, x, state, batch.images, batch.windowed, slots)
 
-    def _attend(self, index: int, x: Tensor, state: MergedTokens, images: list[Inputs], slot: Slot) -> Batch:
-        x, keys = self._layers[index].attend(x, state)
+    def _attend(
+        self,
+        index: int,
+        x: Tensor,
+        state: MergedTokens,
+        images: list[Inputs],
+        windowed: tuple[bool, ...],
+        slots: tuple[Slot, ...],
+    ) -> Batch:
+        x, keys = self._layers[index].attend(x, state, windowed[index])
         if index in self._merging:
-            similarity, partner = state.match(keys, self._prefix)
+            similarity, partner = state.match(keys, self._prefix, windowed[index])
         else:
             similarity, partner = keys.new_empty(state.map.batch, 0), state.layout.length.new_empty(state.map.batch, 0)
-        slot.put(x)
-        return Batch(images, slot, state, similarity, partner)
+        for slot, part in zip(slots, (x, *(state.angles or ())), strict=True):
+            slot.put(part)
+        return Batch(index, images, windowed, slots, replace(state, angles=None), similarity, partner)

@@ -62,23 +62,27 @@ class Embedded:
 
     @property
     def alike(self) -> tuple[int, ...]:
-        """What has the same can go through the encoder together: rows and columns of patches, where pictures are a
-        batch."""
-        return self.pictures.grids[0] if self.pictures.arrangement == "batch" else ()
+        """What has the same can go through the encoder together."""
+        pictures = self.pictures
+        return {"batch": pictures.grids[0], "padded": (pictures.length,)}.get(pictures.arrangement, ())
 
     @classmethod
     def joined(cls, parts: Sequence[Embedded]) -> Embedded:
         """Of several that are `alike`."""
-        first, batch = parts[0], parts[0].pictures.arrangement == "batch"
+        first, arrangement = parts[0], parts[0].pictures.arrangement
         pictures = replace(first.pictures, grids=tuple(grid for part in parts for grid in part.pictures.grids))
+        in_a_row = arrangement in ("packed", "raster")
         angles = first.angles
-        if angles is not None and not batch:
-            of_all = zip(*(part.angles for part in parts if part.angles is not None), strict=True)
-            angles = tuple(torch.cat([one.flatten(0, -2) for one in several]) for several in of_all)  # type: ignore[assignment]
+        if angles is not None and arrangement != "batch":
+            every = [part.angles for part in parts if part.angles is not None]
+            cos, sin = (
+                [one.flatten(0, -2) if in_a_row else one for one in of_all] for of_all in zip(*every, strict=True)
+            )
+            angles = torch.cat(cos), torch.cat(sin)
         return cls(
             images=[image for part in parts for image in part.images],
             pictures=pictures,
-            x=torch.cat([part.x for part in parts], 1 if pictures.arrangement == "raster" else 0),
+            x=torch.cat([part.x for part in parts], -2 if in_a_row else 0),
             angles=angles,
             window=_joined_windows(parts),
             windowed=tuple(any(of_layer) for of_layer in zip(*(part.windowed for part in parts), strict=True)),
@@ -117,8 +121,8 @@ class _Stop(Exception):
 
 
 def _first_layer(parts: Parts | LoneEncoder, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """What the first encoder layer gets, from the arguments of `get_image_features`, or of the encoder: the patches, and
-    what else by name.
+    """What the first encoder layer gets, from the arguments of `get_image_features`, or of the encoder: the patches,
+    and what else by name.
 
     The model itself is run and stopped there, so that its ways of cutting and embedding need not be known.
     """
@@ -128,7 +132,7 @@ def _first_layer(parts: Parts | LoneEncoder, kwargs: dict[str, Any]) -> tuple[Te
     def take(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if threading.get_ident() != thread:  # somebody else asks the same model
             return
-        if parts.tower_kind.present is None:
+        if parts.tower_kind.arrangement == "batch" and parts.tower_kind.present is None:
             refuse_absent_patches(named.get("attention_mask", args[1] if len(args) > 1 else None))
         taken.append((args[0] if args else named["hidden_states"], named))
         raise _Stop

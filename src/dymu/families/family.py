@@ -61,6 +61,8 @@ class Tower:
     numbers than those of whole pictures attend within windows."""
     merger: str | None = None
     """What makes one token of the patches of each unit, at the end of an encoder of packed patches."""
+    embedder: str | None = None
+    """What embeds the patches ahead of the layers, where there is a merger."""
     side_mergers: str | None = None
     """The same for what some layers give, which is added within the language model."""
     shapes: str | None = None

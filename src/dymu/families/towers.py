@@ -95,6 +95,7 @@ QWEN2 = Tower(
     angles="position_embeddings",
     segments="cu_seqlens",
     merger="merger",
+    embedder="patch_embed",
 )
 
 QWEN = replace(

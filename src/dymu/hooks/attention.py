@@ -28,11 +28,13 @@ class Rotation:
         start: where its angles begin among those of all kinds.
         pairs: how many pairs of channels, from the first one on, turn; 0: the layer does not rotate.
         neighbours: whether channels 2i and 2i + 1 are a pair, and not i and i + `pairs`.
+        size: channels of a head.
     """
 
     start: int
     pairs: int
     neighbours: bool
+    size: int
 
     def half_split(self, x: Tensor) -> Tensor:
         """The channels of [..., D] in an order in which i and i + D / 2 are a pair, those that do not turn behind."""
@@ -62,6 +64,14 @@ class Rotations:
 
     interleaved: Mapping[str, bool]
     by_module: Mapping[int, Rotation]
+
+    @property
+    def plain(self) -> bool:
+        """Whether all layers turn the two halves of whole heads by the same angles."""
+        kinds = self.by_module.values()
+        return len(self.interleaved) == 1 and all(
+            2 * kind.pairs == kind.size and not kind.neighbours for kind in kinds
+        )
 
     def joined(self, angles: Mapping[str, Angles]) -> Angles:
         """Those of all kinds side by side, [B, N, any], both halves alike."""

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from dymu.choices import COMPACT, CacheForm, Unmerge
-from dymu.errors import BadPrompt, UnsupportedCache
+from dymu.errors import BadPrompt, UnsupportedCache, UnsupportedModel
 from dymu.families.resolve import Parts
 from dymu.hooks.attention import Angles, LayerSteps, Rotations, angles_of
 from dymu.hooks.cache import adopt, remembered
@@ -43,6 +43,19 @@ class LanguageHooks:
         self._unmerge, self._backend, self._cache = unmerge, backend, cache
         self.rotations = Rotations({}, {})
         self._still = dict[Any, Angles]()
+
+    def rotate(self, rotations: Rotations) -> None:
+        """Take over how the layers rotate.
+
+        Raises:
+            UnsupportedModel: a cache of rotated keys cannot be filled so.
+        """
+        if self._cache == "expanded" and not rotations.plain:
+            raise UnsupportedModel(
+                'cache="expanded" knows layers that all turn the two halves of whole heads by the same angles, and this '
+                "language model's turn otherwise; leave cache out."
+            )
+        self.rotations = rotations
 
     def inner(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Find the placeholders of this call's images and videos."""

@@ -73,6 +73,8 @@ def _rotations(parts: Parts) -> Rotations:
     for index, attention in enumerate(parts.attentions):
         kind = parts.angle_kind(attention)
         module, rotation = _rotation(attention, x, angles[kind], interleaved[kind], parts.decoder_kind.shared, shared)
+        if parts.family.both_ways != "prefix" and getattr(module, "is_causal", True) is False:
+            rotation = "it lets every token attend to later ones"
         if isinstance(rotation, str):
             raise UnsupportedModel(
                 f"attention layer {index} of the language model, a {type(attention).__name__}, does not rotate pairs "
@@ -161,15 +163,14 @@ def _rotation(
         return None, f"{type(error).__name__}: {error}"
     if plain.module is None or rotated.module is None:
         return None, "it does not call the attention function that its config names"
-    if getattr(plain.module, "is_causal", True) is False:
-        return None, "it lets every token attend to later ones"
     size, pairs = plain.query.shape[-1], cos.shape[-1] // 2
     if 2 * pairs > size:
         return None, f"it has angles for {2 * pairs} of {size} channels"
     phase = torch.complex(
         *(one_of_two(part, interleaved).to(torch.promote_types(part.dtype, torch.float32)) for part in angles)
     )
-    for rotation in (Rotation(0, pairs, False), Rotation(0, pairs, True), Rotation(0, 0, False)):
+    for turning, neighbours in ((pairs, False), (pairs, True), (0, False)):
+        rotation = Rotation(0, turning, neighbours, size)
         rest = phase.new_ones(*phase.shape[:-1], size // 2 - rotation.pairs)
         turns = torch.cat((phase[..., : rotation.pairs], rest), -1)[:, None]
         before, after = (

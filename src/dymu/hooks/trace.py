@@ -202,8 +202,11 @@ def _order(
 
     The encoder's own code says so, run without its layers.
     """
+    kind, like = parts.tower_kind, next(parts.tower.parameters())
     numbers = torch.arange(pictures.layout(device).total, device=device)[:, None]
-    tower = StandIn(parts.tower, {parts.tower_kind.layers: (), parts.tower_kind.merger or "": lambda *_: numbers})
+    patches = like.new_zeros(len(numbers) * pictures.side**2, parts.width)
+    replaced = {kind.layers: (), kind.merger: lambda *_: numbers, kind.embedder: lambda *_: patches}
+    tower = _StandIn(parts.tower, {path: part for path, part in replaced.items() if path is not None})
     order: Tensor = tower(*args, **kwargs).pooler_output
     return order[:, 0]
 
