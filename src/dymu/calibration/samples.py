@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dymu.errors import BadImage, DymuError
 from dymu.families.encoders import LoneEncoder
-from dymu.families.resolve import Parts
+from dymu.families.resolve import Modality, Parts
 from dymu.files import expanded
 from dymu.hooks import encoder
 from dymu.hooks.refusals import refuse_absent_patches
@@ -167,6 +167,37 @@ def _all_layers(parts: Parts, kwargs: dict[str, Any]) -> list[tuple[Tensor, dict
     return taken
 
 
+def arguments_for(parts: Parts | LoneEncoder, modality: Modality, processor: Any, processed: Mapping[str, Any]) -> Any:
+    """What `get_image_features` or `get_video_features`, or an encoder by itself, takes of what a processor made: by
+    name, on the encoder's device, pixels in its type.
+
+    Raises:
+        DymuError: something that the model needs is not among it.
+    """
+    kind, pixels = parts.tower_kind, "pixel_values" if modality == "image" else "pixel_values_videos"
+    names: list[str | None] = [pixels]
+    if isinstance(parts, LoneEncoder):
+        method = type(parts.tower).forward
+        names += [kind.shapes, kind.present]
+    else:
+        family = parts.family
+        method = getattr(type(parts.inner), f"get_{modality}_features")
+        names += [None if kind.arrangement == "batch" else family.grid]
+        names += [family.unit if "{modality}" in (family.unit or "") else None]
+        names += ["image_sizes" if family.learned and modality == "image" else None]
+    needed = [name.format(modality=modality) for name in names if name is not None]
+    missing = [name for name in needed if name not in processed]
+    if missing:
+        raise DymuError(
+            f"a {type(processor).__name__} makes no {' and no '.join(missing)}, which this model needs: give the "
+            "model's own processor, as AutoProcessor.from_pretrained gives it."
+        )
+    like, takes = next(parts.tower.parameters()), {pixels, *inspect.signature(method).parameters}
+    arguments = {key: value for key, value in processed.items() if key in takes}
+    arguments = {key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    return {**arguments, pixels: arguments[pixels].to(like.dtype)}
+
+
 def transform_of(transform: Any) -> Callable[..., dict[str, Tensor]]:
     """What makes pixels of images, from what makes a tensor [3, height, width] of one, as of timm and open_clip.
 
@@ -219,9 +250,6 @@ class Samples:
             raise BadImage(f"a {type(images).__name__} holds no images: give a folder, or a list of images or paths.")
         self._images: Iterable[ImageSource] = [images] if one else images
         self._processor, self._parts = image_processor, parts
-        takes: Any = parts.tower if isinstance(parts, LoneEncoder) else parts.inner
-        takes = type(takes).forward if isinstance(parts, LoneEncoder) else type(takes).get_image_features
-        self._takes = {"pixel_values", *inspect.signature(takes).parameters}
         self.expected: int | None = None
         with suppress(Exception):  # a length serves the bar alone
             self.expected = len(self._images) if isinstance(self._images, Sized) else None
@@ -272,20 +300,8 @@ class Samples:
             self.skipped.append({"image": name, "why": str(error).removeprefix(f"{name} ")})
             return None
         parts = self._parts
-        processed = self._processor(images=[image], return_tensors="pt")
-        missing = [needed for needed in self._needed() if needed not in processed]
-        if missing:
-            raise DymuError(
-                f"a {type(self._processor).__name__} makes no {' and no '.join(missing)}, which this model needs: give "
-                "the model's own processor, as AutoProcessor.from_pretrained gives it."
-            )
-        like = next(parts.tower.parameters())
-        kwargs = {
-            key: value.to(like.device) if isinstance(value, Tensor) else value
-            for key, value in processed.items()
-            if key in self._takes
-        }
-        pixels = kwargs["pixel_values"] = kwargs["pixel_values"].to(like.dtype)
+        kwargs = arguments_for(parts, "image", self._processor, self._processor(images=[image], return_tensors="pt"))
+        pixels = kwargs["pixel_values"]
         windows: list[Tensor | None] = [None]
         if isinstance(parts, LoneEncoder):
             x, named_as = _first_layer(parts, kwargs)
@@ -308,18 +324,6 @@ class Samples:
             window=next((window for window in windows if window is not None), None),
             windowed=tuple(windowed),
         )
-
-    def _needed(self) -> list[str]:
-        """What the processor must make of an image."""
-        kind = self._parts.tower_kind
-        names: list[str | None] = ["pixel_values", kind.shapes, kind.present]
-        if isinstance(self._parts, Parts):
-            family = self._parts.family
-            names.append("image_sizes" if family.cuts_images else None)
-            names.append(None if kind.arrangement == "batch" else family.grid)
-            names.append(family.unit if "{modality}" in (family.unit or "") else None)
-        named = [name.format(modality="image") for name in names if name is not None]
-        return [name for name in named if name != "image_sizes" or name in self._takes]
 
     def why_none(self) -> str:
         """For an error: why there is nothing to calibrate on."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dymu.calibration.quantile import NEVER
-from dymu.calibration.samples import ImageSource, processor_of
+from dymu.calibration.samples import ImageSource, arguments_for, processor_of
 from dymu.errors import BadBudget, BadVideo, DymuError
 from dymu.families.resolve import resolve
 from dymu.handle import apply
@@ -95,7 +95,8 @@ def calibrate_videos(
     thresholds = thresholds if isinstance(thresholds, Thresholds) else Thresholds.load(thresholds)
     if fps is not None and not fps > 0:
         raise BadVideo(f"{fps:g} frames per second show nothing: give a number above 0.")
-    if "video" not in resolve(model).placeholders:
+    parts = resolve(model)
+    if "video" not in parts.placeholders:
         raise DymuError(f"a {type(model).__name__} takes no videos; take a model that does, see `dymu families`.")
     to_pixels = processor_of(processor, "video")
     samples: list[_Sample] = []
@@ -107,11 +108,10 @@ def calibrate_videos(
             if not seconds:
                 name = source if isinstance(source, str | os.PathLike) else f"video {index}"
                 raise BadVideo(f"{name} does not say how long it is: say how many frames per second it has, with fps.")
-            pixels = to_pixels(videos=[list(video.frames)], return_tensors="pt")["pixel_values_videos"]
-            pixels = pixels.to(model.device, model.dtype)
-            features = resolve(model).inner.get_video_features(pixels).pooler_output
-            tokens = picture_tokens(handle.last.items, list(features))
-            samples.append(_Sample(tokens, len(video.frames), seconds))
+            made = to_pixels(videos=[list(video.frames)], return_tensors="pt", do_sample_frames=False)
+            features = parts.inner.get_video_features(**arguments_for(parts, "video", to_pixels, made)).pooler_output
+            (item,) = handle.last.items
+            samples.append(_Sample(picture_tokens([item], list(features)), item.pictures, seconds))
             bar.advance(task)
         tokens_per_image = thresholds.at(handle.budget).budget
     if not samples:
@@ -144,7 +144,7 @@ def _loaded(source: Any, frames: int) -> LoadedVideo:
 
 @dataclass(frozen=True)
 class _Sample:
-    """The tokens of a video, every frame merged by itself."""
+    """The tokens of a video, every frame merged by itself. What the encoder sees at once may be several frames."""
 
     tokens: PictureTokens
     frames: int

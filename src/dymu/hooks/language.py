@@ -65,7 +65,7 @@ class LanguageHooks:
         ids = inputs.get("input_ids")
         encoded = inputs.get("mm_encoder_outputs") or {}
         ahead = any(output is not None for output in encoded.values())
-        before = state.prompts, state.asked, state.collecting, state.knows_ids, state.mask, state.types
+        before = (state.prompts, state.asked, state.collecting, state.knows_ids), (state.mask, state.types)
         try:
             state.prompts = state.asked = None
             state.mask = inputs.get("attention_mask")
@@ -83,7 +83,7 @@ class LanguageHooks:
                 state.begin_report(cache=cache_among(inputs))
             return forward(*args, **kwargs)
         finally:
-            state.prompts, state.asked, state.collecting, state.knows_ids, state.mask, state.types = before
+            (state.prompts, state.asked, state.collecting, state.knows_ids), (state.mask, state.types) = before
 
     def decoder(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Keep one token of each group, plan the attention over all, and give all tokens the outputs of their groups.

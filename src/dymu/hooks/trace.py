@@ -206,7 +206,7 @@ def _order(
     numbers = torch.arange(pictures.layout(device).total, device=device)[:, None]
     patches = like.new_zeros(len(numbers) * pictures.side**2, parts.width)
     replaced = {kind.layers: (), kind.merger: lambda *_: numbers, kind.embedder: lambda *_: patches}
-    tower = _StandIn(parts.tower, {path: part for path, part in replaced.items() if path is not None})
+    tower = StandIn(parts.tower, {path: part for path, part in replaced.items() if path is not None})
     order: Tensor = tower(*args, **kwargs).pooler_output
     return order[:, 0]
 
