@@ -52,8 +52,8 @@ class LanguageHooks:
         """
         if self._cache == "expanded" and not rotations.plain:
             raise UnsupportedModel(
-                'cache="expanded" knows layers that all turn the two halves of whole heads by the same angles, and this '
-                "language model's turn otherwise; leave cache out."
+                'cache="expanded" knows layers that all turn the two halves of whole heads by the same angles, and '
+                "this language model's turn otherwise; leave cache out."
             )
         self.rotations = rotations
 
