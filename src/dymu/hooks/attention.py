@@ -69,9 +69,7 @@ class Rotations:
     def plain(self) -> bool:
         """Whether all layers turn the two halves of whole heads by the same angles."""
         kinds = self.by_module.values()
-        return len(self.interleaved) == 1 and all(
-            2 * kind.pairs == kind.size and not kind.neighbours for kind in kinds
-        )
+        return len(self.interleaved) == 1 and all(2 * kind.pairs == kind.size and not kind.neighbours for kind in kinds)
 
     def joined(self, angles: Mapping[str, Angles]) -> Angles:
         """Those of all kinds side by side, [B, N, any], both halves alike."""

@@ -171,6 +171,6 @@ def remembered(cache: Any) -> Callable[[], None]:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values that the cache holds."""
-    stored = [states for layer in _merged(cache) if layer.is_initialized for states in (layer.keys, layer.values)]
-    return sum(states.numel() * states.element_size() for states in stored)
+    """Bytes of the keys and values that the cache holds, merged or not."""
+    stored = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(states.numel() * states.element_size() for states in stored if isinstance(states, Tensor))

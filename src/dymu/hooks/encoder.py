@@ -51,7 +51,9 @@ class EncoderHooks:
         warn_of_hooks(parts.encoder_attentions, state.calls.warned)
         if parts.tower.training and any(map(_drops_out, parts.encoder_attentions)):
             warn_of_dropout(state.calls.warned)
-        pixels = args[0] if args else kwargs[parts.pixels]
+        pixels = args[0] if args else kwargs.get(parts.pixels)
+        if not isinstance(pixels, Tensor):
+            return method(*args, **kwargs)  # which says so
         run = self._run(reducer, pixels, arguments)
         seen = run.pixels(pixels)
         if seen.shape != pixels.shape:
@@ -85,7 +87,8 @@ class EncoderHooks:
         kind, module = self.parts.tower_kind, self.parts.encoder_modules[index]
         angles = None if kind.angles is None else kwargs.pop(kind.angles)
         if kind.present is None:
-            refuse_masks(module, {f"argument {place}": value for place, value in enumerate(args, 2)} | kwargs)
+            arguments = arguments_of(module, "forward", (x, *args), kwargs) if args else kwargs
+            refuse_masks(module, {name: value for name, value in arguments.items() if value is not x})
         return run.layer(index, self.parts.encoder_layer(index), x, angles)
 
     def _run(self, reducer: Reducer, pixels: Tensor, arguments: Mapping[str, Any]) -> WholeRun:
@@ -97,12 +100,15 @@ class EncoderHooks:
             return locations(items_of(pictures, tokens, _colours(parts, pictures, pixels)), pictures.grids)
 
         shown = Shown(_seen(parts, pictures, pixels), pictures.grids, single=True, video=False, find_location=location)
-        for stage, fits in (("before_encoder", parts.tower_kind.shapes is None), ("in_prompt", False)):
-            if not fits and reducer.reduces(stage, shown):  # type: ignore[arg-type]
-                where = "in the prompt, which an encoder by itself has not"
-                where = where if stage == "in_prompt" else "on whole pictures, of which this encoder gets the patches"
-                raise UnsupportedModel(f"{type(reducer).__name__} acts {where}; take another reducer.")
-        return WholeRun(reducer, len(parts.encoder_modules), shown, pictures)
+        where = ""
+        if reducer.reduces("in_prompt", shown):
+            where = "in the prompt, which an encoder by itself has not"
+        elif parts.tower_kind.shapes is not None and reducer.reduces("before_encoder", shown):
+            where = "on whole pictures, of which this encoder gets patches"
+        if where:
+            raise UnsupportedModel(f"{type(reducer).__name__} acts {where}; take another reducer.")
+        padded = parts.tower_kind.present is not None
+        return WholeRun(reducer, len(parts.encoder_modules), shown, pictures, padded)
 
     def _refuse_checkpointing(self) -> None:
         """Raises UnsupportedModel where the encoder would compute its layers again, on other tokens, for gradients."""

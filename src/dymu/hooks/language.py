@@ -243,7 +243,7 @@ class LanguageHooks:
         types, both_ways = self._state.types, self.parts.family.both_ways
         if types is None or tokens == 1 or (both_ways == "prefix" and not first):
             return None
-        if types.ndim != 2 or len(types) != batch or types.shape[1] < tokens:
+        if types.ndim != 2 or len(types) != batch or (types.shape[1] < tokens and not first):
             raise BadPrompt(
                 f"the {self._types_argument} are {list(types.shape)}, and the new tokens are {[batch, tokens]}; give "
                 "one for each."
@@ -255,6 +255,7 @@ class LanguageHooks:
             of_image = (types == 1) | ((types == 2) & (both_ways == "windows"))
             begins = of_image & ~pad(of_image, (1, 0))[:, :-1]
             block = torch.where(of_image, begins.cumsum(1) - 1, -1)
+        block = pad(block, (0, tokens - block.shape[1]), value=-1)  # proposed tokens of assisted decoding have no kind
         return block if bool((block >= 0).any()) else None
 
     def _by_axis(self, positions: Tensor) -> Tensor:
