@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, Cohere2Config, SmolLM3Config
 
 import dymu
 import tiny
 from dymu.errors import BadPrompt, UnsupportedModel
-from dymu.families import known
 from dymu.families.resolve import resolve
 from dymu.hooks.versions import going_on
 from dymu.reducers import RandomKeep, ThresholdMerge
@@ -53,17 +50,14 @@ def test_packed_prompts_are_refused(model):
         model(**rows, **tiny.shown(model, tiny.pictures(2)), use_cache=False)
 
 
-def test_stretched_positions_are_refused_where_a_window_slides():
+@pytest.mark.parametrize("unit", [2, 0.5])
+def test_a_window_slides_over_tokens_whatever_their_positions(unit):
     model = tiny.llava("clip", "mistral", text={"sliding_window": 8})
     inputs = asked(model)
-    tokens = inputs["input_ids"].shape[1]
-    with dymu.apply(model, merge=NOTHING):
-        for positions in (2 * torch.arange(tokens), torch.arange(tokens) // 2):
-            with pytest.raises(BadPrompt, match="do not rise one by one"):
-                model(**inputs, position_ids=positions[None])
-        model(**inputs, position_ids=torch.arange(3, tokens + 3)[None])
-        rows = tiny.pad([tiny.prompt(model, 3, "image", 4), tiny.prompt(model, 3, "image", 9)], "left")
-        answer(model, **rows, **tiny.shown(model, tiny.pictures(2)))
+    positions = (unit * torch.arange(inputs["input_ids"].shape[1])).long()[None]
+    logits = model(**inputs, position_ids=positions).logits
+    with dymu.apply(model, merge=ThresholdMerge((1.0,) * tiny.LAYERS)):
+        tiny.close(model(**inputs, position_ids=positions).logits, logits)
 
 
 @pytest.mark.parametrize("width", [-3, -1, 1, 5])
@@ -105,7 +99,7 @@ def test_attention_weights_are_refused(model):
 
 @pytest.mark.parametrize(
     "unknown",
-    [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"cu_seq_lens_q": torch.tensor([0, 3])}, {"anything_new": 1},
+    [{"s_aux": torch.zeros(4)}, {"cu_seq_lens_q": torch.tensor([0, 3])}, {"anything_new": 1},
      {"is_causal": False}],
     ids=lambda unknown: next(iter(unknown)),
 )  # fmt: skip
@@ -120,21 +114,21 @@ def test_what_changes_attention_and_is_not_known_is_refused(model, unknown):
         assert handle.last.kept
 
 
-class SoftCapped(nn.Module):
-    """An attention layer that asks for a soft-cap."""
+class Sinking(nn.Module):
+    """An attention layer that asks for attention sinks."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base(*args, softcap=50.0, **kwargs)
+        return self.base(*args, s_aux=torch.zeros(4), **kwargs)
 
 
-def test_a_soft_cap_is_refused_as_dymu_is_applied(model):
+def test_attention_sinks_are_refused_as_dymu_is_applied(model):
     layer = model.model.language_model.layers[1]
-    layer.self_attn = SoftCapped(layer.self_attn)
-    with pytest.raises(UnsupportedModel, match="softcap"):
+    layer.self_attn = Sinking(layer.self_attn)
+    with pytest.raises(UnsupportedModel, match="s_aux"):
         dymu.apply(model, merge=SOME)
     assert dymu.handle_of(model) is None
 
@@ -156,39 +150,13 @@ def test_attention_that_asks_no_attention_function_is_refused(model):
 
 # ------------------------------------------------------------------------------------------------------------- rotation
 
-_TEXT = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": tiny.llava().config.text_config.vocab_size, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
-
-
-def _with_decoder(config: Any) -> Any:
-    whole = copy.deepcopy(tiny.llava().config)
-    whole.text_config = config
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(whole)
-    for parameter in model.parameters():
-        parameter.data = 0.2 * torch.randn_like(parameter)
-    return model.eval()
-
-
-@pytest.mark.parametrize("config", [Cohere2Config(**_TEXT), SmolLM3Config(**_TEXT)], ids=lambda c: c.model_type)
-def test_other_rotations_are_refused_where_only_their_name_was_added(config, monkeypatch):
-    """Neighbouring channels, and layers without any rotation."""
-    (family, (decoder,)) = (known.FAMILIES["llava"], known.FAMILIES["llava"].decoders)
-    more = replace(decoder, model_types=(*decoder.model_types, config.model_type))
-    monkeypatch.setitem(known.FAMILIES, "llava", replace(family, decoders=(more,)))
-    with pytest.raises(UnsupportedModel, match="does not rotate the two halves"):
-        dymu.apply(_with_decoder(config), merge=NOTHING)
-
 
 @pytest.mark.parametrize("part", [0.5, 2.0])
-def test_a_rotation_of_part_of_the_head_is_refused(part):
+def test_angles_that_do_not_fit_the_heads_are_refused(part):
     model = tiny.llava()
     rotary = model.model.language_model.rotary_emb
     rotary.inv_freq = rotary.inv_freq.repeat(2)[: int(len(rotary.inv_freq) * part)]
-    with pytest.raises(UnsupportedModel, match="halves"):
+    with pytest.raises(UnsupportedModel, match="does not rotate pairs of channels"):
         dymu.apply(model, merge=NOTHING)
 
 

@@ -65,16 +65,16 @@ class LanguageHooks:
         ids = inputs.get("input_ids")
         encoded = inputs.get("mm_encoder_outputs") or {}
         ahead = any(output is not None for output in encoded.values())
-        before = (state.prompts, state.asked, state.collecting, state.knows_ids), (state.mask, state.types)
+        before = state.prompts, state.asked, state.collecting, state.knows_ids
+        encoding, mask, types = state.encoding, state.mask, state.types
         try:
-            state.prompts = state.asked = None
+            state.prompts = state.asked = state.encoding = None
             state.mask = inputs.get("attention_mask")
             state.types = inputs.get(self._types_argument or "")
             state.knows_ids = ids is not None
             if ahead or any(inputs.get(name) is not None for name in PIXELS):
-                embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
                 state.knows_ids = True
-                state.prompts = state.asked = Prompts.of(parts, ids, embeds, mask)
+                state.prompts = state.asked = Prompts.of(parts, ids, inputs.get("inputs_embeds"), state.mask)
                 items = [] if state.chunked else state.prompts.show_encoded(encoded)
                 if not (ahead and state.generating):
                     state.begin_report(items)
@@ -83,7 +83,8 @@ class LanguageHooks:
                 state.begin_report(cache=cache_among(inputs))
             return forward(*args, **kwargs)
         finally:
-            (state.prompts, state.asked, state.collecting, state.knows_ids), (state.mask, state.types) = before
+            state.prompts, state.asked, state.collecting, state.knows_ids = before
+            state.encoding, state.mask, state.types = encoding, mask, types
 
     def decoder(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Keep one token of each group, plan the attention over all, and give all tokens the outputs of their groups.

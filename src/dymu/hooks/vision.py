@@ -89,8 +89,9 @@ class VisionHooks:
             UnsupportedModel: what is asked of the encoder cannot be had with merged tokens.
         """
         state, family = self._state, self.parts.family
-        if state.encoding is not None:  # some families encode videos as they do images
-            return get_features(*args, **kwargs)
+        within = state.encoding
+        if within is not None and within.run is None and (modality, within.modality) == ("image", "video"):
+            return get_features(*args, **kwargs)  # some families encode videos by the method for images
         arguments = arguments_of(self.parts.inner, f"get_{modality}_features", args, kwargs)
         refuse_attention_weights(arguments, self.parts.tower.config)
         self._refuse_checkpointing()
@@ -104,7 +105,7 @@ class VisionHooks:
             state.encoding = call
             output = get_features(*args, **kwargs, return_dict=True)
         finally:
-            state.encoding = None
+            state.encoding = within
         run = call.run
         if run is None or not call.expanded or len(run.states) != len(self.parts.encoder_modules) + 1:
             raise UnsupportedModel(
