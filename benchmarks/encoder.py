@@ -196,10 +196,10 @@ def _layers_alone(model: Any, images: int, processed: list[tuple[float, float]])
     """Run the encoder layers on so many tokens of each of the images."""
     parts = resolve(model)
     parameter = next(parts.tower.parameters())
-    x = parameter.new_zeros(images, round(processed[0][0]), parts.tower.config.hidden_size)
+    x = parameter.new_zeros(images, round(processed[0][0]), parts.width)
     for layer, (into, out) in zip(parts.encoder_layers, processed, strict=False):
         x = x[:, : round(into)]
-        x, _ = layer.attend(x, MergedTokens.unmerged(x))
+        x, _ = layer.attend(x, MergedTokens.unmerged(layout.Layout.equal(*x.shape[:2], x.device)))
         x = layer.feed_forward(x[:, : round(out)])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Dinov2Model, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dymu.families.resolve import resolve
-from dymu.merging import EncoderLayer
+from dymu.merging import EncoderLayer, Pictures
 from dymu.reducers import EncoderRun, Reducer, Shown
 from dymu.token_map import TokenMap
 from training.tower import load_tower
@@ -44,8 +44,8 @@ class Tower:
     def merged(self, pixels: Tensor, reducer: Reducer) -> tuple[Tensor, TokenMap]:
         """Merged features [1, M, C] of the class token and an image [1, 3, height, width], and their map."""
         rows, columns = (side // PATCH for side in pixels.shape[-2:])
-        shown = Shown(pixels, rows, columns, single=True, video=False)
-        run = EncoderRun(reducer, len(self.layers), shown, prefix=1)
+        shown = Shown(pixels, ((rows, columns),), single=True, video=False)
+        run = EncoderRun(reducer, len(self.layers), shown, Pictures(shown.grids, prefix=1))
         hidden = self.model.embeddings(run.pixels(pixels))
         for index, layer in enumerate(self.layers):
             hidden = run.layer(index, layer, hidden)

@@ -22,7 +22,7 @@ import dymu
 from dymu.bench.workload import PHOTOS
 from dymu.families.resolve import resolve
 from dymu.media.images import load
-from dymu.merging import EncoderLayer, MergedTokens, above
+from dymu.merging import EncoderLayer, Layout, MergedTokens, above
 from dymu.merging.match import best_partner, similarity_metric
 
 MODEL, BUDGETS = "models/demo", (38, 77)
@@ -33,9 +33,9 @@ def keys_in_float32() -> Iterator[None]:
     """Within it, the norm and the key projection that decide are computed once more, in float32."""
     attend = EncoderLayer.attend
 
-    def attending(self: EncoderLayer, x: Tensor, state: MergedTokens) -> tuple[Tensor, Tensor]:
-        update, _ = attend(self, x, state)
-        norm, key = (copy.deepcopy(module).float() for module in (self.norm1, self.key))
+    def attending(self: EncoderLayer, x: Tensor, state: MergedTokens, *more: Any) -> tuple[Tensor, Tensor]:
+        update, _ = attend(self, x, state, *more)
+        norm, key = (copy.deepcopy(module).float() for module in (self.norm1, self.projections[1]))
         return update, key(norm(x.float())).unflatten(-1, (self.heads, -1))
 
     EncoderLayer.attend = attending  # type: ignore[method-assign]
@@ -69,7 +69,7 @@ def by_layer(model: Any, half: Any, pictures: list[Tensor], thresholds: tuple[fl
     agreed: list[list[float]] = [[] for _ in thresholds]
     for pixels in pictures:
         x, y = parts.tower.embeddings(pixels), others.tower.embeddings(pixels.to(half.dtype))
-        state = MergedTokens.unmerged(x)
+        state = MergedTokens.unmerged(Layout.equal(*x.shape[:2], x.device))
         for index, threshold in enumerate(thresholds):
             layer, other = parts.encoder_layers[index], others.encoder_layers[index]
             (x, key), (y, other_key) = layer.attend(x, state), other.attend(y, state)
