@@ -364,7 +364,7 @@ class Handle:
             if isinstance(parts, Parts):
                 self._call(parts.model, "generate", self._generation.generate)
             for name in METHODS:
-                if hasattr(parts.model, name):
+                if hasattr(parts.model, name) and parts.model is not parts.tower:
                     self._call(parts.model, name, self._forward)
             self._staying = len(self._undo)
         for module in _marked(parts):
@@ -405,6 +405,8 @@ class Handle:
             self._within(parts.pooler, "forward", vision.pooler)
         if parts.merger is not None:
             self._within(parts.merger, "forward", vision.merger)
+        if parts.places is not None:
+            self._within(parts.places, "forward", vision.places)
         for module in parts.side_mergers:
             self._within(module, "forward", vision.side_merger)
         if parts.projector is not None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from dymu.families.decoders import DECODERS
 from dymu.families.family import Family
+from dymu.families.limits import TILES_APART
 from dymu.families.towers import SIGLIP
 
 AYA_VISION = Family(
@@ -13,6 +14,7 @@ AYA_VISION = Family(
     cuts_images=True,
     towers=(SIGLIP,),
     decoders=DECODERS,
+    limits=(TILES_APART,),
 )
 
 COHERE2_VISION = replace(AYA_VISION, model_type="cohere2_vision", feature_layer=-1, select_strategy=None)

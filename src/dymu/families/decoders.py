@@ -14,22 +14,18 @@ PLAIN = Decoder(
 DECODERS = (PLAIN,)
 """Those that families hold which take any language model."""
 
-M_ROPE = Decoder(
-    model_types=(
-        "qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text", "glm4v_text", "glm46v_text", "glm_ocr_text",
-        "glm4v_moe_text",
-    ),
-    axes=3,
-)  # fmt: skip
+M_ROPE = Decoder(model_types=("qwen2_vl_text",), axes=3)
 
 DEEP_STACK = replace(
     M_ROPE,
-    model_types=("qwen3_vl_text", "qwen3_vl_moe_text"),
+    model_types=("qwen3_vl_text",),
     added_rows="deepstack_visual_embeds",
     added_where="visual_pos_masks",
 )
 
-HYBRID = replace(M_ROPE, model_types=("qwen3_5_text", "qwen3_5_moe_text"), mixer="linear_attn")
+GRANITE_DOCLING = replace(DEEP_STACK, model_types=("granite_docling_text",), axes=1)
+
+HYBRID = replace(M_ROPE, model_types=("qwen3_5_text",), mixer="linear_attn")
 
 GEMMA3 = Decoder(model_types=("gemma3_text",), layer_type="layer_type")
 

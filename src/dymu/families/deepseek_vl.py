@@ -17,4 +17,9 @@ DEEPSEEK_VL = Family(
     decoders=DECODERS,
 )
 
-JANUS = replace(DEEPSEEK_VL, model_type="janus", towers=(JANUS_TOWER,))
+JANUS = replace(
+    DEEPSEEK_VL,
+    model_type="janus",
+    towers=(JANUS_TOWER,),
+    limits=("making images is refused, since its cache is static",),
+)

@@ -71,7 +71,8 @@ class LoneEncoder(EncoderParts):
     @property
     def patch_sides(self) -> tuple[int, int]:
         """Pixels of a patch, high and wide."""
-        height, width = _pair(find(self.tower, self.tower_kind.patch_size))
+        sides = find(self.tower, self.tower_kind.patch_size)
+        height, width = (sides, sides) if isinstance(sides, int) else sides
         return height, width
 
     @property
@@ -114,7 +115,3 @@ def _tower_in(model: Any) -> tuple[nn.Module, Tower] | None:
     if within is not None:
         return _tower_in(unwrapped(within))
     return next(((model, kind) for kind in ENCODERS if name in kind.model_types), None)
-
-
-def _pair(sides: Any) -> tuple[int, int]:
-    return (int(sides), int(sides)) if isinstance(sides, int) else tuple(map(int, sides))  # type: ignore[return-value]

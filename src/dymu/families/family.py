@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from dymu.choices import Arrangement
 
@@ -13,7 +13,22 @@ projector, or at the encoder's end, which then needs all patches."""
 
 
 @dataclass(frozen=True)
-class Tower:
+class Kind:
+    """A kind of vision encoder, or of language model.
+
+    Attributes:
+        model_types: of the configs that have it.
+    """
+
+    model_types: tuple[str, ...]
+
+    def of(self, *model_types: str) -> Self:
+        """The same kind under other names."""
+        return replace(self, model_types=model_types)
+
+
+@dataclass(frozen=True)
+class Tower(Kind):
     """A vision encoder: paths from the tower to its layers, and from a layer to its parts.
 
     A path may hold alternatives, `a.b|c.d`, for names that changed between versions of transformers. A layer is
@@ -22,7 +37,6 @@ class Tower:
         x = x + after_mlp(mlp(norm2(x)))
     """
 
-    model_types: tuple[str, ...]
     layers: str
     norm1: str
     out: str
@@ -61,6 +75,11 @@ class Tower:
     numbers than those of whole pictures attend within windows."""
     merger: str | None = None
     """What makes one token of the patches of each unit, at the end of an encoder of packed patches."""
+    taps: str | None = None
+    """Where the config names layers, counted from 0: what these gave is the second argument of the merger of an encoder
+    whose pictures come in a batch. The merger then gives the tokens, and those of each of these layers."""
+    places: str | None = None
+    """What adds something of its place to each token, within the merger."""
     embedder: str | None = None
     """What embeds the patches ahead of the layers, where there is a merger."""
     side_mergers: str | None = None
@@ -73,11 +92,10 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class Decoder(Kind):
     """A language model whose attention asks `AttentionInterface`. How each layer rotates its heads (which channels, and
     whether at all) is found by trying, see `dymu.hooks.probe`."""
 
-    model_types: tuple[str, ...]
     layers: str = "layers"
     attention: str = "self_attn"
     rotary: str = "rotary_emb"
@@ -138,7 +156,22 @@ class Family:
     (1) to each other, or `prefix`, the prompt that is not to be continued (0). `windows`: by `mm_token_type_ids`, those
     of an image or video (1, 2) in layers with a sliding window, where the text config's `use_bidirectional_attention`
     is `vision`."""
+    refuses: tuple[str, ...] = ()
+    """Arguments of `get_image_features` that dymu does not know what to do with."""
     remembers: tuple[str, ...] = ()
     """Attributes in which `inner` keeps something of the last call, of which every thread gets its own."""
     towers: tuple[Tower, ...] = ()
+    """Those that it may hold: described, and transformers can build the two together."""
     decoders: tuple[Decoder, ...] = ()
+    since: str = "5.18"
+    """The first version of transformers with which it works, of those that dymu supports."""
+    limits: tuple[str, ...] = ()
+    """What is not supported, or may surprise, each in a few words that `dymu families` prints."""
+
+    def works_with(self, version: str) -> bool:
+        """Whether it works with this version of transformers."""
+        return _numbers(version) >= _numbers(self.since)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from dymu.families.decoders import DECODERS
 from dymu.families.decoders import GEMMA3 as GEMMA3_TEXT
 from dymu.families.decoders import GEMMA4 as GEMMA4_TEXT
+from dymu.families.decoders import PLAIN
 from dymu.families.family import Family
+from dymu.families.limits import CACHE_EXPANDED
 from dymu.families.towers import GEMMA4 as GEMMA4_TOWER
 from dymu.families.towers import SIGLIP
 
@@ -18,11 +19,20 @@ GEMMA3 = Family(
     both_ways="images",
     towers=(SIGLIP,),
     decoders=(GEMMA3_TEXT,),
+    limits=("the crops of pan and scan are reported as images of their own", CACHE_EXPANDED),
 )
 
 SHIELDGEMMA2 = replace(GEMMA3, model_type="shieldgemma2")
 
-PALIGEMMA = replace(GEMMA3, model_type="paligemma", unit=None, regroups="model", both_ways="prefix", decoders=DECODERS)
+PALIGEMMA = replace(
+    GEMMA3,
+    model_type="paligemma",
+    unit=None,
+    regroups="model",
+    both_ways="prefix",
+    decoders=(PLAIN.of("gemma", "gemma2"),),
+    limits=("before transformers 5.21, Gemma 2 under SDPA has no soft-cap; with DyMU it has",),
+)
 
 GEMMA4 = replace(
     GEMMA3,
@@ -35,4 +45,5 @@ GEMMA4 = replace(
     both_ways="windows",
     towers=(GEMMA4_TOWER,),
     decoders=(GEMMA4_TEXT,),
+    limits=(CACHE_EXPANDED,),
 )

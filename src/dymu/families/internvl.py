@@ -1,16 +1,24 @@
-"""Images cut into tiles, of which a pixel shuffle makes one token of several patches: InternVL, Idefics3, Ovis2."""
+"""Images cut into tiles, of which a pixel shuffle makes one token of several patches: InternVL, Idefics3, Ovis2 ..."""
 
 from dataclasses import replace
 
 from dymu.families.decoders import DECODERS
+from dymu.families.decoders import GRANITE_DOCLING as GRANITE_TEXT
 from dymu.families.family import Family
+from dymu.families.limits import FRAMES_ARE_IMAGES, PADDED, TILES_APART, TILES_JOINED
 from dymu.families.towers import AIMV2, INTERNVIT, QIANFAN, SIGLIP
+from dymu.families.towers import GRANITE_DOCLING as GRANITE_TOWER
 
 INTERNVL = Family(
-    model_type="internvl", unit="config.downsample_ratio", cuts_images=True, towers=(INTERNVIT,), decoders=DECODERS
+    model_type="internvl",
+    unit="config.downsample_ratio",
+    cuts_images=True,
+    towers=(INTERNVIT,),
+    decoders=DECODERS,
+    limits=(TILES_APART, FRAMES_ARE_IMAGES),
 )
 
-QIANFAN_OCR = replace(INTERNVL, model_type="qianfan_ocr", towers=(QIANFAN,))
+QIANFAN_OCR = replace(INTERNVL, model_type="qianfan_ocr", towers=(QIANFAN,), limits=(TILES_APART,))
 
 IDEFICS3 = Family(
     model_type="idefics3",
@@ -21,11 +29,17 @@ IDEFICS3 = Family(
     select_strategy=None,
     unit="config.scale_factor",
     cuts_images=True,
-    towers=(SIGLIP,),
+    towers=(SIGLIP.of("idefics3_vision"),),
     decoders=DECODERS,
+    limits=(TILES_JOINED, PADDED),
 )
 
-SMOLVLM = replace(IDEFICS3, model_type="smolvlm")
+SMOLVLM = replace(
+    IDEFICS3,
+    model_type="smolvlm",
+    towers=(SIGLIP.of("smolvlm_vision"),),
+    limits=(*IDEFICS3.limits, FRAMES_ARE_IMAGES),
+)
 
 OVIS2 = replace(
     IDEFICS3,
@@ -36,4 +50,18 @@ OVIS2 = replace(
     unit="config.vision_config.hidden_stride",
     regroups="tower",
     towers=(AIMV2,),
+    since="5.20",
+    limits=(TILES_APART,),
+)
+
+GRANITE_DOCLING = replace(
+    IDEFICS3,
+    model_type="granite_docling",
+    projector=None,
+    unit="config.vision_config.scale_factor",
+    refuses=("tile_fine_mask",),
+    towers=(GRANITE_TOWER,),
+    decoders=(GRANITE_TEXT,),
+    since="5.23",
+    limits=(TILES_JOINED,),
 )

@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
-from dymu.families.decoders import DECODERS
+from dymu.families.decoders import PLAIN
 from dymu.families.family import Family
 from dymu.families.towers import PIXTRAL
+
+NORMED = PLAIN.of(*(name for name in PLAIN.model_types if name not in ("olmo", "cohere2")))
+"""The projector takes `rms_norm_eps` from the language model's config."""
 
 MISTRAL3 = Family(
     model_type="mistral3",
@@ -13,7 +16,7 @@ MISTRAL3 = Family(
     regroups="projector",
     grid="image_sizes",
     towers=(PIXTRAL,),
-    decoders=DECODERS,
+    decoders=(NORMED,),
 )
 
 LIGHTON_OCR = replace(

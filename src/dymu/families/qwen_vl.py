@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from dymu.families.decoders import DECODERS, DEEP_STACK, HYBRID, M_ROPE
+from dymu.families.decoders import DECODERS, DEEP_STACK, HYBRID, M_ROPE, PLAIN
 from dymu.families.family import Family
+from dymu.families.limits import CACHE_EXPANDED
 from dymu.families.towers import PADDLE, QWEN, QWEN2, QWEN3, VIDEO_LLAMA
 
 QWEN2_VL = Family(
@@ -20,15 +21,31 @@ QWEN2_VL = Family(
     decoders=(M_ROPE,),
 )
 
-QWEN2_5_VL = replace(QWEN2_VL, model_type="qwen2_5_vl", towers=(QWEN,))
+QWEN2_5_VL = replace(QWEN2_VL, model_type="qwen2_5_vl", towers=(QWEN,), decoders=(M_ROPE.of("qwen2_5_vl_text"),))
 
 QWEN3_VL = replace(QWEN2_5_VL, model_type="qwen3_vl", towers=(QWEN3,), decoders=(DEEP_STACK,))
 
-QWEN3_VL_MOE = replace(QWEN3_VL, model_type="qwen3_vl_moe")
+QWEN3_VL_MOE = replace(
+    QWEN3_VL,
+    model_type="qwen3_vl_moe",
+    towers=(QWEN3.of("qwen3_vl_moe_vision"),),
+    decoders=(DEEP_STACK.of("qwen3_vl_moe_text"),),
+)
 
-QWEN3_5 = replace(QWEN2_5_VL, model_type="qwen3_5", decoders=(HYBRID,))
+QWEN3_5 = replace(
+    QWEN2_5_VL,
+    model_type="qwen3_5",
+    towers=(QWEN.of("qwen3_5_vision"),),
+    decoders=(HYBRID,),
+    limits=("layers with linear attention run on all tokens", CACHE_EXPANDED),
+)
 
-QWEN3_5_MOE = replace(QWEN3_5, model_type="qwen3_5_moe")
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    model_type="qwen3_5_moe",
+    towers=(QWEN.of("qwen3_5_moe_vision"),),
+    decoders=(HYBRID.of("qwen3_5_moe_text"),),
+)
 
 PADDLEOCR_VL = replace(
     QWEN2_VL,
@@ -37,6 +54,7 @@ PADDLEOCR_VL = replace(
     video_token=None,
     regroups="projector",
     towers=(PADDLE,),
+    decoders=(M_ROPE.of("paddleocr_vl_text"),),
 )
 
 VIDEO_LLAMA_3 = replace(
@@ -49,6 +67,7 @@ VIDEO_LLAMA_3 = replace(
     remembers=(),
     towers=(VIDEO_LLAMA,),
     decoders=DECODERS,
+    limits=("images of one call that are to be merged by different sizes are refused",),
 )
 
 HYPERCLOVAX = replace(
@@ -57,5 +76,5 @@ HYPERCLOVAX = replace(
     tower="vision_model",
     projector="projector",
     remembers=(),
-    decoders=DECODERS,
+    decoders=(PLAIN.of("hyperclovax", "granite"),),
 )

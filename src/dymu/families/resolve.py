@@ -75,6 +75,12 @@ class EncoderParts:
         return None if path is None else find(self.tower, path)
 
     @property
+    def places(self) -> nn.Module | None:
+        """See `Tower.places`."""
+        path = self.tower_kind.places
+        return None if path is None else find(self.tower, path)
+
+    @property
     def side_mergers(self) -> tuple[nn.Module, ...]:
         """See `Tower.side_mergers`."""
         path = self.tower_kind.side_mergers
@@ -143,7 +149,7 @@ class Parts(EncoderParts):
     def relied_on(self) -> tuple[nn.Module | None, ...]:
         """Every module that `dymu.apply` changes, or computes itself."""
         return (
-            self.model, self.inner, self.tower, self.merger, self.projector, self.pooler,
+            self.model, self.inner, self.tower, self.merger, self.places, self.projector, self.pooler,
             self.language_model, self.rotary,
             *self.encoder_modules, *self.encoder_attentions, *self.side_mergers,
             *self.attentions, *self.mixers, *self.choosing_attention,
@@ -308,6 +314,11 @@ def resolve(model: PreTrainedModel) -> Parts:
     if family is None:
         raise UnsupportedModel(
             f"the model type {model_type!r} is not described; described are {', '.join(FAMILIES)}; {HOW_TO_ADD}."
+        )
+    if not family.works_with(transformers.__version__):
+        raise UnsupportedModel(
+            f"{model_type} works with dymu from transformers {family.since} on, and this is "
+            f"{transformers.__version__}; take a newer one."
         )
     if not hasattr(model, family.inner.split(".")[0]):
         raise UnsupportedModel(

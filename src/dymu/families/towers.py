@@ -18,7 +18,7 @@ CLIP = Tower(
 
 SIGLIP = replace(
     CLIP,
-    model_types=("siglip_vision_model", "deepseek_vl_vision", "idefics3_vision", "smolvlm_vision"),
+    model_types=("siglip_vision_model",),
     class_token=False,
 )
 
@@ -40,8 +40,8 @@ DINOV2 = Tower(
 
 DINOV2_WITH_REGISTERS = replace(DINOV2, model_types=("dinov2_with_registers",), registers="config.num_register_tokens")
 
-TOWERS = (CLIP, SIGLIP, DINOV2, DINOV2_WITH_REGISTERS)
-"""Those that the LLaVA models hold."""
+TOWERS = (CLIP, SIGLIP, DINOV2)
+"""Those that all LLaVA models hold."""
 
 INTERNVIT = Tower(
     model_types=("internvl_vision",),
@@ -100,19 +100,15 @@ QWEN2 = Tower(
 
 QWEN = replace(
     QWEN2,
-    model_types=("qwen2_5_vl_vision", "qwen3_5_vision", "qwen3_5_moe_vision"),
+    model_types=("qwen2_5_vl_vision",),
     width="config.hidden_size",
 )
-
-GLM = replace(QWEN, model_types=("glm4v_vision", "glm4v_moe_vision"))
 
 GLM_OCR = replace(
     QWEN, model_types=("glm_ocr_vision",), query_norm="attn.q_norm", key_norm="attn.k_norm", norms_heads=True
 )
 
-EXAONE = replace(QWEN, model_types=("exaone4_5_vision",))
-
-QWEN3 = replace(QWEN, model_types=("qwen3_vl_vision", "qwen3_vl_moe_vision"), side_mergers="deepstack_merger_list")
+QWEN3 = replace(QWEN, model_types=("qwen3_vl_vision",), side_mergers="deepstack_merger_list")
 
 PIXTRAL = Tower(
     model_types=("pixtral",),
@@ -182,7 +178,10 @@ OPEN_CLIP = Tower(
     patch_size="patch_size",
 )
 
-ENCODERS = (CLIP, SIGLIP, SIGLIP2, DINOV2, DINOV2_WITH_REGISTERS, DINOV3, TIMM, OPEN_CLIP)
+ENCODERS = (
+    CLIP, SIGLIP, SIGLIP.of("idefics3_vision", "smolvlm_vision"), SIGLIP2, DINOV2, DINOV2_WITH_REGISTERS, DINOV3, TIMM,
+    OPEN_CLIP,
+)  # fmt: skip
 """Those that `dymu.apply` takes by themselves. What has no config of transformers goes by its library and class."""
 
 GEMMA4 = Tower(
@@ -207,4 +206,12 @@ GEMMA4 = Tower(
     arrangement="padded",
     angles="position_embeddings",
     positions="position_ids",
+)
+
+GRANITE_DOCLING = replace(
+    SIGLIP,
+    model_types=("granite_docling_vision",),
+    merger="connector",
+    taps="config.deepstack_visual_indexes",
+    places="connector.coarse.pos_embed",
 )

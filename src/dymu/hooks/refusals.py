@@ -43,6 +43,15 @@ def refuse_unknown(module: nn.Module, arguments: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_arguments(arguments: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises UnsupportedModel where images are to be encoded in a way that is not known."""
+    asked = [name for name in names if arguments.get(name) is not None]
+    if asked:
+        raise UnsupportedModel(
+            f"dymu does not know {' and '.join(asked)} of this model; leave it out, or ask within handle.disabled()."
+        )
+
+
 def refuse_absent_patches(mask: Any) -> None:
     """Raises BadPrompt where the mask of an encoder layer, bool or added to logits, hides patches of a picture."""
     if isinstance(mask, Tensor) and not _shows_all(mask):

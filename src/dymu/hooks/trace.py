@@ -178,8 +178,10 @@ def _family_code(
 
     def encoded(*tower_args: Any, **tower_kwargs: Any) -> BaseModelOutputWithPooling:
         if parts.merger is not None:
-            order = _order(parts, tower_args, tower_kwargs, pictures, channels.device)
-            output = BaseModelOutputWithPooling(pooler_output=channels[order])
+            packed = pictures.arrangement == "packed"
+            order = _order(parts, tower_args, tower_kwargs, pictures, channels.device) if packed else slice(None)
+            patches = next(parts.tower.parameters()).new_zeros(len(pictures.grids), 1, parts.width)
+            output = BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=channels[order])
             output.deepstack_features = []
             return output
         if family.regroups == "tower":
@@ -271,7 +273,8 @@ def pictures_of(parts: Parts, modality: Modality, arguments: Mapping[str, Any], 
                 f"a picture of {rows} × {columns} patches does not come out even in units of {side} × {side}, which "
                 "this model makes one token of; let the model's own processor set the size of its pictures."
             )
-    regroups = parts.merger is None and (side > 1 or family.regroups == "tower")
+    within = parts.merger is not None and kind.taps is None
+    regroups = not within and (side > 1 or family.regroups == "tower")
     cut = sizes is not None and kind.arrangement != "batch" and (len(of_items[0]) == 3 or length > 0)
     return Pictures(tuple(grids), side, parts.prefix, kind.arrangement, regroups, cut, length)
 

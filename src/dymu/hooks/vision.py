@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dymu.errors import UnsupportedModel
-from dymu.families.resolve import Modality, Parts
+from dymu.families.resolve import Modality, Parts, find
 from dymu.hooks.call import CallState, arguments_of, carry_items
 from dymu.hooks.refusals import (
     drops_out,
     refuse_absent_patches,
+    refuse_arguments,
     refuse_attention_weights,
     warn_of_dropout,
     warn_of_hooks,
@@ -94,6 +95,7 @@ class VisionHooks:
             return get_features(*args, **kwargs)  # some families encode videos by the method for images
         arguments = arguments_of(self.parts.inner, f"get_{modality}_features", args, kwargs)
         refuse_attention_weights(arguments, self.parts.tower.config)
+        refuse_arguments(arguments, family.refuses)
         self._refuse_checkpointing()
         warn_of_hooks(self.parts.encoder_attentions, state.calls.warned)
         if self.parts.tower.training and drops_out(self.parts.tower.config):
@@ -180,12 +182,28 @@ class VisionHooks:
         return forward(features if call is None else call.expand(features), *args, **kwargs)
 
     def merger(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Make a token of the patches [S', C] of each merged unit, and copy it to all that it stands for."""
-        call, tokens = self._state.encoding, forward(features, *args, **kwargs)
+        """Make a token of the patches [S', C] of each merged unit, and copy it to all that it stands for; or make
+        tokens of all patches [pictures, N, C], among them of those that some layers before the last gave."""
+        call = self._state.encoding
         if call is None:
-            return tokens
-        call.expanded = True
-        return call.running.expand(tokens)
+            return forward(features, *args, **kwargs)
+        call.expanded, run, taps = True, call.running, self.parts.tower_kind.taps
+        if taps is None:
+            return run.expand(forward(features, *args, **kwargs))
+        layers = find(self.parts.tower, taps)
+        tapped = [
+            given if layer + 1 >= run.depth else run.pictures.leave(given, run.states[layer + 1])
+            for layer, given in zip(layers, args[0], strict=True)
+        ]
+        return forward(features, tapped, *args[1:], **kwargs)
+
+    def places(self, forward: Method, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Add to each token [pictures, N, C] something of its place; to those of a group, the mean."""
+        call, placed = self._state.encoding, forward(tokens, *args, **kwargs)
+        if call is None:
+            return placed
+        units = call.running.map.drop(call.dropped)
+        return units.expand(units.average(placed))
 
     def side_merger(self, forward: Method, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The same part way through the encoder, where other tokens may have merged than at its end."""

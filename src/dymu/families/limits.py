@@ -1,0 +1,11 @@
+"""What is not supported, or may surprise, in several families: see `Family.limits`."""
+
+CACHE_EXPANDED = 'cache="expanded" is refused'
+
+TILES_APART = "each tile of an image is reported as an image of its own"
+
+TILES_JOINED = "all images of a prompt, and their tiles, are reported as one image"
+
+PADDED = "pictures padded within their pixels are refused"
+
+FRAMES_ARE_IMAGES = "the frames of a video are images to the model, and so to dymu"
