@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import os
 import re
@@ -10,6 +11,8 @@ import resource
 import tempfile
 from collections.abc import Iterator
 from datetime import date
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +21,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
 import dymu
 import tiny
+import tiny_families
 from dymu.calibration.quantile import NEVER, threshold_for
+from dymu.calibration.samples import _without_memory
 from dymu.calibration.spill import Spill
 from dymu.choices import SCHEDULES
 from dymu.families.resolve import resolve
 from dymu.reducers import FixedMerge
 from dymu.schedule import removals
+from encoded_by_hand import encoded_by_hand
+from tiny_processors import processor_for
 
 COUNT = 10
 BUDGETS = [20, 0.3, 30, 49]
@@ -76,9 +83,7 @@ def slowly(model: nn.Module, pictures: Tensor, target: float, schedule: str) -> 
             for image, rows in enumerate(tokens):
                 x, size = torch.stack(rows), torch.tensor(sizes[image]).double()
                 normed = layer.norm1(x)
-                q, k, v = (
-                    part(normed).unflatten(-1, (layer.heads, -1)) for part in layer.projections
-                )
+                q, k, v = (part(normed).unflatten(-1, (layer.heads, -1)) for part in layer.projections)
                 logits = torch.einsum("nhd,mhd->hnm", q, k) / q.shape[-1] ** 0.5 + size.log()
                 update = layer.out(torch.einsum("hnm,mhd->nhd", logits.softmax(-1), v).flatten(1))
                 for module in layer.after_attention:
@@ -477,6 +482,31 @@ def test_videos_of_arrays_and_tensors(images) -> None:
         dymu.calibrate_videos(model, tiny.llava_processor().tokenizer, [frames], **options)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_videos_whose_patches_show_two_frames(name: str, images) -> None:
+    model, processor = tiny.build(name), processor_for("qwen2_5_vl")
+    thresholds = dymu.calibrate(model, processor, images, [0.6], progress=False)
+    clips = [[photo] * 4 for photo in images[:2]] + [[images[2]] * 3 + [images[3]] * 4]
+    found = dymu.calibrate_videos(model, processor, clips, thresholds, [10, 12], fps=2, progress=False)
+    made = processor.video_processor([clips[2]])
+    with dymu.apply(model, found, per_second=12) as handle:
+        features = model.model.get_video_features(
+            made["pixel_values_videos"], video_grid_thw=made["video_grid_thw"]
+        ).pooler_output
+        (item,) = handle.last.items
+    assert (item.video, item.pictures, len(item.leaders)) == (True, 4, len(features[0]))
+    entry = found.over_time[1]
+    assert (entry.per_second, entry.videos, entry.seconds) == (12, 3, 7.5)
+    assert entry.achieved == pytest.approx(12, abs=1)
+    with dymu.apply(model, found, per_second=12) as handle:
+        kept = 0
+        for clip in clips:
+            made = processor.video_processor([clip])
+            model.model.get_video_features(made["pixel_values_videos"], video_grid_thw=made["video_grid_thw"])
+            kept += handle.last.kept[0]
+    assert kept / 7.5 == entry.achieved
+
+
 def test_says_where_thresholds_come_from(tmp_path, capsys, processor, images) -> None:
     model = tiny.llava("dinov2_with_registers", layer=-1)
     model.config._name_or_path = str(tmp_path)
@@ -523,8 +553,13 @@ def test_refuses_what_cannot_work(processor, images) -> None:
         dymu.calibrate(tiny.llava("clip", layer=0), processor, images, [10], progress=False)
     whole = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
     sizes = [image.resize((28, side)) for image, side in zip(images, (28, 32), strict=False)]
-    with pytest.raises(dymu.DymuError, match=r"different sizes \(28 × 28 and 28 × 32 pixels\)"):
+    with pytest.raises(dymu.DymuError, match=r"does not take what a CLIPImageProcessorPil makes of image 2 \(Input im"):
         dymu.calibrate(model, whole, sizes, [10], progress=False)
+    qwen = tiny.build("qwen2_5_vl")
+    with pytest.raises(dymu.DymuError, match="a CLIPImageProcessorPil makes no image_grid_thw, which this model needs"):
+        dymu.calibrate(qwen, processor, images, [10], progress=False)
+    with pytest.raises(dymu.BadBudget, match=r"cannot keep 60 tokens of images that have 38\.0 on average"):
+        dymu.calibrate(qwen, tiny.processor("qwen2_5_vl"), of_many_sizes(images[:2]), [60], progress=False)
 
 
 def test_says_when_equal_images_cannot_meet_a_budget(processor) -> None:
@@ -534,6 +569,115 @@ def test_says_when_equal_images_cannot_meet_a_budget(processor) -> None:
     with pytest.warns(UserWarning, match=r"for a budget of 20 tokens the images keep .* exactly alike"):
         found = dymu.calibrate(model, processor, [Image.new("RGB", (28, 28))] * 3, [20], progress=False)
     assert found.calibrated[0].achieved != 20
+
+
+OF_MANY_SIZES = (
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "exaone4_5", "paddleocr_vl", "video_llama_3", "mistral3",
+    "llava+pixtral", "gemma4", "internvl", "smolvlm", "aya_vision", "ovis2",
+)  # fmt: skip
+"""Families whose images have different numbers of tokens, as they are or cut into tiles."""
+IN_TILES: dict[str, dict[str, Any]] = {
+    **{name: {"crop_to_patches": True} for name in ("internvl", "aya_vision", "ovis2")},
+    "smolvlm": {"do_image_splitting": True, "size": {"longest_edge": 160}},
+}
+"""Settings of their processors."""
+
+
+def of_many_sizes(images: list[Image.Image]) -> list[Image.Image]:
+    sizes = [(48, 48), (64, 40), (40, 96), (120, 56), (56, 56)]
+    return [image.resize(sizes[number % len(sizes)]) for number, image in enumerate(images)]
+
+
+def processor_of(name: str) -> Any:
+    """One that makes pictures of different sizes, or different numbers of tiles."""
+    processor = tiny.processor(name)
+    return type(processor)(**{**processor.to_dict(), **IN_TILES[name]}) if name in IN_TILES else processor
+
+
+def counted(model: Any, processor: Any, photos: list[Image.Image], thresholds: dymu.Thresholds, budget: float) -> Any:
+    """How many tokens of each image there are, and how many `dymu.apply` keeps."""
+    takes = inspect.signature(type(model.model).get_image_features).parameters
+    full, left = [], []
+    with dymu.apply(model, thresholds, budget=budget) as handle, torch.inference_mode():
+        for photo in photos:
+            made = processor(images=[photo], return_tensors="pt")
+            model.model.get_image_features(**{name: value for name, value in made.items() if name in takes})
+            full.append(sum(int(item.patch.sum()) for item in handle.last.items))
+            left.append(sum(item.budgeted for item in handle.last.items))
+    return full, left
+
+
+@pytest.mark.parametrize("name", OF_MANY_SIZES)
+def test_a_budget_is_the_mean_over_images_of_any_size(name: str, images: list[Image.Image], tmp_path) -> None:
+    model, processor, photos = tiny.build(name), processor_of(name), of_many_sizes(images)
+    options = {"budgets": [0.3, 0.6, 1.0], "progress": False}
+    found = dymu.calibrate(model, processor, photos, batch_size=3, memory_limit_bytes=0, **options)
+    found.save(tmp_path / "thresholds.json")
+    found = dymu.Thresholds.load(tmp_path / "thresholds.json")
+    for part, entry in zip((0.3, 0.6, 1.0), found.calibrated, strict=True):
+        full, left = counted(model, processor, photos, found, part)
+        assert len(set(full)) > 1
+        assert found.image_tokens == np.mean(full)
+        assert [np.mean(left), min(left), max(left)] == [entry.achieved, entry.min, entry.max]
+        assert entry.achieved == pytest.approx(entry.budget, abs=0.5 / len(photos))
+        assert entry.budget == (found.image_tokens if part == 1 else round(part * found.image_tokens))
+    together = dymu.calibrate(model, processor, photos, batch_size=100, **options)
+    for mine, its in zip(found.calibrated, together.calibrated, strict=True):
+        assert mine.thresholds == pytest.approx(its.thresholds, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["internvl", "gemma3", "qwen2_5_vl", "mistral3"])
+def test_as_many_merge_in_each_layer_as_a_slow_count_says(name: str, images: list[Image.Image]) -> None:
+    """Of units of several patches, behind a class token and alone; in windows and out of them; in rows."""
+    model, processor, photos = tiny.build(name), processor_of(name), of_many_sizes(images[:6])
+    entry = dymu.calibrate(model, processor, photos, [0.4], progress=False).calibrated[0]
+    left = np.zeros(tiny.LAYERS, dtype=int)
+    first, pictures = 0, 0
+    for photo in photos:
+        made = processor(images=[photo], return_tensors="pt")
+        by_hand = encoded_by_hand(model, entry.thresholds, **made)
+        left += np.array([sum(of_layer) for of_layer in by_hand.counts])
+        untouched = encoded_by_hand(model, [NEVER] * tiny.LAYERS, **made).counts[0]
+        first, pictures = first + sum(untouched), pictures + len(untouched)
+    keep = entry.budget * len(photos) / pictures
+    removed = np.cumsum(removals(first / pictures, keep, tiny.LAYERS, "reverse_linear")) * pictures
+    assert left.tolist() == [first - round(due) for due in removed]
+    assert entry.achieved == left[-1] / len(photos)
+
+
+def test_native_resolution() -> None:
+    """Images of 200 to 1,500 pixels a side, in an encoder of Qwen2.5-VL's patches, units and windows."""
+    sizes = [(200, 220), (640, 480), (333, 900), (1500, 1000), (420, 1400), (750, 750)]
+    folder = Path(dymu.__file__).parent / "bench" / "photos"
+    photos = [Image.open(path).resize(size) for path, size in zip(sorted(folder.iterdir())[1:], sizes, strict=False)]
+    vision = {**tiny_families.FAMILIES["qwen2_5_vl"].vision, "patch_size": 14, "window_size": 112, "num_heads": 2}
+    model = tiny.build("qwen2_5_vl", vision=vision)
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 2 * 1500**2})
+    found = dymu.calibrate(model, processor, photos, [0.15, 0.4], progress=False)
+    for part in (0.15, 0.4):
+        full, left = counted(model, processor, photos, found, part)
+        assert (min(full), max(full)) == (56, 54 * 36)
+        assert sum(left) / sum(full) == pytest.approx(part, rel=0.01)
+        assert min(one / of for one, of in zip(left, full, strict=True)) < 0.9 * part  # simple images keep fewer
+
+
+def test_pictures_of_several_sizes_in_a_batch(images) -> None:
+    """An encoder that interpolates its positions takes them as the processor leaves them."""
+    model = tiny.llava("dinov2", layer=-1)
+    whole = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    photos = [image.resize((28, (28, 32, 40)[number % 3])) for number, image in enumerate(images)]
+    found = dymu.calibrate(model, whole, photos, [0.5], batch_size=2, progress=False)
+    full, left = counted(model, whole, photos, found, 0.5)
+    assert sorted(set(full)) == [49, 56, 70]
+    assert (found.image_tokens, found.calibrated[0].achieved) == (np.mean(full), np.mean(left))
+
+
+def test_masks_take_no_memory_while_images_wait() -> None:
+    mask = torch.ones(1, 4, 100, 100, dtype=torch.bool)
+    assert _without_memory(mask).untyped_storage().nbytes() == 1
+    assert torch.equal(_without_memory(mask), mask)
+    mask[0, 0, 0, 0] = False
+    assert _without_memory(mask) is mask
 
 
 @given(

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import huggingface_hub
 import msgspec
+import msgspec
 import pytest
 import torch
 from huggingface_hub.errors import (
@@ -469,6 +470,32 @@ def test_the_authors_checkpoints_are_read(tmp_path, prefix, nested):
         assert handle.last.kept != [49, 49]
     with pytest.raises(BadThresholds, match=r"4 layers.*merges in 2 of 5"):
         loaded.check_fits(Encoder("clip_vision_model", layers=5, depth=2, hidden_size=32, heads=4, tokens=49))
+
+
+def test_budgets_of_images_of_any_size_fit_models_that_take_them() -> None:
+    """Of images that are one picture each the mean stands for both; of tiles it does not."""
+    own_sizes = thresholds(image_tokens=48.7)
+    own_sizes.check_fits(ENCODER)
+    assert own_sizes.tokens_for(0.5) == pytest.approx(0.5 * 48.7)
+    of_tiles = thresholds(image_tokens=130.5)
+    of_tiles.check_fits(ENCODER, cuts_images=True)
+    with pytest.raises(BadThresholds, match="calibrated on images cut into tiles, and this model's are of one picture"):
+        of_tiles.check_fits(ENCODER)
+    with pytest.raises(BadThresholds, match="calibrated on images of one picture each, and this model's are cut into"):
+        thresholds().check_fits(ENCODER, cuts_images=True)
+    thresholds(image_tokens=49).check_fits(ENCODER, cuts_images=True)  # none of them needed a second tile
+
+
+def test_thresholds_are_of_units_of_one_size(tmp_path: Path) -> None:
+    pairs = msgspec.structs.replace(ENCODER, unit=2)
+    with pytest.raises(BadThresholds, match=r"another vision encoder \(unit 1 instead of 2\)"):
+        thresholds().check_fits(pairs)
+    for number, encoder in enumerate((ENCODER, pairs), 1):
+        path = tmp_path / "t.json"
+        thresholds(encoder=encoder).save(path)
+        written = json.loads(path.read_text())["encoder"]
+        assert written.get("unit") == (None if number == 1 else number)  # older versions read files without it
+        assert Thresholds.load(path).encoder == encoder
 
 
 class Harmful:

@@ -27,7 +27,6 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 import tiny_families
 from tiny_families import (
-    ABILITIES,
     ANYRES,
     FAMILIES,
     IMAGE_TOKEN,
@@ -86,8 +85,7 @@ def llava(
 
 def can(model: Any, ability: str) -> bool:
     """Whether the stock model has one of `tiny_families.ABILITIES`."""
-    assert ability in ABILITIES
-    return ability not in family_of(model).lacks
+    return family_of(model).can(ability)
 
 
 def cuts_tiles(model: Any) -> bool:
@@ -192,12 +190,13 @@ REPEATS_RIGHT = version.parse(transformers.__version__) >= version.parse("5.19")
 def features_in(out: Any, modality: str = "image") -> Tensor | None:
     """The features [tokens of all items, C] that a call gives back beside its logits, if it was shown any.
 
-    Whole outputs of the encoder from transformers 5.24 on, tensors of all items before.
+    Whole outputs of the encoder from transformers 5.24 on; before, tensors of all items from most families.
     """
-    if (encoded := out.get(f"{modality}_outputs")) is not None:
-        return torch.cat([item.flatten(0, -2) for item in encoded.pooler_output])
-    features = out.get(f"{modality}_hidden_states")
-    return None if features is None else features.flatten(0, -2)
+    encoded = out.get(f"{modality}_outputs", out.get(f"{modality}_hidden_states"))
+    if encoded is None:
+        return None
+    features = getattr(encoded, "pooler_output", encoded)
+    return torch.cat([item.flatten(0, -2) for item in ([features] if isinstance(features, Tensor) else features)])
 
 
 def close(actual: Tensor, expected: Tensor, part: float = 1e-5) -> None:

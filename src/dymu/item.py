@@ -101,7 +101,7 @@ class Item:
         Raises:
             ValueError: the tokens are no grids.
         """
-        if self._apart:
+        if self.apart:
             return [self._grid(number)[0] for number in range(self.pictures)]
         return [self._grid(0)[0], self._tiles()]
 
@@ -129,13 +129,13 @@ class Item:
         Raises:
             ValueError: see `grids`.
         """
-        if self._apart:
+        if self.apart:
             return [self._view(number) for number in range(self.pictures)]
         tiles = self.grids[1]
         return [self._view(0), View(tiles, self.seen[tiles])]
 
     @property
-    def _apart(self) -> bool:
+    def apart(self) -> bool:
         """Whether every picture stands by itself: frames, and tiles that the family does not put together."""
         return self.video or self.pictures == 1 or bool(self.patch.all())
 

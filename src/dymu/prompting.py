@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dymu.errors import BadPrompt
 from dymu.families.resolve import resolve
 from dymu.hooks.versions import cache_of
+from dymu.item import Item
 
 _LLAVA_PROMPT = "USER: {items}\n{question} ASSISTANT:"
 
@@ -63,13 +65,26 @@ def inputs_for(model: nn.Module, processor: Any, asked: Sequence[tuple[Sequence[
     return processed(model, processor, texts, images=images or None)
 
 
-def video_inputs_for(model: nn.Module, processor: Any, frames: Sequence[Image.Image], question: str) -> dict[str, Any]:
-    """What the model takes for a question about a video."""
-    return processed(model, processor, [prompt(processor, question, kind="video")], videos=[list(frames)])
+def video_inputs_for(
+    model: nn.Module, processor: Any, frames: Sequence[Image.Image], question: str, fps: float | None = None
+) -> dict[str, Any]:
+    """What the model takes for a question about a video.
+
+    Args:
+        fps: of these frames; a model that reads at what time each is shown assumes its own rate where it is left out.
+    """
+    seen = {"total_num_frames": len(frames), "fps": fps, "frames_indices": list(range(len(frames)))}
+    text = prompt(processor, question, kind="video")
+    return processed(model, processor, [text], videos=[list(frames)], do_sample_frames=False, video_metadata=[seen])
 
 
 def processed(model: nn.Module, processor: Any, texts: list[str], **items: Any) -> dict[str, Any]:
     """What the model takes for prompts that hold placeholders, and their `images` or `videos`, see `inputs_for`."""
+    counts = [text.count(getattr(processor, "image_token", None) or "\0") for text in texts]
+    images = items.get("images")
+    if images is not None and sum(counts) == len(images):  # some processors ask for the images of each prompt
+        ends = list(accumulate(counts))
+        items["images"] = [list(images[end - count : end]) for end, count in zip(ends, counts, strict=True)]
     inputs = processor(
         text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
         add_special_tokens=adds_special_tokens(processor.tokenizer, texts[0]), **items,
@@ -82,6 +97,17 @@ def image_tokens(model: Any, inputs: dict[str, Any]) -> list[int]:
     """Image tokens of each prompt, none merged."""
     counts: list[int] = (inputs["input_ids"] == resolve(model).placeholders["image"]).sum(1).tolist()
     return counts
+
+
+def items_by_prompt(model: Any, inputs: dict[str, Any], items: Sequence[Item]) -> list[list[Item]]:
+    """The image items of a call, prompt by prompt: an image may be several (its tiles), or a prompt's images one."""
+    left, of_prompts = iter(items), list[list[Item]]()
+    for count in image_tokens(model, inputs):
+        of_prompts.append([])
+        while count > 0:
+            of_prompts[-1].append(next(left))
+            count -= len(of_prompts[-1][-1].leaders)
+    return of_prompts
 
 
 def adds_special_tokens(tokenizer: Any, text: str) -> bool:
@@ -134,6 +160,9 @@ def logits_of(model: nn.Module, inputs: dict[str, Any], said: Sequence[Tensor]) 
         for name, value in inputs.items()
     }
     stock: Any = model
+    if resolve(stock).family.both_ways == "prefix" and "token_type_ids" in inputs:
+        # Only what stands ahead of what the model said is read both ways.
+        whole["token_type_ids"] = torch.cat((torch.zeros_like(ids), torch.ones_like(after["input_ids"])), 1)
     logits = stock(**whole, use_cache=False, logits_to_keep=text.shape[1] + 1).logits
     return [of_row[: len(tokens)] for of_row, tokens in zip(logits, said, strict=True)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dymu.item import Item, View
 from dymu.media.contact_sheet import contact_sheet
-from dymu.media.drawing import draw, draw_seen
+from dymu.media.drawing import arranged, blended, draw, draw_seen
 from dymu.merging.dense import Filling, dense
 from dymu.token_map import TokenMap
 
@@ -42,7 +42,7 @@ class Report:
         if not self.items:
             return None
         try:
-            drawn = [_drawn(None, item.views[-1], item.group) for item in self.items]
+            drawn = [_drawn(None, _labelled([item])[-1]) for item in self.items]
         except ValueError:  # its tokens are no grid
             return None
         labels = [f"{kept} of {original}" for kept, original in zip(self.kept, self.original, strict=True)]
@@ -114,12 +114,13 @@ class Report:
         """
         return self._item(i).group
 
-    def draw(self, image: Image.Image | Sequence[Image.Image], i: int = 0, *, view: int = -1) -> Image.Image:
+    def draw(self, image: Image.Image | Sequence[Image.Image], i: int | slice = 0, *, view: int = -1) -> Image.Image:
         """Item i with every group of merged patches outlined and filled with its mean colour.
 
         Args:
             image: the image that was item i of the last call, of any mode and size; of a video its frames, which are
                 drawn on a contact sheet.
+            i: the item, or all that show one image, where each of its tiles is an item.
             view: of an image that was cut into tiles, -1 draws the tiles put together, 0 the whole image that the
                 model sees beside them.
 
@@ -132,17 +133,23 @@ class Report:
             BadImage: `image` cannot be used at all.
             ValueError: `image` is another image or not as many frames, or the call's image tokens are no grid.
         """
-        item = self._item(i)
-        if item.video:
-            drawn = self.draw_frames([image] if isinstance(image, Image.Image) else image, i)
+        items = self.items[i] if isinstance(i, slice) else [self._item(i)]
+        if not items:
+            raise IndexError(f"the last call had {len(self.items)} items, and none of those asked for")
+        if any(item.video for item in items):
+            (item,) = items
+            drawn = self.draw_frames([image] if isinstance(image, Image.Image) else image, self.items.index(item))
             return contact_sheet(drawn, labels=[f"{fresh} new" for fresh in item.fresh])
         if not isinstance(image, Image.Image):
             raise ValueError(
                 f"item {i} of the last call is an image: give it as a PIL image, not a {type(image).__name__}"
             )
-        if not -len(item.views) <= view < len(item.views):
-            raise IndexError(f"image {i} has {len(item.views)} views, so there is no view {view}")
-        return _drawn(image, item.views[view], item.group)
+        views = _labelled(items)
+        if len(views) > 1 and items[0].apart:
+            views = _together(image, views)
+        if not -len(views) <= view < len(views):
+            raise IndexError(f"image {i} has {len(views)} views, so there is no view {view}")
+        return _drawn(image, views[view])
 
     def draw_frames(self, frames: Sequence[Image.Image], i: int = 0) -> list[Image.Image]:
         """The frames of item i, a video, drawn like images; patches whose token stood in a frame before are dimmed.
@@ -153,13 +160,16 @@ class Report:
         item = self._item(i)
         if not item.video:
             raise ValueError(f"item {i} of the last call is no video")
-        if len(frames) != item.pictures:
+        each = -(-len(frames) // item.pictures)  # what the encoder sees at once may be several frames
+        shown = [frames[start : start + each] for start in range(0, len(frames), max(each, 1))]
+        if len(shown) != item.pictures:
             raise ValueError(
                 f"the model saw {item.pictures} frames of this video, and not {len(frames)}: give those it saw"
             )
         first = torch.where(item.leaders < 0, -1, item.picture[item.leaders.clamp(min=0)])
         group = torch.where(first < item.picture, -1, item.group)
-        return [_drawn(frame, view, group) for frame, view in zip(frames, item.views, strict=True)]
+        views = [replace(view, token=_taken(group, view.token)) for view in item.views]
+        return [_drawn(blended(together), view) for together, view in zip(shown, views, strict=True)]
 
     def _item(self, i: int) -> Item:
         if not -len(self.items) <= i < len(self.items):
@@ -168,8 +178,35 @@ class Report:
         return self.items[i]
 
 
-def _drawn(image: Image.Image | None, view: View, group: Tensor) -> Image.Image:
-    """One view, whose tokens [N] belong to the groups `group`, on the image or else on what the encoder saw."""
-    here = torch.where(view.token < 0, -1, group[view.token.clamp(min=0)]).cpu().numpy()
-    seen = view.seen.float().cpu().numpy()
-    return draw_seen(here, seen) if image is None else draw(image, here, seen, view.covered)
+def _taken(group: Tensor, token: Tensor) -> Tensor:
+    """The group of each token; -1 where there is none."""
+    return torch.where(token < 0, -1, group[token.clamp(min=0)])
+
+
+def _labelled(items: Sequence[Item]) -> list[View]:
+    """The views of all items, with the number of a merged token, among those of all, in place of each token's."""
+    views, before = list[View](), 0
+    for item in items:
+        group = torch.where(item.group < 0, -1, item.group + before)
+        views += [replace(view, token=_taken(group, view.token)) for view in item.views]
+        before += item.kept
+    return views
+
+
+def _together(image: Image.Image, views: Sequence[View]) -> list[View]:
+    """The whole image, if it is among some tiles of an image, and the tiles put together."""
+    whole, rows = arranged(image, [view.seen.float().cpu().numpy() for view in views])
+    tiles = [view for number, view in enumerate(views) if number != whole]
+    columns = len(tiles) // rows
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([torch.cat(list(parts[row * columns :][:columns]), 1) for row in range(rows)])
+
+    together = View(joined([tile.token for tile in tiles]), joined([tile.seen for tile in tiles]))
+    return [*([] if whole is None else [views[whole]]), together]
+
+
+def _drawn(image: Image.Image | None, view: View) -> Image.Image:
+    """One view, see `_labelled`, on the image or else on what the encoder saw."""
+    group, seen = view.token.cpu().numpy(), view.seen.float().cpu().numpy()
+    return draw_seen(group, seen) if image is None else draw(image, group, seen, view.covered)

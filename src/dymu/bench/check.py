@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from dymu.bench.replay import Replay
+from dymu.bench.prompts import inputs_of
 from dymu.bench.results import Checked
 from dymu.bench.variants import Variant
 from dymu.families.resolve import Parts, resolve
-from dymu.handle import Handle
+from dymu.handle import Handle, apply
 from dymu.hooks.versions import going_on
+from dymu.merging import a_count
+from dymu.reducers import Candidates, Reducer
 
 ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """The largest relative error (Frobenius norm) of the attention's outputs, by dtype."""
 
-LAYERS, VOCABULARY = 2, 64
+LAYERS, VOCABULARY, SPECIAL = 2, 64, 8
+"""Layers of each half, ids, and how many of these, the last ones, are no words."""
 ROWS, KEY_HEADS = 8, 2
-"""Rows of patches of an image that is one picture, and key heads at most: the reference takes its time."""
+"""Rows of patches of an image that is one picture, where every patch is a token, and key heads at most: the reference
+takes its time."""
 TEXT = (5, 19)
 """Words before and after the image."""
 BATCH, DECODED = 2, 2
@@ -34,9 +37,10 @@ WIDTH_PER_HEAD = 64
 class Reference:
     """A small model like the measured one, and the reference's attention outputs for a prompt.
 
-    It keeps the family with its way to lay out tiles, the size of a head, how many query heads share a key head, rotary
-    angles and windows, and has two layers, up to two key heads and coarser patches. Two images merge at random, each to
-    another number of tokens, and two tokens are decoded. The reference runs in float32 on the CPU.
+    It keeps the family with its way to lay out tiles and to regroup patches, the size of a head, how many query heads
+    share a key head, rotary angles and windows, and has two layers (two kinds of them, where there are), up to two key
+    heads and, where every patch is a token, coarser patches. Two images merge at random, each to another number of
+    tokens, and two tokens are decoded. The reference runs in float32 on the CPU.
 
     Args:
         model: the measured one; the small one runs on its device and in its dtype.
@@ -46,9 +50,8 @@ class Reference:
     def __init__(self, model: Any, shown: Mapping[str, Tensor]) -> None:
         self._device, self._dtype = model.device, model.dtype
         torch.manual_seed(0)
-        parts = resolve(model)
         pixels = shown["pixel_values"]
-        config = _small(parts, pictures=pixels.shape[1] if pixels.ndim > 4 else 1)
+        config = _small(resolve(model), pictures=pixels.shape[1] if pixels.ndim > 4 else 1)
         self._model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in self._model.parameters():
@@ -56,11 +59,11 @@ class Reference:
                     parameter.normal_(0, parameter.shape[-1] ** -0.5)
             self._shown = {name: value.cpu() for name, value in shown.items()}
             self._shown["pixel_values"] = torch.randn(pixels.shape)
-            encoded = self._model.get_image_features(**self._shown, return_dict=True)
-        pictures, tokens = encoded.last_hidden_state.shape[:2]
-        self._rule = _random_merges(pictures, tokens - parts.prefix)
-        words = [torch.randint(VOCABULARY - 1, (BATCH, count)) for count in (*TEXT, DECODED)]
-        image = torch.full((BATCH, len(encoded.pooler_output[0])), VOCABULARY - 1)
+            with apply(self._model, merge=RandomMerges()) as handle:
+                resolve(self._model).inner.get_image_features(**self._shown)
+                tokens = sum(handle.last.original) // BATCH
+        words = [torch.randint(VOCABULARY - SPECIAL, (BATCH, count)) for count in (*TEXT, DECODED)]
+        image = torch.full((BATCH, tokens), VOCABULARY - 1)
         self._ids, self._decoded = torch.cat((words[0], image, words[1]), 1), words[2]
         _cast(self._model, self._dtype)  # to weights that the measured dtype holds: only the arithmetic differs
         _cast(self._model, torch.float32)
@@ -87,13 +90,13 @@ class Reference:
         def take(_module: object, _args: object, output: Any) -> None:
             assert handle is not None
             rows = output[0].float().cpu()
-            lengths = [sum(TEXT) + kept for kept in handle.last.kept]
+            lengths = [sum(TEXT) + kept for kept in _by_prompt(handle.last.kept)]
             outputs.extend(row[:length] for row, length in zip(rows, lengths, strict=True))  # padding may be anything
 
         hooks = [module.register_forward_hook(take) for module in resolve(model).attentions]
         try:
-            with variant.on(model, {"merge": self._rule}) as handle:
-                prompt = {"input_ids": self._ids, **self._shown}
+            with variant.on(model, {"merge": RandomMerges()}) as handle:
+                prompt = {**inputs_of(resolve(model), self._ids), **self._shown}
                 prompt["pixel_values"] = prompt["pixel_values"].to(model.dtype)
                 output = model(**{name: value.to(model.device) for name, value in prompt.items()}, use_cache=True)
                 for words in self._decoded.split(1, 1):
@@ -110,39 +113,71 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def _by_prompt(kept: Sequence[int]) -> list[int]:
+    """Tokens left in each prompt, of those left of each item."""
+    each = len(kept) // BATCH
+    return [sum(kept[start : start + each]) for start in range(0, len(kept), each)]
+
+
 def _small(parts: Parts, pictures: int) -> Any:
-    config, family = copy.deepcopy(parts.config), parts.family
-    text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    """The config of a small model.
+
+    Args:
+        pictures: that an image is cut into.
+    """
+    config, family, kind = copy.deepcopy(parts.config), parts.family, parts.tower_kind
+    text, vision = config.get_text_config(), config.vision_config
+    wide = text.hidden_size
+    head = getattr(text, "head_dim", None) or wide // text.num_attention_heads
     shared = text.num_attention_heads // text.num_key_value_heads
     heads = min(text.num_key_value_heads, KEY_HEADS)
     text.head_dim, text.num_key_value_heads, text.num_attention_heads = head, heads, heads * shared
     text.hidden_size = text.intermediate_size = WIDTH_PER_HEAD * heads * shared
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = LAYERS, VOCABULARY, None
     if getattr(text, "layer_types", None) is not None:
-        text.layer_types = text.layer_types[:LAYERS]
-    vision = config.vision_config
-    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers = 32, 32, LAYERS
-    vision.num_attention_heads = 2
-    rows = max(round(ROWS / math.sqrt(pictures)), 2)  # the side of a picture stays, by which the family cuts images
-    vision.patch_size = vision.image_size // min(rows, vision.image_size)
-    layers = getattr(config, family.feature_layer)
-    setattr(config, family.feature_layer, -1 if isinstance(layers, int) else [-1] * len(layers))
+        text.layer_types = (list(dict.fromkeys(text.layer_types)) * LAYERS)[:LAYERS]
+    width = kind.width.removeprefix("config.")
+    # What is as wide as the language model, but for the encoder itself, stays so.
+    for settings in (vision, config):
+        for name, value in vars(settings).items():
+            if value == wide and not (settings is vision and name == width):
+                setattr(settings, name, text.hidden_size)
+    small = {width: 32, "intermediate_size": 32, "num_hidden_layers": LAYERS, "depth": LAYERS, _heads_of(parts): 2}
+    small |= {name: [LAYERS - 1] for name in vars(vision) if name.endswith("_indexes")}
+    for name, value in small.items():
+        if hasattr(vision, name):
+            setattr(vision, name, value)
+    if parts.side() == 1 and kind.arrangement == "batch":
+        rows = max(round(ROWS / math.sqrt(pictures)), 2)  # the side of a picture stays, by which the family cuts images
+        vision.patch_size = vision.image_size // min(rows, vision.image_size)
+    if isinstance(family.feature_layer, str):
+        for name in (name for name in family.feature_layer.split("|") if hasattr(config, name)):
+            layers = getattr(config, name)
+            setattr(config, name, -1 if isinstance(layers, int) else [-1] * len(layers))
+    for name in (name for name in vars(config) if name.endswith(("token_id", "token_index"))):
+        if isinstance(getattr(config, name), int):
+            setattr(config, name, VOCABULARY - 2)
     setattr(config, family.image_token, VOCABULARY - 1)
     return config
 
 
-def _random_merges(pictures: int, tokens: int) -> Replay:
-    """In every layer a random half of the A tokens merges, in pictures of the second image a quarter."""
-    generator = np.random.default_rng(0)
-    into_of = []
-    for picture in range(pictures):
-        left, layers = tokens, []
-        for _ in range(LAYERS):
-            partner = generator.integers(0, left // 2, left // 2)  # behind whatever prefix there are so many A and B
-            merges = generator.random(len(partner)) < 0.5 / (1 + picture * BATCH // pictures)
-            into = np.where(merges, partner, -1)
-            left -= int((into >= 0).sum())
-            layers.append(into)
-        into_of.append(tuple(layers))
-    return Replay(tokens, tuple(into_of))
+def _heads_of(parts: Parts) -> str:
+    return parts.tower_kind.heads.removeprefix("config.")
+
+
+class RandomMerges(Reducer):
+    """In every layer a random half of the A tokens merges with random partners, in pictures of the second half of the
+    images a quarter: alike on every device and in every dtype."""
+
+    def in_layer(self, candidates: Candidates) -> Tensor:
+        rows, prefix, similarity = (
+            candidates.state.rows(candidates.windowed).units,
+            candidates.prefix,
+            candidates.similarity,
+        )
+        generator = torch.Generator().manual_seed(candidates.layer)
+        chance, choice = (torch.rand(similarity.shape, generator=generator).to(similarity.device) for _ in range(2))
+        second = candidates.picture * BATCH // len(candidates.tokens)
+        partners = rows.length - prefix - a_count(rows.length, prefix)
+        merges = (similarity > -torch.inf) & (chance < 0.5 / (1 + second[:, None])) & (partners[:, None] > 0)
+        return torch.where(merges, (choice * partners[:, None]).long(), -1)

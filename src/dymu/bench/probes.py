@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,16 +10,15 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from dymu.families.resolve import resolve
 from dymu.hooks.cache import cache_bytes
 from dymu.hooks.versions import cache_of
-from dymu.measure.timing import next_token, now
+from dymu.measure.timing import behind_their_places, next_token, now
 
 Inputs = Mapping[str, Any]
-WORDS = ("input_ids", "attention_mask")
-"""Arguments that belong to the prompt's text."""
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def memory(model: Any, inputs: Inputs) -> tuple[int, int]:
     with _peak(model.device) as peak:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
         stored = cache_bytes(cache_of(output))
-        next_token(model, output, inputs["attention_mask"])
+        next_token(model, output, inputs["attention_mask"], behind_their_places(resolve(model), inputs))
     return peak(), stored
 
 
@@ -82,12 +82,14 @@ def merging(model: Any, inputs: Inputs) -> tuple[float, float]:
 
     hooks = []
     for layer in parts.encoder_layers[: max(parts.feature_layers())]:
-        last = (layer.out, *layer.after_attention)[-1]
-        hooks.append(last.register_forward_hook(attention_ends))
+        modules = [part for part in (layer.out, *layer.after_attention) if isinstance(part, nn.Module)]
+        hooks.append(modules[-1].register_forward_hook(attention_ends))
         hooks.append(layer.norm2.register_forward_pre_hook(mlp_begins, prepend=True))
     try:
+        takes = inspect.signature(type(parts.inner).get_image_features).parameters
+        shown = {name: value for name, value in inputs.items() if name in takes}
         begins = now()
-        model.get_image_features(**{name: value for name, value in inputs.items() if name not in WORDS})
+        parts.inner.get_image_features(**shown)
         whole = now() - begins
     finally:
         for hook in hooks:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dymu.families.resolve import Parts
 
 Part = int | str
 
@@ -46,3 +49,17 @@ def ids(
             words = torch.randint(vocabulary - 1, (batch, count), generator=generator)
             parts.append(words + (words >= image_token))  # any word but the placeholder
     return torch.cat(parts, 1)
+
+
+def inputs_of(parts: Parts, words: Tensor) -> dict[str, Tensor]:
+    """What the model takes for prompts [B, N], but for the pixels: the ids, a mask, and, where it asks for that, which
+    tokens are of images."""
+    import torch
+
+    of_image = (words == parts.placeholders["image"]).long()
+    kinds = {"mm_token_type_ids": of_image, "token_type_ids": of_image}
+    if parts.family.both_ways == "prefix":
+        kinds["token_type_ids"] = torch.zeros_like(words)
+    takes = inspect.signature(type(parts.inner).forward).parameters
+    asked = {name: kind for name, kind in kinds.items() if name in takes}
+    return {"input_ids": words, "attention_mask": torch.ones_like(words), **asked}

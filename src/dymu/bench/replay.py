@@ -7,6 +7,9 @@ layers can go through them again.
 
 The recorded encoder has a class token, which counts where tokens are paired: of the patches, those at an odd index are
 A. Where a tower has none, its k-th tokens of A and of B stand for the recorded k-th ones, one patch away.
+
+Where a model makes one token of several patches, or its layers attend within windows, nothing of that kind was
+recorded. There as many tokens merge as of real photos, and those that the random weights find most similar.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +29,9 @@ from torch import Tensor
 
 from dymu.bench.shapes import file_for, nearest
 from dymu.errors import UnsupportedModel
-from dymu.merging import Layout, a_count, merge_step
+from dymu.merging import Layout, a_count, merge_step, most_similar
 from dymu.reducers import Candidates, Reducer
+from dymu.schedule import removals
 from dymu.token_map import TokenMap
 
 PREFIX = 1
@@ -191,3 +196,31 @@ class Replay(Reducer):
                 row[: len(image[layer])] = torch.from_numpy(image[layer].astype(np.int64)).clamp(max=b_count - 1)
             self._padded[key] = padded.to(partner.device)
         return torch.where(similarity > -torch.inf, self._padded[key], -1)
+
+
+@dataclass(frozen=True)
+class KeepAsMany(Reducer):
+    """Merge each picture to a number of its own, more in late layers, the most similar tokens by the model's weights.
+
+    Args:
+        keep: tokens left of each picture, class token and registers not counted.
+    """
+
+    keep: tuple[int, ...]
+
+    def in_layer(self, candidates: Candidates) -> Tensor:
+        goals = [
+            _left(keep, tokens, candidates.layers)[candidates.layer]
+            for keep, tokens in zip(self.keep, candidates.tokens, strict=True)
+        ]
+        # What windows of an odd number of tokens could not merge is still due.
+        kept = candidates.state.map.kept - candidates.prefix
+        due = (kept - torch.tensor(goals, device=kept.device)).clamp(min=0)
+        return most_similar(due, candidates.similarity, candidates.partner, candidates.picture)
+
+
+@cache
+def _left(keep: int, tokens: int, layers: int) -> list[int]:
+    """Tokens of a picture that are left after each layer."""
+    removed = removals(tokens, keep, layers, "reverse_linear", alike=True)
+    return [round(tokens - gone) for gone in accumulate(removed)]

@@ -21,7 +21,7 @@ import torch
 
 from dymu.bench import probes
 from dymu.bench.check import BATCH, Reference
-from dymu.bench.prompts import PROMPTS, ids, images_in
+from dymu.bench.prompts import PROMPTS, ids, images_in, inputs_of
 from dymu.bench.results import FORMAT, Bench, Cell, Checked, Flops, Measured, continued, save
 from dymu.bench.variants import UNTOUCHED, Variant, variants
 from dymu.bench.workload import Workload, spread
@@ -211,23 +211,31 @@ class _Prompts:
 
     def __init__(self, workload: Workload, cell: Cell, images: Sequence[int], seed: int) -> None:
         self._model = workload.model
-        config = resolve(self._model).language_model.config
-        token = resolve(self._model).placeholders["image"]
+        parts = resolve(self._model)
+        token, vocabulary = parts.placeholders["image"], parts.language_model.config.vocab_size
 
         def inputs(tokens: int, placeholder: bool) -> Inputs:
-            words = ids(cell.prompt, cell.batch, tokens, token, config.vocab_size, placeholder, seed)
-            words = words.to(self._model.device)
-            return {"input_ids": words, "attention_mask": torch.ones_like(words)}
+            words = ids(cell.prompt, cell.batch, tokens, token, vocabulary, placeholder, seed)
+            return inputs_of(parts, words.to(self._model.device))
 
+        counts = workload.kept(cell.budget)
+        self._kept = sum(counts[image] for image in images)
         with _memory_errors():
             self._merging = workload.merging(cell.budget, images)
             self._shown = {**inputs(workload.tokens, True), **workload.shown(images)}
             self._short = inputs(round(fmean(cell.kept)), False)
 
     def run(self, variant: Variant, measure: Callable[[Any, Inputs], Answer]) -> Answer:
-        """Call `measure` with the model, the variant applied to it, and the prompt."""
-        with _memory_errors(), variant.on(self._model, self._merging):
-            return measure(self._model, self._short if variant.floor else self._shown)
+        """Call `measure` with the model, the variant applied to it, and the prompt.
+
+        Raises:
+            ValueError: other tokens are left than the workload says.
+        """
+        with _memory_errors(), variant.on(self._model, self._merging) as handle:
+            measured = measure(self._model, self._short if variant.floor else self._shown)
+            if handle is not None and sum(handle.last.kept) != self._kept:
+                raise ValueError(f"{self._kept} tokens should be left of the images, and there are {handle.last.kept}")
+            return measured
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 from safetensors import safe_open
@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     import torch
 
 FOLDER = Path(__file__).with_name("shapes")
+RECORDED = 576
+"""Tokens of the pictures of which, where units merge, it is taken how many."""
 NEAR = 0.05
 """Largest relative distance of a budget from the recorded one that is used for it."""
+
+T = TypeVar("T", int, float)
 
 
 class Image(msgspec.Struct, frozen=True):
@@ -25,15 +29,23 @@ class Image(msgspec.Struct, frozen=True):
     Attributes:
         pictures: that it is cut into.
         arguments: of the model besides the pixels, for each image.
+        pixels: the shape of its `pixel_values`, whose first axis is joined with other images'; None: the pictures of
+            the size in the vision encoder's config.
+        units: tokens of a picture for the language model, where it regroups patches; None: it gets every patch. Merges
+            were recorded of patches, so where there are units only how many merge is taken from them.
     """
 
     pictures: int = 1
     arguments: dict[str, list[int]] = msgspec.field(name="given", default_factory=dict)
+    pixels: list[int] | None = None
+    units: int | None = None
 
 
 class _File(msgspec.Struct):
     config: dict[str, Any]
     image: Image = Image()
+    published: dict[Literal["encoder", "decoder"], int] = {}
+    """Layers of the model of that name, where the shape may have fewer."""
 
 
 def names() -> list[str]:
@@ -53,14 +65,23 @@ def image(name: str) -> Image:
     return _read(name).image
 
 
+def cut(name: str, layers: Mapping[Literal["encoder", "decoder"], int]) -> str:
+    """In words, what a model of a shape, of so many `layers`, lacks of the model of that name; empty: nothing."""
+    published = _read(name).published
+    return ", ".join(
+        f"{part} {layers[part]} of {count} layers" for part, count in published.items() if layers[part] < count
+    )
+
+
 def check_budget(name: str, budget: int | float) -> None:
     """Raises: BadBudget, where no merges were recorded near it for this shape."""
-    vision = _read(name).config["vision_config"]
-    tokens = (vision["image_size"] // vision["patch_size"]) ** 2
-    file = file_for(tokens)
-    if file.exists():
-        with safe_open(file, "numpy") as merges:
-            nearest(map(int, merges.keys()), tokens, budget, image(name).pictures)
+    vision, shown = _read(name).config["vision_config"], image(name)
+    tokens = shown.units or (vision["image_size"] // vision["patch_size"]) ** 2
+    recorded = tokens if shown.units is None else RECORDED
+    if file_for(recorded).exists():
+        with safe_open(file_for(recorded), "numpy") as merges:
+            kept = [int(kept) * tokens / recorded for kept in merges.keys()]  # noqa: SIM118, it is no mapping
+            nearest(kept, tokens, budget, shown.pictures)
 
 
 def file_for(tokens: int) -> Path:
@@ -68,13 +89,13 @@ def file_for(tokens: int) -> Path:
     return FOLDER.with_name(f"merges-{tokens}.safetensors")
 
 
-def nearest(recorded: Iterable[int], tokens: int, budget: int | float, pictures: int) -> int:
+def nearest(recorded: Iterable[T], tokens: int, budget: int | float, pictures: int) -> T:
     """See `dymu.bench.replay.Recorded.budget_near`, of which this is the part that needs no torch."""
     recorded, full = sorted(recorded), pictures * tokens
     asked = budget * full if isinstance(budget, float) and budget <= 1 else budget
     best = min(recorded, key=lambda one: abs(pictures * one - asked))
     if abs(pictures * best - asked) > NEAR * pictures * best:
-        known = ", ".join(str(pictures * one) for one in recorded)
+        known = ", ".join(f"{pictures * one:.0f}" for one in recorded)
         raise BadBudget(
             f"merges were recorded at {known} of {full} tokens, none of them near {asked:g}; take one of those."
         )

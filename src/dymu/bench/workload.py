@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dymu.bench import shapes
-from dymu.bench.replay import recorded
+from dymu.bench.replay import KeepAsMany, recorded
 from dymu.bench.results import Model
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import resolve
@@ -20,6 +22,7 @@ from dymu.handle import apply, encoder_of, name_of
 from dymu.hooks.trace import pictures_of, trace
 from dymu.measure.provenance import fingerprint, thresholds_hash
 from dymu.media import images as image_files
+from dymu.schedule import fewest
 from dymu.thresholds import Thresholds
 from dymu.token_map import TokenMap
 
@@ -27,7 +30,8 @@ PHOTOS = Path(__file__).with_name("photos")
 CHUNK = 4
 """Photos that are encoded together while only their tokens are counted."""
 SQUARE_PX = 448
-"""Where a model cuts images into tiles, photos are squares of this side, so that all prompts are equally long."""
+"""Where a model cuts images into tiles, or takes pictures of any size, photos are squares of this side, so that all
+prompts are equally long."""
 
 
 class Workload(Protocol):
@@ -72,6 +76,7 @@ class Shape:
     """A shape that comes with the library, with random weights and recorded merges.
 
     Where an image is several pictures, each is merged like another photo: the image's own and those that follow it.
+    Where the model regroups patches, only how many merge is as recorded, see `dymu.bench.replay`.
 
     Raises:
         UnsupportedModel: no merges fit its pictures, or it crops or shrinks its image.
@@ -84,15 +89,20 @@ class Shape:
         parts = resolve(self.model)
         shown = self.shown([0])
         pixels = shown["pixel_values"]
-        pictures = pictures_of(parts, "image", shown, pixels.reshape(-1, *pixels.shape[-3:]))
+        is_cut = parts.tower_kind.arrangement == "packed"
+        pictures = pictures_of(parts, "image", shown, pixels if is_cut else pixels.reshape(-1, *pixels.shape[-3:]))
         rows, columns = pictures.unit_grids[0]
-        patches = rows * columns
-        self._recorded = recorded(patches)
-        unmerged = TokenMap.identity(self._image.pictures, parts.prefix + patches, device)
+        tokens = rows * columns
+        self._recorded = recorded(tokens) if self._image.units is None else recorded()
+        self._scale = tokens / self._recorded.tokens
+        depth = max(parts.feature_layers())
+        self._fewest = math.ceil(fewest(tokens, depth, alike=True))
+        self._cut = shapes.cut(name, {"encoder": depth, "decoder": len(parts.decoder_layers)})
+        unmerged = TokenMap.identity(self._image.pictures, parts.prefix + tokens, device)
         colours = [torch.zeros(3, rows, columns, device=device)] * self._image.pictures
         (item,) = trace(parts, "image", (), shown, pictures, unmerged, colours)
         self.tokens = len(item.leaders)
-        pictured = self._image.pictures * patches
+        pictured = self._image.pictures * tokens
         if item.mixes or int(item.patch.sum()) != pictured:
             raise UnsupportedModel(
                 f"the shape {name} crops or shrinks its image, so recorded merges do not say what is left of it; "
@@ -101,19 +111,22 @@ class Shape:
         self._learned = self.tokens - pictured
 
     def budget(self, asked: int | float) -> int:
-        return self._image.pictures * self._recorded.budget_near(asked, self._image.pictures)
+        return round(self._image.pictures * self._scale * self._near(asked))
 
     def kept(self, budget: int | float) -> list[int]:
-        of_photos = self._recorded.kept(int(budget) // self._image.pictures)
+        of_photos = self._of_photos(budget)
         return [
             self._learned + sum(of_photos[photo] for photo in self._photos(image)) for image in range(len(of_photos))
         ]
 
     def shown(self, images: Sequence[int]) -> dict[str, Tensor]:
-        side, pictures = self.model.config.vision_config.image_size, self._image.pictures
         generator = torch.Generator().manual_seed(0)
-        cut = (len(images),) if pictures == 1 else (len(images), pictures)
-        pixels = torch.randn(*cut, 3, side, side, generator=generator)
+        if self._image.pixels is None:
+            side, pictures = self.model.config.vision_config.image_size, self._image.pictures
+            first, *rest = (1, 3, side, side) if pictures == 1 else (1, pictures, 3, side, side)
+        else:
+            first, *rest = self._image.pixels
+        pixels = torch.randn(len(images) * first, *rest, generator=generator)
         arguments = {
             name: torch.tensor([value] * len(images), device=self.model.device)
             for name, value in self._image.arguments.items()
@@ -122,10 +135,27 @@ class Shape:
 
     def merging(self, budget: int | float, images: Sequence[int]) -> dict[str, Any]:
         photos = [photo for image in images for photo in self._photos(image)]
-        return {"merge": self._recorded.rule(int(budget) // self._image.pictures, photos)}
+        if self._image.units is None:
+            return {"merge": self._recorded.rule(self._near(budget), photos)}
+        of_photos = self._of_photos(budget)
+        return {"merge": KeepAsMany(tuple(of_photos[photo] for photo in photos))}
 
     def describe(self) -> Model:
-        return Model(self.name, "random", "recorded from real photos")
+        recorded_from = "recorded from real photos"
+        if self._image.units is not None:
+            recorded_from = "as many as recorded from real photos, the most similar by these weights"
+        return Model(self.name, f"random, {self._cut}" if self._cut else "random", recorded_from)
+
+    def _near(self, budget: int | float) -> int:
+        """The recorded budget, of one photo, that is nearest to one of an image."""
+        is_part = isinstance(budget, float) and budget <= 1
+        return self._recorded.budget_near(budget if is_part else budget / self._scale, self._image.pictures)
+
+    def _of_photos(self, budget: int | float) -> list[int]:
+        """Tokens left of a picture that merges as each photo did."""
+        if self._image.units is None:
+            return self._recorded.kept(self._near(budget))
+        return [max(round(self._scale * kept), self._fewest) for kept in self._recorded.kept(self._near(budget))]
 
     def _photos(self, image: int) -> list[int]:
         """The photos whose merges the pictures of an image take."""
@@ -148,13 +178,15 @@ class Pretrained:
     ) -> None:
         self.name, self.model = name_of(model), model
         parts = resolve(model)
-        thresholds.check_fits(encoder_of(parts), parts.family.cuts_images)
+        thresholds.check_fits(encoder_of(parts), parts.family.cuts_images, max(parts.prefix, parts.dropped()))
         files = images or [PHOTOS / Path(photo).name for photo in recorded().photos]
         self._photos = [image_files.load(file).image for file in files]
-        self._processor, self._thresholds, self._tiles = processor.image_processor, thresholds, False
-        self._tiles = self._processed([0])["pixel_values"].ndim > 4
-        with torch.inference_mode():
-            self.tokens = len(model.get_image_features(**self.shown([0]), return_dict=True).pooler_output[0])
+        self._processor, self._thresholds, self._inner = processor.image_processor, thresholds, parts.inner
+        own_sizes = parts.family.grid is not None and parts.tower_kind.arrangement != "batch"
+        self._square = parts.family.cuts_images or own_sizes
+        with torch.inference_mode(), apply(model, thresholds, budget=max(thresholds.budgets)) as handle:
+            self._inner.get_image_features(**self.shown([0]))
+            self.tokens = sum(handle.last.original)
         self._counted: dict[int | float, list[int]] = {}
 
     def budget(self, asked: int | float) -> float:
@@ -168,8 +200,8 @@ class Pretrained:
         with apply(self.model, self._thresholds, budget=budget) as handle:
             for start in range(0, len(self._photos), CHUNK):
                 photos = range(start, min(start + CHUNK, len(self._photos)))
-                self.model.get_image_features(**self.shown(photos))
-                kept += handle.last.kept
+                self._inner.get_image_features(**self.shown(photos))
+                kept += np.array(handle.last.kept).reshape(len(photos), -1).sum(1).tolist()
         return kept
 
     def shown(self, images: Sequence[int]) -> dict[str, Tensor]:
@@ -185,9 +217,11 @@ class Pretrained:
 
     def _processed(self, photos: Sequence[int]) -> dict[str, Tensor]:
         pictures: list[Image.Image] = [self._photos[photo] for photo in photos]
-        if self._tiles:
+        if self._square:
             pictures = [ImageOps.fit(picture, (SQUARE_PX, SQUARE_PX)) for picture in pictures]
-        return dict(self._processor(images=pictures, return_tensors="pt"))
+        processed = self._processor(images=[[picture] for picture in pictures], return_tensors="pt")
+        takes = inspect.signature(type(self._inner).get_image_features).parameters
+        return {name: value for name, value in processed.items() if name in takes}
 
 
 def spread(kept: Sequence[int], count: int) -> list[int]:

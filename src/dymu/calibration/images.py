@@ -60,7 +60,8 @@ def calibrate(
         images: a folder, or paths, PIL images, arrays, tensors, bytes or rows of a data set, as `dymu.media.images`
             takes them; gone through once. What cannot be read is skipped, and named in a warning.
         budgets: image tokens (class token and registers not counted) to keep on average, one number or several; a float
-            up to 1 is a fraction of all of them, rounded to whole tokens.
+            up to 1 is a fraction of all of them, rounded to whole tokens. Where images have different numbers of tokens
+            (tiles, native resolution), both are of the mean over images, and large ones keep more.
         schedule: where to merge: `constant`, `linear` or `reverse_linear` (more in later layers; the paper's choice).
         merge_layers: indices of the encoder layers that merge, at the same budgets; None: all. Fewer merges cost
             less time but each takes more tokens at once, see docs/encoder.md.
@@ -74,8 +75,8 @@ def calibrate(
         UnsupportedModel: the model is of no described family.
         BadBudget: a budget is no number, above the number of tokens, or below what halving them in every layer leaves.
         BadOutput: the disk has no room for hidden states.
-        DymuError: no image could be used, the processor makes no pictures or those of several sizes, the model has no
-            such `merge_layers` or does not read them, or it reads several layers and pools what they give.
+        DymuError: no image could be used, the processor makes no pictures or such that the model does not take, the
+            model has no such `merge_layers` or does not read them, or it reads several layers and pools what they give.
         ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
     """
     several = isinstance(budgets, Iterable) and getattr(budgets, "ndim", 1) > 0

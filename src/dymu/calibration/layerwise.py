@@ -141,6 +141,11 @@ def _by_image(batch: Batch, tokens: TokenMap) -> Iterator[tuple[Inputs, slice, T
         yield image, slice(start, end), TokenMap(group, tokens.kept[start:end], tokens.width, tokens.padded)
 
 
+def _budgeted(items: Sequence[Item]) -> int:
+    """Tokens of an image that a budget counts."""
+    return sum(item.budgeted for item in items)
+
+
 class Run:
     """All images on their way through the encoder, layer by layer, by the arithmetic of inference."""
 
@@ -199,7 +204,7 @@ class Run:
             merged = [self._merged(batch, threshold)[1].layout.lengths for batch in batches]
             return [length - self._prefix for lengths in merged for length in lengths]
         traced = (self.items(batch, self._merged(batch, threshold)[1].map) for batch in batches)
-        return [item.budgeted for items in traced for item in items]
+        return [_budgeted(items) for of_images in traced for items in of_images]
 
     def in_prompt(
         self, target: float, batches: Sequence[Batch], threshold: float, sizes: Sizes, spill: Spill
@@ -217,14 +222,14 @@ class Run:
             x, state = self._merged(batch, threshold)
             tokens, hidden = state.map, state.layout.pad(self._layers[-1].feed_forward(x))
             items = self.items(batch, tokens)
-            kept += [item.budgeted for item in items]
+            kept += map(_budgeted, items)
             by_image = list(_by_image(batch, tokens))
             if sizes.mixes:
-                for (image, pictures, merged), item in zip(by_image, items, strict=True):
+                for (image, pictures, merged), of_image in zip(by_image, items, strict=True):
                     features = features_of(
                         self._parts, "image", (), image.kwargs, image.pictures, merged, hidden[pictures]
                     )
-                    images.append(Waiting.put(picture_tokens([item], list(features)), spill))
+                    images.append(Waiting.put(picture_tokens(of_image, list(features)), spill))
             if sizes.videos:
                 # The whole image, which comes first, is what the family would see of a frame.
                 first = [pictures.start for _, pictures, _ in by_image]
@@ -245,12 +250,12 @@ class Run:
 
     def sizes(self, batches: Sequence[Batch]) -> Sizes:
         """How many tokens the images of unmerged batches have."""
-        items = [item for batch in batches for item in self.items(batch, batch.state.map)]
+        items = [of_image for batch in batches for of_image in self.items(batch, batch.state.map)]
         lengths = [length - self._prefix for batch in batches for length in batch.state.layout.lengths]
-        counts = [item.budgeted for item in items]
-        plain = len(lengths) == len(items) and lengths == counts
+        counts = [_budgeted(of_image) for of_image in items]
+        plain = lengths == counts
         parts = self._parts
-        mixes = any(item.mixes for item in items)
+        mixes = any(item.mixes for of_image in items for item in of_image)
         # Where a video says how many patches its frames have, the family shrinks none.
         videos = isinstance(parts, Parts) and "video" in parts.placeholders and parts.family.grid is None
         videos = videos and not parts.pools_with_weights  # type: ignore[union-attr]
@@ -261,16 +266,15 @@ class Run:
             )
         return Sizes(sum(lengths) / len(lengths), counts, plain, mixes, videos)
 
-    def items(self, batch: Batch, tokens: TokenMap) -> list[Item]:
-        """How the images lie in the prompt, once `tokens` of their pictures were merged."""
-        items = list[Item]()
+    def items(self, batch: Batch, tokens: TokenMap) -> list[list[Item]]:
+        """How each image lies in the prompt, once `tokens` of its pictures were merged. Its tiles may be items each."""
+        items = list[list[Item]]()
         for image, _, merged in _by_image(batch, tokens):
-            shown = image.pictures
-            colours = self._colourless(shown)
+            colours = self._colourless(image.pictures)
             if isinstance(self._parts, LoneEncoder):
-                items += encoder.items_of(shown, merged, colours)
+                items.append(encoder.items_of(image.pictures, merged, colours))
             else:
-                items += trace(self._parts, "image", (), image.kwargs, shown, merged, colours)
+                items.append(trace(self._parts, "image", (), image.kwargs, image.pictures, merged, colours))
         return items
 
     def _colourless(self, pictures: Pictures) -> list[Tensor]:

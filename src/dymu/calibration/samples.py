@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dymu.errors import BadImage, DymuError
 from dymu.families.encoders import LoneEncoder
 from dymu.families.resolve import Modality, Parts
-from dymu.files import expanded
+from dymu.files import expanded, first_line
 from dymu.hooks import encoder
 from dymu.hooks.refusals import refuse_absent_patches
 from dymu.hooks.trace import StandIn, pictures_of
@@ -175,25 +175,23 @@ def arguments_for(parts: Parts | LoneEncoder, modality: Modality, processor: Any
         DymuError: something that the model needs is not among it.
     """
     kind, pixels = parts.tower_kind, "pixel_values" if modality == "image" else "pixel_values_videos"
-    names: list[str | None] = [pixels]
     if isinstance(parts, LoneEncoder):
-        method = type(parts.tower).forward
-        names += [kind.shapes, kind.present]
+        takes = inspect.signature(type(parts.tower).forward).parameters
+        needed = [pixels, *(name for name in (kind.shapes, kind.present) if name is not None)]
     else:
-        family = parts.family
-        method = getattr(type(parts.inner), f"get_{modality}_features")
-        names += [None if kind.arrangement == "batch" else family.grid]
-        names += [family.unit if "{modality}" in (family.unit or "") else None]
-        names += ["image_sizes" if family.learned and modality == "image" else None]
-    needed = [name.format(modality=modality) for name in names if name is not None]
+        takes = inspect.signature(getattr(type(parts.inner), f"get_{modality}_features")).parameters
+        needed = [name for name, taken in takes.items() if taken.default is inspect.Parameter.empty and taken.kind < 2]
+        needed = needed[1:]  # without self
+        if parts.family.grid is not None and kind.arrangement != "batch":
+            needed.append(parts.family.grid.format(modality=modality))
     missing = [name for name in needed if name not in processed]
     if missing:
         raise DymuError(
             f"a {type(processor).__name__} makes no {' and no '.join(missing)}, which this model needs: give the "
             "model's own processor, as AutoProcessor.from_pretrained gives it."
         )
-    like, takes = next(parts.tower.parameters()), {pixels, *inspect.signature(method).parameters}
-    arguments = {key: value for key, value in processed.items() if key in takes}
+    like = next(parts.tower.parameters())
+    arguments = {key: value for key, value in processed.items() if key in takes or key == pixels}
     arguments = {key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
     return {**arguments, pixels: arguments[pixels].to(like.dtype)}
 
@@ -301,26 +299,29 @@ class Samples:
             return None
         parts = self._parts
         kwargs = arguments_for(parts, "image", self._processor, self._processor(images=[image], return_tensors="pt"))
-        pixels = kwargs["pixel_values"]
-        windows: list[Tensor | None] = [None]
+        pixels, segments = kwargs["pixel_values"], parts.tower_kind.segments
+        try:
+            one = segments is None or isinstance(parts, LoneEncoder)
+            layers = [_first_layer(parts, kwargs)] if one else _all_layers(parts, kwargs)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise DymuError(
+                f"the model does not take what a {type(self._processor).__name__} makes of {name} "
+                f"({first_line(error)}); give the model's own processor, as AutoProcessor.from_pretrained gives it."
+            ) from error
+        x, others = layers[0]
         if isinstance(parts, LoneEncoder):
-            x, named_as = _first_layer(parts, kwargs)
             pictures = encoder.pictures_of(parts, pixels.shape, kwargs)
             x = x[:, : parts.prefix + math.prod(pictures.grids[0])]
         else:
-            segments = parts.tower_kind.segments
-            layers = [_first_layer(parts, kwargs)] if segments is None else _all_layers(parts, kwargs)
-            x, named_as = layers[0]
             pictures = pictures_of(parts, "image", kwargs, shape_only(len(x), *pixels.shape[-3:]))
-            if segments is not None:
-                windows = [pictures.window(of_layer[segments]) for _, of_layer in layers]
+        windows = [None if segments is None else pictures.window(of_layer[segments]) for _, of_layer in layers]
         kwargs["pixel_values"] = shape_only(*pixels.shape, device=pixels.device)
         windowed = [window is not None for window in windows] * (max(parts.feature_layers()) // len(windows))
         return Embedded(
             images=[Inputs({key: _without_memory(value) for key, value in kwargs.items()}, pictures)],
             pictures=pictures,
             x=x,
-            angles=named_as.get(parts.tower_kind.angles or ""),
+            angles=others.get(parts.tower_kind.angles or ""),
             window=next((window for window in windows if window is not None), None),
             windowed=tuple(windowed),
         )

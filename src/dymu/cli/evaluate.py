@@ -116,7 +116,7 @@ def evaluate(
         from dymu.evaluation.run import full_tokens
     with out.during(f"loading {named.name}"):
         loaded = models.load(named, device, dtype)
-    full = full_tokens(loaded.model, loaded.processor, calibrated)
+    full = full_tokens(loaded.model, loaded.processor, calibrated, tasks)
     rows = rows_for(
         [max(round(each * full if isinstance(each, float) and each <= 1 else each), 1) for each in budgets],
         [item.value for item in method], [item.value for item in unmerge], schedules or ["constant"],

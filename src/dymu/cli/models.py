@@ -214,18 +214,20 @@ def _not_loaded(name: str, error: Exception) -> BadModel:
     return BadModel(f"{name} is no folder here, and the hub did not give it ({why}): check its name.")
 
 
-def ask(loaded: Loaded, shown: Any, question: str) -> dict[str, Any]:
-    """What the model takes for one image, or the frames of a video, and one question."""
+def ask(loaded: Loaded, shown: Any, question: str, fps: float | None = None) -> dict[str, Any]:
+    """What the model takes for one image, or the frames of a video (so many per second), and one question."""
     from dymu.families.resolve import resolve
     from dymu.prompting import inputs_for, video_inputs_for
 
     if not isinstance(shown, list):
         what, inputs = "the image", inputs_for(loaded.model, loaded.processor, [([shown], question)])
     elif "video" in resolve(loaded.model).placeholders:
-        what, inputs = f"{len(shown)} frames", video_inputs_for(loaded.model, loaded.processor, shown, question)
+        what = f"{len(shown)} frames"
+        inputs = video_inputs_for(loaded.model, loaded.processor, shown, question, fps)
     else:
         raise BadModel(NO_VIDEOS)
-    tokens, limit = inputs["input_ids"].shape[1], loaded.model.config.get_text_config().max_position_embeddings
+    tokens = inputs["input_ids"].shape[1]
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", tokens)
     if tokens > limit:
         raise BadPrompt(
             f"{what} and the question make a prompt of {tokens:,} tokens, more than the {limit:,} that the language "

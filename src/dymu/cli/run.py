@@ -111,7 +111,7 @@ def run(
     with out.during(f"loading {named.name}"):
         loaded = models.load(named, device, dtype)
     with dymu.apply(loaded.model, calibrated, budget=budget, per_second=per_second) as handle:
-        inputs = models.ask(loaded, shown, question)
+        inputs = models.ask(loaded, shown, question, picture.fps if moves else None)
         with out.during("answering"):
             answer, cache_bytes = models.answer(loaded, inputs, max_new_tokens)
         report = handle.last
@@ -153,8 +153,9 @@ def _drawing(report: Any, shown: Any, path: Path, fps: float | None) -> Callable
     try:
         if isinstance(shown, list) and path.suffix.lower() in ANIMATED:
             frames = report.draw_frames(shown)
-            return lambda target: save_animation(frames, target, fps or 2.0)
-        drawn = report.draw(shown)
+            rate = (fps or 2.0) * len(frames) / len(shown)
+            return lambda target: save_animation(frames, target, rate)
+        drawn = report.draw(shown, slice(None))
         return lambda target: drawn.save(target)
     except ValueError as error:  # it finds each patch in the image by its colours, and there may be none
         raise errors.BadOutput(f"what merged cannot be drawn: {errors.one_line(error)}.") from error

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -36,24 +36,22 @@ def inspect(
 
 @app_command(ABOUT, "dymu families")
 def families(as_json: Json = False, debug: Debug = False) -> None:
-    """List the model families that dymu knows."""
-    from dymu.families import FAMILIES
+    """List the model families that dymu knows, what they may hold, and what is not supported."""
+    from dymu.families import listing
 
-    known: list[dict[str, Any]] = [
-        {
-            "model_type": model_type,
-            "videos": family.video_token is not None,
-            "towers": [name for tower in family.towers for name in tower.model_types],
-            "decoders": [name for decoder in family.decoders for name in decoder.model_types],
-        }
-        for model_type, family in sorted(FAMILIES.items())
-    ]
+    version = metadata.version("transformers")
 
-    listed = table("model type", "videos", "vision towers", "language models", numbers=False)
-    for family in known:
-        videos = "yes" if family["videos"] else "–"
-        listed.add_row(family["model_type"], videos, ", ".join(family["towers"]), ", ".join(family["decoders"]))
-    Output(as_json).result({"families": known}, lambda: [listed])
+    def for_people() -> Iterator[Any]:
+        known = table(*listing.HEADER, numbers=False)
+        for line in listing.listed(version):
+            known.add_row(*line)
+        yield known
+        yield ""
+        yield f"Plain language models: {listing.plain_decoders()}."
+        for phrase, families in listing.limits().items():
+            yield f"{', '.join(families)}: {phrase}."
+
+    Output(as_json).result({"transformers": version, "families": listing.data(version)}, for_people)
 
 
 @app_command(ABOUT, "dymu env --json")

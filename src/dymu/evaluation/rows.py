@@ -10,7 +10,7 @@ from typing import Any
 
 from dymu.errors import BadBudget, UnsupportedModel
 from dymu.evaluation.methods import METHODS, Row, check_names
-from dymu.families.resolve import resolve
+from dymu.families.resolve import find, resolve
 from dymu.handle import Handle, applied
 from dymu.thresholds import Thresholds
 
@@ -30,11 +30,12 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
     """
     check_names([row.method], [row.unmerge])
     method, parts = METHODS[row.method], resolve(model)
-    if parts.family.cuts_images and not method.of_images:
+    one_size = parts.tower_kind.arrangement == "batch" and not parts.cuts_images and parts.family.unit is None
+    if not one_size and not method.of_images:
         others = ", ".join(name for name, other in METHODS.items() if other.of_images)
         raise UnsupportedModel(
-            f"{row.method} keeps a number of tokens of each picture, and this model cuts images into several; "
-            f"compare some of {others}."
+            f"{row.method} sets one size for every picture, and this model cuts images into several, takes them as "
+            f"large as they are, or makes one token of several patches; compare some of {others}."
         )
     if row.budget > tokens:
         raise BadBudget(f"a budget of {row.budget} is more than the {tokens} image tokens that there are; take less.")
@@ -84,7 +85,7 @@ def _smaller(model: Any, processor: Any, side: int) -> Iterator[None]:
     """Show the stock model images of `side` x `side` patches, with interpolated position embeddings."""
     parts = resolve(model)
     images = processor.image_processor
-    crop, patch = getattr(images, "crop_size", None), parts.tower.config.patch_size
+    crop, patch = getattr(images, "crop_size", None), find(parts.tower, parts.tower_kind.patch_size)
     size = images.size
     if size is None or not {"shortest_edge", "height"} & set(dict(size)):
         raise UnsupportedModel("this image processor has no fixed size that could be made smaller.")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 from PIL import Image
@@ -38,8 +37,11 @@ from dymu.measure.progress import Bar
 from dymu.measure.provenance import device_name, fingerprint, short_hash, thresholds_hash, versions
 from dymu.measure.results import BadResults
 from dymu.measure.times import Cost
-from dymu.prompting import Answer, answers, check_question, image_tokens, inputs_for
+from dymu.prompting import Answer, answers, check_question, image_tokens, inputs_for, items_by_prompt
 from dymu.thresholds import Thresholds
+
+SAMPLE = 16
+"""Examples of a task whose images say how many tokens an image has, where that differs and nothing else says it."""
 
 
 def evaluate(
@@ -90,7 +92,7 @@ def evaluate(
     by_schedule = {calibrated.schedule or "": calibrated for calibrated in thresholds}
     check_tasks(tasks)
     lengths = {escaped(task.name): length_of(task, limit) for task in tasks}
-    tokens = full_tokens(model, processor, by_schedule.values())
+    tokens = full_tokens(model, processor, by_schedule.values(), tasks)
     for row in rows:
         check(row, model, tokens, by_schedule)
     header = Header(
@@ -132,17 +134,32 @@ def evaluate(
     return file.results
 
 
-def full_tokens(model: PreTrainedModel, processor: Any, thresholds: Iterable[Thresholds] = ()) -> int:
+def full_tokens(
+    model: PreTrainedModel, processor: Any, thresholds: Iterable[Thresholds] = (), tasks: Iterable[Task] = ()
+) -> int:
     """Image tokens of one image before any merging, without class token and registers, which no budget counts.
 
-    Where images are cut into tiles, this is the mean over the images that the thresholds were calibrated on.
+    Where images have different numbers of tokens (tiles, native resolution), this is the mean over the images that the
+    thresholds were calibrated on, or else over the first ones of the tasks.
     """
     for calibrated in thresholds:
         if calibrated.image_tokens is not None:
             return round(calibrated.image_tokens)
-    parts = resolve(model)
-    inputs = inputs_for(model, processor, [([Image.new("RGB", (64, 64))], "?")])
-    return image_tokens(model, inputs)[0] - max(parts.prefix - parts.dropped(), 0)
+    parts, shown = resolve(model), list[Image.Image]()
+    if parts.cuts_images or parts.tower_kind.arrangement != "batch":
+        shown = [image for task in tasks for image in _first_images(task)]
+    each = [([image], "?") for image in shown or [Image.new("RGB", (64, 64))]]
+    counts = [image_tokens(model, inputs_for(model, processor, [one]))[0] for one in each]
+    return round(sum(counts) / len(counts)) - max(parts.prefix - parts.dropped(), 0)
+
+
+def _first_images(task: Task) -> list[Image.Image]:
+    """The images of the first `SAMPLE` examples of a task that can be read."""
+    images = list[Image.Image]()
+    for index in range(length_of(task, SAMPLE)):
+        with suppress(BadImage, BadQuestion):
+            images += example_of(task, index).images
+    return images
 
 
 @dataclass
@@ -197,8 +214,8 @@ class _Batch:
                 if handle is None:
                     kept = image_tokens(asker.model, inputs)
                 else:
-                    left = iter(handle.last.kept)
-                    kept = [sum(islice(left, len(example.images))) for example in self.examples.values()]
+                    of_prompts = items_by_prompt(asker.model, inputs, handle.last.items)
+                    kept = [sum(item.kept for item in items) for items in of_prompts]
                 kl = divergences(asker.model, untouched, lines, self.inputs_of)
         answers = Answers(
             answers=[line.text for line in lines],

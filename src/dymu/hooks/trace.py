@@ -159,7 +159,8 @@ def features_of(
     if modality == "video" and pooler is not None and parts.family.pooler is not None:
         replaced: Modules = {parts.family.pooler: lambda _: pooler(expand(merged))}
     else:
-        replaced = {parts.family.projector: lambda _: expand(projector(merged))}
+        assert projector is not None
+        replaced = {parts.family.projector or "": lambda _: expand(projector(merged))}
     nothing = hidden.new_zeros(()).expand(pictures.layout(hidden.device).total, hidden.shape[-1])
     return _family_code(parts, modality, args, kwargs, pictures, nothing, replaced)
 

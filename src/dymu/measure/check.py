@@ -18,7 +18,7 @@ from dymu.files import first_line
 from dymu.handle import apply, handle_of
 from dymu.hooks.cache import cache_bytes
 from dymu.hooks.versions import cache_of
-from dymu.prompting import generate, inputs_for
+from dymu.prompting import generate, inputs_for, items_by_prompt
 from dymu.reducers import FixedMerge
 
 IN_FULL = (1e-5, 1e-4)
@@ -162,12 +162,14 @@ class _Tried:
     def _same_in_batch(self) -> str:
         together = self._prompts(self._asked)
         with apply(self._model, merge=HALF) as handle:
-            logits, groups = self._forward(together).logits, [handle.last.group(row).cpu() for row in range(2)]
+            logits = self._forward(together).logits
+            items = items_by_prompt(self._model, together, handle.last.items)
             seen, worst = "other tokens merge than alone, as rounding may in half precision", -1.0
             for row, asked in enumerate(self._asked):
                 alone = self._prompts([asked])
                 expected = self._forward(alone).logits[0]
-                if not torch.equal(handle.last.group(0).cpu(), groups[row]):
+                pairs = zip(handle.last.items, items[row], strict=True)
+                if not all(torch.equal(item.group, beside.group) for item, beside in pairs):
                     if not self._half:
                         raise _Differs(f"in row {row + 1} other tokens merge than alone")
                     continue
@@ -181,7 +183,8 @@ class _Tried:
         with apply(self._model, merge=HALF) as handle:
             cache = cache_of(self._forward())
             stored, length = cache_bytes(cache), self._inputs["input_ids"].shape[1]
-            seen = f"{stored:,} of {full:,} bytes, for {handle.last.kept[0]} of {handle.last.original[0]} image tokens"
+            kept, original = sum(handle.last.kept), sum(handle.last.original)
+            seen = f"{stored:,} of {full:,} bytes, for {kept} of {original} image tokens"
             if not stored < full or stored != handle.last.cache_bytes:
                 raise _Differs(f"{seen}; reported are {handle.last.cache_bytes:,}")
             if cache.get_seq_length() != length:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dymu.families.resolve import resolve
+from dymu.families.resolve import Parts, resolve
 from dymu.handle import Handle
+from dymu.hooks.call import PIXELS
 from dymu.hooks.versions import going_on
 from dymu.measure.times import Times
 
@@ -29,17 +30,18 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> Times:
     def mark(*_: Any) -> None:
         language_model_begins.append(now())
 
+    parts = resolve(model)
     # The first of its hooks, so that what DyMU does to the prompt counts as prefill.
-    hook = resolve(model).language_model.register_forward_pre_hook(mark, prepend=True)
+    hook = parts.language_model.register_forward_pre_hook(mark, prepend=True)
     begins = now()
     try:
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     finally:
         hook.remove()
     prefilled = now()
-    mask = inputs["attention_mask"]
+    mask, behind = inputs["attention_mask"], behind_their_places(parts, inputs)
     for _ in range(DECODE_STEPS):
-        output, mask = next_token(model, output, mask)
+        output, mask = next_token(model, output, mask, behind)
     ends = now()
     return Times(
         encoder_ms=1e3 * (language_model_begins[0] - begins),
@@ -48,11 +50,33 @@ def measure(model: nn.Module, inputs: Mapping[str, Any]) -> Times:
     )
 
 
-def next_token(model: nn.Module, output: Any, mask: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Run the likeliest token after `output`, whose mask is [B, N]; return the new output and its mask [B, N + 1]."""
+def next_token(
+    model: nn.Module, output: Any, mask: torch.Tensor, behind: torch.Tensor | None = None
+) -> tuple[Any, torch.Tensor]:
+    """Run the likeliest token after `output`, whose mask is [B, N]; return the new output and its mask [B, N + 1].
+
+    Args:
+        behind: see `behind_their_places`.
+    """
     mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
     words = output.logits[:, -1:].argmax(-1)
-    return model(input_ids=words, attention_mask=mask, use_cache=True, **going_on(model, output)), mask
+    named = {} if behind is None else {"position_ids": mask.sum(1, keepdim=True) - 1 + behind}
+    return model(input_ids=words, attention_mask=mask, use_cache=True, **going_on(model, output), **named), mask
+
+
+def behind_their_places(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """int64 [B, 1]: how far the positions of what follows the prompt of the last call are from its places, for models
+    whose positions have several axes; others count by themselves.
+
+    Args:
+        inputs: of that call.
+    """
+    if parts.decoder_kind.axes == 1:
+        return None
+    shows = any(inputs.get(name) is not None for name in PIXELS)
+    remembered = [getattr(parts.inner, name) for name in parts.family.remembers] if shows else []
+    behind: torch.Tensor = remembered[0] if remembered else inputs["attention_mask"].new_zeros(1, 1)
+    return behind
 
 
 def measure_repeatedly(

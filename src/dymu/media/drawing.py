@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +82,50 @@ def draw_seen(group: Labels, seen: Pixels) -> Image.Image:
     return Image.fromarray(_outline(_fill(pixels, labels, group), labels))
 
 
+def blended(images: Sequence[Image.Image]) -> Image.Image:
+    """What an encoder that sees several frames at once sees: their mean."""
+    if len(images) == 1:
+        return images[0]
+    pixels = [np.asarray(load(image).image, dtype=np.float32) for image in images]
+    return Image.fromarray(np.mean(pixels, 0).round().astype(np.uint8))
+
+
+def arranged(image: Image.Image, seen: Sequence[Pixels]) -> tuple[int | None, int]:
+    """How some pictures of one size make up an image, that were cut from it row by row.
+
+    Args:
+        seen: [rows, columns, 3] of each, the patches as the encoder saw them.
+
+    Returns:
+        Which of them is no tile but the whole image, the last or the first one, or none; and the rows of tiles.
+
+    Raises:
+        BadImage: the image cannot be used at all.
+        ValueError: it is not the one that was seen.
+    """
+    picture = load(image).image
+    best: tuple[int | None, int] = (None, 1)
+    alike = 0.0
+    for whole in (len(seen) - 1, 0, None):
+        tiles = [tile for number, tile in enumerate(seen) if number != whole]
+        for rows in (rows for rows in range(1, len(tiles) + 1) if len(tiles) % rows == 0):
+            columns = len(tiles) // rows
+            put = [np.concatenate(tiles[row * columns :][:columns], 1) for row in range(rows)]
+            here = likeness(picture, Fit("squash", (0, 0, 1, 1)), np.concatenate(put))
+            if here > alike + 1e-4:
+                best, alike = (whole, rows), here
+    _refuse_other(alike)
+    return best
+
+
+def _refuse_other(alike: float) -> None:
+    if alike < _ALIKE:
+        raise ValueError(
+            "this is not the image that the model saw: squashed, cropped or padded, its colours lie elsewhere; "
+            "give the image of the last call, and its number where the call had several"
+        )
+
+
 def fits(width: int, height: int, aspect: float) -> Iterator[Fit]:
     """The ways in which processors fit an image into a picture that is `aspect` times as wide as high."""
     yield Fit("squash", (0, 0, 1, 1))
@@ -121,11 +165,7 @@ def _recognise(image: Image.Image, seen: Pixels, covered: tuple[float, float]) -
             here = likeness(picture, fit, seen)
             if here > alike + 1e-4:
                 best, alike = (picture, fit), here
-    if alike < _ALIKE:
-        raise ValueError(
-            "this is not the image that the model saw: squashed, cropped or padded, its colours lie elsewhere; "
-            "give the image of the last call, and its number where the call had several"
-        )
+    _refuse_other(alike)
     return best
 
 

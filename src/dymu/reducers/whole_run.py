@@ -18,10 +18,14 @@ class WholeRun(EncoderRun):
     """One batch of pictures in an encoder by itself: what a layer gives are copies of the merged tokens at all places.
 
     So hidden states, norms, pooling, and whoever else reads what a layer gives, find stock shapes.
+
+    Args:
+        padded: whether padding may follow the patches of a picture.
     """
 
-    def __init__(self, reducer: Reducer, depth: int, shown: Shown, pictures: Pictures) -> None:
+    def __init__(self, reducer: Reducer, depth: int, shown: Shown, pictures: Pictures, padded: bool) -> None:
         super().__init__(reducer, depth, shown, pictures)
+        self._padded = padded
         self._places = 0
         self._copies = self._merged = torch.empty(0)
         self._version: int | None = None
@@ -62,9 +66,8 @@ class WholeRun(EncoderRun):
     def _begin(self, x: Tensor) -> Tensor:
         """The tokens of all pictures as they travel."""
         layout = self.pictures.layout(x.device)
-        batch, self._places = x.shape[:2]
-        ragged = layout.packed or self._places > layout.longest
-        if batch != layout.batch or self._places < layout.longest or (ragged and self.prefix):
+        self._places = x.shape[1]
+        if self._places < layout.longest or (self._places > layout.longest and not self._padded):
             raise UnsupportedModel(
                 f"{self._places} tokens of each picture enter the encoder's first layer, and not the {layout.longest} "
                 "that its pixels have: it drops patches (patch dropout in training), pads pictures, or makes its "
