@@ -32,6 +32,7 @@ from dymu.evaluation.tables import (
     provenance,
     series,
 )
+from dymu.families import listing
 from dymu.measure.markdown import markdown
 from experiments import tables as studies
 
@@ -40,12 +41,16 @@ PAGES = tuple(
     for page in (
         "README.md",
         "models/demo/README.md",
-        *(f"docs/{page}.md" for page in ("how-it-works", "evidence", "speed", "encoder", "memory")),
+        *(f"docs/{page}.md" for page in ("how-it-works", "evidence", "speed", "encoder", "memory", "families")),
         *(f"experiments/{page}.md" for page in ("saliency", "legibility")),
     )
 )
 BENCH_SHORT = "bench-llava-1.5-shape-0.5b.json"
 BENCH_OF_TILES = "bench-llava-onevision-0.5b.json"
+BENCH_OF_FAMILIES = (
+    "bench-smolvlm-256m.json", "bench-internvl3-1b.json", "bench-qwen3-vl-2b.json", "bench-qwen2.5-vl-3b.json",
+    "bench-gemma3-4b.json",
+)  # fmt: skip
 EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
 METHODS = EVALUATION.with_name("methods.jsonl")
 
@@ -64,13 +69,59 @@ def kept_tokens() -> str:
 
 
 def bench() -> str:
-    """Times and bytes as parts of the untouched model's, of every `bench-….json` but that of `bench_tiles`."""
-    return "\n\n".join(_bench(path) for path in sorted(RESULTS.glob("bench-*.json")) if path.name != BENCH_OF_TILES)
+    """Times and bytes as parts of the untouched model's, of every `bench-….json` that no other table is of."""
+    elsewhere = (BENCH_OF_TILES, *BENCH_OF_FAMILIES)
+    return "\n\n".join(_bench(path) for path in sorted(RESULTS.glob("bench-*.json")) if path.name not in elsewhere)
 
 
 def bench_tiles() -> str:
     """The same of a model that cuts images into tiles."""
     return _bench(RESULTS / BENCH_OF_TILES)
+
+
+def bench_families() -> str:
+    """What DyMU costs in models of other families, a line for each budget and batch."""
+    measured = [load_bench(RESULTS / name) for name in BENCH_OF_FAMILIES if (RESULTS / name).exists()]
+    rows = [
+        [results.model.name, results.model.weights.removeprefix("random").strip(", ") or "all layers",
+         _tokens(cell, results), str(cell.batch), *_ratios(line),
+         f"{line.cache_bytes / cell.lines[0].cache_bytes:.2f}"]
+        for results in measured
+        for cell in summarise_bench(results)
+        for line in cell.lines
+        if line.variant.backend and line.variant.cache == "merged" and line.ratios
+    ]  # fmt: skip
+    header = ["shape", "of it", "image tokens", "batch", *PARTS.values(), "KV cache"]
+    made = "\n".join(f"<sub>{bench_tables.provenance(results)}</sub>\n" for results in measured)
+    return f"{markdown(header, rows)}\n\n{made}".rstrip()
+
+
+def families() -> str:
+    """What each family may hold and takes."""
+    lines = [[_code(line[0]), *line[1:-2], *map(_codes, line[-2:])] for line in listing.listed()]
+    return markdown(listing.HEADER, lines)
+
+
+def family_limits() -> str:
+    """What is not supported, or may surprise, and where."""
+    return "\n".join(f"* {', '.join(map(_code, names))}: {phrase}." for phrase, names in listing.limits().items())
+
+
+def plain_decoders() -> str:
+    """The language models that `families` calls plain."""
+    return f"Plain language models are {_codes(listing.plain_decoders())}."
+
+
+def _codes(names: str) -> str:
+    """Names as code, but for words in between."""
+    words = names.removeprefix("any plain one")
+    begin, words = names[: len(names) - len(words)], words.removeprefix(" but ")
+    but = " but " if begin and words else ""
+    return begin + but + ", ".join(_code(name) for name in words.split(", ") if name)
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
 
 
 def bench_short() -> str:
@@ -302,7 +353,8 @@ def _percent(share: Share) -> str:
 
 
 FUNCTIONS = (
-    kept_tokens, bench, bench_short, bench_tiles, tiles, layer_prefill, layer_decode, memory, accuracy,
+    kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, tiles,
+    layer_prefill, layer_decode, memory, accuracy,
     accuracy_short, accuracy_by_kind, compact, methods, dynamic, costs_of_methods, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}

@@ -1,9 +1,11 @@
 """The bench measures what it says, refuses what is wrong, and its merges are those of real photos."""
 
+import copy
 import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -29,6 +31,7 @@ from dymu.bench.workload import PHOTOS, Pretrained, Shape, spread
 from dymu.cli import main
 from dymu.errors import AlreadyApplied, BadBudget, UnsupportedModel
 from dymu.families.resolve import resolve
+from dymu.handle import encoder_of
 from dymu.measure import timing
 from dymu.measure.costs import ATTENTION_FLOPS
 from dymu.measure.provenance import short_hash
@@ -487,7 +490,116 @@ def test_shapes_are_models_that_dymu_knows(name):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(shapes.config(name))
     parts = resolve(model)
-    vision = model.config.vision_config
-    records = recorded((vision.image_size // vision.patch_size) ** 2)
-    records.rule(min(records.into), [0]).check_fits(max(parts.feature_layers()), records.tokens)
+    vision, depth = model.config.vision_config, max(parts.feature_layers())
+    if shapes.image(name).units is None:
+        records = recorded((vision.image_size // vision.patch_size) ** 2)
+        records.rule(min(records.into), [0]).check_fits(depth, records.tokens)
     assert parts.prefix == parts.dropped()
+    file = json.loads((shapes.FOLDER / f"{name}.json").read_text())
+    layers = {"encoder": len(parts.encoder_modules), "decoder": len(parts.decoder_layers)}
+    assert all(layers[part] <= count for part, count in file.get("published", layers).items())
+
+
+REGROUPING = ("smolvlm-256m", "internvl3-1b", "qwen2.5-vl-3b", "qwen3-vl-2b", "gemma3-4b")
+"""Shapes whose models make one token of several patches."""
+
+
+def narrow(name):
+    """The file of a shape with the same picture, heads and angles, and next to nothing else."""
+    file = copy.deepcopy(shapes._read(name))
+    vision, text = file.config["vision_config"], file.config["text_config"]
+    size = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    heads = text["num_attention_heads"] // text["num_key_value_heads"]
+    text |= {"hidden_size": size * heads, "intermediate_size": 64, "head_dim": size, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": 1}
+    if "layer_types" in text:
+        text["layer_types"] = list(dict.fromkeys(text["layer_types"]))
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "num_attention_heads": 2}
+    vision.update({setting: value for setting, value in small.items() if setting in vision})
+    if "out_hidden_size" in vision:
+        vision["out_hidden_size"] = size * heads
+    if name == "gemma3-4b":  # 64 x 64 patches take their time
+        vision["patch_size"], file.config["mm_tokens_per_image"] = 28, 64
+        file.image = msgspec.structs.replace(file.image, units=64)
+    return file
+
+
+@pytest.fixture(scope="module", params=REGROUPING)
+def regrouping(request):
+    files = {request.param: narrow(request.param)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "_read", files.__getitem__)
+        yield Shape(request.param, torch.device("cpu"), torch.float32)
+
+
+def test_a_picture_of_units_keeps_as_many_as_a_photo(regrouping):
+    records = recorded()
+    for asked, near in ((0.15, 89), (0.3, 173)):
+        budget = regrouping.budget(asked)
+        part = budget / regrouping.tokens
+        assert part == pytest.approx(near / records.tokens, rel=0.03)
+        assert regrouping.budget(budget) == budget
+        kept = regrouping.kept(budget)
+        assert np.mean(kept) / regrouping.tokens == pytest.approx(part, rel=0.06)
+        assert len(set(kept)) > 3
+    with dymu.apply(regrouping.model, **regrouping.merging(budget, [18, 4])) as handle:
+        regrouping.model.get_image_features(**regrouping.shown([18, 4]))
+        assert handle.last.kept == [kept[18], kept[4]]
+        assert handle.last.original == [regrouping.tokens] * 2
+    with pytest.raises(BadBudget, match="merges were recorded at"):
+        regrouping.budget(0.9)
+
+
+def test_a_shape_of_units_is_measured(regrouping, tmp_path):
+    held = bench(regrouping, tmp_path / "b.json", budgets=[0.3], batches=[2], backends=["sdpa"], repeats=1)
+    (cell,) = held.cells
+    assert held.checks[DYMU].error < 1e-5
+    refused = held.checks[AUTHORS.name].error is None
+    assert refused == (regrouping.name == "gemma3-4b")
+    assert refused or held.checks[AUTHORS.name].error < 1e-5
+    timed = [name for name, measured in cell.variants.items() if measured.prefill_ms]
+    assert timed == [UNTOUCHED.name, DYMU, *([] if refused else [AUTHORS.name]), FLOOR.name]
+    text = sum(part for part in PROMPTS["image-text"] if part != "image")
+    stored = {name: cell.variants[name].cache_bytes for name in (DYMU, UNTOUCHED.name)}
+    assert stored[DYMU] * (text + held.full_tokens) == stored[UNTOUCHED.name] * (text + max(cell.kept))
+    assert cell.flops["dymu"].encoder_flops < cell.flops["untouched"].encoder_flops
+    assert 0 < cell.variants[DYMU].merge_ms < cell.variants[DYMU].merge_of_ms
+    said = page(held)
+    assert "decoder 2 of " in said
+    assert "merges: as many as recorded from real photos, the most similar by these weights" in said
+    (row,) = [line for line in overview(held).splitlines() if f"| {DYMU} |" in line]
+    assert f"{np.mean(cell.kept):.0f} of {regrouping.tokens}" in row
+
+
+def test_other_counts_than_the_workload_says_are_no_measurement(workload, tmp_path, monkeypatch):
+    monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
+    right = workload.kept(89)
+    monkeypatch.setattr(workload, "kept", lambda _: [count + 1 for count in right])
+    with pytest.raises(ValueError, match="tokens should be left of the images"):
+        bench(workload, tmp_path / "b.json", budgets=[89], backends=["sdpa"], repeats=1)
+
+
+def test_budgets_of_units_are_checked_without_torch():
+    for name in REGROUPING:
+        shapes.check_budget(name, 0.15)
+        with pytest.raises(BadBudget, match="none of them near"):
+            shapes.check_budget(name, 0.9)
+
+
+@pytest.mark.parametrize("family", ["internvl", "smolvlm", "qwen2_5_vl", "mistral3"])
+def test_a_model_of_units_with_weights_of_its_own(tmp_path, family, monkeypatch):
+    monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
+    monkeypatch.setattr("dymu.bench.workload.SQUARE_PX", 56)
+    model = tiny.build(family)
+    processor = SimpleNamespace(image_processor=tiny.processor(family))
+    thresholds = Thresholds(
+        (Calibrated(9, (0.5,) * tiny.LAYERS), Calibrated(36, (2.0,) * tiny.LAYERS)), encoder=encoder_of(resolve(model))
+    )
+    held = bench(
+        Pretrained(model, processor, thresholds), tmp_path / "b.json", budgets=[9], batches=[2], backends=["sdpa"],
+        repeats=1,
+    )  # fmt: skip
+    (cell,) = held.cells
+    assert len(cell.kept) == 2
+    assert max(cell.kept) < held.full_tokens
+    assert cell.variants[DYMU].cache_bytes < cell.variants[UNTOUCHED.name].cache_bytes

@@ -284,7 +284,7 @@ def test_drawings_are_whole_or_not_there(refused, folder, photo, tmp_path, monke
 
 
 def test_an_image_that_cannot_be_drawn_on_is_refused(refused, folder, photo, tmp_path, monkeypatch):
-    def lost(report, image):
+    def lost(report, image, i):
         raise ValueError("this is not the image that the model saw")
 
     monkeypatch.setattr(dymu.Report, "draw", lost)

@@ -201,7 +201,8 @@ def test_shapes_are_the_untouched_models(model, rule):
 
 
 def test_a_lower_budget_keeps_no_more_tokens(model):
-    """On average over the calibration images for every budget, of each unseen image for budgets well apart."""
+    """On average over the calibration images for every budget, of each unseen image for budgets well apart: never more,
+    or one token more where an image has less than 40, of which one is as much as budgets are apart."""
     samples = tiny.photos(8, seed=1) + tiny.photos(8, seed=2)
     processor = tiny.processor(tiny.name_of(model))
     thresholds = dymu.calibrate(model, processor, samples, [0.16, 0.22, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
@@ -217,8 +218,9 @@ def test_a_lower_budget_keeps_no_more_tokens(model):
             tiny.features_of(model, **unseen)
             kept.append(handle.last.kept)
     assert totals == sorted(totals)
+    more = handle.last.original[0] < 40
     for few, many in pairwise(kept[::2]):
-        assert all(low <= high for low, high in zip(few, many, strict=True))
+        assert all(low <= high + more for low, high in zip(few, many, strict=True))
 
 
 @pytest.mark.parametrize("unmerge", UNMERGE)
@@ -521,7 +523,8 @@ def test_beams(model):
     inputs = tiny.inputs(model, prompts, tiny.pictures(3))
     stock = answer(model, num_beams=3, **inputs)
     with dymu.apply(model, merge=NOTHING):
-        assert torch.equal(answer(model, num_beams=3, **inputs), stock) or not tiny.REPEATS_RIGHT
+        same = torch.equal(answer(model, num_beams=3, **inputs), stock)
+        assert same or not tiny.can(model, "repeats several")
     with dymu.apply(model, merge=SOME) as handle:
         one_each = torch.stack([tiny.prompt(model, 3, "image", 4, seed=seed) for seed in range(2)])
         both = tiny.inputs(model, one_each, tiny.pictures(4)[2:])

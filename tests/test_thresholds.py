@@ -16,7 +16,6 @@ from typing import NoReturn
 
 import huggingface_hub
 import msgspec
-import msgspec
 import pytest
 import torch
 from huggingface_hub.errors import (

@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText
 from dymu.bench.prompts import inputs_of
 from dymu.bench.results import Checked
 from dymu.bench.variants import Variant
-from dymu.families.resolve import Parts, resolve
+from dymu.errors import UnsupportedModel
+from dymu.families.resolve import Parts, find, resolve
 from dymu.handle import Handle, apply
 from dymu.hooks.versions import going_on
 from dymu.merging import a_count
@@ -26,12 +27,10 @@ ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch
 LAYERS, VOCABULARY, SPECIAL = 2, 64, 8
 """Layers of each half, ids, and how many of these, the last ones, are no words."""
 ROWS, KEY_HEADS = 8, 2
-"""Rows of patches of an image that is one picture, where every patch is a token, and key heads at most: the reference
-takes its time."""
+"""Rows of tokens of an image that is one picture, and key heads, at most: the reference takes its time."""
 TEXT = (5, 19)
 """Words before and after the image."""
 BATCH, DECODED = 2, 2
-WIDTH_PER_HEAD = 64
 
 
 class Reference:
@@ -39,8 +38,8 @@ class Reference:
 
     It keeps the family with its way to lay out tiles and to regroup patches, the size of a head, how many query heads
     share a key head, rotary angles and windows, and has two layers (two kinds of them, where there are), up to two key
-    heads and, where every patch is a token, coarser patches. Two images merge at random, each to another number of
-    tokens, and two tokens are decoded. The reference runs in float32 on the CPU.
+    heads, and coarser patches or a smaller image. Two images merge at random, each to another number of tokens, and two
+    tokens are decoded. The reference runs in float32 on the CPU.
 
     Args:
         model: the measured one; the small one runs on its device and in its dtype.
@@ -51,14 +50,19 @@ class Reference:
         self._device, self._dtype = model.device, model.dtype
         torch.manual_seed(0)
         pixels = shown["pixel_values"]
-        config = _small(resolve(model), pictures=pixels.shape[1] if pixels.ndim > 4 else 1)
+        try:
+            config = _small(resolve(model), pictures=pixels.shape[1] if pixels.ndim > 4 else 1)
+        except RuntimeError as error:
+            raise UnsupportedModel(
+                f"dymu bench cannot make a small {resolve(model).family.model_type} to compare backends with, and times "
+                f"none that it has not compared ({error})."
+            ) from error
         self._model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in self._model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0, parameter.shape[-1] ** -0.5)
-            self._shown = {name: value.cpu() for name, value in shown.items()}
-            self._shown["pixel_values"] = torch.randn(pixels.shape)
+            self._shown = _smaller(resolve(model), {name: value.cpu() for name, value in shown.items()})
             with apply(self._model, merge=RandomMerges()) as handle:
                 resolve(self._model).inner.get_image_features(**self._shown)
                 tokens = sum(handle.last.original) // BATCH
@@ -132,7 +136,7 @@ def _small(parts: Parts, pictures: int) -> Any:
     shared = text.num_attention_heads // text.num_key_value_heads
     heads = min(text.num_key_value_heads, KEY_HEADS)
     text.head_dim, text.num_key_value_heads, text.num_attention_heads = head, heads, heads * shared
-    text.hidden_size = text.intermediate_size = WIDTH_PER_HEAD * heads * shared
+    text.hidden_size = text.intermediate_size = head * heads * shared
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = LAYERS, VOCABULARY, None
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = (list(dict.fromkeys(text.layer_types)) * LAYERS)[:LAYERS]
@@ -142,14 +146,26 @@ def _small(parts: Parts, pictures: int) -> Any:
         for name, value in vars(settings).items():
             if value == wide and not (settings is vision and name == width):
                 setattr(settings, name, text.hidden_size)
-    small = {width: 32, "intermediate_size": 32, "num_hidden_layers": LAYERS, "depth": LAYERS, _heads_of(parts): 2}
+    small: dict[str, Any] = {
+        width: 32,
+        kind.heads.removeprefix("config."): 2,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": LAYERS,
+        "depth": LAYERS,
+    }
     small |= {name: [LAYERS - 1] for name in vars(vision) if name.endswith("_indexes")}
     for name, value in small.items():
         if hasattr(vision, name):
             setattr(vision, name, value)
-    if parts.side() == 1 and kind.arrangement == "batch":
-        rows = max(round(ROWS / math.sqrt(pictures)), 2)  # the side of a picture stays, by which the family cuts images
-        vision.patch_size = vision.image_size // min(rows, vision.image_size)
+    if kind.arrangement == "batch":
+        rows = max(round(ROWS / math.sqrt(pictures)), 2) * parts.side()
+        side, patch = (
+            min(size) if isinstance(size, list | tuple) else size for size in (vision.image_size, vision.patch_size)
+        )
+        # The side of a picture stays, by which the family cuts images.
+        patch = max(side // min(rows, side), patch)
+        vision.patch_size = [patch, patch] if isinstance(vision.patch_size, list | tuple) else patch
     if isinstance(family.feature_layer, str):
         for name in (name for name in family.feature_layer.split("|") if hasattr(config, name)):
             layers = getattr(config, name)
@@ -161,8 +177,19 @@ def _small(parts: Parts, pictures: int) -> Any:
     return config
 
 
-def _heads_of(parts: Parts) -> str:
-    return parts.tower_kind.heads.removeprefix("config.")
+def _smaller(parts: Parts, shown: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same arguments with noise for pixels, and, where pictures have sizes of their own, smaller ones."""
+    pixels, sizes = shown["pixel_values"], shown.get((parts.family.grid or "").format(modality="image"))
+    patches = ROWS * parts.side("image", shown)
+    if sizes is not None and parts.tower_kind.arrangement in ("packed", "raster"):
+        if sizes.shape[1] == 3:  # of patches, in one row
+            sizes = torch.cat((sizes[:, :1], sizes[:, 1:].clamp(max=patches)), 1)
+            pixels = pixels[: int(sizes.prod(1).sum())]
+        else:  # in pixels
+            longest = patches * int(find(parts.tower, parts.tower_kind.patch_size))
+            pixels, sizes = pixels[..., :longest, :longest], sizes.clamp(max=longest)
+        shown = {**shown, parts.family.grid.format(modality="image"): sizes}  # type: ignore[union-attr]
+    return {**shown, "pixel_values": torch.randn(pixels.shape)}
 
 
 class RandomMerges(Reducer):

@@ -13,9 +13,10 @@ def threshold_for(edges: Tensor, count: int) -> tuple[float, int]:
     """The threshold that `count` of `edges` (similarities, [E]) lie above, and how many really do.
 
     It is the middle between the last edge that merges and the first that does not (or the end of the cosine's range),
-    as a number that float32 holds. Where equal edges leave no room for it, the nearest count that does is taken.
+    as a number that float32 holds. Where equal edges leave no room for it, the nearest count that does is taken. Edges
+    that rounding put above 1 are equal to 1, since a threshold above it merges nothing.
     """
-    edges = edges.double().sort(descending=True).values
+    edges = edges.double().clamp(max=1).sort(descending=True).values
     if len(edges) == 0:
         return NEVER, 0
     count = min(max(count, 0), len(edges))

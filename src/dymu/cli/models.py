@@ -27,8 +27,6 @@ TOY = (
     "name a model of yours with --model."
 )
 NO_VIDEOS = "this model takes no videos: take one that does, such as a llava_onevision, or show it an image."
-ONE_PICTURE = ("llava", "vipllava")
-"""Families in which an image is one picture, and each of its patches a token."""
 _UNSAID = (KeyError, TypeError, ValueError, ArithmeticError)
 """Raised where a config does not say something, or not as transformers writes it; loading the model will tell."""
 
@@ -60,7 +58,9 @@ class Named:
     @cached_property
     def tokens(self) -> int | None:
         """Image tokens of one image; None where that differs from image to image, or its files do not say."""
-        if self.config["model_type"] not in ONE_PICTURE:
+        family = FAMILIES.get(self.config["model_type"])
+        vision = self.config.get("vision_config") or {}
+        if family is None or family.unit is not None or family.cuts_images or family.takes_any_size(vision):
             return None
         processor = self._json("processor_config.json").get("image_processor") or self._json("preprocessor_config.json")
         try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from dymu.choices import Arrangement
 
@@ -167,6 +168,11 @@ class Family:
     """The first version of transformers with which it works, of those that dymu supports."""
     limits: tuple[str, ...] = ()
     """What is not supported, or may surprise, each in a few words that `dymu families` prints."""
+
+    def takes_any_size(self, vision: Mapping[str, Any]) -> bool:
+        """Whether pictures have sizes of their own with a vision encoder of this config."""
+        name = vision.get("model_type")
+        return any(tower.arrangement != "batch" for tower in self.towers if name in tower.model_types)
 
     def works_with(self, version: str) -> bool:
         """Whether it works with this version of transformers."""

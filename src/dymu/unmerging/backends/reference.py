@@ -58,9 +58,7 @@ def attend(
                 if merged < 0:
                     continue
                 at = seen - tokens + n
-                seen_keys = [
-                    j for j in visible if j <= at and (window is None or step.place[b, at] - step.place[b, j] < window)
-                ]
+                seen_keys = [j for j in visible if _sees(step, b, n, j, window)]
                 virtual_query = _rotate(query[b, h, merged], cos[b, at], sin[b, at])
                 logits = torch.stack([virtual_query @ virtual_keys[j] * scaling for j in seen_keys])
                 if softcap is not None:
@@ -74,9 +72,10 @@ def attend(
     return total / count.clamp(min=1)[:, :, None, None]
 
 
-def _in_block(step: Step, row: int, query: int, key: int) -> bool:
-    """Whether a key is of the query's block."""
-    if step.block is None:
-        return False
-    other = key - (step.keys.shape[1] - step.queries.tokens)
-    return other >= 0 and bool(step.block[row, query] >= 0) and bool(step.block[row, query] == step.block[row, other])
+def _sees(step: Step, row: int, query: int, key: int, window: int | None) -> bool:
+    before = step.keys.shape[1] - step.queries.tokens
+    at, other = before + query, key - before
+    blocks = None if step.block is None else step.block[row]
+    in_block = blocks is not None and other >= 0 and bool(blocks[query] >= 0) and bool(blocks[query] == blocks[other])
+    near = window is None or bool(step.place[row, at] - step.place[row, key] < window)
+    return (key <= at or in_block) and (near or (in_block and step.beyond_window))
