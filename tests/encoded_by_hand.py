@@ -74,7 +74,7 @@ class Picture:
 
         Args:
             key: [rows of all pictures, D], the mean over heads.
-            windowed: whether every window is by itself: places count anew in each, and units of others are out of reach.
+            windowed: whether every window is by itself: places count anew in each, and others are out of reach.
         """
         metric = nn.functional.normalize(torch.stack([key[rows].mean(0) for rows in self.rows]), dim=-1)
         similarity = (metric @ metric.T).tolist()

@@ -214,6 +214,16 @@ def test_leaves_the_model_as_it_was_and_works_with_dymu_applied(
         assert dymu.calibrate(model, processor, images, [20], progress=False) == plain
 
 
+def test_works_with_dymu_applied_or_compiled_where_windows_are(images) -> None:
+    processor, photos = tiny.processor("qwen2_5_vl"), of_many_sizes(images[:4])
+    plain = dymu.calibrate(tiny.build("qwen2_5_vl"), processor, photos, [0.5], progress=False)
+    model = tiny.build("qwen2_5_vl")
+    with dymu.apply(model, merge=FixedMerge(keep=10)):
+        assert dymu.calibrate(model, processor, photos, [0.5], progress=False) == plain
+    model.model.visual = torch.compile(model.model.visual)
+    assert dymu.calibrate(model, processor, photos, [0.5], progress=False).calibrated == plain.calibrated
+
+
 def test_half_precision_decides_in_float32(processor: CLIPImageProcessorPil, images: list[Image.Image]) -> None:
     model = tiny.llava("clip", layer=-1).bfloat16()
     thresholds = dymu.calibrate(model, processor, images, [15], batch_size=4, memory_limit_bytes=0, progress=False)
@@ -558,6 +568,16 @@ def test_refuses_what_cannot_work(processor, images) -> None:
     qwen = tiny.build("qwen2_5_vl")
     with pytest.raises(dymu.DymuError, match="a CLIPImageProcessorPil makes no image_grid_thw, which this model needs"):
         dymu.calibrate(qwen, processor, images, [10], progress=False)
+    late = tiny.build(
+        "qwen2_5_vl", vision={**tiny_families.FAMILIES["qwen2_5_vl"].vision, "fullatt_block_indexes": [0]}
+    )
+    with pytest.raises(dymu.UnsupportedModel, match="first layer attends over whole pictures and a later one within"):
+        dymu.calibrate(late, tiny.processor("qwen2_5_vl"), of_many_sizes(images[:2]), [20], progress=False)
+    with (
+        dymu.apply(late, merge=FixedMerge(keep=10)),
+        pytest.raises(dymu.UnsupportedModel, match="first layer attends over whole pictures and a later one within"),
+    ):
+        tiny.features_of(late, **tiny.seen(late, of_many_sizes(images[:2])))
     with pytest.raises(dymu.BadBudget, match=r"cannot keep 60 tokens of images that have 38\.0 on average"):
         dymu.calibrate(qwen, tiny.processor("qwen2_5_vl"), of_many_sizes(images[:2]), [60], progress=False)
 

@@ -201,8 +201,10 @@ def test_shapes_are_the_untouched_models(model, rule):
 
 
 def test_a_lower_budget_keeps_no_more_tokens(model):
-    """On average over the calibration images for every budget, of each unseen image for budgets well apart: never more,
-    or one token more where an image has less than 40, of which one is as much as budgets are apart."""
+    """On average over the calibration images for every budget, of each unseen image for budgets well apart.
+
+    Where an image has less than 40 tokens, one more is allowed there.
+    """
     samples = tiny.photos(8, seed=1) + tiny.photos(8, seed=2)
     processor = tiny.processor(tiny.name_of(model))
     thresholds = dymu.calibrate(model, processor, samples, [0.16, 0.22, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])

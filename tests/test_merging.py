@@ -42,9 +42,7 @@ def reference_encoder(
     closest = math.inf
     for layer, threshold in zip(layers, thresholds, strict=True):
         normed = layer.norm1(x)
-        query, key, value = (
-            project(normed).view(len(x), layer.heads, -1) for project in layer.projections
-        )
+        query, key, value = (project(normed).view(len(x), layer.heads, -1) for project in layer.projections)
         log_size = torch.tensor([math.log(len(group)) for group in members], dtype=x.dtype)
         attended = torch.empty_like(query)
         for head in range(layer.heads):
@@ -116,7 +114,10 @@ def test_token_maps_equal_the_float64_reference(tower, threshold):
     images = torch.cat([tiny.pictures(4, seed) for seed in range(3)])
     thresholds = [threshold] * tiny.LAYERS
     run = EncoderRun(
-        ThresholdMerge(tuple(thresholds)), tiny.LAYERS, shown(images), Pictures(shown(images).grids, prefix=parts.prefix)
+        ThresholdMerge(tuple(thresholds)),
+        tiny.LAYERS,
+        shown(images),
+        Pictures(shown(images).grids, prefix=parts.prefix),
     )
     tokens = embedded(model, images)
     x = tokens
@@ -456,7 +457,10 @@ def test_fixed_merge_merges_the_most_alike():
     partner = torch.tensor([[0, 1, 2], [1, 0, 0]])
     due = torch.tensor([2, 2])
     assert most_similar(due, similarity, partner, torch.arange(2)).tolist() == [[-1, 1, 2], [1, -1, 0]]
-    assert most_similar(due, similarity, partner, torch.zeros(2, dtype=torch.long)).tolist() == [[-1, 1, -1], [1, -1, -1]]
+    assert most_similar(due, similarity, partner, torch.zeros(2, dtype=torch.long)).tolist() == [
+        [-1, 1, -1],
+        [1, -1, -1],
+    ]
 
 
 def test_a_threshold_above_one_merges_nothing_even_among_equals():
