@@ -45,6 +45,18 @@ def prompts(draw: st.DrawFn, tokens: int, batch: int) -> TokenMap:
 
 
 @st.composite
+def blocks(draw: st.DrawFn, batch: int, tokens: int) -> Tensor:
+    """int64 [B, N]: runs of tokens that attend to each other both ways."""
+    rows = []
+    for _ in range(batch):
+        row: list[int] = []
+        while len(row) < tokens:
+            row += [draw(st.sampled_from([-1, len(row)]))] * draw(st.integers(1, 4))
+        rows.append(row[:tokens])
+    return torch.tensor(rows)
+
+
+@st.composite
 def steps(draw: st.DrawFn, unmerge: str = "exact") -> tuple[Step, Tensor, Tensor, Tensor, int | None]:
     """A forward of one to three: queries, keys and values of a merged, ragged prompt that grew in pieces."""
     batch, heads, shared = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
@@ -54,7 +66,11 @@ def steps(draw: st.DrawFn, unmerge: str = "exact") -> tuple[Step, Tensor, Tensor
         queries = draw(prompts(tokens, batch))
         positions = torch.arange(start, start + tokens).expand(batch, tokens)
         plain = bool((queries.group == torch.arange(tokens)).all())
-        step = plan_step(queries, positions, history, angles, plain=plain, unmerge=unmerge, backend="sdpa")
+        block = draw(blocks(batch, tokens)) if draw(st.booleans()) else None
+        step = plan_step(
+            queries, positions, history, angles, plain=plain, unmerge=unmerge, backend="sdpa", block=block,
+            beyond_window=draw(st.booleans()),
+        )  # fmt: skip
         start += tokens
     assert step is not None
     torch.manual_seed(draw(st.integers(0, 2**16)))
@@ -85,11 +101,12 @@ def test_in_mean_order_keeps_the_groups_and_sorts_them(data):
 @given(data=st.data())
 def test_backends_equal_the_reference(name, unmerge, data):
     step, query, key, value, window = data.draw(steps(unmerge))
-    expected = BACKENDS["reference"](query, key, value, step, 0.3, window)
+    softcap = data.draw(st.sampled_from([None, 0.5]))
+    expected = BACKENDS["reference"](query, key, value, step, 0.3, window, softcap)
     if name in IN_FLOAT64:
-        exact = BACKENDS[name](query, key, value, step, 0.3, window)
+        exact = BACKENDS[name](query, key, value, step, 0.3, window, softcap)
         torch.testing.assert_close(exact, expected, atol=1e-12, rtol=1e-12)
-    single = BACKENDS[name](query.float(), key.float(), value.float(), as_float32(step), 0.3, window)
+    single = BACKENDS[name](query.float(), key.float(), value.float(), as_float32(step), 0.3, window, softcap)
     error = (single.double() - expected).norm() / expected.norm().clamp(min=1e-3)
     assert error < 1e-5
 

@@ -75,7 +75,7 @@ def video_inputs_for(
     """
     seen = {"total_num_frames": len(frames), "fps": fps, "frames_indices": list(range(len(frames)))}
     text = prompt(processor, question, kind="video")
-    return processed(model, processor, [text], videos=[list(frames)], do_sample_frames=False, video_metadata=[seen])
+    return processed(model, processor, [text], videos=[list(frames)], video_metadata=[seen])
 
 
 def processed(model: nn.Module, processor: Any, texts: list[str], **items: Any) -> dict[str, Any]:
@@ -85,6 +85,8 @@ def processed(model: nn.Module, processor: Any, texts: list[str], **items: Any) 
     if images is not None and sum(counts) == len(images):  # some processors ask for the images of each prompt
         ends = list(accumulate(counts))
         items["images"] = [list(images[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    if "videos" in items:  # whose frames were chosen
+        items["do_sample_frames"] = False
     inputs = processor(
         text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
         add_special_tokens=adds_special_tokens(processor.tokenizer, texts[0]), **items,

@@ -22,7 +22,7 @@ from dymu.families.encoders import LoneEncoder
 from dymu.families.resolve import Modality, Parts
 from dymu.files import expanded, first_line
 from dymu.hooks import encoder
-from dymu.hooks.refusals import refuse_absent_patches
+from dymu.hooks.refusals import refuse_absent_patches, refuse_late_windows
 from dymu.hooks.trace import StandIn, pictures_of
 from dymu.media.images import in_folder, load
 from dymu.merging import Pictures
@@ -315,6 +315,8 @@ class Samples:
         else:
             pictures = pictures_of(parts, "image", kwargs, shape_only(len(x), *pixels.shape[-3:]))
         windows = [None if segments is None else pictures.window(of_layer[segments]) for _, of_layer in layers]
+        for window in windows:
+            refuse_late_windows(windows[0], window)
         kwargs["pixel_values"] = shape_only(*pixels.shape, device=pixels.device)
         windowed = [window is not None for window in windows] * (max(parts.feature_layers()) // len(windows))
         return Embedded(
@@ -322,7 +324,7 @@ class Samples:
             pictures=pictures,
             x=x,
             angles=others.get(parts.tower_kind.angles or ""),
-            window=next((window for window in windows if window is not None), None),
+            window=windows[0],
             windowed=tuple(windowed),
         )
 

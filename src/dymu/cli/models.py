@@ -75,8 +75,11 @@ class Named:
     def depth(self) -> int | None:
         """How many encoder layers may merge; None where its config does not say."""
         try:
-            layers: Any = self.config.get("vision_feature_layer", self.config.get("vision_feature_layers"))
-            count = int(self.config["vision_config"]["num_hidden_layers"])
+            layers: Any = FAMILIES[self.config["model_type"]].feature_layer
+            if not isinstance(layers, int):
+                layers = self.config.get("vision_feature_layer", self.config.get("vision_feature_layers"))
+            vision = self.config["vision_config"]
+            count = int(vision.get("num_hidden_layers", vision.get("depth")))
             return max(int(layer) % (count + 1) for layer in (layers if isinstance(layers, list) else [layers]))
         except _UNSAID:
             return None

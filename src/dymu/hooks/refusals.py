@@ -52,6 +52,15 @@ def refuse_arguments(arguments: Mapping[str, Any], names: Iterable[str]) -> None
         )
 
 
+def refuse_late_windows(first: Tensor | None, here: Tensor | None) -> None:
+    """Raises UnsupportedModel where a layer attends within windows and the `first` one did over whole pictures."""
+    if first is None and here is not None:
+        raise UnsupportedModel(
+            "this vision encoder's first layer attends over whole pictures and a later one within windows, which dymu "
+            "does not know yet; take a model whose first layer has windows, or none that has."
+        )
+
+
 def refuse_absent_patches(mask: Any) -> None:
     """Raises BadPrompt where the mask of an encoder layer, bool or added to logits, hides patches of a picture."""
     if isinstance(mask, Tensor) and not _shows_all(mask):

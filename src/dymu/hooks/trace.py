@@ -418,7 +418,7 @@ class StandIn:
                 within.setdefault(name, {})[rest] = part
             else:
                 self.__dict__[name] = part
-        self.__dict__.update({name: StandIn(getattr(module, name), parts) for name, parts in within.items()})
+        self.__dict__.update({name: StandIn(find(module, name), parts) for name, parts in within.items()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)

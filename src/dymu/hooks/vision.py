@@ -18,6 +18,7 @@ from dymu.hooks.refusals import (
     refuse_absent_patches,
     refuse_arguments,
     refuse_attention_weights,
+    refuse_late_windows,
     warn_of_dropout,
     warn_of_hooks,
 )
@@ -173,6 +174,7 @@ class VisionHooks:
             angles = kwargs[kind.angles]
         if kind.segments is not None:
             window = call.window(kwargs[kind.segments])
+            refuse_late_windows(call.running.states[0].window if index else window, window)
         layer = self.parts.encoder_layer(index)
         return call.running.layer(index, layer, hidden_states, angles, window, window is not None)
 

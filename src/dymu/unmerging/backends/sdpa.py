@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from dymu.token_map import at_least_float32
 from dymu.unmerging.step import Step
 from dymu.unmerging.virtual import rows_behind, virtual_keys, virtual_queries, virtual_values
 
@@ -88,7 +89,7 @@ def _attend_masked(
 def _capped(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scaling: float, softcap: float) -> Tensor:
     """Attention whose logits are at most `softcap` before the mask."""
     logits = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
-    return (logits.float() + _added(attn_mask)).softmax(-1).to(query.dtype) @ value
+    return (at_least_float32(logits) + _added(attn_mask)).softmax(-1).to(query.dtype) @ value
 
 
 # Compiled, its loop would be unrolled, and compiled again for other lengths.
@@ -146,8 +147,7 @@ def _attend_few(
     """The same of a few queries, where the weights on all copies of one value are summed before they meet it."""
     batch, shared, entries, size = key.shape
     tokens, seen = step.queries.tokens, step.keys.shape[1]
-    if query.dtype.itemsize < 4:
-        query, key = query.float(), key.float()
+    query, key = at_least_float32(query), at_least_float32(key)
     phase = step.once(("scaled phase", scaling), lambda: step.query_phase * scaling)
     query = virtual_queries(query, _query_rows(step), phase).reshape(batch * shared, -1, size)
     key = virtual_keys(key, _key_rows(step, key), step.phase).flatten(0, 1)
