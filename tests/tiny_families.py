@@ -618,6 +618,10 @@ FAMILIES: dict[str, TinyFamily] = {
         vision={**_QWEN3_VIT, "deepstack_visual_indexes": [1, 2]},
         text=_axes(2, 1, 1, mrope_interleaved=True) | {"head_dim": 8},
     ),
+    "cosmos3_omni": _on_axes(
+        vision={**_QWEN3_VIT, "deepstack_visual_indexes": [1, 2], "model_type": "qwen3_vl_vision"},
+        text=_axes(2, 1, 1, mrope_interleaved=True) | {"head_dim": 8, "model_type": "qwen3_vl_text"},
+    ),
     "qwen3_vl_moe": _on_axes(
         vision={**_QWEN3_VIT, "deepstack_visual_indexes": [1, 2]},
         text=_axes(2, 1, 1, mrope_interleaved=True) | {"head_dim": 8, **_EXPERTS, "decoder_sparse_step": 1},
@@ -644,6 +648,10 @@ FAMILIES: dict[str, TinyFamily] = {
     "glm46v": replace(
         _GLM4V, vision={**_GLM_VIT, "model_type": "glm4v_vision"}, text={**_GLM4V.text, "model_type": "glm4v_text"},
         processor=_patched("Glm46VImageProcessorPil", pixels=2 * 40**2),
+    ),
+    "glmga": replace(
+        _GLM4V, vision={**_GLM_VIT, "model_type": "glm4v_vision"}, text={**_GLM4V.text, "model_type": "glm4v_text"},
+        processor=_patched("GlmgaImageProcessorPil", pixels=2 * 40**2),
     ),
     "glm_ocr": replace(_GLM4V, processor=_patched("Glm46VImageProcessorPil", pixels=2 * 40**2)),
     "glm4v_moe": replace(

@@ -53,9 +53,10 @@ class Reference:
         try:
             config = _small(resolve(model), pictures=pixels.shape[1] if pixels.ndim > 4 else 1)
         except RuntimeError as error:
+            name = resolve(model).family.model_type
             raise UnsupportedModel(
-                f"dymu bench cannot make a small {resolve(model).family.model_type} to compare backends with, and times "
-                f"none that it has not compared ({error})."
+                f"dymu bench cannot make a small {name} to compare backends with, and times none that it has not "
+                f"compared ({error})."
             ) from error
         self._model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():

@@ -303,6 +303,8 @@ class Samples:
         try:
             one = segments is None or isinstance(parts, LoneEncoder)
             layers = [_first_layer(parts, kwargs)] if one else _all_layers(parts, kwargs)  # type: ignore[arg-type]
+        except DymuError:
+            raise
         except ValueError as error:
             raise DymuError(
                 f"the model does not take what a {type(self._processor).__name__} makes of {name} "

@@ -19,6 +19,8 @@ GLM4V = replace(
 
 GLM46V = replace(GLM4V, model_type="glm46v")
 
+GLMGA = replace(GLM4V, model_type="glmga")
+
 GLM4V_MOE = replace(
     GLM4V,
     model_type="glm4v_moe",

@@ -4,7 +4,7 @@ CACHE_EXPANDED = 'cache="expanded" is refused'
 
 TILES_APART = "each tile of an image is reported as an image of its own"
 
-TILES_JOINED = "all images of a prompt, and their tiles, are reported as one image"
+TILES_JOINED = "all images of a prompt, and their tiles, are reported as one (before transformers 5.21, each by itself)"
 
 PADDED = "pictures padded within their pixels are refused"
 

@@ -38,7 +38,7 @@ def data(version: str) -> list[dict[str, Any]]:
             "unit": family.unit,
             "towers": _names(family.towers),
             "decoders": _names(family.decoders),
-            "limits": list(family.limits),
+            "limits": list(_limits(family)),
         }
         for family in _sorted()
     ]
@@ -46,13 +46,17 @@ def data(version: str) -> list[dict[str, Any]]:
 
 def limits() -> dict[str, list[str]]:
     """What is not supported, or may surprise, and in which families."""
-    phrases = dict.fromkeys(phrase for family in FAMILIES.values() for phrase in family.limits)
-    return {phrase: [family.model_type for family in _sorted() if phrase in family.limits] for phrase in phrases}
+    phrases = dict.fromkeys(phrase for family in FAMILIES.values() for phrase in _limits(family))
+    return {phrase: [family.model_type for family in _sorted() if phrase in _limits(family)] for phrase in phrases}
 
 
 def plain_decoders() -> str:
     """The language models that lines call plain."""
     return ", ".join(PLAIN.model_types)
+
+
+def _limits(family: Family) -> tuple[str, ...]:
+    return (*family.limits, *(f"the argument {name} is refused" for name in family.refuses))
 
 
 def _sorted() -> list[Family]:

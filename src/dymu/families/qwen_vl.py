@@ -25,6 +25,8 @@ QWEN2_5_VL = replace(QWEN2_VL, model_type="qwen2_5_vl", towers=(QWEN,), decoders
 
 QWEN3_VL = replace(QWEN2_5_VL, model_type="qwen3_vl", towers=(QWEN3,), decoders=(DEEP_STACK,))
 
+COSMOS3_OMNI = replace(QWEN3_VL, model_type="cosmos3_omni")
+
 QWEN3_VL_MOE = replace(
     QWEN3_VL,
     model_type="qwen3_vl_moe",
