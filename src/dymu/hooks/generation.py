@@ -106,16 +106,18 @@ class GenerationHooks:
         inputs = arguments["model_kwargs"]
         encoded = inputs.get("mm_encoder_outputs") or {}
         try:
-            if arguments["generation_config"].prefill_chunk_size is not None and any(encoded.values()):
-                if not cuts_encoded_images():
+            if arguments["generation_config"].prefill_chunk_size is not None:
+                shown = any(encoded.values()) or any(inputs.get(name) is not None for name in PIXELS)
+                if shown and not cuts_encoded_images():
                     raise BadPrompt(
                         f"transformers {transformers.__version__} cannot prefill a prompt with images in chunks; leave "
                         "prefill_chunk_size out, or update transformers to 5.23 or newer."
                     )
-                whole = Prompts.of(self.parts, _new_ids(arguments["input_ids"], inputs))
-                whole.show_encoded(encoded)
-                past = length(cache_among(inputs))
-                self._state.chunked = None if whole.leaders is None else (past, whole.leaders)
+                if any(encoded.values()):
+                    whole = Prompts.of(self.parts, _new_ids(arguments["input_ids"], inputs))
+                    whole.show_encoded(encoded)
+                    past = length(cache_among(inputs))
+                    self._state.chunked = None if whole.leaders is None else (past, whole.leaders)
             return prefill(*args, **kwargs)
         finally:
             self._state.chunked = None
