@@ -40,20 +40,28 @@ def unmerged_by_hand(model: Any, ids: Tensor, features: Tensor, group: Tensor) -
     return stock(inputs_embeds=embeds[None, first], use_cache=False).logits[0].to(model.dtype)
 
 
-def unmerged_prompt_by_hand(model: Any, inputs: dict[str, Any], encoded: Any, group: Tensor) -> Tensor:
+def unmerged_prompt_by_hand(
+    model: Any,
+    inputs: dict[str, Any],
+    encoded: Any,
+    group: Tensor,
+    token: int = tiny.IMAGE_TOKEN,
+    method: str = "get_image_features",
+) -> Tensor:
     """`unmerged_by_hand` where the model itself puts features in place: it may do more with them, and with the prompt.
 
     Args:
         inputs: what the model takes for one prompt that shows images.
-        encoded: what its `get_image_features` answered while images merged. Rows that the language model adds within
+        encoded: what its `method` answered while images merged. Rows that the language model adds within
             (`deepstack_features`) are averaged over each group.
         group: int64 [image tokens], of all images one after the other.
+        token: their placeholder.
     """
     stock = copy.deepcopy(model).double()
     stock.set_experts_implementation("eager")  # the fast ones know no float64
     ids = inputs["input_ids"][0]
-    share, first = average_attention(stock, ids, group)
-    places = ids == tiny.IMAGE_TOKEN
+    share, first = average_attention(stock, ids, group, token)
+    places = ids == token
     mean = share[first][:, places][places]
 
     def averaged(features: Any) -> Any:
@@ -68,19 +76,23 @@ def unmerged_prompt_by_hand(model: Any, inputs: dict[str, Any], encoded: Any, gr
     answer.pooler_output = averaged(encoded.pooler_output)
     if getattr(encoded, "deepstack_features", None) is not None:
         answer.deepstack_features = [averaged(features) for features in encoded.deepstack_features]
-    resolve(stock).inner.get_image_features = lambda *_args, **_kwargs: answer
+    setattr(resolve(stock).inner, method, lambda *_args, **_kwargs: answer)
     return stock(**inputs, use_cache=False).logits[0].to(model.dtype)
 
 
-def average_attention(stock: Any, ids: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+def average_attention(
+    stock: Any, ids: Tensor, group: Tensor, token: int = tiny.IMAGE_TOKEN
+) -> tuple[Tensor, Tensor]:
     """Have what mixes a model's tokens answer the mean over each group; all else must find a group's tokens alike.
+
+    Some norms compute in float32, so alike is to float32's rounding.
 
     Returns:
         float64 [N, N], how much of each token makes up that mean; int64 [N], the first token of each token's group.
     """
     parts = resolve(stock)
     label = -1 - torch.arange(len(ids))
-    label[ids == tiny.IMAGE_TOKEN] = group
+    label[ids == token] = group
     same = (label == label[:, None]).double()
     share = same / same.sum(1, keepdim=True)
     first = same.argmax(1)
@@ -92,13 +104,13 @@ def average_attention(stock: Any, ids: Tensor, group: Tensor) -> tuple[Tensor, T
         x = args[0] if args else None
         if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and x.shape[-2] == len(ids):
             apart = (x - x[..., first, :]).abs().max()
-            assert apart <= 1e-9 * x.abs().max(), f"tokens of one group differ where {name} gets them"
+            assert apart <= 1e-6 * x.abs().max(), f"tokens of one group differ where {name} gets them"
 
     mixing = (*parts.attentions, *parts.mixers)
     within = {module for mixer in mixing for module in mixer.modules()}
     for mixer in mixing:
         mixer.register_forward_hook(average)
     for name, module in parts.language_model.named_modules():
-        if module not in within:
+        if module not in within and ".experts." not in name:  # which get some of the tokens
             module.register_forward_pre_hook(functools.partial(check, name))
     return share, first
