@@ -80,9 +80,7 @@ def unmerged_prompt_by_hand(
     return stock(**inputs, use_cache=False).logits[0].to(model.dtype)
 
 
-def average_attention(
-    stock: Any, ids: Tensor, group: Tensor, token: int = tiny.IMAGE_TOKEN
-) -> tuple[Tensor, Tensor]:
+def average_attention(stock: Any, ids: Tensor, group: Tensor, token: int = tiny.IMAGE_TOKEN) -> tuple[Tensor, Tensor]:
     """Have what mixes a model's tokens answer the mean over each group; all else must find a group's tokens alike.
 
     Some norms compute in float32, so alike is to float32's rounding.

@@ -16,6 +16,7 @@ from dymu.errors import BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
 from dymu.families import FAMILIES, limits, listing
 from dymu.families.resolve import resolve
 from dymu.reducers import FixedMerge, ThresholdMerge
+from tiny_families import patches
 
 ROOT = Path(__file__).parents[1]
 HALF = FixedMerge(0.5)
@@ -94,6 +95,26 @@ def images_and_videos(name):
         model(**both)
 
 
+def uncompressed(name):
+    model = tiny.build(name)
+    ids = torch.tensor([[3, 4, *[tiny.VIDEO_TOKEN] * 23, 5]])
+    shown = patches(1, 1)([torch.randn(3, 24, 16)], [1])
+    asked = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": shown["pixel_values"],
+        "video_grid_thw": shown["image_grid_thw"], "video_merge_sizes": torch.tensor([1]),
+        "video_compression_mask": torch.arange(24) != 7,
+    }  # fmt: skip
+    model(**asked)
+    with dymu.apply(model, merge=HALF), pytest.raises(BadPrompt, match="left 1 of 24 video tokens out"):
+        model(**asked)
+    asked["video_compression_mask"][:] = True
+    asked["input_ids"] = torch.tensor([[3, 4, *[tiny.VIDEO_TOKEN] * 24, 5]])
+    asked["attention_mask"] = torch.ones_like(asked["input_ids"])
+    with dymu.apply(model, merge=HALF) as handle:
+        model(**asked)
+        assert handle.last.kept == [12]
+
+
 def several_layers_with_pixtral(name):
     model = tiny.build("llava+pixtral", vision_feature_layer=[-1, -2])
     assert model.config.model_type == name
@@ -166,6 +187,7 @@ PROOFS = {
     "the crops of pan and scan are reported as images of their own": tiles_apart,
     "layers with linear attention run on all tokens": linear_attention_runs_on_all,
     "images and videos in one call are refused, as by the model itself": images_and_videos,
+    "videos need use_token_compression=False": uncompressed,
     "several encoder layers read at once are refused with pixtral": several_layers_with_pixtral,
     "frames pooled by learned weights (spatial_pool_mode conv) are refused": frames_pooled_by_weights,
     "making images is refused, since its cache is static": makes_no_images,

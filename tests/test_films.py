@@ -18,7 +18,7 @@ from by_hand import unmerged_prompt_by_hand
 from dymu.families import FAMILIES
 from dymu.reducers import ThresholdMerge
 from test_layouts import Video, frames_of
-from tiny_families import BEGIN, END, IMAGE_TOKEN, VIDEO_TOKEN, family_of, name_of
+from tiny_families import BEGIN, END, IMAGE_TOKEN, VIDEO_TOKEN, family_of, name_of, patches
 
 pytestmark = pytest.mark.one_of_each
 
@@ -46,11 +46,21 @@ def model(request: pytest.FixtureRequest) -> Any:
     return tiny.build(request.param)
 
 
+def cell(model: Any) -> int:
+    """Pixels on a side of a frame of which one token is made; VideoLLaMA 3 takes larger ones than of images."""
+    return (2 if name_of(model) == "video_llama_3" else 1) * family_of(model).cell
+
+
 def film(model: Any, video: Video) -> Tensor:
-    """[frames, 3, height, width] as the family sees it; each of another size."""
-    family = family_of(model)
-    height, width = family.size if video.look % 2 else (4 * family.cell, 3 * family.cell)
+    """[frames, 3, height, width] as the family sees it; some of another size."""
+    height, width = (side * cell(model) for side in ((5, 7) if video.look % 2 else (4, 3)))
     return torch.nn.functional.interpolate(frames_of(video), size=(height, width), mode="bilinear")
+
+
+def videos_are_stacked(model: Any) -> bool:
+    """Whether all videos of a call have as many frames, as in older versions of transformers."""
+    takes = inspect.signature(type(model.model).get_video_features).parameters
+    return name_of(model) == "gemma4" and "num_frames_per_video" not in takes
 
 
 def seen(model: Any, videos: Sequence[Tensor]) -> dict[str, Any]:
@@ -58,16 +68,17 @@ def seen(model: Any, videos: Sequence[Tensor]) -> dict[str, Any]:
     family = family_of(model)
     if name_of(model) == "gemma4":
         shown = family.show([frame for video in videos for frame in video], [])
-        return {
-            "pixel_values_videos": shown["pixel_values"],
-            "video_position_ids": shown["image_position_ids"],
-            "num_frames_per_video": torch.tensor([len(video) for video in videos]),
-        }
+        pixels, places = shown["pixel_values"], shown["image_position_ids"]
+        if videos_are_stacked(model):
+            pixels, places = (x.unflatten(0, (len(videos), -1)) for x in (pixels, places))
+            return {"pixel_values_videos": pixels, "video_position_ids": places}
+        counts = torch.tensor([len(video) for video in videos])
+        return {"pixel_values_videos": pixels, "video_position_ids": places, "num_frames_per_video": counts}
     pixels, grids = [], []
+    together, show = (1, patches(2, 1)) if name_of(model) == "video_llama_3" else (2, family.show)
     for video in videos:
-        frames = [family.show([frame], [1]) for frame in video]
+        frames = [show([frame], [1]) for frame in video]
         each = [frame["pixel_values"] for frame in frames]
-        together = 1 if name_of(model) == "video_llama_3" else 2
         if together == 2:  # of each patch, channel by channel, the one frame and then the other
             split = [frame.unflatten(-1, (3, 2, -1)) for frame in each]
             each = [
@@ -78,15 +89,14 @@ def seen(model: Any, videos: Sequence[Tensor]) -> dict[str, Any]:
         grids.append((len(video) // together, *frames[0]["image_grid_thw"][0, 1:].tolist()))
     shown = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(grids)}
     if name_of(model) == "video_llama_3":
-        shown["video_merge_sizes"] = torch.ones(len(videos), dtype=torch.long)
+        shown["video_merge_sizes"] = torch.full((len(videos),), 2)
     return shown
 
 
 def tokens(model: Any, video: Tensor) -> tuple[int, int]:
     """Frames that the encoder sees, and tokens of each."""
-    family = family_of(model)
     frames = len(video) if name_of(model) in ("video_llama_3", "gemma4") else len(video) // 2
-    return frames, (video.shape[2] // family.cell) * (video.shape[3] // family.cell)
+    return frames, (video.shape[2] // cell(model)) * (video.shape[3] // cell(model))
 
 
 def written(model: Any, video: Tensor) -> list[int]:
@@ -127,7 +137,8 @@ def scene(model: Any, rows: Sequence[Sequence[Part]], side: str = "left") -> dic
 
 def rows_of(model: Any) -> list[list[Part]]:
     """Prompts of one video, of two, and of an image and a video where a call may have both."""
-    rows: list[list[Part]] = [[4, Video(6, 1), 5], [2, Video(4, 2), 3, Video(2, 3), 6]]
+    long, short = (4, 4) if videos_are_stacked(model) else (6, 2)
+    rows: list[list[Part]] = [[4, Video(long, 1), 5], [2, Video(4, 2), 3, Video(short, 3), 6]]
     if name_of(model) not in GLM:
         rows.append([1, tiny.uneven(model, 2)[1], 2, Video(4, 4), 3])
     return rows
@@ -141,7 +152,9 @@ def test_nothing_merged_equals_the_untouched_model(model):
             tiny.close(model(**inputs).logits, logits)
             assert torch.equal(tiny.answer(model, max_new_tokens=4, **inputs), text)
             assert handle.last.kept == handle.last.original
-            assert sum(handle.last.kept) == int(sum((inputs["input_ids"] == i).sum() for i in (IMAGE_TOKEN, VIDEO_TOKEN)))
+            assert sum(handle.last.kept) == int(
+                sum((inputs["input_ids"] == i).sum() for i in (IMAGE_TOKEN, VIDEO_TOKEN))
+            )
 
 
 @RULES

@@ -87,6 +87,8 @@ def processed(model: nn.Module, processor: Any, texts: list[str], **items: Any) 
         items["images"] = [list(images[end - count : end]) for end, count in zip(ends, counts, strict=True)]
     if "videos" in items:  # whose frames were chosen
         items["do_sample_frames"] = False
+        if hasattr(processor.video_processor, "use_token_compression"):
+            items["use_token_compression"] = False
     inputs = processor(
         text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
         add_special_tokens=adds_special_tokens(processor.tokenizer, texts[0]), **items,

@@ -159,6 +159,8 @@ class Family:
     is `vision`."""
     refuses: tuple[str, ...] = ()
     """Arguments of `get_image_features` that dymu does not know what to do with."""
+    compresses: str | None = None
+    """Argument of `inner`, bool [tokens of all videos]: those that reach the prompt. All must."""
     remembers: tuple[str, ...] = ()
     """Attributes in which `inner` keeps something of the last call, of which every thread gets its own."""
     towers: tuple[Tower, ...] = ()

@@ -66,10 +66,14 @@ VIDEO_LLAMA_3 = replace(
     projector="projector",
     unit="{modality}_merge_sizes",
     regroups="tower",
+    compresses="video_compression_mask",
     remembers=(),
     towers=(VIDEO_LLAMA,),
     decoders=DECODERS,
-    limits=("images of one call that are to be merged by different sizes are refused",),
+    limits=(
+        "images of one call that are to be merged by different sizes are refused",
+        "videos need use_token_compression=False",
+    ),
 )
 
 HYPERCLOVAX = replace(

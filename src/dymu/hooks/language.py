@@ -19,6 +19,7 @@ from dymu.hooks.call import PIXELS, CallState, Mapped, Prompts, arguments_of
 from dymu.hooks.refusals import (
     drops_out,
     refuse_attention_weights,
+    refuse_compression,
     refuse_lost_features,
     refuse_packed,
     warn_of_dropout,
@@ -62,6 +63,7 @@ class LanguageHooks:
         state, parts = self._state, self.parts
         inputs = arguments_of(parts.inner, "forward", args, kwargs)
         refuse_attention_weights(inputs, parts.language_model.config)
+        refuse_compression(inputs.get(parts.family.compresses or ""))
         ids = inputs.get("input_ids")
         encoded = inputs.get("mm_encoder_outputs") or {}
         ahead = any(output is not None for output in encoded.values())

@@ -52,6 +52,15 @@ def refuse_arguments(arguments: Mapping[str, Any], names: Iterable[str]) -> None
         )
 
 
+def refuse_compression(left: Any) -> None:
+    """Raises BadPrompt where the mask of a video's tokens leaves some out of the prompt."""
+    if isinstance(left, Tensor) and not bool(left.all()):
+        raise BadPrompt(
+            f"the processor left {int((left == 0).sum())} of {left.numel()} video tokens out of the prompt, which dymu "
+            "cannot follow; give it use_token_compression=False, for over time dymu merges what stays alike."
+        )
+
+
 def refuse_late_windows(first: Tensor | None, here: Tensor | None) -> None:
     """Raises UnsupportedModel where a layer attends within windows and the `first` one did over whole pictures."""
     if first is None and here is not None:

@@ -260,6 +260,8 @@ def pictures_of(parts: Parts, modality: Modality, arguments: Mapping[str, Any], 
         grids = [_grid(parts, *pixels.shape[-2:])] * len(pixels)
     else:
         sizes = torch.as_tensor(sizes, device="cpu")
+        if sizes.ndim == 4:  # in older transformers: the frames of each video
+            sizes = sizes.flatten(0, 1)
         length = sizes.shape[1] if sizes.ndim == 3 else 0
         of_items = sizes.tolist() if not length else _padded_grids(sizes)
         grids = []
