@@ -94,7 +94,7 @@ def test_prompts_of_many_tiles_that_grow(padded, unmerge, window, monkeypatch):
 @given(data=st.data())
 def test_prefill_equals_the_reference(unmerge, data):
     """Also of few queries, which are prefilled in the middle of a prompt or decoded, by which is quicker."""
-    step, query, key, value, window = data.draw(steps(unmerge))
+    step, query, key, value, window = data.draw(steps(unmerge, both_ways=False))
     expected = BACKENDS["reference"](query, key, value, step, 0.3, window)
     out, launch = backend.prefill(query.float(), key.float(), value.float(), as_float32(step), 0.3, window, SMALL)
     launch.run()

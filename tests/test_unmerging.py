@@ -57,8 +57,14 @@ def blocks(draw: st.DrawFn, batch: int, tokens: int) -> Tensor:
 
 
 @st.composite
-def steps(draw: st.DrawFn, unmerge: str = "exact") -> tuple[Step, Tensor, Tensor, Tensor, int | None]:
-    """A forward of one to three: queries, keys and values of a merged, ragged prompt that grew in pieces."""
+def steps(
+    draw: st.DrawFn, unmerge: str = "exact", both_ways: bool = True
+) -> tuple[Step, Tensor, Tensor, Tensor, int | None]:
+    """A forward of one to three: queries, keys and values of a merged, ragged prompt that grew in pieces.
+
+    Args:
+        both_ways: whether some tokens may attend to later ones.
+    """
     batch, heads, shared = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     history, start, step = History(), 0, None
     for _ in range(draw(st.integers(1, 3))):
@@ -66,7 +72,7 @@ def steps(draw: st.DrawFn, unmerge: str = "exact") -> tuple[Step, Tensor, Tensor
         queries = draw(prompts(tokens, batch))
         positions = torch.arange(start, start + tokens).expand(batch, tokens)
         plain = bool((queries.group == torch.arange(tokens)).all())
-        block = draw(blocks(batch, tokens)) if draw(st.booleans()) else None
+        block = draw(blocks(batch, tokens)) if both_ways and draw(st.booleans()) else None
         step = plan_step(
             queries, positions, history, angles, plain=plain, unmerge=unmerge, backend="sdpa", block=block,
             beyond_window=draw(st.booleans()),
