@@ -20,6 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 
 import dymu
 import tiny
+from dymu.prompting import answers, processed
+from tiny_processors import PROCESSORS, processor_for
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?:"
@@ -175,6 +177,31 @@ def test_log_likelihoods_are_the_plain_sums(plugin, folder, documents, reference
     losses, greedy = zip(*pairs(ours.loglikelihood(scored(documents, continuations))), strict=True)
     assert losses == pytest.approx([-total for total, _ in wanted], abs=1e-4)
     assert greedy == tuple(flag for _, flag in wanted)
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_families_with_processors_of_their_own(plugin, family, monkeypatch):
+    """A batch of questions gets what the model says of each alone: answers, and log-likelihoods of one token."""
+    with torch.no_grad():
+        model = tiny.build(family).double()
+    processor = processor_for(family)
+    monkeypatch.setattr(plugin.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    monkeypatch.setattr(plugin.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: model)
+    sizes = [(96, 72), (60, 80), (120, 48)]
+    photos = [photo.resize(size) for photo, size in zip(tiny.photos(3), sizes, strict=True)]
+    questions = ["what", "is this", "?"]
+    documents = [{"images": [photo], "question": text} for photo, text in zip(photos, questions, strict=True)]
+    ours = make(plugin, "nowhere", documents, budget=None, merge_fixed=0.4, batch_size=3)
+    ours.max_length = 2000
+    found = pairs(ours.loglikelihood(scored(documents, [" cat"])))
+    texts = ours.generate_until(asked(documents))
+    (cat,) = processor.tokenizer("cat", add_special_tokens=False)["input_ids"]
+    for index, (loss, _) in enumerate(found):
+        prompt, images = ours._prompt(questions[index], lambda doc: doc["images"], index, "task", "test")
+        inputs = processed(model, processor, [prompt], images=images)
+        (alone,) = answers(model, processor, inputs, 6)
+        assert texts[index].strip() == alone.text
+        assert loss == pytest.approx(-float(model(**inputs).logits[0, -1].log_softmax(-1)[cat]), abs=1e-6)
 
 
 def test_the_models_own_answer_is_the_greedy_continuation(plugin, folder, documents):

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from dymu.choices import Unmerge
 from dymu.errors import BadBudget, BadPrompt, DymuError
+from dymu.families.resolve import resolve
 from dymu.files import expanded
 from dymu.handle import Handle, apply
 from dymu.prompting import adds_special_tokens, processed
@@ -85,6 +86,7 @@ class Dymu(lmms):
         model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, trust_remote_code=False)
         self.model = model.to(self.device).eval()
         self.max_length = max_length or model.config.get_text_config().max_position_embeddings
+        self._reads_prompts_both_ways = resolve(model).family.both_ways == "prefix"
         self.handle = _applied(model, pretrained, thresholds, budget, merge_fixed, unmerge)
         self._kept: list[int] = []
         self._original: list[int] = []
@@ -130,10 +132,12 @@ class Dymu(lmms):
             inputs = self._inputs(prompts)
             ids, width = inputs["input_ids"], inputs["input_ids"].shape[1]
             self._check_length(width)
-            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            if self._reads_prompts_both_ways:
+                said = torch.arange(width, 0, -1)[None] <= torch.tensor(lengths)[:, None]
+                inputs["token_type_ids"] = said.to(ids)
             keep = max(lengths) + 1
             start = time.perf_counter()
-            logits = self.model(**inputs, position_ids=positions, logits_to_keep=keep, use_cache=False).logits
+            logits = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
             self._count(time.perf_counter() - start, 0)
             for row, (index, length) in enumerate(zip(batch, lengths, strict=True)):
                 answer = ids[row, width - length :, None]
