@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 import dymu
 import tiny
 from dymu.prompting import answers, processed
-from tiny_processors import PROCESSORS, processor_for
+from tiny_processors import OF_EACH_KIND, processor_for
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?:"
@@ -179,7 +179,7 @@ def test_log_likelihoods_are_the_plain_sums(plugin, folder, documents, reference
     assert greedy == tuple(flag for _, flag in wanted)
 
 
-@pytest.mark.parametrize("family", PROCESSORS)
+@pytest.mark.parametrize("family", OF_EACH_KIND)
 def test_families_with_processors_of_their_own(plugin, family, monkeypatch):
     """A batch of questions gets what the model says of each alone: answers, and log-likelihoods of one token."""
     with torch.no_grad():

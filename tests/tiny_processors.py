@@ -15,7 +15,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.video_utils import make_batched_metadata, make_batched_videos
 
 import tiny
-from tiny_families import BEGIN, END, IMAGE_TOKEN, PATCH, ROW_END, VIDEO_TOKEN, VOCAB
+from tiny_families import BEGIN, END, FAMILIES, IMAGE_TOKEN, PATCH, ROW_END, VIDEO_TOKEN, VOCAB
 
 TEMPLATE = "".join(
     (
@@ -28,11 +28,14 @@ TEMPLATE = "".join(
 """`<vision>` and `<film>` stand for what the family writes for an image and a video."""
 
 _NAMES = {"begin": BEGIN, "end": END, "row": ROW_END, "video": VIDEO_TOKEN, "image": IMAGE_TOKEN}
-_TOKENS: Mapping[str, Mapping[str, str]] = {
+_TOKENS: dict[str, Mapping[str, str]] = {
     "internvl": {"start_image_token": "<begin>", "end_image_token": "<end>", "context_image_token": "<image>"},
     "gemma3": {"boi_token": "<begin>", "eoi_token": "<end>"},
     "smolvlm": {"fake_image_token": "<begin>", "global_image_token": "<row>", "end_of_utterance_token": "<end>"},
+    "janus": {"boi_token": "<begin>", "eoi_token": "<end>"},
+    "lighton_ocr": {"image_break_token": "<row>", "image_end_token": "<end>"},
 }
+_TOKENS["qianfan_ocr"], _TOKENS["granite_docling"] = _TOKENS["internvl"], _TOKENS["smolvlm"]
 """What a family's tokenizer names beside `image_token` and `video_token`."""
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "internvl": {"image_seq_length": 36},
@@ -42,17 +45,42 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "patch_size": PATCH, "spatial_merge_size": 2, "image_token": "<image>", "image_break_token": "<row>",
         "image_end_token": "<end>",
     },
+    "qianfan_ocr": {"image_seq_length": 36, "image_placeholder_token": "<row>"},
+    "aya_vision": {
+        "patch_size": PATCH, "img_size": 48, "downsample_factor": 2, "image_token": "<image>",
+        "start_of_img_token": "<begin>", "end_of_img_token": "<end>", "img_patch_token": "<image>",
+        "img_line_break_token": "<row>",
+    },
+    "lighton_ocr": {"patch_size": PATCH, "spatial_merge_size": 2},
+    "janus": {"num_image_tokens": 49},
+    "deepseek_vl": {"num_image_tokens": 49},
+    "granite_docling": {"image_seq_len": 25},
 }  # fmt: skip
 _CLASSES = {
-    "qwen2_5_vl": "qwen2_5_vl.processing_qwen2_5_vl.Qwen2_5_VLProcessor",
-    "qwen3_vl": "qwen3_vl.processing_qwen3_vl.Qwen3VLProcessor",
-    "internvl": "internvl.processing_internvl.InternVLProcessor",
-    "smolvlm": "smolvlm.processing_smolvlm.SmolVLMProcessor",
-    "gemma3": "gemma3.processing_gemma3.Gemma3Processor",
-    "mistral3": "pixtral.processing_pixtral.PixtralProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+    "internvl": "InternVLProcessor",
+    "smolvlm": "SmolVLMProcessor",
+    "gemma3": "Gemma3Processor",
+    "mistral3": "PixtralProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
+    "glm4v": "Glm4vProcessor",
+    "glm46v": "Glm46VProcessor",
+    "exaone4_5": "Exaone4_5_Processor",
+    "hyperclovax_vision_v2": "HyperCLOVAXVisionV2Processor",
+    "video_llama_3": "VideoLlama3Processor",
+    "paddleocr_vl": "PaddleOCRVLProcessor",
+    "lighton_ocr": "LightOnOcrProcessor",
+    "aya_vision": "AyaVisionProcessor",
+    "qianfan_ocr": "QianfanOCRProcessor",
+    "granite_docling": "GraniteDoclingProcessor",
+    "deepseek_vl": "DeepseekVLProcessor",
+    "janus": "JanusProcessor",
 }
-PROCESSORS = tuple(_CLASSES)
+PROCESSORS = tuple(name for name in _CLASSES if FAMILIES[name].exists)
 """The families that have one here."""
+OF_EACH_KIND = PROCESSORS[:6]
+"""Among them one of each kind."""
 
 
 class VideoPatches:
@@ -84,12 +112,12 @@ class VideoPatches:
 
 def processor_for(name: str, template: bool = True) -> Any:
     """The processor of a family, with a chat template or without."""
-    path, _, class_name = _CLASSES[name].rpartition(".")
+    home = "pixtral" if name == "mistral3" else name
     with _torchvision():
-        module = importlib.import_module(f"transformers.models.{path}")
+        module = importlib.import_module(f"transformers.models.{home}.processing_{home}")
     if name == "smolvlm" and module.num2words is None:
         module.num2words = str  # only videos are counted in words
-    kind = _without_checks(getattr(module, class_name))
+    kind = _without_checks(getattr(module, _CLASSES[name]))
     image_processor, tokenizer = tiny.processor(name), _tokenizer(_TOKENS.get(name, {}))
     parts = {"image_processor": image_processor, "tokenizer": tokenizer}
     if "video_processor" in kind.get_attributes():
@@ -97,7 +125,8 @@ def processor_for(name: str, template: bool = True) -> Any:
     processor = kind(**parts, **_SETTINGS.get(name, {}))
     if template:
         around = "<begin>{}<end>" if name.startswith("qwen") else "{}"
-        shown = TEMPLATE.replace("<vision>", around.format(processor.image_token))
+        placeholder = getattr(processor, "image_placeholder_token", processor.image_token)
+        shown = TEMPLATE.replace("<vision>", around.format(placeholder))
         processor.chat_template = shown.replace("<film>", getattr(processor, "video_token", None) or "<video>")
     return processor
 

@@ -20,6 +20,14 @@ from dymu.item import Item
 _LLAVA_PROMPT = "USER: {items}\n{question} ASSISTANT:"
 
 
+def placeholder_of(processor: Any, kind: str = "image") -> str:
+    """What stands for an image or video in a text: some processors write another word in the prompt in its place."""
+    token: str | None = getattr(processor, f"{kind}_placeholder_token", None) or getattr(
+        processor, f"{kind}_token", None
+    )
+    return token or ""
+
+
 def prompt(processor: Any, question: str, items: int = 1, kind: str = "image") -> str:
     """The question in the words that the model was trained on, with a placeholder for each image or video ahead of it.
 
@@ -27,7 +35,7 @@ def prompt(processor: Any, question: str, items: int = 1, kind: str = "image") -
         BadPrompt: see `check_question`, or the chat template has another number of placeholders than `items`.
     """
     check_question(processor, question, kind)
-    placeholder = getattr(processor, f"{kind}_token")
+    placeholder = placeholder_of(processor, kind)
     if processor.chat_template is None:
         return _LLAVA_PROMPT.format(items=placeholder * items, question=question)
     content = [{"type": kind}] * items + [{"type": "text", "text": question}]
@@ -43,7 +51,7 @@ def prompt(processor: Any, question: str, items: int = 1, kind: str = "image") -
 
 def check_question(processor: Any, question: str, kind: str = "image") -> None:
     """Raises: BadPrompt, where the question holds a placeholder, or half of a character, which no tokenizer takes."""
-    placeholder = getattr(processor, f"{kind}_token")
+    placeholder = placeholder_of(processor, kind)
     if placeholder in question:
         raise BadPrompt(
             f"the question holds {placeholder}, which stands for {'an' if kind == 'image' else 'a'} {kind}, and each "
@@ -80,7 +88,7 @@ def video_inputs_for(
 
 def processed(model: nn.Module, processor: Any, texts: list[str], **items: Any) -> dict[str, Any]:
     """What the model takes for prompts that hold placeholders, and their `images` or `videos`, see `inputs_for`."""
-    counts = [text.count(getattr(processor, "image_token", None) or "\0") for text in texts]
+    counts = [text.count(placeholder_of(processor) or "\0") for text in texts]
     images = items.get("images")
     if images is not None and sum(counts) == len(images):  # some processors ask for the images of each prompt
         ends = list(accumulate(counts))

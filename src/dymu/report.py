@@ -25,7 +25,7 @@ class Report:
     Attributes:
         items: the tokens of each in the prompt.
         cache_bytes: bytes of the KV cache after the last forward.
-        cache_bytes_full: bytes that the same cache would have with every token in it.
+        cache_bytes_full: bytes that the untouched model's cache would have.
     """
 
     items: list[Item] = field(default_factory=list)

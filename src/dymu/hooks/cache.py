@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from dymu.choices import CacheForm
 from dymu.errors import UnsupportedCache
@@ -24,14 +30,15 @@ class MergedLayer(DynamicLayer):
     Args:
         history: shared by all layers of the cache.
         leads: whether this layer keeps `history` up to date when rows or tokens are dropped (one layer does).
+        window: so many tokens an untouched cache would keep in this layer; None: all.
     """
 
     keys: Any
     values: Any
 
-    def __init__(self, history: History, leads: bool) -> None:
+    def __init__(self, history: History, leads: bool, window: int | None = None) -> None:
         super().__init__()
-        self.history, self.leads = history, leads
+        self.history, self.leads, self.window = history, leads, window
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -134,7 +141,7 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
     if cache.layer_class_to_replicate is None:
         first = next(index for index, stock in enumerate(cache.layers) if isinstance(stock, DynamicLayer))
         cache.layers = [
-            layer(history, leads=index == first) if isinstance(stock, DynamicLayer) else stock
+            layer(history, index == first, _window(stock)) if isinstance(stock, DynamicLayer) else stock
             for index, stock in enumerate(cache.layers)
         ]
     else:
@@ -172,5 +179,22 @@ def remembered(cache: Any) -> Callable[[], None]:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that the cache holds, merged or not."""
-    stored = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(map(_bytes, cache.layers))
+
+
+def untouched_bytes(cache: Any) -> int:
+    """Bytes that an untouched cache would hold in place of an adopted one."""
+    return sum(
+        _bytes(layer) * min(layer.history.length, layer.window or layer.history.length) // max(layer.history.entries, 1)
+        for layer in _merged(cache)
+    )
+
+
+def _bytes(layer: Any) -> int:
+    stored = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(states.numel() * states.element_size() for states in stored if isinstance(states, Tensor))
+
+
+def _window(layer: DynamicLayer) -> int | None:
+    """Of the tokens in its window, a stock layer keeps all but one for the next."""
+    return layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dymu.errors import BadPrompt, DymuError
 from dymu.families.resolve import Modality, Parts
-from dymu.hooks.cache import cache_bytes, history_of
+from dymu.hooks.cache import cache_bytes, history_of, untouched_bytes
 from dymu.item import Item
 from dymu.report import Report
 from dymu.token_map import TokenMap
@@ -315,8 +315,7 @@ class CallState(threading.local):
         if self._cache is None:
             self._cache, history.report = weakref.ref(cache), self.report
         if self._cache() is cache:
-            self.report.cache_bytes = stored = cache_bytes(cache)
-            self.report.cache_bytes_full = stored * history.length // max(history.entries, 1)
+            self.report.cache_bytes, self.report.cache_bytes_full = cache_bytes(cache), untouched_bytes(cache)
 
     def encoded(self, modality: Modality, items: list[Item], features: Features) -> None:
         """Add items that were encoded to the report, and to the prompts of the running forward."""

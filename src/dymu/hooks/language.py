@@ -107,7 +107,7 @@ class LanguageHooks:
 
         cache, use_cache = pop_cache(inputs), inputs.get("use_cache")
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=decoder.config) if self.parts.mixers else DynamicCache()
+            cache = DynamicCache(config=decoder.config)
         rewind = None if cache is None else remembered(cache)
         history = History() if cache is None else adopt(cache, self._cache)
         if history.expanded and self._cache != "expanded":

@@ -27,7 +27,7 @@ from dymu.errors import BadBudget, BadPrompt, DymuError
 from dymu.families.resolve import resolve
 from dymu.files import expanded
 from dymu.handle import Handle, apply
-from dymu.prompting import adds_special_tokens, processed
+from dymu.prompting import adds_special_tokens, placeholder_of, processed
 from dymu.reducers import FixedMerge
 from dymu.thresholds import beside
 
@@ -195,7 +195,7 @@ class Dymu(lmms):
                     f"the task {where[1]} shows a {type(image).__name__} where an image was expected: video and sound "
                     "are not supported by dymu's plug-in yet; leave this task out of --tasks."
                 )
-        placeholder = self.processor.image_token
+        placeholder = placeholder_of(self.processor)
         placed = context.count(placeholder) == len(images)
         text = context if placed else context.replace(placeholder, "")
         content = [{"type": "image"}] * (0 if placed else len(images)) + [{"type": "text", "text": text}]

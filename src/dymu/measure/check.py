@@ -185,8 +185,14 @@ class _Tried:
             stored, length = cache_bytes(cache), self._inputs["input_ids"].shape[1]
             kept, original = sum(handle.last.kept), sum(handle.last.original)
             seen = f"{stored:,} of {full:,} bytes, for {kept} of {original} image tokens"
-            if not stored < full or stored != handle.last.cache_bytes:
-                raise _Differs(f"{seen}; reported are {handle.last.cache_bytes:,}")
+            if (stored, full) != (handle.last.cache_bytes, handle.last.cache_bytes_full):
+                reported = f"{handle.last.cache_bytes:,} of {handle.last.cache_bytes_full:,}"
+                raise _Differs(f"{seen}; reported are {reported}")
+            entries = {
+                layer.keys.shape[-2] for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)
+            }
+            if entries != {length - original + kept}:
+                raise _Differs(f"{seen}; its layers hold {sorted(entries)} tokens of {length}")
             if cache.get_seq_length() != length:
                 raise _Differs(f"it says that it is {cache.get_seq_length()} tokens long, and the prompt has {length}")
         return seen
