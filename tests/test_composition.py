@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 import dymu
 import tiny
+import tiny_families
 from by_hand import unmerged_by_hand
 from dymu.errors import DymuError, UnsupportedModel
 from dymu.families.resolve import resolve
@@ -906,3 +907,86 @@ def test_threads_do_not_share_what_a_model_remembers_of_a_call():
     with dymu.apply(model, merge=ThresholdMerge((0.8,) * tiny.LAYERS)):
         assert torch.equal(answered(between=True), answered(between=False))
     assert type(model.model) is type(tiny.build("qwen2_5_vl").model)
+
+
+REMEMBER = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl"]
+"""Families that keep something of a call on the model."""
+
+
+def in_a_thread(call: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.no_grad()(call)).result()
+
+
+def exchange_attention(model: Any) -> None:
+    layer = model.model.language_model.layers[-1]
+    again = type(layer.self_attn)(model.config.text_config, layer.self_attn.layer_idx).eval()
+    again.load_state_dict(layer.self_attn.state_dict())
+    layer.self_attn = again
+
+
+def exchange_encoder_layer(model: Any) -> None:
+    layers = resolve(model).encoder_modules
+    layers[0].mlp = torch.nn.Sequential(layers[0].mlp)
+
+
+@pytest.mark.parametrize("name", REMEMBER)
+def test_a_cache_goes_on_in_another_thread_and_with_other_parts(name):
+    """By what the model kept of the call that filled the cache, whatever ran since."""
+    model = tiny.build(name)
+    large, small = (tiny.uneven(model, 2)[number : number + 1] for number in range(2))
+    asked, other = (tiny.inputs(model, tiny.prompt(model, 4, picture[0], 7), picture) for picture in (large, small))
+    more = torch.tensor([[5, 6]])
+    out = model(**asked, use_cache=True)
+    expected = model(input_ids=more, **going_on(model, out)).logits
+
+    def turn(cache: dict[str, Any]) -> Tensor:
+        return model(input_ids=more, **copy.deepcopy(cache)).logits
+
+    model(**other)
+    with dymu.apply(model, merge=dymu.FixedMerge(1.0)) as handle:
+        cache = going_on(model, in_a_thread(lambda: model(**asked, use_cache=True)))
+        for run in (in_a_thread, lambda call: call()):
+            run(lambda: model(**other))
+            tiny.close(run(lambda: turn(cache)), expected)
+        for exchange in () if name == "qwen3_5" else (exchange_attention, exchange_encoder_layer):
+            exchange(model)
+            tiny.close(turn(cache), expected)
+        with handle.disabled():
+            stock = going_on(model, in_a_thread(lambda: model(**asked, use_cache=True)))
+            tiny.close(turn(stock), expected)
+
+
+def test_layers_without_attention_and_calls_that_end_early():
+    """What they remember is fresh after a first call, and lost after a later one; a wrong argument costs nothing."""
+    model = tiny.build("qwen3_5")
+    asked, more = tiny.asked(model), torch.tensor([[5, 6]])
+    with dymu.apply(model, merge=SOME):
+        cache = DynamicCache(config=model.config.get_text_config())
+        named = {"past_key_values": cache}
+        expected = model(**asked).logits
+        with interrupted(model.model.language_model.layers[-1].mlp, KeyboardInterrupt):
+            model(**asked, **named)
+        assert torch.equal(model(**asked, **named).logits, expected)
+        with pytest.raises(ValueError, match="the attention_mask is"):
+            model(input_ids=more, attention_mask=torch.ones(1, 5), **named)
+        going = copy.deepcopy(named)
+        model(input_ids=more, **going)
+        with interrupted(model.model.language_model.layers[-1].mlp, KeyboardInterrupt):
+            model(input_ids=more, **named)
+        with pytest.raises(dymu.UnsupportedCache, match="cannot be taken back"):
+            model(input_ids=more, **named)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "paligemma"])
+def test_a_language_model_by_itself_takes_its_own_mask(name):
+    model = tiny.build(name)
+    ids = torch.randint(5, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    ids[0, :4] = tiny_families.PAD
+    text = model.model.language_model
+    expected = text(input_ids=ids, attention_mask=mask).last_hidden_state
+    with dymu.apply(model, merge=SOME):
+        found = text(input_ids=ids, attention_mask=mask).last_hidden_state
+    tiny.close(found[mask.bool()], expected[mask.bool()])

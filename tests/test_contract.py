@@ -27,7 +27,7 @@ from dymu.families import FAMILIES
 from dymu.families.resolve import resolve
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.versions import cuts_encoded_images, going_on
-from dymu.reducers import AveragePool, RandomKeep, ThresholdMerge
+from dymu.reducers import AveragePool, FixedMerge, RandomKeep, ThresholdMerge
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
@@ -247,6 +247,24 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(model, side, unmerge):
             tiny.close(row, alone, part=1e-4)
 
 
+def test_a_row_of_text_beside_rows_with_images(model):
+    images = tiny.uneven(model, 3)
+    prompts = [tiny.prompt(model, 3, *images[:2], 4), tiny.prompt(model, 6), tiny.prompt(model, 2, images[2], 1)]
+    batch = tiny.inputs(model, prompts, images)
+    stock = model(**batch).logits
+    for rule in (NOTHING, SOME, FixedMerge(keep=0.5)):
+        with dymu.apply(model, merge=rule) as handle:
+            together = model(**batch).logits
+            assert len(handle.last.kept) in (2, 3)
+            for row, ids in enumerate(prompts):
+                shown = {0: images[:2], 1: [], 2: images[2:]}[row]
+                alone = model(**tiny.inputs(model, ids, shown)).logits[0]
+                present = batch["attention_mask"][row].bool()
+                tiny.close(together[row][present], alone, part=1e-4)
+                if rule is NOTHING:
+                    tiny.close(alone, stock[row][present])
+
+
 def test_a_row_of_a_batch_gets_what_it_gets_alone_in_bfloat16(model):
     """The same token maps; logits to the rounding of one forward of this model."""
     limit = rounding(model)
@@ -325,6 +343,24 @@ def test_gone_tokens_are_drawn_dimmed(some_model):
         assert set(group.tolist()) == {-1, *range(handle.last.kept[0])}
         drawn = np.asarray(handle.last.draw(photo).convert("L"), dtype=float)
     assert drawn.std() > 5
+
+
+def test_every_token_knows_what_it_shows(model):
+    """Whatever order the encoder's layers get patches in: windows, units, packed, padded."""
+    picture = tiny.uneven(model, 2)[1]
+    with dymu.apply(model, merge=NOTHING) as handle:
+        model(**tiny.inputs(model, tiny.prompt(model, 2, picture, 3), [picture]))
+        (item,) = handle.last.items
+    if item.pictures > 1:
+        return  # test_layouts.py has tiles
+    (grid,) = item.grids
+    rows, columns = grid.shape
+    assert torch.equal(grid, torch.arange(rows * columns).view(rows, columns) + int((~item.patch).sum()))
+    colours = torch.nn.functional.adaptive_avg_pool2d(tiny.fitted(model, picture), (rows, columns))
+    tiny.close(item.seen[grid].permute(2, 0, 1), colours)
+    column, row = torch.arange(columns).expand(rows, -1), torch.arange(rows)[:, None].expand(-1, columns)
+    wanted = torch.stack((column / columns, row / rows, (column + 1) / columns, (row + 1) / rows), -1)
+    torch.testing.assert_close(item.location[grid], wanted)
 
 
 def test_the_cache_stores_merged_tokens(model):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import dymu
 import tiny
+import tiny_families
 from dymu.errors import BadPrompt, UnsupportedModel
 from dymu.families.resolve import resolve
 from dymu.hooks.versions import going_on
@@ -421,3 +422,130 @@ def test_kept_counts_are_logged(model, caplog):
     (record,) = [record for record in caplog.records if record.levelno == logging.DEBUG]
     assert str(handle.last.kept[0]) in record.message
     assert str(handle.last.original[0]) in record.message
+
+
+# ------------------------------------------------------------------------------------------------------ parts exchanged
+
+
+class Mixes(nn.Module):
+    """Adds something of each token to the next."""
+
+    def __init__(self, within: nn.Module) -> None:
+        super().__init__()
+        self.within = within
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        made = self.within(*args, **kwargs)
+        tokens, *others = made if isinstance(made, tuple) else (made,)
+        tokens = tokens + 0.5 * tokens.roll(1, -2)
+        return (tokens, *others) if isinstance(made, tuple) else tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "within" else getattr(self.within, name)
+
+
+@pytest.mark.parametrize("name", [name for name, family in tiny_families.FAMILIES.items() if family.exists])
+def test_what_makes_a_token_of_several_units(name):
+    """Where it takes made-up tokens, `apply` says so; else the first call in which anything merges."""
+    model = tiny.build(name)
+    parts = resolve(model)
+    projectors = [] if parts.projector is None else [(parts.inner, parts.family.projector)]
+    mergers = [] if parts.merger is None else [(parts.tower, parts.tower_kind.merger)]
+    for module, path in [*projectors, *mergers]:
+        owner, _, leaf = str(path).rpartition(".")
+        within = module.get_submodule(owner) if owner else module
+        stock = getattr(within, leaf)
+        setattr(within, leaf, Mixes(stock).eval())
+        refused = pytest.raises(UnsupportedModel, match="a Mixes, mixes those of different units")
+        with refused, dymu.apply(model, merge=SOME):
+            model(**asked(model, 2))
+        setattr(within, leaf, stock)
+    with dymu.apply(model, merge=SOME):
+        model(**asked(model, 2))
+
+
+class Turns(nn.Module):
+    """Attention that gives the angles to other pairs."""
+
+    def __init__(self, within: Any) -> None:
+        super().__init__()
+        self.within, self.qkv, self.proj, self.config = within, within.qkv, within.proj, within.config
+
+    def forward(self, x: Tensor, *args: Any, position_embeddings: Any, **kwargs: Any) -> Any:
+        angles = tuple(part.flip(-1) for part in position_embeddings)
+        return self.within(x, *args, position_embeddings=angles, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_an_encoder_that_rotates_otherwise(name):
+    model = tiny.build(name)
+    for block in model.model.visual.blocks:
+        block.attn = Turns(block.attn)
+    with pytest.raises(UnsupportedModel, match="layer 0 of the vision encoder does not compute what"):
+        dymu.apply(model, merge=SOME)
+
+
+@pytest.mark.parametrize("heads", [(12, 64), (3, 16), (2, 8)])
+def test_heads_of_any_size_are_tried_rightly(heads):
+    count, size = heads
+    vision = {
+        **tiny_families.FAMILIES["gemma4"].vision, "num_attention_heads": count, "num_key_value_heads": count,
+        "head_dim": size, "hidden_size": count * size,
+    }  # fmt: skip
+    model = tiny.build("gemma4", vision=vision)
+    expected = model(**asked(model)).logits
+    with dymu.apply(model, merge=NOTHING):
+        tiny.close(model(**asked(model)).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["aya_vision", "cohere2_vision", "gemma4", "qwen2_5_vl"])
+def test_parts_are_tried_in_their_own_type_within_autocast(name):
+    model = tiny.build(name)
+    with torch.autocast("cpu", torch.bfloat16), dymu.apply(model, merge=NOTHING):
+        model(**asked(model))
+
+
+def test_a_decoder_that_sees_all_is_named_so():
+    model = tiny.build("gemma3")
+    model.model.language_model.layers[1].self_attn.is_causal = False
+    with pytest.raises(UnsupportedModel, match="lets every token attend to later ones"):
+        dymu.apply(model, merge=SOME)
+
+
+# --------------------------------------------------------------------------------------------------- what does not fit
+
+
+def test_videos_where_a_family_takes_none(model):
+    if "video" in resolve(model).placeholders:
+        return
+    inputs = asked(model)
+    with dymu.apply(model, merge=SOME), pytest.raises(BadPrompt, match="takes no videos"):
+        model(**inputs, pixel_values_videos=inputs["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [("qwen2_5_vl", "image_grid_thw"), ("gemma4", "image_position_ids"), ("video_llama_3", "image_merge_sizes")],
+)
+def test_pictures_of_unknown_sizes(name, without):
+    model = tiny.build(name)
+    shown = tiny.shown(model, tiny.pictures(1))
+    shown[without] = None
+    with dymu.apply(model, merge=SOME), pytest.raises(BadPrompt, match=f"the images come without {without}"):
+        model.model.get_image_features(**shown)
+
+
+def test_sizes_of_other_pictures():
+    model = tiny.build("mistral3")
+    shown = tiny.shown(model, tiny.uneven(model, 2))
+    shown["image_sizes"] = shown["image_sizes"].flip(1)
+    with dymu.apply(model, merge=SOME), pytest.raises(BadPrompt, match=r"the encoder has .* patches, and the pictures"):
+        model.model.get_image_features(**shown)
+
+
+def test_kinds_of_tokens_that_are_not_said():
+    model = tiny.build("paligemma")
+    inputs = asked(model)
+    del inputs["token_type_ids"]
+    with dymu.apply(model, merge=NOTHING), pytest.raises(BadPrompt, match="give it token_type_ids"):
+        model(**inputs)

@@ -138,6 +138,11 @@ def shown(
     return family.show([_fit(family, picture) for picture in pictures], counts)
 
 
+def fitted(model: Any, picture: Tensor) -> Tensor:
+    """[3, height, width], a picture as the model sees it."""
+    return _fit(family_of(model), picture)
+
+
 def _fit(family: TinyFamily, picture: Tensor) -> Tensor:
     """[3, height, width] as the family sees it."""
     size = tuple(picture.shape[1:])

@@ -690,8 +690,8 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "gemma4": TinyFamily(
         vision={
-            **_VIT, "num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 3, "position_embedding_size": 64,
-            "use_clipped_linears": False, "standardize": True,
+            **_VIT, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 3,
+            "position_embedding_size": 64, "use_clipped_linears": False, "standardize": True,
         },
         text={
             **_TEXT, "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,

@@ -391,9 +391,10 @@ class Handle:
     def _install_model(self, parts: Parts) -> None:
         vision, language, generation, state = self._vision, self._language, self._generation, self._state
         assert isinstance(vision, VisionHooks)
-        vision.parts = language.parts = generation.parts = parts
+        vision.into(parts)
+        language.parts = generation.parts = parts
         if parts.family.remembers:
-            self._undo.append(by_thread(parts.inner, parts.family.remembers))
+            self._undo.append(by_thread(parts.inner, parts.family.remembers, lambda: state.active))
         self._call(parts.inner, "forward", language.inner)
         # The encoder merges.
         for modality in parts.placeholders:

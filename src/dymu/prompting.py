@@ -88,6 +88,17 @@ def video_inputs_for(
 
 def processed(model: nn.Module, processor: Any, texts: list[str], **items: Any) -> dict[str, Any]:
     """What the model takes for prompts that hold placeholders, and their `images` or `videos`, see `inputs_for`."""
+    like: Any = model
+    return dict(_called(processor, texts, **items).to(like.device, dtype=like.dtype))
+
+
+def pixels_for(processor: Any, images: Sequence[Image.Image]) -> Any:
+    """What the model gets of images, each in a prompt of its own: some processors cut them into tiles which their image
+    processor by itself leaves whole."""
+    return _called(processor, [placeholder_of(processor)] * len(images), images=list(images))
+
+
+def _called(processor: Any, texts: list[str], **items: Any) -> Any:
     counts = [text.count(placeholder_of(processor) or "\0") for text in texts]
     images = items.get("images")
     if images is not None and sum(counts) == len(images):  # some processors ask for the images of each prompt
@@ -97,12 +108,10 @@ def processed(model: nn.Module, processor: Any, texts: list[str], **items: Any) 
         items["do_sample_frames"] = False
         if hasattr(processor.video_processor, "use_token_compression"):
             items["use_token_compression"] = False
-    inputs = processor(
+    return processor(
         text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
         add_special_tokens=adds_special_tokens(processor.tokenizer, texts[0]), **items,
     )  # fmt: skip
-    like: Any = model
-    return dict(inputs.to(like.device, dtype=like.dtype))
 
 
 def image_tokens(model: Any, inputs: dict[str, Any]) -> list[int]:

@@ -22,6 +22,7 @@ from dymu.handle import apply, encoder_of, name_of
 from dymu.hooks.trace import pictures_of, trace
 from dymu.measure.provenance import fingerprint, thresholds_hash
 from dymu.media import images as image_files
+from dymu.prompting import pixels_for
 from dymu.schedule import fewest
 from dymu.thresholds import Thresholds
 from dymu.token_map import TokenMap
@@ -181,7 +182,7 @@ class Pretrained:
         thresholds.check_fits(encoder_of(parts), parts.family.cuts_images, max(parts.prefix, parts.dropped()))
         files = images or [PHOTOS / Path(photo).name for photo in recorded().photos]
         self._photos = [image_files.load(file).image for file in files]
-        self._processor, self._thresholds, self._inner = processor.image_processor, thresholds, parts.inner
+        self._processor, self._thresholds, self._inner = processor, thresholds, parts.inner
         own_sizes = parts.family.grid is not None and parts.tower_kind.arrangement != "batch"
         self._square = parts.family.cuts_images or own_sizes
         with torch.inference_mode(), apply(model, thresholds, budget=max(thresholds.budgets)) as handle:
@@ -219,7 +220,7 @@ class Pretrained:
         pictures: list[Image.Image] = [self._photos[photo] for photo in photos]
         if self._square:
             pictures = [ImageOps.fit(picture, (SQUARE_PX, SQUARE_PX)) for picture in pictures]
-        processed = self._processor(images=[[picture] for picture in pictures], return_tensors="pt")
+        processed = pixels_for(self._processor, pictures)
         takes = inspect.signature(type(self._inner).get_image_features).parameters
         return {name: value for name, value in processed.items() if name in takes}
 

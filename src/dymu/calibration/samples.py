@@ -27,6 +27,7 @@ from dymu.hooks.trace import StandIn, pictures_of
 from dymu.media.images import in_folder, load
 from dymu.merging import Pictures
 from dymu.merging.encoder_layer import Angles
+from dymu.prompting import pixels_for, placeholder_of
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor | Mapping[str, Any]
 """An image as `dymu.media.images.load` takes it, or a folder of images."""
@@ -187,7 +188,7 @@ def arguments_for(parts: Parts | LoneEncoder, modality: Modality, processor: Any
     missing = [name for name in needed if name not in processed]
     if missing:
         raise DymuError(
-            f"a {type(processor).__name__} makes no {' and no '.join(missing)}, which this model needs: give the "
+            f"a {_named(processor)} makes no {' and no '.join(missing)}, which this model needs: give the "
             "model's own processor, as AutoProcessor.from_pretrained gives it."
         )
     like = next(parts.tower.parameters())
@@ -225,7 +226,18 @@ def processor_of(processor: Any, kind: str) -> Any:
             f"a {type(processor).__name__} makes no pixels of {kind}s: give the model's processor, as "
             f"AutoProcessor.from_pretrained gives it, or its {kind} processor."
         )
-    return to_pixels
+    if kind == "video" or to_pixels is processor or not placeholder_of(processor):
+        return to_pixels
+
+    def of_images(images: Sequence[Image.Image], **_: Any) -> Any:
+        return pixels_for(processor, images)
+
+    of_images.__name__ = type(processor).__name__
+    return of_images
+
+
+def _named(to_pixels: Any) -> str:
+    return getattr(to_pixels, "__name__", type(to_pixels).__name__)
 
 
 class Samples:
@@ -307,7 +319,7 @@ class Samples:
             raise
         except ValueError as error:
             raise DymuError(
-                f"the model does not take what a {type(self._processor).__name__} makes of {name} "
+                f"the model does not take what a {_named(self._processor)} makes of {name} "
                 f"({first_line(error)}); give the model's own processor, as AutoProcessor.from_pretrained gives it."
             ) from error
         x, others = layers[0]

@@ -16,7 +16,6 @@ from dymu.families.resolve import (
     EncoderParts,
     Parts,
     encoder_parts,
-    find,
     refuse_spread,
     resolve,
     unwrapped,
@@ -67,13 +66,6 @@ class LoneEncoder(EncoderParts):
     def cuts_images(self) -> bool:
         """See `Family.cuts_images`."""
         return False
-
-    @property
-    def patch_sides(self) -> tuple[int, int]:
-        """Pixels of a patch, high and wide."""
-        sides = find(self.tower, self.tower_kind.patch_size)
-        height, width = (sides, sides) if isinstance(sides, int) else sides
-        return height, width
 
     @property
     def pixels(self) -> str:

@@ -96,6 +96,13 @@ class EncoderParts:
         return int(find(self.tower, self.tower_kind.width))
 
     @property
+    def patch_sides(self) -> tuple[int, int]:
+        """Pixels of a patch, high and wide."""
+        sides = find(self.tower, self.tower_kind.patch_size)
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        return height, width
+
+    @property
     def _projections(self) -> tuple[str, ...]:
         kind = self.tower_kind
         paths = (kind.query, kind.key, kind.value) if kind.qkv is None else (kind.qkv,)

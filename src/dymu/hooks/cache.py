@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -155,24 +156,35 @@ def history_of(cache: Any) -> History | None:
     return next((layer.history for layer in _merged(cache)), None)
 
 
+def recall(module: nn.Module, cache: Any) -> None:
+    """Let a module know of the tokens in a cache what it knew after the call before, maybe in another thread."""
+    history = history_of(cache)
+    if history is not None and history.length:
+        for name, value in history.remembered.items():
+            setattr(module, name, value)
+
+
 def _merged(cache: Any) -> Iterator[MergedLayer]:
     """The layers that store merged tokens; others remember in other ways."""
     return (layer for layer in getattr(cache, "layers", ()) if isinstance(layer, MergedLayer))
 
 
-def remembered(cache: Any) -> Callable[[], None]:
-    """What brings a cache back to what it is now, after a call that did not end well."""
+def remembered(cache: Any) -> Callable[[bool], None]:
+    """What brings a cache back to what it is now, after a call that did not end well; to be told whether any layer may
+    have run. What layers without attention remember of a cache that holds something cannot be brought back."""
     layers, replicated = list(cache.layers), cache.layer_class_to_replicate
     history = history_of(cache)
     before = None if history is None else history.copy()
+    if history is None:
+        layers = [copy.deepcopy(layer) if isinstance(layer, LinearAttentionLayer) else layer for layer in layers]
 
-    def rewind() -> None:
+    def rewind(ran: bool) -> None:
         cache.layers, cache.layer_class_to_replicate = layers, replicated
         if history is not None and before is not None:
             history.restore(before)
             for layer in _merged(cache):
                 layer.keep_first(history.entries)
-            history.interrupted = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+            history.interrupted = ran and any(isinstance(layer, LinearAttentionLayer) for layer in layers)
 
     return rewind
 

@@ -211,6 +211,7 @@ class CallState(threading.local):
         asked: the prompts that pictures are encoded for, within a forward or ahead of one.
         collecting: whether items that are encoded add to the report, instead of beginning a new one.
         generating: whether `generate` runs, whose forwards share one report.
+        inside: whether the module that holds both halves runs.
         mask: the padding mask [B, N] that the running forward was given, and
         types: the kinds of its tokens, int64 [B, N], where they say which tokens attend to later ones.
         knows_ids: whether the running forward was given ids, so that it is known where pictures stand.
@@ -231,7 +232,7 @@ class CallState(threading.local):
     def _forget(self) -> None:
         self.prompts: Prompts | None = None
         self.asked: Prompts | None = None
-        self.collecting = self.generating = self.knows_ids = self.unmerging = False
+        self.collecting = self.generating = self.knows_ids = self.unmerging = self.inside = False
         self.chunked: tuple[int, Tensor] | None = None
         self.encoding: Any = None
         self.mapped: Mapped | None = None
@@ -322,7 +323,7 @@ class CallState(threading.local):
         if not self.collecting or self.report is None:
             self.begin_report()
         assert self.report is not None
-        self.report.items += items
+        self.report.items += [item for item in items if item.pictures]  # some families give a prompt without one
         if _log.isEnabledFor(logging.DEBUG):
             original, kept = [len(item.leaders) for item in items], [item.kept for item in items]
             _log.debug("%ss of %s tokens keep %s", modality, original, kept)

@@ -97,7 +97,7 @@ class EncoderHooks:
 
         def location() -> Tensor:
             tokens = MergedTokens.unmerged(pictures.layout(pixels.device)).map
-            return locations(items_of(pictures, tokens, _colours(parts, pictures, pixels)), pictures.grids)
+            return locations(items_of(pictures, tokens, _colours(parts, pictures, pixels)), pictures)
 
         shown = Shown(_seen(parts, pictures, pixels), pictures.grids, single=True, video=False, find_location=location)
         where = ""

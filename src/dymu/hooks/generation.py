@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dymu.errors import BadPrompt
 from dymu.families.resolve import Parts
+from dymu.hooks.cache import recall
 from dymu.hooks.call import (
     PIXELS,
     CallState,
@@ -48,6 +49,7 @@ class GenerationHooks:
         try:
             if not nested:
                 state.begin_report(cache=cache_among(kwargs))
+                recall(self.parts.inner, cache_among(kwargs))
             state.generating = True
             return generate(*args, **kwargs)
         finally:

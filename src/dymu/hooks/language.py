@@ -14,7 +14,7 @@ from dymu.choices import COMPACT, CacheForm, Unmerge
 from dymu.errors import BadPrompt, UnsupportedCache, UnsupportedModel
 from dymu.families.resolve import Parts
 from dymu.hooks.attention import Angles, LayerSteps, Rotations, angles_of
-from dymu.hooks.cache import adopt, remembered
+from dymu.hooks.cache import adopt, recall, remembered
 from dymu.hooks.call import PIXELS, CallState, Mapped, Prompts, arguments_of
 from dymu.hooks.refusals import (
     drops_out,
@@ -22,6 +22,7 @@ from dymu.hooks.refusals import (
     refuse_compression,
     refuse_lost_features,
     refuse_packed,
+    refuse_unknown_videos,
     warn_of_dropout,
 )
 from dymu.hooks.replaced import Method
@@ -63,15 +64,17 @@ class LanguageHooks:
         state, parts = self._state, self.parts
         inputs = arguments_of(parts.inner, "forward", args, kwargs)
         refuse_attention_weights(inputs, parts.language_model.config)
+        refuse_unknown_videos(inputs, parts.placeholders)
         refuse_compression(inputs.get(parts.family.compresses or ""))
+        recall(parts.inner, cache_among(inputs))
         ids = inputs.get("input_ids")
         encoded = inputs.get("mm_encoder_outputs") or {}
         ahead = any(output is not None for output in encoded.values())
         before = state.prompts, state.asked, state.collecting, state.knows_ids
-        encoding, mask, types = state.encoding, state.mask, state.types
+        encoding, mask, types, inside = state.encoding, state.mask, state.types, state.inside
         try:
             state.prompts = state.asked = state.encoding = None
-            state.mask = inputs.get("attention_mask")
+            state.mask, state.inside = inputs.get("attention_mask"), True
             state.types = inputs.get(self._types_argument or "")
             state.knows_ids = ids is not None
             if ahead or any(inputs.get(name) is not None for name in PIXELS):
@@ -86,12 +89,12 @@ class LanguageHooks:
             return forward(*args, **kwargs)
         finally:
             state.prompts, state.asked, state.collecting, state.knows_ids = before
-            state.encoding, state.mask, state.types = encoding, mask, types
+            state.encoding, state.mask, state.types, state.inside = encoding, mask, types, inside
 
     def decoder(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Keep one token of each group, plan the attention over all, and give all tokens the outputs of their groups.
 
-        A call that ends in an error leaves the cache as it was.
+        A call that ends in an error leaves the cache as it was, or marks it as of no use, see `remembered`.
         """
         state, decoder, within = self._state, self.parts.language_model, (self._state.unmerging, self._state.mapped)
         inputs = arguments_of(decoder, "forward", args, kwargs)
@@ -119,8 +122,8 @@ class LanguageHooks:
         try:
             state.unmerging = False  # a layer's hook may ask the model, too
             mask = inputs.pop("attention_mask", None)
-            if self.parts.family.both_ways is not None:
-                mask = state.mask
+            if self.parts.family.both_ways is not None and state.inside:
+                mask = state.mask  # what the model makes of it says more than which tokens are there
             present = _present(mask, batch, tokens, history, self._unmerge)
             place = history.places(present, batch, tokens, embeds.device)
             positions = inputs.pop("position_ids", None)
@@ -173,7 +176,7 @@ class LanguageHooks:
             )
         except BaseException:
             if rewind is not None:
-                rewind()
+                rewind(state.unmerging)
             raise
         finally:
             state.unmerging, state.mapped = within
@@ -182,6 +185,7 @@ class LanguageHooks:
             if output.hidden_states is not None:
                 output.hidden_states = tuple(merged.expand(hidden) for hidden in output.hidden_states)
         if cache is not None:
+            history.remembered = {name: getattr(self.parts.inner, name) for name in self.parts.family.remembers}
             state.filled(cache, history)
         return output.to_tuple() if as_tuple else output
 
@@ -244,6 +248,11 @@ class LanguageHooks:
             BadPrompt: it is not known of all new tokens whether they do.
         """
         types, both_ways = self._state.types, self.parts.family.both_ways
+        if both_ways == "prefix" and types is None and first and tokens > 1 and self._state.inside:
+            raise BadPrompt(
+                f"it is not known which tokens this model reads both ways; give it {self._types_argument}, 0 for the "
+                "prompt and 1 for what it said, as its processor makes them."
+            )
         if types is None or tokens == 1 or (both_ways == "prefix" and not first):
             return None
         if types.ndim != 2 or len(types) != batch or (types.shape[1] < tokens and not first):

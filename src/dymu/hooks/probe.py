@@ -1,12 +1,14 @@
 """Try, as DyMU is applied, whether a model's layers compute what the descriptions say, and how its heads rotate.
 
-An encoder layer must give what its parts give together. Every attention layer of the language model must rotate pairs
-of channels of its heads by the angles that it gets, or none. What a description leaves out would else be a wrong number
-later.
+An encoder layer must give what its parts give together. What makes tokens of units must make each of one unit. Every
+attention layer of the language model must rotate pairs of channels of its heads by the angles that it gets, or none.
+What a description leaves out would else be a wrong number later.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -17,7 +19,7 @@ from torch.nn.functional import pad
 
 from dymu.errors import UnsupportedModel
 from dymu.families.encoders import LoneEncoder
-from dymu.families.resolve import EncoderParts, Parts
+from dymu.families.resolve import EncoderParts, Parts, find
 from dymu.hooks.attention import Angles, Rotation, Rotations, angles_of, one_of_two
 from dymu.merging import Layout, MergedTokens
 from dymu.unmerging.virtual import as_pairs
@@ -52,15 +54,58 @@ def check_layers(parts: Parts | LoneEncoder) -> Rotations:
             "weights of the model are not loaded, or offloaded (they are on the device meta), which dymu does not know "
             "yet; load all of them onto one device first."
         )
-    encoder = [] if _left_to_chance(parts.tower) else _encoder_errors(parts)  # dropout would make them differ
-    for index, error in enumerate(encoder):
-        if error:
-            raise UnsupportedModel(
-                f"layer {index} of the vision encoder does not compute what its description says ({error:.2g} of the "
-                "largest value apart), so that merging within it would be wrong; somebody exchanged its parts, or the "
-                "description is of another encoder (docs/add-a-family.md)."
-            )
-    return _rotations(parts) if isinstance(parts, Parts) else Rotations({}, {})
+    with torch.autocast(next(parts.model.parameters()).device.type, enabled=False):
+        encoder = [] if _left_to_chance(parts.tower) else _encoder_errors(parts)  # dropout would make them differ
+        for index, error in enumerate(encoder):
+            if error:
+                raise UnsupportedModel(
+                    f"layer {index} of the vision encoder does not compute what its description says ({error:.2g} of "
+                    "the largest value apart), so that merging within it would be wrong; somebody exchanged its parts, "
+                    "or the description is of another encoder (docs/add-a-family.md)."
+                )
+        if not isinstance(parts, Parts):
+            return Rotations({}, {})
+        for part in filter(None, (parts.projector, parts.merger, *parts.side_mergers)):
+            if not _left_to_chance(part) and _mixes(parts, part):
+                raise mixing(part)
+        return _rotations(parts)
+
+
+def mixing(part: nn.Module) -> UnsupportedModel:
+    """What is said of a part that makes a token of several units."""
+    return UnsupportedModel(
+        f"what makes tokens of the encoder's, a {type(part).__name__}, mixes those of different units, so that merged "
+        "ones would be wrong; dymu knows projectors and mergers that make each token of one unit."
+    )
+
+
+def differ(features: Tensor, leaders: Tensor) -> bool:
+    """Whether tokens [N, C] of a group, whose first ones are int64 [N], are not alike."""
+    there = leaders >= 0
+    rows, firsts = features[there], features[leaders[there]]
+    return bool(_apart(rows, firsts) > TOLERANCE.get(features.dtype, HALF_PRECISION))
+
+
+def _mixes(parts: Parts, part: nn.Module) -> bool:
+    """Whether a part that makes tokens of patches, or of units, lets one unit change what it makes of another; where it
+    takes no made-up ones, the first call tells, see `differ`."""
+    size = getattr(find(parts.tower, "config"), "image_size", None)
+    grids = [(8, 8), *((size // high, size // wide) for high, wide in [parts.patch_sides] if isinstance(size, int))]
+    widths = dict.fromkeys((parts.width, *(size for parameter in part.parameters() for size in parameter.shape)))
+    for width, (rows, columns), flat in itertools.product(widths, grids, (False, True)):
+        x = _random(part, width, rows * columns)
+        x = x[0] if flat else x
+        try:
+            made = part.forward(x)
+            side = math.isqrt(rows * columns // made.shape[-2])
+            above = rows // 2 // side * side * columns  # of the first rows of units, row after row or unit after unit
+            changed = part.forward(torch.cat((x[..., :above, :], x[..., above:, :].flip(-2) + 1), -2))
+        except Exception:  # it takes others
+            continue
+        if made.shape[:-2] == x.shape[:-2] and rows * columns == side**2 * made.shape[-2]:
+            first = slice(above // side**2)
+            return bool(_apart(changed[..., first, :], made[..., first, :]) > TOLERANCE.get(x.dtype, HALF_PRECISION))
+    return False
 
 
 def _rotations(parts: Parts) -> Rotations:
@@ -74,7 +119,10 @@ def _rotations(parts: Parts) -> Rotations:
         kind = parts.angle_kind(attention)
         module, rotation = _rotation(attention, x, angles[kind], interleaved[kind], parts.decoder_kind.shared, shared)
         if parts.family.both_ways != "prefix" and getattr(module, "is_causal", True) is False:
-            rotation = "it lets every token attend to later ones"
+            raise UnsupportedModel(
+                f"attention layer {index} of the language model, a {type(attention).__name__}, lets every token attend "
+                "to later ones, which dymu knows of images and of prompts only."
+            )
         if isinstance(rotation, str):
             raise UnsupportedModel(
                 f"attention layer {index} of the language model, a {type(attention).__name__}, does not rotate pairs "
@@ -86,7 +134,7 @@ def _rotations(parts: Parts) -> Rotations:
 
 
 def _left_to_chance(tower: Any) -> bool:
-    """Whether an encoder drops out anything, by its config or else by its modules."""
+    """Whether a part drops out anything, by its config or else by its modules."""
     if not tower.training:
         return False
     if hasattr(tower, "config"):
@@ -104,12 +152,15 @@ def _encoder_errors(parts: EncoderParts) -> list[float]:
     if kind.angles is not None:
         first = parts.encoder_layer(0)
         size = first.project(first.norm1(x))[0].shape[-1]
-        turns = torch.linspace(0, 2, TOKENS * (size // 2), device=x.device).view(TOKENS, -1)
+        # Every pair turns by an angle of its own, or angles given to other pairs would look the same.
+        generator = torch.Generator("cpu").manual_seed(1)
+        turns = 6 * torch.rand(TOKENS, size // 2, generator=generator, device="cpu").to(x.device)
         turns = turns.unflatten(-1, (kind.turning, -1)).repeat(1, 1, 2).flatten(1)
         angles = pad(turns, (0, 0, prefix, 0))  # what stands ahead of patches is not rotated
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         state = replace(state, angles=(cos[None], sin[None]))
-        asked[kind.angles] = cos[prefix:], sin[prefix:]
+        of_patches = cos[prefix:], sin[prefix:]
+        asked[kind.angles] = (cos[None], sin[None]) if kind.arrangement == "padded" else of_patches
     if kind.segments is not None:
         asked[kind.segments] = torch.tensor([0, tokens], dtype=torch.int32, device=x.device)
     if kind.positions is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,12 @@ def refuse_arguments(arguments: Mapping[str, Any], names: Iterable[str]) -> None
         raise UnsupportedModel(
             f"dymu does not know {' and '.join(asked)} of this model; leave it out, or ask within handle.disabled()."
         )
+
+
+def refuse_unknown_videos(arguments: Mapping[str, Any], modalities: Container[str]) -> None:
+    """Raises BadPrompt where a model is given videos and takes none."""
+    if "video" not in modalities and arguments.get("pixel_values_videos") is not None:
+        raise BadPrompt("this model takes no videos; leave pixel_values_videos out, or give their frames as images.")
 
 
 def refuse_compression(left: Any) -> None:

@@ -57,19 +57,29 @@ def refuse_copy() -> NoReturn:
     raise DymuError(COPIED)
 
 
-def by_thread(module: nn.Module, names: Sequence[str]) -> Callable[[], None]:
-    """Let every thread have values of its own of some attributes of a module, None at first. Returns what undoes it."""
+def by_thread(module: nn.Module, names: Sequence[str], apart: Callable[[], bool]) -> Callable[[], None]:
+    """Let every thread have values of its own of some attributes of a module. Returns what undoes it.
+
+    The module itself has the newest of any thread, which is also that of a thread that has none.
+
+    Args:
+        apart: whether they are this thread's own now, or the module's.
+    """
     kind, values = type(module), threading.local()
 
     def own(name: str) -> property:
-        return property(
-            lambda _module: getattr(values, name, None), lambda _module, value: setattr(values, name, value)
-        )
+        def read(module: nn.Module) -> Any:
+            newest = module.__dict__.get(name)
+            return getattr(values, name, newest) if apart() else newest
+
+        def write(module: nn.Module, value: Any) -> None:
+            module.__dict__[name] = value
+            setattr(values, name, value)
+
+        return property(read, write)
 
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     view = type(kind.__name__, (kind,), named | {name: own(name) for name in names})
-    for name in names:
-        setattr(values, name, module.__dict__.get(name))
     module.__class__ = view
 
     def undo() -> None:

@@ -73,8 +73,9 @@ def trace(
     items = _in_prompt(parts, modality, args, kwargs, pictures, _signatures(tokens, seen, pictures))
     leaders = _leaders(items)
     patches = [item[:, PATCH] > 0.5 for item in items]
-    firsts = [item[:, PICTURE].where(patch, torch.inf).min() for item, patch in zip(items, patches, strict=True)]
-    starts = [round(first) for first in torch.stack(firsts).tolist()] + [len(seen)]
+    starts = [len(seen)]
+    for item, patch in zip(reversed(items), reversed(patches), strict=True):
+        starts.insert(0, round(float(item[patch, PICTURE].min())) if bool(patch.any()) else starts[0])
     of_item = [(item[:, PICTURE] - start).round().long() for item, start in zip(items, starts, strict=False)]
     if modality == "image" and parts.family.cuts_images:
         of_item = _most_of(parts, args, kwargs, pictures, starts)
@@ -86,7 +87,7 @@ def trace(
             picture=picture.to(device),
             at=item[:, ROW : COLUMN + 1].to(seen[0]),
             seen=item[:, SEEN].to(seen[0]),
-            shown=torch.stack(list(seen[start:end])),
+            shown=torch.stack(list(seen[start:end])) if start < end else seen[0].new_zeros(0, 3, 0, 0),
             video=modality == "video",
             covered=_covered(parts, pictures, pixels),
         )
@@ -177,12 +178,10 @@ def _family_code(
     """What the family's code makes of encoder tokens [S, C] with some parts of the model replaced."""
     family = parts.family
 
-    def encoded(*tower_args: Any, **tower_kwargs: Any) -> BaseModelOutputWithPooling:
+    def encoded(*_args: Any, **_kwargs: Any) -> BaseModelOutputWithPooling:
         if parts.merger is not None:
-            packed = pictures.arrangement == "packed"
-            order = _order(parts, tower_args, tower_kwargs, pictures, channels.device) if packed else slice(None)
             patches = next(parts.tower.parameters()).new_zeros(len(pictures.grids), 1, parts.width)
-            output = BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=channels[order])
+            output = BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=pictures.by_rows(channels))
             output.deepstack_features = []
             return output
         if family.regroups == "tower":
@@ -198,20 +197,17 @@ def _family_code(
     return get_features(stand_in, *args, **{**kwargs, "return_dict": True}).pooler_output
 
 
-def _order(
-    parts: Parts, args: Sequence[Any], kwargs: Mapping[str, Any], pictures: Pictures, device: torch.device
-) -> Tensor:
-    """int64 [S]: for each token that an encoder of packed patches gives, the unit it is in the order of its layers.
-
-    The encoder's own code says so, run without its layers.
-    """
+def order_of(parts: Parts, args: Sequence[Any], kwargs: Mapping[str, Any], pictures: Pictures) -> Tensor | None:
+    """See `Pictures.order`. The encoder's own code says it, run without its layers on these arguments."""
     kind, like = parts.tower_kind, next(parts.tower.parameters())
-    numbers = torch.arange(pictures.layout(device).total, device=device)[:, None]
+    if parts.merger is None or pictures.arrangement != "packed":
+        return None
+    numbers = torch.arange(pictures.layout(like.device).total, device=like.device)[:, None]
     patches = like.new_zeros(len(numbers) * pictures.side**2, parts.width)
     replaced = {kind.layers: (), kind.merger: lambda *_: numbers, kind.embedder: lambda *_: patches}
     tower = StandIn(parts.tower, {path: part for path, part in replaced.items() if path is not None})
-    order: Tensor = tower(*args, **kwargs).pooler_output
-    return order[:, 0]
+    order: Tensor = tower(*args, **kwargs).pooler_output[:, 0]
+    return None if torch.equal(order, numbers[:, 0]) else order
 
 
 def _signatures(tokens: TokenMap, seen: Tensor | Sequence[Tensor], pictures: Pictures) -> Tensor:
@@ -226,8 +222,9 @@ def _signatures(tokens: TokenMap, seen: Tensor | Sequence[Tensor], pictures: Pic
     signatures = torch.zeros(layout.total, _KNOWN + RANDOM, dtype=torch.float64, device=device)
     signatures[:, PATCH] = shows.double()
     known = torch.stack((picture, index // columns, index % columns), 1).double()
-    signatures[:, PICTURE : COLUMN + 1] = known * shows[:, None]
-    signatures[shows, SEEN] = torch.cat([part.flatten(1).mT for part in seen]).to(device, torch.float64)
+    signatures[:, PICTURE : COLUMN + 1] = pictures.by_layers(known * shows[:, None])
+    colours = torch.cat([part.flatten(1).mT for part in seen]).to(device, torch.float64)
+    signatures[shows, SEEN] = pictures.by_layers(colours)
     generator = torch.Generator(device).manual_seed(0)
     random = torch.rand(len(seen), tokens.width, RANDOM, generator=generator, dtype=torch.float64, device=device)
     group = tokens.group.to(device)
@@ -251,9 +248,18 @@ def pictures_of(parts: Parts, modality: Modality, arguments: Mapping[str, Any], 
         pixels: the encoder's first argument.
 
     Raises:
-        BadPrompt: the patches of a picture are not whole units.
+        BadPrompt: the patches of a picture are not whole units, or it is not said how large it is.
     """
-    kind, family, side = parts.tower_kind, parts.family, parts.side(modality, arguments)
+    kind, family = parts.tower_kind, parts.family
+    if kind.arrangement in ("packed", "padded"):
+        named = ((name or "").format(modality=modality) for name in (family.grid, family.unit) if "{" in (name or ""))
+        missing = [name for name in named if arguments.get(name) is None]
+        if missing:
+            raise BadPrompt(
+                f"the {modality}s come without {' and '.join(missing)}, so that it is not known where each begins and "
+                "ends; give the model all that its processor makes of them."
+            )
+    side = parts.side(modality, arguments)
     sizes = arguments.get((family.grid or "").format(modality=modality))
     length = 0
     if sizes is None or kind.arrangement == "batch":
@@ -302,15 +308,9 @@ def _padded_grids(positions: Tensor) -> list[list[int]]:
     return grids
 
 
-def _patch_sides(parts: Parts) -> tuple[int, int]:
-    """Pixels of a patch, high and wide."""
-    sides: int | tuple[int, int] = find(parts.tower, parts.tower_kind.patch_size)
-    return (sides, sides) if isinstance(sides, int) else sides
-
-
 def _grid(parts: Parts, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of the patches of a picture; what is left over at the ends is not seen."""
-    rows, columns = _patch_sides(parts)
+    rows, columns = parts.patch_sides
     return height // rows, width // columns
 
 
@@ -318,7 +318,7 @@ def _covered(parts: Parts, pictures: Pictures, pixels: Tensor) -> tuple[float, f
     """See `Item.covered`."""
     if pictures.arrangement != "batch":
         return 1.0, 1.0
-    (height, width), (rows, columns) = _patch_sides(parts), pictures.grids[0]
+    (height, width), (rows, columns) = parts.patch_sides, pictures.grids[0]
     return rows * height / pixels.shape[-2], columns * width / pixels.shape[-1]
 
 
@@ -331,7 +331,7 @@ def pixels_of(pictures: Pictures, parts: Parts, pixels: Tensor) -> Tensor | Sequ
         patches = pixels[pictures.there(pixels.device)] if pictures.length else pixels
         split: Sequence[Tensor] = patches.reshape(sum(counts), -1).split(counts)
         return split
-    height, width = _patch_sides(parts)
+    height, width = parts.patch_sides
     return [
         picture[:, : rows * height, : columns * width]
         for picture, (rows, columns) in zip(pixels, pictures.grids, strict=True)
@@ -341,7 +341,7 @@ def pixels_of(pictures: Pictures, parts: Parts, pixels: Tensor) -> Tensor | Sequ
 def seen_by(pictures: Pictures, parts: Parts, pixels: Tensor) -> Tensor | Sequence[Tensor]:
     """Of each picture [3, rows, columns]: the mean colour of each unit."""
     of_each = pixels_of(pictures, parts, pixels.detach())
-    height, width = (patch * pictures.side for patch in _patch_sides(parts))
+    height, width = (patch * pictures.side for patch in parts.patch_sides)
     if isinstance(of_each, Tensor):
         return avg_pool2d(of_each.float(), (height, width))
     if not pictures.cut:
@@ -355,15 +355,15 @@ def seen_by(pictures: Pictures, parts: Parts, pixels: Tensor) -> Tensor | Sequen
     return [part.mT.unflatten(1, shape) for part, shape in zip(split, grids, strict=True)]
 
 
-def locations(items: Sequence[Item], grids: Sequence[tuple[int, int]]) -> Tensor:
+def locations(items: Sequence[Item], pictures: Pictures) -> Tensor:
     """See `dymu.reducers.Shown.location`. Computed from where two tokens at opposite corners of each picture lie.
 
     Args:
         items: with nothing merged.
-        grids: rows and columns of every picture.
+        pictures: that they show.
     """
     boxes = []
-    sizes = iter(grids)
+    sizes = iter(pictures.unit_grids)
     for item in items:
         centre = (item.location[:, :2] + item.location[:, 2:]).flip(1) / 2  # row, then column, as `at`
         for number, (rows, columns) in zip(range(item.pictures), sizes, strict=False):
@@ -373,7 +373,8 @@ def locations(items: Sequence[Item], grids: Sequence[tuple[int, int]]) -> Tensor
             sides = (left.expand(rows, -1), top[:, None].expand(-1, columns),
                      right.expand(rows, -1), bottom[:, None].expand(-1, columns))  # fmt: skip
             boxes.append(torch.stack(sides, -1).flatten(0, 1))
-    return pad_sequence(boxes, True, torch.nan)
+    of_layers = pictures.by_layers(torch.cat(boxes)).split([len(box) for box in boxes])
+    return pad_sequence(list(of_layers), True, torch.nan)
 
 
 def _edges(at: Tensor, centre: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import Modality, Parts, find
-from dymu.hooks.call import CallState, arguments_of, carry_items
+from dymu.hooks.call import CallState, Features, arguments_of, carry_items
+from dymu.hooks.probe import differ, mixing
 from dymu.hooks.refusals import (
     drops_out,
     refuse_absent_patches,
@@ -23,7 +24,7 @@ from dymu.hooks.refusals import (
     warn_of_hooks,
 )
 from dymu.hooks.replaced import Method
-from dymu.hooks.trace import locations, pictures_of, pixels_of, seen_by, trace
+from dymu.hooks.trace import locations, order_of, pictures_of, pixels_of, seen_by, trace
 from dymu.item import Item
 from dymu.merging import MergedTokens, Pictures
 from dymu.reducers import EncoderRun, Reducer, Shown, reduce_in_prompt
@@ -83,6 +84,11 @@ class VisionHooks:
 
     def __init__(self, parts: Parts, state: CallState, reducer: Reducer | None) -> None:
         self.parts, self.reducer, self._state = parts, reducer, state
+        self._proved = False
+
+    def into(self, parts: Parts) -> None:
+        """From the next call on, stand around these parts."""
+        self.parts, self._proved = parts, False
 
     def features(self, modality: Modality, get_features: Method, *args: Any, **kwargs: Any) -> Any:
         """`get_features` with an encoder that merges. Its features carry their items wherever they go.
@@ -124,9 +130,19 @@ class VisionHooks:
         kept = torch.stack([state.map.kept - dropped for state in run.states[1 : run.depth + 1]])
         each = kept.split([item.pictures for item in items], dim=1)
         items = [replace(item, kept_by_layer=layers) for item, layers in zip(items, each, strict=True)]
+        self._prove(items, output.pooler_output)
         carry_items(output.pooler_output, items)
         state.encoded(modality, items, output.pooler_output)
         return output.to_tuple() if as_dict is False else output
+
+    def _prove(self, items: Sequence[Item], features: Features) -> None:
+        """At the first call in which anything merges: raises UnsupportedModel where tokens of a group differ."""
+        if self._proved or not any(item.kept < len(item.leaders) for item in items):
+            return
+        for item, of_item in zip(items, features, strict=True):
+            if item.pictures and differ(of_item.detach().flatten(0, -2), item.leaders):
+                raise mixing(self.parts.projector or self.parts.merger or self.parts.inner)
+        self._proved = True
 
     def tower(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """The encoder: a reducer may show it other pixels, and its features come in the tokens left at the end.
@@ -141,6 +157,7 @@ class VisionHooks:
         named = None if args else next(name for name in ("pixel_values", "hidden_states") if name in kwargs)
         pixels = args[0] if named is None else kwargs[named]
         pictures = pictures_of(self.parts, call.modality, call.arguments, pixels)
+        pictures = replace(pictures, order=order_of(self.parts, args, kwargs, pictures))
         if pictures.restores and len(call.layers) > 1:
             raise UnsupportedModel(
                 "this model reads features of several encoder layers and regroups them or takes pictures of several "
@@ -268,5 +285,5 @@ class VisionHooks:
             single=call.modality == "image" and not parts.family.cuts_images,
             video=call.modality == "video",
             find_text=text,
-            find_location=lambda: locations(untouched(), grids),
+            find_location=lambda: locations(untouched(), pictures),
         )

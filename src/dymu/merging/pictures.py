@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Pictures:
         regroups: whether what follows the layers regroups patches by itself, hence needs all of them.
         cut: whether the encoder gets patches, and not pixels that it cuts into patches.
         length: P, where pictures are padded.
+        order: int64 [units], of each unit, row after row, its place in the order of the layers; None: the same.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -35,10 +36,16 @@ class Pictures:
     regroups: bool = False
     cut: bool = False
     length: int = 0
+    order: Tensor | None = field(default=None, compare=False)
 
     @property
     def units(self) -> Units:
         return Units(self.side**2, self.prefix)
+
+    @property
+    def patches(self) -> int:
+        """Of all pictures."""
+        return sum(rows * columns for rows, columns in self.grids)
 
     @property
     def unit_grids(self) -> tuple[tuple[int, int], ...]:
@@ -118,6 +125,14 @@ class Pictures:
         if not state.map.padded:
             return rows
         return rows.masked_fill((original.pack(state.map.group).flatten() < 0)[:, None], 0)
+
+    def by_layers(self, x: Tensor) -> Tensor:
+        """What stands for each unit [units, ...], row after row, in the order of the layers."""
+        return x if self.order is None else x[self.order.to(x.device).argsort()]
+
+    def by_rows(self, x: Tensor) -> Tensor:
+        """The inverse of `by_layers`."""
+        return x if self.order is None else x[self.order.to(x.device)]
 
     def to_patches(self, units: Tensor) -> Tensor:
         """What stands for each unit [S, C], picture after picture, prefix tokens included, to every patch in the order

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dymu.errors import UnsupportedModel
+from dymu.errors import BadPrompt, UnsupportedModel
 from dymu.merging import EncoderLayer, Layout, MergedTokens, Pictures, a_count
 from dymu.merging.encoder_layer import Angles
 from dymu.reducers.reducer import Candidates, Pixels, Reducer, Shown, Tokens
@@ -131,6 +131,12 @@ class EncoderRun:
     def _enter(self, x: Tensor, angles: Angles | None, window: Tensor | None) -> Tensor:
         """The embedded tokens that go into the first layer."""
         if self._entering is None:
+            there, said = x[..., 0].numel(), self.pictures.patches
+            if self.pictures.arrangement in ("packed", "raster") and there != said:
+                raise BadPrompt(
+                    f"the encoder has {there} patches, and the pictures are said to have {said}; give the model the "
+                    "sizes that its processor makes, along with their pixels."
+                )
             # Fewer pixels make fewer patches.
             x, state = self.pictures.enter(x, angles, window)
             self.states = [state]
@@ -185,10 +191,11 @@ class EncoderRun:
         missing = self.protected - self.prefix
 
         def grids() -> list[list[Tensor]]:
-            numbers = (torch.arange(count, device=units.device) for count in self.shown.counts)
+            numbers = torch.cat([torch.arange(count, device=units.device) for count in self.shown.counts])
+            of_pictures = self.pictures.by_rows(numbers).split(self.shown.counts)
             return [
                 [number.sub(missing).clamp(min=-1).view(shape)]
-                for number, shape in zip(numbers, self.shown.grids, strict=True)
+                for number, shape in zip(of_pictures, self.shown.grids, strict=True)
             ]
 
         return Tokens(

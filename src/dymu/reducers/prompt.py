@@ -48,6 +48,13 @@ def reduce_in_prompt(reducer: Reducer, items: list[Item], features: Any, shown: 
     """
     if not reducer.reduces("in_prompt", shown):
         return items, features
+    there = [index for index, item in enumerate(items) if item.pictures]
+    if len(there) < len(items):  # some prompts show nothing
+        some = reduce_in_prompt(reducer, [items[index] for index in there], [features[index] for index in there], shown)
+        items, features = list(items), list(features)
+        for index, item, feature in zip(there, *some, strict=True):
+            items[index], features[index] = item, feature
+        return items, features
     tokens = tokens_of(items, features, shown)
     reduced = reducer.in_prompt(tokens)
     if reduced is None:

@@ -61,7 +61,8 @@ class Shown:
     def location(self) -> Tensor:
         """float [pictures, longest, 4], the part of the user's picture that each patch shows: left, top, right, bottom
         in widths and heights of it (of what the processor left of it, where that crops). Padding lies beyond 0 to 1;
-        past the end of a smaller picture stands nan. A frame of a video is a picture.
+        past the end of a smaller picture stands nan. A frame of a video is a picture. Patches (units) come in the order
+        of the encoder's layers, in which those of a window follow each other.
         """
         return self.find_location()
 

@@ -28,6 +28,7 @@ class History:
         newest: map of the tokens that were appended last to their merged ones.
         hidden: bool [B, N], tokens that the present call does not see; None: it sees all.
         report: what the caller says of it; copies have copies.
+        remembered: what the caller knows of its tokens beside, by name.
         interrupted: whether something else that the cache remembers is no longer of these tokens.
     """
 
@@ -43,6 +44,7 @@ class History:
         self.newest: TokenMap | None = None
         self.hidden: Tensor | None = None
         self.report: Any = None
+        self.remembered = dict[str, Any]()
         self.interrupted = False
         self.entries = 0
         self.plain, self.padded = True, False
