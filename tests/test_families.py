@@ -11,6 +11,7 @@ from packaging import version
 
 import dymu
 import tiny
+import tiny_families
 from dymu.bench.check import RandomMerges, Reference
 from dymu.errors import BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
 from dymu.families import FAMILIES, limits, listing
@@ -115,6 +116,12 @@ def uncompressed(name):
         assert handle.last.kept == [12]
 
 
+def ministral(name):
+    text = {**tiny_families.FAMILIES[name].text, "model_type": "ministral3"}
+    with pytest.raises(UnsupportedModel, match="ministral3"):
+        dymu.apply(tiny.build(name, text=text), merge=HALF)
+
+
 def several_layers_with_pixtral(name):
     model = tiny.build("llava+pixtral", vision_feature_layer=[-1, -2])
     assert model.config.model_type == name
@@ -187,6 +194,7 @@ PROOFS = {
     "the crops of pan and scan are reported as images of their own": tiles_apart,
     "layers with linear attention run on all tokens": linear_attention_runs_on_all,
     "images and videos in one call are refused, as by the model itself": images_and_videos,
+    "Ministral 3's language model, which scales queries by their positions, is refused": ministral,
     "videos need use_token_compression=False": uncompressed,
     "several encoder layers read at once are refused with pixtral": several_layers_with_pixtral,
     "frames pooled by learned weights (spatial_pool_mode conv) are refused": frames_pooled_by_weights,

@@ -56,7 +56,7 @@ def test_every_picture_changes_its_places(model):
     for other, own in (([first.flip(2), second], places[:count]), ([first, second.flip(2)], places[count:])):
         changed = (model(**tiny.inputs(model, ids, other)).logits[0] - seen).abs().amax(1) / seen.abs().max()
         assert changed[own].min() > 1e-3
-        assert (changed[: own[0]].max() == 0) == tiny.can(model, "one way")
+        assert (changed[: own[0]].max() < 1e-6) == tiny.can(model, "one way")
     assert changed[-1] > 0.02
 
 

@@ -271,6 +271,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     ),
     "smollm3": _decoder("smollm3", no_rope_layers=[1, 0, 1]),
     "gemma2": _decoder("gemma2", sliding_window=40, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
+    "qwen3_moe": _decoder(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1
+    ),
 }
 """Language models of the LLaVA families."""
 

@@ -38,12 +38,12 @@ class Output:
             for part in for_people():
                 self._out.print(part)
 
-    def markdown(self, pages: Iterable[str]) -> Iterable[Any]:
-        """Pages with tables, drawn where stdout is a terminal and as they are where it is a file."""
+    def markdown(self, pages: Iterable[str], numbers: bool = True) -> Iterable[Any]:
+        """Pages with tables, drawn where stdout is a terminal and as they are where it is a file; see `table`."""
         if not self._out.is_terminal:
             return pages
         blocks = (block for page in pages for block in page.split("\n\n"))
-        return [part for block in blocks for part in (*_drawn(block, self._out.width), "")]
+        return [part for block in blocks for part in (*_drawn(block, self._out.width, numbers), "")]
 
     def wrote(self, path: Path) -> None:
         """Name a file that was written."""
@@ -60,7 +60,7 @@ class Output:
             yield
 
 
-def _drawn(block: str, width: int) -> Iterator[Any]:
+def _drawn(block: str, width: int, numbers: bool) -> Iterator[Any]:
     """A paragraph of Markdown for a terminal; a table that is wider than that is cut into several."""
     if not block.startswith("|"):
         yield block.removeprefix("<sub>").removesuffix("</sub>").strip("*")
@@ -75,7 +75,7 @@ def _drawn(block: str, width: int) -> Iterator[Any]:
     for number, part in enumerate(parts):
         if number:
             yield ""
-        drawn = table(*(header[i] for i in (0, *part)))
+        drawn = table(*(header[i] for i in (0, *part)), numbers=numbers)
         for line in lines:
             drawn.add_row(*(line[i] for i in (0, *part)))
         yield drawn
@@ -85,7 +85,8 @@ def table(*columns: str, title: str | None = None, numbers: bool = True) -> Tabl
     """An empty table: the first column names the rows, the others hold numbers or words."""
     empty = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        empty.add_column(column, justify="right" if numbers and index else "left", style="" if index else "bold")
+        justify: Any = "right" if numbers and index else "left"
+        empty.add_column(column, justify=justify, style="" if index else "bold", overflow="fold")
     return empty
 
 

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -15,8 +15,9 @@ from dymu.cli.app import (
     Json,
     app_command,
 )
-from dymu.cli.output import Output, facts, table, thresholds_data, thresholds_for_people
+from dymu.cli.output import Output, facts, thresholds_data, thresholds_for_people
 from dymu.files import first_line
+from dymu.measure.markdown import markdown
 from dymu.thresholds import Thresholds
 from dymu.version import __version__
 
@@ -41,17 +42,15 @@ def families(as_json: Json = False, debug: Debug = False) -> None:
 
     version = metadata.version("transformers")
 
-    def for_people() -> Iterator[Any]:
-        known = table(*listing.HEADER, numbers=False)
-        for line in listing.listed(version):
-            known.add_row(*line)
-        yield known
-        yield ""
-        yield f"Plain language models: {listing.plain_decoders()}."
-        for phrase, families in listing.limits().items():
-            yield f"{', '.join(families)}: {phrase}."
+    output = Output(as_json)
 
-    Output(as_json).result({"transformers": version, "families": listing.data(version)}, for_people)
+    def for_people() -> Iterable[Any]:
+        known = markdown(listing.HEADER, listing.listed(version))
+        plain = f"Plain language models: {listing.plain_decoders()}."
+        limits = "\n".join(f"{', '.join(families)}: {phrase}." for phrase, families in listing.limits().items())
+        return output.markdown([known, plain, limits], numbers=False)
+
+    output.result({"transformers": version, "families": listing.data(version)}, for_people)
 
 
 @app_command(ABOUT, "dymu env --json")

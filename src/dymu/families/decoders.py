@@ -6,8 +6,8 @@ from dymu.families.family import Decoder
 
 PLAIN = Decoder(
     model_types=(
-        "llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "granite", "phi3", "hyperclovax", "cohere2",
-        "smollm3", "exaone4", "gemma2",
+        "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "olmo", "olmo2", "granite", "phi3",
+        "hyperclovax", "cohere2", "smollm3", "exaone4",
     )
 )  # fmt: skip
 

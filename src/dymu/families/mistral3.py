@@ -17,8 +17,14 @@ MISTRAL3 = Family(
     grid="image_sizes",
     towers=(PIXTRAL,),
     decoders=(NORMED,),
+    limits=("Ministral 3's language model, which scales queries by their positions, is refused",),
 )
 
 LIGHTON_OCR = replace(
-    MISTRAL3, model_type="lighton_ocr", tower="vision_encoder", projector="vision_projection", feature_layer=-1
+    MISTRAL3,
+    model_type="lighton_ocr",
+    tower="vision_encoder",
+    projector="vision_projection",
+    feature_layer=-1,
+    limits=(),
 )
