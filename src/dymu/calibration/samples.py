@@ -324,7 +324,7 @@ class Samples:
             ) from error
         x, others = layers[0]
         if isinstance(parts, LoneEncoder):
-            pictures = encoder.pictures_of(parts, pixels.shape, kwargs)
+            pictures = encoder.pictures_in(parts, pixels.shape, kwargs)
             x = x[:, : parts.prefix + math.prod(pictures.grids[0])]
         else:
             pictures = pictures_of(parts, "image", kwargs, shape_only(len(x), *pixels.shape[-3:]))

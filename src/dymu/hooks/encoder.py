@@ -12,7 +12,14 @@ from torch.nn.functional import avg_pool2d
 from dymu.errors import BadImage, UnsupportedModel
 from dymu.families.encoders import LoneEncoder
 from dymu.hooks.call import CallState, arguments_of
-from dymu.hooks.refusals import refuse_attention_weights, refuse_masks, warn_of_dropout, warn_of_hooks
+from dymu.hooks.refusals import (
+    drops_out,
+    refuse_attention_weights,
+    refuse_checkpointing,
+    refuse_masks,
+    warn_of_dropout,
+    warn_of_hooks,
+)
 from dymu.hooks.replaced import Method
 from dymu.hooks.trace import locations
 from dymu.item import Item
@@ -47,9 +54,9 @@ class EncoderHooks:
         assert reducer is not None
         arguments = arguments_of(parts.tower, name, args, kwargs)
         refuse_attention_weights(arguments, getattr(parts.tower, "config", None))
-        self._refuse_checkpointing()
+        refuse_checkpointing(parts.tower.modules())
         warn_of_hooks(parts.encoder_attentions, state.calls.warned)
-        if parts.tower.training and any(map(_drops_out, parts.encoder_attentions)):
+        if parts.tower.training and any(map(drops_out, parts.encoder_attentions)):
             warn_of_dropout(state.calls.warned)
         pixels = args[0] if args else kwargs.get(parts.pixels)
         if not isinstance(pixels, Tensor):
@@ -93,7 +100,7 @@ class EncoderHooks:
 
     def _run(self, reducer: Reducer, pixels: Tensor, arguments: Mapping[str, Any]) -> WholeRun:
         parts = self.parts
-        pictures = pictures_of(parts, pixels.shape, arguments)
+        pictures = pictures_in(parts, pixels.shape, arguments)
 
         def location() -> Tensor:
             tokens = MergedTokens.unmerged(pictures.layout(pixels.device)).map
@@ -110,21 +117,8 @@ class EncoderHooks:
         padded = parts.tower_kind.present is not None
         return WholeRun(reducer, len(parts.encoder_modules), shown, pictures, padded)
 
-    def _refuse_checkpointing(self) -> None:
-        """Raises UnsupportedModel where the encoder would compute its layers again, on other tokens, for gradients."""
-        if torch.is_grad_enabled() and any(
-            getattr(module, "grad_checkpointing", False)
-            or (module.training and getattr(module, "gradient_checkpointing", False))
-            for module in self.parts.tower.modules()
-        ):
-            raise UnsupportedModel(
-                "gradient checkpointing computes the encoder's layers again when nothing merges any more; switch it "
-                "off (gradient_checkpointing_disable(), or set_grad_checkpointing(False)), or train within "
-                "handle.disabled()."
-            )
 
-
-def pictures_of(parts: LoneEncoder, shape: Sequence[int], arguments: Mapping[str, Any]) -> Pictures:
+def pictures_in(parts: LoneEncoder, shape: Sequence[int], arguments: Mapping[str, Any]) -> Pictures:
     """The pictures in pixels of some shape.
 
     Args:
@@ -203,10 +197,3 @@ def _colours(parts: LoneEncoder, pictures: Pictures, pixels: Tensor) -> list[Ten
         means = (patches.float().unflatten(-1, (-1, 3)).mean(-2) for patches in seen)
         colours = [mean.mT.unflatten(1, grid) for mean, grid in zip(means, pictures.grids, strict=True)]
     return [part if len(part) == 3 else part.mean(0, keepdim=True).expand(3, -1, -1) for part in colours]
-
-
-def _drops_out(attention: Any) -> bool:
-    """Whether an attention module has dropout of its weights: as a number, in its config, or as a module."""
-    rates = (getattr(attention, name, 0) for name in ("dropout", "attn_drop"))
-    config = getattr(attention, "config", None)
-    return any(getattr(rate, "p", rate) for rate in rates) or bool(getattr(config, "attention_dropout", 0))

@@ -99,7 +99,7 @@ class LanguageHooks:
         state, decoder, within = self._state, self.parts.language_model, (self._state.unmerging, self._state.mapped)
         inputs = arguments_of(decoder, "forward", args, kwargs)
         refuse_attention_weights(inputs, decoder.config)
-        if decoder.training and drops_out(decoder.config):
+        if decoder.training and drops_out(decoder):
             warn_of_dropout(state.calls.warned)
         as_tuple = inputs.pop("return_dict", None) is False
         embeds, ids = inputs.pop("inputs_embeds", None), inputs.pop("input_ids", None)

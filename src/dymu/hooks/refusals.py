@@ -183,9 +183,27 @@ def warn_of_dropout(warned: set[str]) -> None:
     _once(warned, "the model is in training mode, and DyMU leaves dropout in attention out; call model.eval().")
 
 
-def drops_out(config: Any) -> bool:
-    """Whether an encoder's config asks for dropout in its attention."""
-    return any(getattr(config, name, 0) for name in ("attention_dropout", "attention_probs_dropout_prob"))
+def drops_out(module: nn.Module) -> bool:
+    """Whether an attention module, or the module that holds them, asks for dropout there: as a number, in its config,
+    or as a module."""
+    config = getattr(module, "config", None)
+    rates = [getattr(module, name, 0) for name in ("dropout", "attn_drop")]
+    rates += [getattr(config, name, 0) for name in ("attention_dropout", "attention_probs_dropout_prob")]
+    return any(getattr(rate, "p", rate) for rate in rates)
+
+
+def refuse_checkpointing(modules: Iterable[nn.Module]) -> None:
+    """Raises UnsupportedModel where an encoder would compute its layers again, on other tokens, for gradients."""
+    if torch.is_grad_enabled() and any(
+        getattr(module, "grad_checkpointing", False)
+        or (module.training and getattr(module, "gradient_checkpointing", False))
+        for module in modules
+    ):
+        raise UnsupportedModel(
+            "gradient checkpointing computes the vision encoder's layers again when nothing merges any more; switch it "
+            "off there (gradient_checkpointing_disable() of the module that holds them, or "
+            "set_grad_checkpointing(False)), or train within handle.disabled()."
+        )
 
 
 def _once(warned: set[str], text: str) -> None:

@@ -19,6 +19,7 @@ from dymu.hooks.refusals import (
     refuse_absent_patches,
     refuse_arguments,
     refuse_attention_weights,
+    refuse_checkpointing,
     refuse_late_windows,
     warn_of_dropout,
     warn_of_hooks,
@@ -103,9 +104,9 @@ class VisionHooks:
         arguments = arguments_of(self.parts.inner, f"get_{modality}_features", args, kwargs)
         refuse_attention_weights(arguments, self.parts.tower.config)
         refuse_arguments(arguments, family.refuses)
-        self._refuse_checkpointing()
+        refuse_checkpointing(self.parts.encoder_modules)
         warn_of_hooks(self.parts.encoder_attentions, state.calls.warned)
-        if self.parts.tower.training and drops_out(self.parts.tower.config):
+        if self.parts.tower.training and any(map(drops_out, self.parts.encoder_attentions)):
             warn_of_dropout(state.calls.warned)
         as_dict = kwargs.pop("return_dict", None)
         dropped = self.parts.dropped(arguments.get(family.select_strategy or ""))
@@ -252,18 +253,6 @@ class VisionHooks:
                 "makes them."
             )
         return units.expand(forward(take(features, units.first())))
-
-    def _refuse_checkpointing(self) -> None:
-        """Raises UnsupportedModel where the encoder would compute its layers again, on other tokens, for gradients."""
-        if torch.is_grad_enabled() and any(
-            module.training and getattr(module, "gradient_checkpointing", False)
-            for module in self.parts.encoder_modules
-        ):
-            raise UnsupportedModel(
-                "gradient checkpointing computes the vision encoder's layers again when nothing merges any more; call "
-                f"{self.parts.family.tower}.gradient_checkpointing_disable() on the module that holds it, or train "
-                "within handle.disabled()."
-            )
 
     def _shown(self, call: _Call, pictures: Pictures, pixels: Tensor) -> Shown:
         parts, grids = self.parts, pictures.unit_grids
