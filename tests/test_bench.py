@@ -5,7 +5,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -40,6 +39,7 @@ from dymu.media.images import load
 from dymu.reducers import ThresholdMerge
 from dymu.thresholds import Calibrated, Thresholds
 from dymu.unmerging import BACKENDS
+from tiny_processors import processor_for
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 DYMU = "dymu (sdpa)"
@@ -599,7 +599,7 @@ def test_a_model_of_units_with_weights_of_its_own(tmp_path, family, monkeypatch)
     monkeypatch.setattr("dymu.bench.run._checks", lambda *_: {})
     monkeypatch.setattr("dymu.bench.workload.SQUARE_PX", 56)
     model = tiny.build(family)
-    processor = SimpleNamespace(image_processor=tiny.processor(family))
+    processor = processor_for(family)
     thresholds = Thresholds(
         (Calibrated(9, (0.5,) * tiny.LAYERS), Calibrated(36, (2.0,) * tiny.LAYERS)),
         encoder=encoder_of(resolve(model)),

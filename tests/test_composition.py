@@ -952,8 +952,13 @@ def test_a_cache_goes_on_in_another_thread_and_with_other_parts(name):
         for exchange in () if name == "qwen3_5" else (exchange_attention, exchange_encoder_layer):
             exchange(model)
             tiny.close(turn(cache), expected)
+
+        def untouched() -> Any:
+            with handle.disabled():
+                return model(**asked, use_cache=True)
+
+        stock = going_on(model, in_a_thread(untouched))
         with handle.disabled():
-            stock = going_on(model, in_a_thread(lambda: model(**asked, use_cache=True)))
             tiny.close(turn(stock), expected)
 
 
