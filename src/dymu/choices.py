@@ -2,24 +2,31 @@
 
 from typing import Literal, get_args
 
-Unmerge = Literal["exact", "compact", "original", "none"]
+Unmerge = Literal["exact", "representative", "compact", "original", "restore", "none"]
 """How the language model attends to merged tokens.
 
 - `exact`: every token of the full prompt is a virtual token at its own position (VTU, paper section 3.2).
-- `compact`: every merged token is one, at the mean position of its group and with log(size) added to the logits of its
-  key. Attention is M x M, so it would fit any kernel and any paged cache.
+- `representative`: every one is a key, and of each group one is a query: that nearest to the mean of their positions.
+  Attention is M x N. What does not stand for several, such as text, attends as in `exact`, and so do later tokens.
+- `compact`: every merged token is one, at the position in the middle of its group and with log(size) added to the
+  logits of its key. Attention is M x M, so it would fit any kernel and any paged cache.
 - `original`: the same without log(size).
+- `restore`: `compact`, and while a prompt with images is read, log(2 - D(t)) is added for keys t positions away, where
+  D is the mean cosine of what t positions rotate by; in the first layer image tokens weigh alike (RESTORE, 2026).
 - `none`: every merged token is one, at consecutive positions, as if the prompt had been that short.
 
 Only `exact` gives a prompt that is prefilled in chunks the logits of the whole: elsewhere a merged token stands once in
 each chunk.
 """
 UNMERGE: tuple[Unmerge, ...] = get_args(Unmerge)
-COMPACT: tuple[Unmerge, ...] = ("compact", "original")
-"""Forms in which the position of a merged token is the mean of its group's."""
+EACH_ONCE: tuple[Unmerge, ...] = ("compact", "original", "restore", "none")
+"""Forms that show every merged token once."""
+SIZED: tuple[Unmerge, ...] = ("compact", "restore")
+"""Of these, forms that add log(size) to the logits of a key."""
 
-CacheForm = Literal["merged", "expanded"]
-"""What the KV cache stores: one un-rotated entry per merged token, or a rotated one per token of the full prompt."""
+CacheForm = Literal["merged", "fast"]
+"""What the KV cache stores: a key and a value of each merged token, or also the keys of the tokens that it stands for,
+turned to their positions: (N + M) / 2N of the untouched cache, where `merged` takes M / N."""
 CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
 Schedule = Literal["constant", "linear", "reverse_linear"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from dymu.choices import CACHE_FORMS, UNMERGE, CacheForm, Unmerge
+from dymu.choices import CACHE_FORMS, EACH_ONCE, UNMERGE, CacheForm, Unmerge
 from dymu.errors import AlreadyApplied, BadBudget, DymuError, UnsupportedModel
 from dymu.families.encoders import METHODS, LoneEncoder, parts_of, type_of
 from dymu.families.resolve import Parts
@@ -44,6 +44,7 @@ def apply(
     per_second: int | float | None = None,
     merge: Reducer | None = None,
     unmerge: Unmerge = "exact",
+    representatives: int = 1,
     backend: str = "auto",
     cache: CacheForm = "merged",
 ) -> Handle:
@@ -64,12 +65,15 @@ def apply(
             None: every frame is merged by itself, as in the paper.
         merge: another way to have fewer tokens instead of thresholds, such as `FixedMerge(keep=94)`.
         unmerge: of a language model, as are `backend` and `cache`. `exact`: it attends as if no token had been merged
-            (VTU, paper section 3.2). `compact`: it sees each merged token once, at the mean position of its group and
-            as heavy as its size. `original`: the same, all as heavy as one. `none`: it sees merged tokens as a shorter
-            prompt. See `dymu.choices.Unmerge`.
+            (VTU, paper section 3.2). `representative`: the same, but each merged token asks once, for one member of its
+            group. `compact`: it sees each merged token once, at the position in the middle of its group and as heavy as
+            its size. `original`: the same, all as heavy as one. `restore`: RESTORE's. `none`: it sees them as a
+            shorter prompt. See `dymu.choices.Unmerge`.
+        representatives: with `unmerge="representative"`, how often each merged token asks: 1, or 2 for one member of
+            each half of its group, and the mean of what they get.
         backend: how to compute the attention: `auto`, `sdpa`, `triton` (on a GPU) or `reference` (slow).
-        cache: `merged`: the KV cache holds one entry per merged token. `expanded`: one per token of the full prompt, as
-            without DyMU; saves no memory, and the time to unmerge keys and values for each new token.
+        cache: `merged`: the KV cache holds one entry per merged token, M / N of the untouched cache. `fast`: also the
+            keys of all tokens, (N + M) / 2N, which saves the time to unmerge them for each new token.
 
     Returns:
         A handle to change the budget, see what merged, and undo it all.
@@ -80,8 +84,8 @@ def apply(
         AlreadyApplied: DyMU is applied to this model already.
         BadThresholds, BadBudget: the thresholds or the budget do not fit.
         ValueError: an unknown `unmerge`, `backend` or `cache`, or any of them for an encoder by itself, a reducer that
-            does not fit the encoder, both `thresholds` and `merge`, or `cache="expanded"` with another `unmerge` than
-            `exact` or another backend than `sdpa`.
+            does not fit the encoder, both `thresholds` and `merge`, or `cache="fast"` with an `unmerge` that shows
+            each merged token once.
         TypeError: `merge` is no `Reducer`, or acts in no stage.
     """
     if thresholds is not None and merge is not None:
@@ -102,22 +106,32 @@ def apply(
             raise ValueError(f"unknown unmerge {unmerge!r}; choose {', '.join(UNMERGE)}")
         if cache not in CACHE_FORMS:
             raise ValueError(f"unknown cache {cache!r}; choose {' or '.join(CACHE_FORMS)}")
-        if cache == "expanded" and (unmerge != "exact" or choose(backend) != "sdpa"):
-            raise ValueError('cache="expanded" needs unmerge="exact" and the backend sdpa')
-        if isinstance(parts, LoneEncoder) and (unmerge, backend, cache) != ("exact", "auto", "merged"):
+        if representatives not in (1, 2) or (representatives == 2 and unmerge != "representative"):
+            raise ValueError('representatives= takes 1, or 2 with unmerge="representative"')
+        if cache == "fast" and unmerge in EACH_ONCE:
+            raise ValueError(
+                f'cache="fast" keeps the keys of all tokens, and with unmerge="{unmerge}" each merged token has one; '
+                "leave cache out."
+            )
+        if isinstance(parts, LoneEncoder) and (unmerge, representatives, backend, cache) != (
+            "exact",
+            1,
+            "auto",
+            "merged",
+        ):
             raise ValueError("an encoder by itself has no language model: leave unmerge, backend and cache out")
         if merge is not None:
             _check_reducer(merge)
             if budget is not None or per_second is not None:
                 raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
-        handle = Handle(parts, calibrated, merge, unmerge, choose(backend), cache)
+        handle = Handle(parts, calibrated, merge, unmerge, representatives, choose(backend), cache)
         handle._check_fits(parts)
         if merge is None:
             handle.set_budget(budget, per_second)
         try:
             handle._install(parts)
             handle._check(parts)
-            handle._changed = _changing(parts)
+            handle._places = _places(parts)
         except BaseException:
             handle.remove()
             raise
@@ -194,6 +208,7 @@ class Handle:
         thresholds: Thresholds | None,
         reducer: Reducer | None,
         unmerge: Unmerge,
+        representatives: int,
         backend: str,
         cache: CacheForm,
     ) -> None:
@@ -204,15 +219,15 @@ class Handle:
             self._vision = EncoderHooks(parts, self._state, reducer)
         else:
             self._vision = VisionHooks(parts, self._state, reducer)
-            self._language = LanguageHooks(parts, self._state, unmerge, backend, cache)
+            self._language = LanguageHooks(parts, self._state, unmerge, representatives, backend, cache)
             self._generation = GenerationHooks(parts, self._state)
         self._budget: float | None = None
         self._per_second: float | None = None
         self._undo: list[Callable[[], object]] = []
         self._staying = 0
         """How many of these stay while parts are exchanged."""
-        self._changed: list[tuple[int, int, int]] = []
-        """See `_changing`; empty while something is amiss."""
+        self._places: list[Place] = []
+        """Where everything hangs; empty while something is amiss."""
         self._refused: str | None = None
 
     @property
@@ -308,7 +323,7 @@ class Handle:
             if not self._state.active:
                 refuse_merged_features(kwargs)
                 return method(*args, **kwargs)
-            if outermost:
+            if outermost and around != self._forward:  # which does
                 self._follow()
             return around(method, *args, **kwargs)
 
@@ -321,12 +336,11 @@ class Handle:
         Raises:
             UnsupportedModel: they are not what the description says.
         """
-        parts = parts_of(self._parts.model)
-        if _changing(parts) != self._changed:
+        if not _unchanged(self._places):
             with self._state.alone_within():
-                parts = parts_of(self._parts.model)
-                if _changing(parts) != self._changed:
-                    self._changed = []
+                if not _unchanged(self._places):
+                    self._places = []
+                    parts = parts_of(self._parts.model)
                     self._uninstall(down_to=self._staying)
                     self._install(parts)
                     try:
@@ -334,7 +348,7 @@ class Handle:
                         self._refused = None
                     except (DymuError, ValueError) as error:
                         self._refused = str(error)
-                    self._changed = _changing(parts)
+                    self._places = _places(parts)
         if self._refused is not None:
             raise UnsupportedModel(self._refused)
 
@@ -351,12 +365,19 @@ class Handle:
         self._check_fits(parts)
         rotations = check_layers(parts)
         if isinstance(parts, Parts):
-            self._language.rotate(rotations)
+            self._language.adopt(parts, rotations)
 
     def _forward(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Each forward of the whole, also within `generate`."""
         self._follow()
-        return forward(*args, **kwargs)
+        state, before = self._state, self._state.last_logits
+        asked = kwargs.get("logits_to_keep", 0)
+        try:
+            watched = kwargs.get("output_hidden_states") or kwargs.get("labels") is not None
+            state.last_logits = asked if isinstance(asked, int) and not watched else 0
+            return forward(*args, **kwargs)
+        finally:
+            state.last_logits = before
 
     def _install(self, parts: Parts | LoneEncoder) -> None:
         self._parts = parts
@@ -417,6 +438,8 @@ class Handle:
         self._within(parts.rotary, "forward", language.rotary)
         for module in parts.mixers:
             self._within(module, "forward", language.mixer)
+        for module in parts.last_by_token:
+            self._within(module, "forward", language.by_token)
         choosing = parts.choosing_attention
         views = {id(module.config): config_view(module.config, lambda: NAME) for module in choosing}
         for module in choosing:
@@ -466,10 +489,27 @@ class Handle:
         module.__dict__[name] = value
 
 
-def _changing(parts: Parts | LoneEncoder) -> list[tuple[int, int, int]]:
-    """The modules that DyMU relies on, and what stands in the place of their `forward` and `config`."""
-    return [
-        (id(module), id(module.__dict__.get("forward")), id(module.__dict__.get("config")))
-        for module in parts.relied_on
-        if module is not None
-    ]
+Place = tuple[dict[str, Any], str, Any]
+"""A namespace, a name in it, and what had that name when DyMU was hung in."""
+
+
+def _places(parts: Parts | LoneEncoder) -> list[Place]:
+    """The ways from the model to the modules that DyMU relies on, and what stands in the place of their `forward` and
+    `config`."""
+    paths = {id(module): path for path, module in parts.model.named_modules()}
+    places = dict[tuple[int, str], Place]()
+    for module in parts.relied_on:
+        if module is None:
+            continue
+        path, parent = paths.get(id(module), ""), parts.model
+        for name in path.split(".") if path else ():
+            child: Any = parent._modules[name]
+            places[id(parent), name] = (parent._modules, name, child)
+            parent = child
+        for name in ("forward", "config"):
+            places[id(module), name] = (module.__dict__, name, module.__dict__.get(name))
+    return list(places.values())
+
+
+def _unchanged(places: Sequence[Place]) -> bool:
+    return bool(places) and all(within.get(name) is value for within, name, value in places)

@@ -147,9 +147,25 @@ class TokenMap:
 
     def first(self) -> Tensor:
         """int64 [B, M]: the first original token of each group (0 past `kept`)."""
+        return self._member(self._bags[1][:-1])
+
+    def median(self) -> Tensor:
+        """int64 [B, M]: the original token in the middle of each group, of two the earlier (0 past `kept`)."""
+        begins = self._bags[1]
+        return self._member(begins[:-1] + (begins.diff() - 1).clamp(min=0) // 2)
+
+    def rank(self) -> Tensor:
+        """int64 [B, N]: which one of its group each original token is, from 0; anything for dropped ones."""
+        order, begins, _ = self._bags
+        index = torch.arange(len(order), device=order.device)
+        first = begins[:-1].repeat_interleave(begins.diff(), output_size=len(order))
+        return torch.empty_like(order).scatter_(0, order, index - first).view(self.batch, self.tokens)
+
+    def _member(self, at: Tensor) -> Tensor:
+        """The original tokens at some places of the order of all."""
         order, begins, bags = self._bags
-        first = order[begins[:-1].clamp(max=len(order) - 1)] % self.tokens
-        return torch.where(begins.diff() > 0, first, 0).view(self.batch, bags)[:, : self.width]
+        member = order[at.clamp(max=len(order) - 1)] % self.tokens
+        return torch.where(begins.diff() > 0, member, 0).view(self.batch, bags)[:, : self.width]
 
     def then(self, further: TokenMap) -> TokenMap:
         """Merge the merged tokens once more: a map from this map's originals to `further`'s merged tokens."""

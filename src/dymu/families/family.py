@@ -114,6 +114,9 @@ class Decoder(Kind):
     """Argument of an attention layer: keys and values of an earlier layer, which later ones take."""
     per_token: str | None = None
     """Argument of its forward: one row [B, N, ...] for each token, alike for all of an image."""
+    by_token: tuple[str, ...] = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+    """In its layers, if they have them: what makes of a token [B, N, C] something that no other changes, and that only
+    the layer's own output for it needs."""
 
 
 @dataclass(frozen=True)

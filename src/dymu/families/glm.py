@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from dymu.families.decoders import DECODERS, M_ROPE
-from dymu.families.limits import CACHE_EXPANDED
 from dymu.families.qwen_vl import QWEN2_5_VL
 from dymu.families.towers import GLM_OCR as GLM_OCR_TOWER
 from dymu.families.towers import QWEN
@@ -14,7 +13,7 @@ GLM4V = replace(
     video_token="image_token_id",
     towers=(QWEN.of("glm4v_vision"),),
     decoders=(M_ROPE.of("glm4v_text"),),
-    limits=("images and videos in one call are refused, as by the model itself", CACHE_EXPANDED),
+    limits=("images and videos in one call are refused, as by the model itself",),
 )
 
 GLM46V = replace(GLM4V, model_type="glm46v")

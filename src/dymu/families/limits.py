@@ -1,6 +1,7 @@
 """What is not supported, or may surprise, in several families: see `Family.limits`."""
 
-CACHE_EXPANDED = 'cache="expanded" is refused'
+NO_REPRESENTATIVE = 'unmerge="representative" is refused'
+CACHE_FAST = 'cache="fast" is refused'
 
 TILES_APART = "each tile of an image is reported as an image of its own"
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from dymu.families.decoders import DECODERS, DEEP_STACK, HYBRID, M_ROPE, PLAIN
 from dymu.families.family import Family
-from dymu.families.limits import CACHE_EXPANDED
+from dymu.families.limits import NO_REPRESENTATIVE
 from dymu.families.towers import PADDLE, QWEN, QWEN2, QWEN3, VIDEO_LLAMA
 
 QWEN2_VL = Family(
@@ -39,7 +39,7 @@ QWEN3_5 = replace(
     model_type="qwen3_5",
     towers=(QWEN.of("qwen3_5_vision"),),
     decoders=(HYBRID,),
-    limits=("layers with linear attention run on all tokens", CACHE_EXPANDED),
+    limits=("layers with linear attention run on all tokens", NO_REPRESENTATIVE),
 )
 
 QWEN3_5_MOE = replace(

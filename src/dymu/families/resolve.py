@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from types import MappingProxyType
@@ -145,6 +146,15 @@ class Parts(EncoderParts):
         return tuple(map(_plain, find(self.language_model, self.decoder_kind.layers)))
 
     @property
+    def last_by_token(self) -> tuple[nn.Module, ...]:
+        """See `Decoder.by_token`: those of the last layer, if it attends."""
+        last, found = self.decoder_layers[-1], list[nn.Module]()
+        for path in self.decoder_kind.by_token if not self.mixers else ():
+            with suppress(AttributeError):
+                found.append(_plain(attrgetter(path)(last)))
+        return tuple(found)
+
+    @property
     def choosing_attention(self) -> tuple[Any, ...]:
         """The modules whose config says which function attends: the language model's attention layers, or what is
         within them where somebody wrapped them."""
@@ -159,7 +169,7 @@ class Parts(EncoderParts):
             self.model, self.inner, self.tower, self.merger, self.places, self.projector, self.pooler,
             self.language_model, self.rotary,
             *self.encoder_modules, *self.encoder_attentions, *self.side_mergers,
-            *self.attentions, *self.mixers, *self.choosing_attention,
+            *self.attentions, *self.mixers, *self.choosing_attention, *self.last_by_token,
         )  # fmt: skip
 
     @property

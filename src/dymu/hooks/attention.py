@@ -14,7 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dymu.families.resolve import Parts
 from dymu.hooks.refusals import refuse_unknown
-from dymu.unmerging import BACKENDS, Step
+from dymu.unmerging import BACKENDS, History, Packed, Step
+from dymu.unmerging.virtual import rows_behind, usual_order, virtual_keys
 
 NAME = "dymu"
 """Name of the attention implementation, which layers read from their config."""
@@ -35,6 +36,11 @@ class Rotation:
     pairs: int
     neighbours: bool
     size: int
+
+    @property
+    def channels(self) -> Tensor:
+        """int64 [D]: the channels in an order in which i and i + D / 2 are a pair, those that do not turn behind."""
+        return self.half_split(torch.arange(self.size))
 
     def half_split(self, x: Tensor) -> Tensor:
         """The channels of [..., D] in an order in which i and i + D / 2 are a pair, those that do not turn behind."""
@@ -100,31 +106,74 @@ class LayerSteps:
     """The step of one forward, as each attention layer rotates.
 
     Args:
-        step: its phases are those of all kinds of angles, side by side.
+        step: its turns are those of all kinds of angles, side by side.
+        history: of the KV cache, or of this forward alone.
         rotations: by the identity of each attention module.
         in_windows: whether tokens attend to later ones in layers with a sliding window alone.
+        last: the identity of the last attention module, and the merged queries int64 [B, k] that it computes; None: it
+            computes all.
     """
 
-    def __init__(self, step: Step, rotations: Mapping[int, Rotation], in_windows: bool) -> None:
-        self._step, self._rotations, self._in_windows = step, rotations, in_windows
+    def __init__(
+        self,
+        step: Step,
+        history: History,
+        rotations: Mapping[int, Rotation],
+        in_windows: bool,
+        last: tuple[int, Tensor] | None = None,
+    ) -> None:
+        self._step, self._history, self._rotations, self._in_windows = step, history, rotations, in_windows
+        self._last = last
         self._steps = dict[tuple[Rotation, int, bool], Step]()
 
-    def at(self, module: Any, query: Tensor, key: Tensor, window: int | None) -> tuple[Step, Tensor, Tensor]:
-        """The step of an attention layer, and its queries and keys in half-split order."""
-        rotation, size = self._rotations[id(module)], query.shape[-1]
-        asked = rotation, size, self._in_windows and window is None
+    @property
+    def packed(self) -> Packed | None:
+        """See `History.packed`."""
+        return self._history.packed
+
+    def at(self, module: Any, size: int, window: int | None) -> Step:
+        """The step of an attention layer whose heads have so many channels."""
+        asked = self._rotations[id(module)], size, self._in_windows and window is None
         if asked not in self._steps:
             self._steps[asked] = self._turned(*asked)
-        return self._steps[asked], rotation.half_split(query), rotation.half_split(key)
+        step = self._steps[asked]
+        if step.first_bias is not None and id(module) == next(iter(self._rotations)):
+            step = replace(step, bias=step.first_bias)
+        return step if self._last is None or id(module) != self._last[0] else step.only(self._last[1])
+
+    def kept(self, module: Any, step: Step, key: Tensor) -> Tensor | None:
+        """See `History.kept`; None where the layer's attention asks for other keys."""
+        if not self._history.fast or self._history.plain:
+            return None
+        known, (heads, stored) = self._history.keys, key.shape[1:3]
+
+        def turned() -> Tensor:
+            turn, channels = _turn(self._rotations[id(module)], known.turn, key.shape[-1])
+            keys = virtual_keys(key, rows_behind(known.slot[:, : known.turned], stored, heads), turn, channels)
+            return usual_order(keys, channels)
+
+        kept = self._history.kept_of(module.layer_idx, turned) if known.turned else None
+        return kept if step.turned < step.keys.shape[1] else None
 
     def _turned(self, rotation: Rotation, size: int, one_way: bool) -> Step:
         if one_way and self._step.block is not None:
             return replace(self._turned(rotation, size, False), block=None)
-        if rotation.pairs == self._step.phase.shape[-1] == size // 2:
-            return self._step
-        phase = self._step.phase[..., rotation.start : rotation.start + rotation.pairs]
-        still = phase.new_ones(*phase.shape[:-1], size // 2 - rotation.pairs)
-        return replace(self._step, phase=torch.cat((phase, still), -1))
+        turn, channels = _turn(rotation, self._step.turn, size)
+        same = turn is self._step.turn and channels is None
+        return self._step if same else replace(self._step, turn=turn, channels=channels)
+
+
+def _turn(rotation: Rotation, turn: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of the turns [B, T, any] by all kinds of angles those of a layer, [B, T, D / 2], and its order of channels, see
+    `Step`."""
+    if turn is None or not rotation.pairs:
+        return None, None
+    if turn.shape[-1] == rotation.pairs == size // 2 and not rotation.neighbours:
+        return turn, None
+    own = turn[..., rotation.start : rotation.start + rotation.pairs]
+    still = own.new_ones(*own.shape[:-1], size // 2 - rotation.pairs)
+    plain = rotation.pairs == size // 2 and not rotation.neighbours
+    return torch.cat((own, still), -1), None if plain else rotation.channels.to(turn.device)
 
 
 class Probe(Protocol):
@@ -149,7 +198,7 @@ def unmerged_attention(
     """Attention over virtual tokens, in the signature of transformers' attention functions.
 
     Args:
-        query: [B, H, Mq, D]; key, value: [B, Hkv, entries, D]; all merged and un-rotated.
+        query: [B, H, Mq, D]; key, value: [B, Hkv, entries, D]; all merged, rotated to their representatives' positions.
         attention_mask: unused; `dymu_step` says who sees whom.
         dymu_step: the virtual tokens of this forward; None: DyMU is disabled, and the implementation that the model is
             set to attends.
@@ -171,9 +220,14 @@ def unmerged_attention(
     refuse_unknown(module, kwargs)
     if not isinstance(dymu_step, LayerSteps):
         return dymu_step.attend(module, query, key), None
-    step, query, key = dymu_step.at(module, query, key, sliding_window)
-    unmerged = BACKENDS[step.backend](query, key, value, step, scaling, sliding_window, softcap)
-    return unmerged.contiguous(), None
+    if (packed := dymu_step.packed) is not None:
+        query = packed.pad_heads(query)
+        if len(key) < len(query):  # no cache has put them into rows
+            key, value = packed.pad_heads(key), packed.pad_heads(value)
+    step = dymu_step.at(module, query.shape[-1], sliding_window)
+    kept = dymu_step.kept(module, step, key)
+    unmerged = BACKENDS[step.backend](query, key, value, step, scaling, sliding_window, softcap, kept)
+    return unmerged.contiguous() if packed is None else packed.pack(unmerged), None
 
 
 AttentionInterface.register(NAME, unmerged_attention)

@@ -1,5 +1,4 @@
-"""The KV cache: it says the length of the full prompt, and stores merged, un-rotated tokens or, for
-`cache="expanded"`, rotated ones of the full prompt."""
+"""The KV cache: it says the length of the full prompt, and stores merged tokens."""
 
 from __future__ import annotations
 
@@ -22,11 +21,10 @@ from dymu.choices import CacheForm
 from dymu.errors import UnsupportedCache
 from dymu.hooks.versions import EMPTY_LAYERS
 from dymu.unmerging import History
-from dymu.unmerging.virtual import rows_behind, virtual_keys, virtual_values
 
 
 class MergedLayer(DynamicLayer):
-    """One layer of the cache: keys and values [B, H, entries, D] as projected, before rotation.
+    """One layer of the cache: keys and values [B, H, entries, D], the keys rotated to their representatives' positions.
 
     Args:
         history: shared by all layers of the cache.
@@ -44,6 +42,8 @@ class MergedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        if (packed := self.history.packed) is not None:
+            key_states, value_states = packed.pad_heads(key_states), packed.pad_heads(value_states)
         self._expect(key_states.shape[-2])
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         return updated
@@ -97,22 +97,6 @@ class MergedLayer(DynamicLayer):
         self.keep_first(self.history.entries)
 
 
-class ExpandedLayer(MergedLayer):
-    """One layer of the cache: keys and values [B, H, tokens, D] of the full prompt, the keys rotated and interleaved
-    (see `dymu.unmerging.virtual.interleaved`)."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        newest, phase = self.history.newest, self.history.phase
-        self._expect(0 if newest is None else newest.tokens)
-        assert newest is not None
-        assert phase is not None
-        rows = rows_behind(newest.group, newest.width, key_states.shape[1])
-        keys = virtual_keys(key_states, rows, phase[:, -newest.tokens :])
-        return super().update(keys, virtual_values(value_states, rows), *args, **kwargs)
-
-
 def adopt(cache: Cache, form: CacheForm = "merged") -> History:
     """Make an empty stock `DynamicCache` store merged tokens; a cache adopted before keeps its form and its history.
 
@@ -137,17 +121,16 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
         raise UnsupportedCache(
             "this KV cache was filled without DyMU and holds rotated keys of all tokens; start with a new cache."
         )
-    layer = ExpandedLayer if form == "expanded" else MergedLayer
-    history = History(expanded=form == "expanded")
+    history = History(fast=form == "fast")
     if cache.layer_class_to_replicate is None:
         first = next(index for index, stock in enumerate(cache.layers) if isinstance(stock, DynamicLayer))
         cache.layers = [
-            layer(history, index == first, _window(stock)) if isinstance(stock, DynamicLayer) else stock
+            MergedLayer(history, index == first, _window(stock)) if isinstance(stock, DynamicLayer) else stock
             for index, stock in enumerate(cache.layers)
         ]
     else:
-        cache.layers.append(layer(history, leads=True))
-        cache.layer_class_to_replicate = functools.partial(layer, history, leads=False)
+        cache.layers.append(MergedLayer(history, leads=True))
+        cache.layer_class_to_replicate = functools.partial(MergedLayer, history, leads=False)
     return history
 
 
@@ -191,7 +174,9 @@ def remembered(cache: Any) -> Callable[[bool], None]:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that the cache holds, merged or not."""
-    return sum(map(_bytes, cache.layers))
+    history = history_of(cache)
+    kept = () if history is None else history.kept.values()
+    return sum(map(_bytes, cache.layers)) + sum(keys.numel() * keys.element_size() for keys in kept)
 
 
 def untouched_bytes(cache: Any) -> int:

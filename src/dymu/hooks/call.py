@@ -129,6 +129,12 @@ class Prompts:
         self.leaders = place_leaders(self.leaders, mask, [item.leaders for item in carried])
         return carried
 
+    @property
+    def shown(self) -> Tensor | None:
+        """bool [B, N], the placeholders of all images and videos; None: nothing is shown."""
+        masks = list(self.placeholders.values())
+        return torch.stack(masks).any(0) if masks else None
+
     def show_encoded(self, outputs: Mapping[str, Any]) -> list[Item]:
         """Take over the token maps of items that were encoded ahead of the call."""
         items = list[Item]()
@@ -219,7 +225,10 @@ class CallState(threading.local):
             leaders int64 [B, N].
         encoding: the running call of `get_image_features` or `get_video_features`.
         unmerging: whether the language model runs on merged tokens.
-        mapped: these, then.
+        mapped: these, then, and
+        turns: cosines and sines of their rotary angles, by kind, and
+        wanted: int64 [B, k], those of which the last layer's output is asked for; None: all.
+        last_logits: of how many last tokens the running forward was asked for logits; 0: of all.
     """
 
     def __init__(self, calls: Calls) -> None:
@@ -236,6 +245,9 @@ class CallState(threading.local):
         self.chunked: tuple[int, Tensor] | None = None
         self.encoding: Any = None
         self.mapped: Mapped | None = None
+        self.turns: dict[str, tuple[Tensor, Tensor]] = {}
+        self.wanted: Tensor | None = None
+        self.last_logits = 0
         self.mask: Any = None
         self.types: Tensor | None = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from dymu.choices import COMPACT, CacheForm, Unmerge
+from dymu.choices import CacheForm, Unmerge
 from dymu.errors import BadPrompt, UnsupportedCache, UnsupportedModel
 from dymu.families.resolve import Parts
 from dymu.hooks.attention import Angles, LayerSteps, Rotations, angles_of
@@ -26,9 +25,10 @@ from dymu.hooks.refusals import (
     warn_of_dropout,
 )
 from dymu.hooks.replaced import Method
-from dymu.hooks.versions import cache_among, cache_argument, pop_cache
+from dymu.hooks.versions import cache_among, cache_argument, cuts_logits, pop_cache
 from dymu.token_map import TokenMap, take
-from dymu.unmerging import History, in_mean_order, plan_step
+from dymu.unmerging import History, NewTokens, Packed, plan_step
+from dymu.unmerging.virtual import as_phase, turn_between
 
 
 class LanguageHooks:
@@ -37,27 +37,44 @@ class LanguageHooks:
     Args:
         parts: of the model.
         state: of the running call.
-        unmerge, backend, cache: see `dymu.apply`.
+        unmerge, representatives, backend, cache: see `dymu.apply`.
     """
 
-    def __init__(self, parts: Parts, state: CallState, unmerge: Unmerge, backend: str, cache: CacheForm) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        state: CallState,
+        unmerge: Unmerge,
+        representatives: int,
+        backend: str,
+        cache: CacheForm,
+    ) -> None:
         self.parts, self._state = parts, state
-        self._unmerge, self._backend, self._cache = unmerge, backend, cache
+        self._unmerge, self._representatives, self._backend, self._cache = unmerge, representatives, backend, cache
         self.rotations = Rotations({}, {})
-        self._still = dict[Any, Angles]()
 
-    def rotate(self, rotations: Rotations) -> None:
-        """Take over how the layers rotate.
+    def adopt(self, parts: Parts, rotations: Rotations) -> None:
+        """Take over a language model, and how its layers rotate.
 
         Raises:
-            UnsupportedModel: a cache of rotated keys cannot be filled so.
+            UnsupportedModel: it cannot have the form of unmerging, or of the cache.
         """
-        if self._cache == "expanded" and not rotations.plain:
+        if self._unmerge == "representative" and parts.mixers:
             raise UnsupportedModel(
-                'cache="expanded" knows layers that all turn the two halves of whole heads by the same angles, and '
-                "this language model's turn otherwise; leave cache out."
+                'unmerge="representative" is for language models whose layers all attend, and some of this one\'s mix '
+                'tokens in another way, on all of the full prompt; take unmerge="exact".'
             )
-        self.rotations = rotations
+        if self._unmerge == "restore" and (parts.decoder_kind.axes > 1 or len(rotations.interleaved) > 1):
+            raise UnsupportedModel(
+                'unmerge="restore" is for language models with one position for each token and one kind of rotary '
+                'angles; take unmerge="compact".'
+            )
+        if self._cache == "fast" and parts.decoder_kind.shared is not None:
+            raise UnsupportedModel(
+                'cache="fast" would keep the keys that layers of this language model share once for each of them; '
+                "leave cache out."
+            )
+        self.parts, self.rotations = parts, rotations
 
     def inner(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Find the placeholders of this call's images and videos."""
@@ -96,7 +113,8 @@ class LanguageHooks:
 
         A call that ends in an error leaves the cache as it was, or marks it as of no use, see `remembered`.
         """
-        state, decoder, within = self._state, self.parts.language_model, (self._state.unmerging, self._state.mapped)
+        state, decoder = self._state, self.parts.language_model
+        within = state.unmerging, state.mapped, state.turns, state.wanted
         inputs = arguments_of(decoder, "forward", args, kwargs)
         refuse_attention_weights(inputs, decoder.config)
         if decoder.training and drops_out(decoder):
@@ -113,10 +131,10 @@ class LanguageHooks:
             cache = DynamicCache(config=decoder.config)
         rewind = None if cache is None else remembered(cache)
         history = History() if cache is None else adopt(cache, self._cache)
-        if history.expanded and self._cache != "expanded":
+        if not history.plain and history.consecutive != (self._unmerge == "none"):
             raise UnsupportedCache(
-                'this KV cache holds all tokens, which only DyMU with cache="expanded" goes on with; '
-                "start with a new cache."
+                f'this KV cache was filled {"with" if history.consecutive else "without"} unmerge="none", so that its '
+                "positions are others; start with a new cache."
             )
 
         try:
@@ -137,70 +155,84 @@ class LanguageHooks:
             leaders = state.leaders(history.length, tokens)
             if leaders is None and not knows_ids and tokens > 1:
                 refuse_lost_features(embeds, present, decoder.get_input_embeddings(), self.parts.learned)
-            plain = leaders is None and present is None
-            if plain:
-                merged = TokenMap.identity(batch, tokens, embeds.device)
+            if leaders is None and present is None:
+                new = NewTokens.identity(batch, tokens, embeds.device)
             else:
                 index = torch.arange(tokens, device=embeds.device).expand(batch, tokens)
                 merged = TokenMap.from_leaders(index if leaders is None else leaders, present)
-                if self._unmerge in COMPACT:
-                    merged = in_mean_order(merged)
-                first = merged.first()
+                new = NewTokens.of(merged, positions, self._unmerge, self._representatives)
+                first = new.map.first()
                 embeds = take(embeds, first)
-                self._average_added_rows(inputs, merged, first)
+                self._average_added_rows(inputs, new.map, first)
                 rows = inputs.get(self.parts.decoder_kind.per_token or "")
                 if rows is not None:
                     inputs[self.parts.decoder_kind.per_token or ""] = take(rows, first)
             if inputs.get("logits_to_keep") is not None:  # the module that called cuts off the rest
                 inputs["logits_to_keep"] = 0
+            block = self._block(batch, tokens, first=history.length == 0)
+            state.turns, turn = self._turns(embeds, positions, new, history)
+            wanted = state.wanted = self._wanted(inputs, new)
             step = plan_step(
-                merged,
-                positions,
+                new,
                 history,
-                functools.partial(self._angles, embeds),
-                plain=plain,
                 unmerge=self._unmerge,
                 backend=self._backend,
+                turn=turn,
                 place=place,
-                block=self._block(batch, tokens, first=history.length == 0),
+                block=block,
                 beyond_window=self.parts.family.both_ways == "prefix",
+                distances=self._distances(embeds, history.length + tokens) if self._unmerge == "restore" else None,
+                shown=self._shown(tokens) if self._unmerge == "restore" else None,
             )
-            state.mapped = Mapped(merged, plain, present)
+            state.mapped = Mapped(new.map, new.plain, present)
+            if (packed := self._packed(new)) is not None:
+                embeds = packed.pack(embeds)
+                state.turns = {kind: (packed.pack(cos), packed.pack(sin)) for kind, (cos, sin) in state.turns.items()}
+                state.wanted = None if wanted is None else packed.at(wanted)
+                for name in (self.parts.decoder_kind.added_where, self.parts.decoder_kind.per_token):
+                    if inputs.get(name or "") is not None:
+                        inputs[name or ""] = packed.pack(inputs[name or ""])
+            history.packed = packed
             state.unmerging = True
             output = forward(
                 **inputs,
                 inputs_embeds=embeds,
-                position_ids=torch.arange(merged.width, device=embeds.device)[None],  # the step has the angles
+                position_ids=torch.arange(embeds.shape[1], device=embeds.device)[None],  # `rotary` has the angles
                 **{cache_argument(type(decoder).forward): cache},
-                dymu_step=LayerSteps(step, self.rotations.by_module, self.parts.family.both_ways == "windows"),
+                dymu_step=LayerSteps(
+                    step,
+                    history,
+                    self.rotations.by_module,
+                    in_windows=self.parts.family.both_ways == "windows",
+                    last=None if wanted is None else ([*self.rotations.by_module][-1], wanted),
+                ),
             )
+            history.packed = None
         except BaseException:
             if rewind is not None:
                 rewind(state.unmerging)
             raise
         finally:
-            state.unmerging, state.mapped = within
-        if not plain:
-            output.last_hidden_state = merged.expand(output.last_hidden_state)
+            state.unmerging, state.mapped, state.turns, state.wanted = within
+        if not new.plain:
+
+            def expand(hidden: Tensor) -> Tensor:
+                return new.map.expand(hidden if packed is None else packed.pad(hidden))
+
+            output.last_hidden_state = expand(output.last_hidden_state)
             if output.hidden_states is not None:
-                output.hidden_states = tuple(merged.expand(hidden) for hidden in output.hidden_states)
+                output.hidden_states = tuple(map(expand, output.hidden_states))
         if cache is not None:
             history.remembered = {name: getattr(self.parts.inner, name) for name in self.parts.family.remembers}
             state.filled(cache, history)
         return output.to_tuple() if as_tuple else output
 
     def rotary(self, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Angles that leave queries and keys as they are, while the language model runs on merged tokens."""
+        """The angles of representatives, while the language model runs on merged tokens."""
         if not self._state.unmerging:
             return forward(x, *args, **kwargs)
         kind = next((value for value in (*args, *kwargs.values()) if isinstance(value, str)), "")
-        key = (x.dtype, x.device, kind)
-        if key not in self._still:
-            axes = self.parts.decoder_kind.axes
-            position = torch.zeros(*([axes] if axes > 1 else []), 1, 1, dtype=torch.long, device=x.device)
-            cos, sin = forward(x[:1, :1], position, *([kind] if kind else []))
-            self._still[key] = torch.ones_like(cos), torch.zeros_like(sin)
-        return self._still[key]
+        return self._state.turns[kind]
 
     def mixer(self, forward: Method, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What mixes tokens without attention runs on all of the full prompt; of a group, the mean of what it gives."""
@@ -213,6 +245,42 @@ class LanguageHooks:
         if mapped.plain:
             return forward(hidden_states, *args, **kwargs)
         return mapped.tokens.average(forward(mapped.tokens.expand(hidden_states), *args, **kwargs))
+
+    def by_token(self, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """In the last layer only what the asked outputs need is computed; the rest is 0."""
+        wanted, mapped = self._state.wanted, self._state.mapped
+        if wanted is None or mapped is None or not self._state.unmerging or x.ndim != 3:
+            return forward(x, *args, **kwargs)
+        made = forward(take(x, wanted), *args, **kwargs)
+        if not isinstance(made, Tensor):  # and says more than one row each
+            return forward(x, *args, **kwargs)
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        return made.new_zeros(*x.shape[:2], made.shape[-1]).index_put((rows, wanted), made)
+
+    def _packed(self, new: NewTokens) -> Packed | None:
+        """How rows that keep different numbers of tokens travel as one; None: they do not."""
+        tokens = new.map
+        if new.plain or self.parts.mixers or not bool((tokens.kept < tokens.width).any() & tokens.kept.any()):
+            return None
+        return Packed(torch.arange(tokens.width, device=tokens.kept.device) < tokens.kept[:, None])
+
+    def _wanted(self, inputs: dict[str, Any], new: NewTokens) -> Tensor | None:
+        """int64 [B, k], the merged tokens of which the last layer's output is asked for, where somebody asks for the
+        last logits alone and nobody watches; None: of all."""
+        asked, parts = self._state.last_logits, self.parts
+        if not asked or not new.merged or asked >= new.map.tokens or not cuts_logits(type(parts.model).forward):
+            return None
+        within = [*parts.decoder_layers[-1].modules()]
+        watched = any(module._forward_hooks for module in (parts.inner, *parts.language_model.children(), *within))
+        watched = watched or any(module._forward_pre_hooks for module in within)
+        if (
+            watched
+            or not parts.last_by_token
+            or inputs.get("output_hidden_states")
+            or parts.language_model.config.output_hidden_states
+        ):
+            return None
+        return new.map.group[:, -asked:].clamp(min=0)
 
     def _average_added_rows(self, inputs: dict[str, Any], merged: TokenMap, first: Tensor) -> None:
         """Of the rows that the language model adds behind its first layers, the mean of each group."""
@@ -279,9 +347,44 @@ class LanguageHooks:
             return positions[..., None].expand(-1, -1, axes)
         return positions[-axes:].expand(axes, -1, -1).permute(1, 2, 0)
 
-    def _angles(self, like: Tensor, positions: Tensor) -> Angles:
-        positions = positions.permute(2, 0, 1) if positions.ndim == 3 else positions
-        return self.rotations.joined(angles_of(self.parts, like, positions))
+    def _turns(
+        self, like: Tensor, positions: Tensor, new: NewTokens, history: History
+    ) -> tuple[dict[str, Angles], Tensor | None]:
+        """The rotary angles of representatives by kind, and what turns keys from there to their own positions, see
+        `plan_step`.
+
+        Args:
+            positions: int64 [B, N] or [B, N, axes], of the new tokens.
+        """
+        if self._unmerge == "none" and not (new.plain and history.plain):
+            history.consecutive = True
+            return angles_of(self.parts, like, self._consecutive(new, history)), None
+        angles = angles_of(self.parts, like, positions.permute(2, 0, 1) if positions.ndim == 3 else positions)
+        if new.plain:
+            return angles, None
+        at = new.representative
+        stands = {kind: (take(cos, at), take(sin, at)) for kind, (cos, sin) in angles.items()}
+        return stands, new.turn(as_phase(*self.rotations.joined(angles))) if new.merged else None
+
+    def _shown(self, tokens: int) -> Tensor | None:
+        """bool [B, N], which of the new tokens are of images or videos, if that is known."""
+        shown = None if self._state.prompts is None else self._state.prompts.shown
+        return shown if shown is not None and shown.shape[1] == tokens else None
+
+    def _distances(self, like: Tensor, length: int) -> Tensor:
+        """float32 [length]: log(2 - D(t)), where D is the mean cosine of what t positions rotate by."""
+        angles = angles_of(self.parts, like, torch.arange(length, device=like.device)[None])
+        turn = as_phase(*self.rotations.joined(angles))[0]
+        cosine = turn_between(turn[:1], turn).real.mean(-1)
+        return (2 - cosine).log().float()
+
+    def _consecutive(self, new: NewTokens, history: History) -> Tensor:
+        """int64 [B, M] or [axes, B, M]: positions that count merged tokens."""
+        index = torch.arange(new.map.width, device=new.map.group.device).expand(new.map.batch, -1)
+        if history.length:
+            index = index + (history.keys.size > 0).sum(1, keepdim=True)
+        axes = self.parts.decoder_kind.axes
+        return index if axes == 1 else index.expand(axes, -1, -1)
 
 
 def _present(mask: Any, batch: int, tokens: int, history: History, unmerge: Unmerge) -> Tensor | None:
@@ -307,8 +410,8 @@ def _present(mask: Any, batch: int, tokens: int, history: History, unmerge: Unme
     if bool(mask.all()):
         return None
     earlier, newest = mask[:, :-tokens].bool(), mask[:, -tokens:].bool()
-    if history.slot is not None:
-        hidden = ~earlier & (history.slot >= 0)
+    if history.length:
+        hidden = ~earlier & (history.tokens.slot >= 0)
         if bool(hidden.any()):
             if unmerge == "none":
                 raise ValueError(

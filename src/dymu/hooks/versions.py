@@ -24,6 +24,12 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     return next(name for name in CACHE_NAMES if name in parameters)
 
 
+@functools.cache
+def cuts_logits(forward: Callable[..., Any]) -> bool:
+    """Whether a model's `forward` gives fewer logits where it is asked for the last ones; others ignore that."""
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
 def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
     """The KV cache among the arguments of a call; callers may still use the older name."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)

@@ -2,7 +2,18 @@
 
 from dymu.unmerging.backends import BACKENDS, choose
 from dymu.unmerging.history import History
-from dymu.unmerging.prompt import in_mean_order, leaders_within, place_leaders
+from dymu.unmerging.packed import Packed
+from dymu.unmerging.prompt import NewTokens, leaders_within, place_leaders
 from dymu.unmerging.step import Step, plan_step
 
-__all__ = ["BACKENDS", "History", "Step", "choose", "in_mean_order", "leaders_within", "place_leaders", "plan_step"]
+__all__ = [
+    "BACKENDS",
+    "History",
+    "NewTokens",
+    "Packed",
+    "Step",
+    "choose",
+    "leaders_within",
+    "place_leaders",
+    "plan_step",
+]

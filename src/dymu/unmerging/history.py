@@ -1,58 +1,179 @@
-"""What the entries of a KV cache of merged, un-rotated tokens stand for."""
+"""What the entries of a KV cache of merged tokens stand for."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dymu.token_map import TokenMap
+from dymu.token_map import TokenMap, take
+from dymu.unmerging.packed import Packed
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens of the full prompt.
+
+    Attributes:
+        slot: int64 [B, N], the cache entry behind each token; -1: it is not there.
+        place: int64 [B, N], which one it is of the tokens that are there, from 0.
+        represents: bool [B, N], whether the key of its entry stands at its position; None: that of each does.
+        turn: complex [B, N, P], from the rotary angles of its entry's key to its own; None: they are the same.
+    """
+
+    slot: Tensor
+    place: Tensor
+    represents: Tensor | None = None
+    turn: Tensor | None = None
+
+    def at(self, index: Any) -> Tokens:
+        """These rows, or these tokens."""
+        represents, turn = (part if part is None else part[index] for part in (self.represents, self.turn))
+        return Tokens(self.slot[index], self.place[index], represents, turn)
+
+    def in_order(self, order: Tensor) -> Tokens:
+        """The tokens at int64 [B, N] of each row."""
+        return self.at((torch.arange(len(order), device=order.device)[:, None], order))
+
+    def then(self, others: Tokens) -> Tokens:
+        """Followed by these."""
+        represents, turn = None, None
+        if self.represents is not None or others.represents is not None:
+            both = (x.represents if x.represents is not None else x.slot >= 0 for x in (self, others))
+            represents = torch.cat([*both], 1)
+        given = next((x.turn for x in (self, others) if x.turn is not None), None)
+        if given is not None:
+            none = given[:, :0]
+            turn = torch.cat(
+                [x.turn if x.turn is not None else pad_turns(none, x.slot.shape[1]) for x in (self, others)], 1
+            )
+        return Tokens(
+            torch.cat((self.slot, others.slot), 1), torch.cat((self.place, others.place), 1), represents, turn
+        )
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Cached tokens as virtual keys: first those whose entry's key stands elsewhere, then one for each entry.
+
+    Attributes:
+        slot: int64 [B, E + M], the entry behind each; -1 for none.
+        place: int64 [B, E + M], see `Tokens`.
+        turn: complex [B, E, P], see `Tokens`; None: none has to turn.
+        turned: E.
+        size: float32 [B, M], tokens behind each entry.
+    """
+
+    slot: Tensor
+    place: Tensor
+    turn: Tensor | None
+    turned: int
+    size: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tokens, entries: int) -> Keys:
+        there = tokens.slot >= 0
+        represents = there if tokens.represents is None else there & tokens.represents
+        others = there & ~represents
+        kept = others.sum(1, keepdim=True)
+        turned = int(kept.max())
+        order = (~others).byte().argsort(dim=1, stable=True)[:, :turned]
+        slot = tokens.slot.gather(1, order)
+        slot = torch.where(torch.arange(turned, device=slot.device) < kept, slot, -1)
+        turn = None if tokens.turn is None else take(tokens.turn, order)
+        own = torch.where(represents, tokens.slot, entries)
+        begin = tokens.slot.new_full((len(slot), entries + 1), -1)
+        place = begin.scatter(1, own, tokens.place)[:, :entries]
+        direct = torch.where(place < 0, -1, torch.arange(entries, device=slot.device))
+        size = (
+            begin.float()
+            .zero_()
+            .scatter_add_(1, torch.where(there, tokens.slot, entries), torch.ones_like(own, dtype=torch.float32))
+        )
+        places = torch.cat((tokens.place.gather(1, order), place), 1)
+        return cls(torch.cat((slot, direct), 1), places, turn, turned, size[:, :entries])
+
+    def then(self, slot: Tensor, place: Tensor) -> Keys:
+        """Followed by entries of one token each."""
+        size = (slot >= 0).float()
+        joined = (torch.cat(pair, 1) for pair in ((self.slot, slot), (self.place, place), (self.size, size)))
+        slot, place, size = joined
+        return replace(self, slot=slot, place=place, size=size)
+
+    def as_tokens(self) -> Tokens:
+        """The same, each with a turn of its own if any has one."""
+        if self.turn is None:
+            return Tokens(self.slot, self.place)
+        return Tokens(self.slot, self.place, None, pad_turns(self.turn, self.slot.shape[1]))
+
+    def at(self, rows: Tensor) -> Keys:
+        """These rows."""
+        turn = None if self.turn is None else self.turn[rows]
+        return Keys(self.slot[rows], self.place[rows], turn, self.turned, self.size[rows])
 
 
 class History:
     """What the entries of one cache stand for; shared by its layers.
 
     Args:
-        expanded: whether the cache stores an entry for every token of the full prompt.
+        fast: whether turned keys are kept, see `kept`.
 
     Attributes:
-        slot: int64 [B, N], the cache entry behind each token of the full prompt so far; -1 for padding.
-        position: int64 [B, N], or [B, N, axes], the rotary position of each of them.
-        place: int64 [B, N], which one it is of the tokens that are there, from 0.
-        phase: complex [B, N, D / 2], their rotary angles; None while nobody needs them.
+        length: tokens of the full prompt so far.
         entries: entries stored per row (the widest row's).
         plain: whether so far no token was merged and none is missing.
-        padded: whether some row misses tokens.
-        newest: map of the tokens that were appended last to their merged ones.
+        gaps: whether an entry, or a token, is missing in some row.
+        consecutive: whether positions count merged tokens, so that tokens cannot be told apart any more.
+        packed: how the rows of the newest tokens travel as one; None: they do not.
         hidden: bool [B, N], tokens that the present call does not see; None: it sees all.
         report: what the caller says of it; copies have copies.
         remembered: what the caller knows of its tokens beside, by name.
         interrupted: whether something else that the cache remembers is no longer of these tokens.
+        kept: by layer, keys [B, Hkv, E, D] of the tokens that no entry stands at, at their own positions, see `Keys`.
     """
 
-    def __init__(self, expanded: bool = False) -> None:
-        self.expanded = expanded
+    def __init__(self, fast: bool = False) -> None:
+        self.fast = fast
         self.reset()
 
     def reset(self) -> None:
-        self.slot: Tensor | None = None
-        self.position: Tensor | None = None
-        self.place: Tensor | None = None
-        self.phase: Tensor | None = None
-        self.newest: TokenMap | None = None
+        self._pieces: tuple[Tokens, ...] = ()
+        self._keys: Keys | None = None
+        self.kept = dict[Any, Tensor]()
         self.hidden: Tensor | None = None
+        self.packed: Packed | None = None
         self.report: Any = None
         self.remembered = dict[str, Any]()
-        self.interrupted = False
-        self.entries = 0
-        self.plain, self.padded = True, False
+        self.length = self.entries = 0
+        self.interrupted = self.gaps = self.consecutive = False
+        self.plain = True
 
     @property
-    def length(self) -> int:
-        """Tokens of the full prompt so far."""
-        return 0 if self.slot is None else self.slot.shape[1]
+    def tokens(self) -> Tokens:
+        """All so far; there must be some."""
+        while len(self._pieces) > 1:
+            *before, one, two = self._pieces
+            self._pieces = (*before, one.then(two))
+        return self._pieces[0]
+
+    @property
+    def keys(self) -> Keys:
+        """All so far that the present call sees; there must be some."""
+        if self.hidden is not None:
+            tokens = self.tokens
+            return Keys.of(replace(tokens, slot=tokens.slot.masked_fill(self.hidden, -1)), self.entries)
+        if self._keys is None:
+            self._keys = Keys.of(self.tokens, self.entries)
+        return self._keys
+
+    @property
+    def newest(self) -> Tokens:
+        """Those that were appended last."""
+        return self._pieces[-1]
 
     def places(self, present: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
         """int64 [B, N]: where new tokens stand among those that are there, bool [B, N]; None: all are."""
@@ -60,50 +181,53 @@ class History:
             place = torch.arange(tokens, device=device).expand(batch, -1)
         else:
             place = (present.cumsum(1) - 1).clamp(min=0)
-        if self.place is None or not self.length:
-            return place
-        return place + self.place.amax(1, keepdim=True) + 1
+        return place + self.newest.place[:, -1:] + 1 if self.length else place
 
     def append(
         self,
         tokens: TokenMap,
-        position: Tensor,
+        place: Tensor,
+        *,
         plain: bool,
-        phase: Tensor | None = None,
-        place: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        represents: Tensor | None = None,
+        turn: Tensor | None = None,
+    ) -> None:
         """Add tokens of the full prompt whose merged forms are about to be stored after the present entries.
 
         Args:
-            place: see `places`; None: the positions.
-
-        Returns:
-            `slot` (-1 for hidden ones too) and `place` of all tokens so far.
+            place: see `places`.
+            plain: whether `tokens` is the identity.
+            represents, turn: see `Tokens`.
         """
-        place = position if place is None else place
-        group = torch.arange(tokens.tokens, device=tokens.group.device) if self.expanded else tokens.group
-        slot = (group + self.entries).expand_as(tokens.group)
-        if tokens.padded:
-            slot = torch.where(tokens.group < 0, -1, slot)
-        if self.slot is not None and self.position is not None and self.place is not None:
-            slot, place = torch.cat((self.slot, slot), 1), torch.cat((self.place, place), 1)
-            position = torch.cat((self.position, position), 1)
-            phase = None if phase is None or self.phase is None else torch.cat((self.phase, phase), 1)
-        self.slot, self.position, self.place, self.phase = slot, position, place, phase
-        self.entries += tokens.tokens if self.expanded else tokens.width
-        self.plain, self.padded = self.plain and plain, self.padded or tokens.padded
-        self.newest = tokens
+        slot = tokens.group + self.entries
+        new = Tokens(torch.where(tokens.group < 0, -1, slot) if tokens.padded else slot, place, represents, turn)
+        if self._keys is not None:
+            self._keys = self._keys.then(new.slot, place) if plain else None
+        if not plain:
+            self.kept = {}
+        self._pieces = (*self._pieces, new)
+        self.length += tokens.tokens
+        self.entries += tokens.width
+        self.plain = self.plain and plain
+        if not plain and not self.gaps:
+            self.gaps = tokens.padded or bool((tokens.kept < tokens.width).any())
         if self.hidden is not None:
             self.hidden = torch.cat((self.hidden, torch.zeros_like(tokens.group, dtype=torch.bool)), 1)
-            slot = slot.masked_fill(self.hidden, -1)
-        return slot, place
 
     def hide(self, hidden: Tensor | None) -> None:
         """Of the tokens so far, those that the present call does not see, bool [B, N], such as what stands behind a
         shorter answer; None: it sees all."""
         self.hidden = hidden
         if hidden is not None:
-            self.plain, self.padded = False, True
+            self.plain, self.gaps = False, True
+
+    def kept_of(self, layer: Any, turn: Callable[[], Tensor]) -> Tensor | None:
+        """The turned keys of a layer, where they are kept: computed when it first asks."""
+        if not self.fast or self.hidden is not None:
+            return None
+        if layer not in self.kept:
+            self.kept[layer] = turn()
+        return self.kept[layer]
 
     def copy(self) -> History:
         """The history so far, which appending to this one leaves as it is."""
@@ -115,20 +239,29 @@ class History:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
-        if self.slot is not None:
-            self._index(rows.to(self.slot.device))
+        if self.length:
+            rows = rows.to(self._pieces[0].slot.device)
+            self._pieces = (self.tokens.at(rows),)
+            self._keys = None if self._keys is None else self._keys.at(rows)
+            self.kept = {layer: keys[rows.to(keys.device)] for layer, keys in self.kept.items()}
+            self.hidden = None if self.hidden is None else self.hidden[rows]
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens, and the entries that only they needed."""
-        if self.slot is not None and length < self.length:
-            self._index((slice(None), slice(length)))
-            held = int(self.slot.max()) + 1 if self.slot.numel() else 0
-            self.entries = length if self.expanded else held
+        if length >= self.length:
+            return
+        self._keys, self.kept = None, {}
+        self.hidden = None if self.hidden is None else self.hidden[:, :length]
+        if length:
+            tokens = self.tokens.at((slice(None), slice(length)))
+            self._pieces, self.length = (tokens,), length
+            self.entries, self.gaps = int(tokens.slot.max()) + 1, self.gaps or not self.plain
+        else:
+            self._pieces, self.hidden, self.length, self.entries = (), None, 0, 0
+            self.plain, self.gaps, self.consecutive = True, False, False
 
-    def _index(self, index: Any) -> None:
-        assert self.slot is not None
-        assert self.position is not None
-        assert self.place is not None
-        self.slot, self.position, self.place = self.slot[index], self.position[index], self.place[index]
-        self.phase = None if self.phase is None else self.phase[index]
-        self.hidden = None if self.hidden is None else self.hidden[index]
+
+def pad_turns(turn: Tensor, tokens: int) -> Tensor:
+    """Turns [B, T, P] followed by those of tokens that need not turn: [B, tokens, P]."""
+    still = turn.new_ones(len(turn), tokens - turn.shape[1], turn.shape[-1])
+    return torch.cat((turn, still), 1)

@@ -10,50 +10,64 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dymu.choices import COMPACT, Unmerge
+from dymu.choices import EACH_ONCE, SIZED, Unmerge
 from dymu.token_map import TokenMap
 from dymu.unmerging.history import History
-from dymu.unmerging.virtual import as_phase
-
-Angles = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Positions [B, N], or [B, N, axes] -> cosines and sines of their rotary angles, each [B, N, D]."""
+from dymu.unmerging.prompt import NewTokens
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Step:
-    """The virtual tokens of one forward: Nk keys, of which the last Nq are the queries, in the order in which they see
+    """The virtual tokens of one forward: Nk keys, and Nq queries that are some of them, in the order in which they see
     each other.
+
+    The model has rotated queries and keys by the angles of their representatives. The first T keys, and all queries if
+    these are expanded, turn further from there, to positions of their own; the other keys are the cache entries from
+    the first one on (without a cache: the merged tokens) as they are.
 
     Attributes:
         queries: Nq virtual tokens to the Mq merged ones that this forward computes.
-        keys: int64 [B, Nk], the cache entry (without a cache: the merged token) behind each virtual key; -1 for none.
-        phase: complex [B, Nk, D / 2], cos + i sin of the rotary angles of the virtual tokens.
-        place: int64 [B, Nk], what a sliding window counts in: tokens that are there; for `compact`, `original` and
-            `none`, merged ones.
-        expand_queries: whether virtual queries differ from merged ones, in number or order.
-        expand_keys: whether virtual keys differ from cache entries, in number or order.
+        keys: int64 [B, Nk], the cache entry behind each virtual key; -1 for none.
+        place: int64 [B, Nk], what a sliding window counts in: tokens that are there; for forms that show every merged
+            token once, merged ones.
+        stands: int64 [B, Nk], where there are `distances`: which one of the tokens that are there each key stands at.
+        length: tokens of the full prompt so far, at which no window hides anything.
+        turned: T.
+        turn: complex [B, T, D / 2], what rotates keys from where their entry's stands; None: they stand there.
+        at: int64 [B, Nq], which key each query is; None: they are the last ones.
+        expands: whether virtual queries differ from merged ones, in number, order or position.
+        merged: int64 [B], how many queries there are up to the last one that stands for several tokens, where near and
+            far keys may differ, see `dymu.unmerging.near_far`; None: they may not.
         padded: whether absent keys (-1) may come before present ones; if not, causality hides them.
-        rotated: whether the cache holds keys and values of virtual tokens, the keys rotated (`cache="expanded"`).
         bias: float32 [B, Nk], added to the logits of each virtual key; None for 0.
-        block: int64 [B, Nq]: queries with the same number see each other's keys, also later ones; -1: there are none.
-            None: no query has any.
+        first_bias: the same in the first layer, where it differs.
+        distances: float32 [B, L], added to the logits of keys so many places away; None for 0.
+        block: int64 [B, Nk]: tokens with the same number see each other, also later ones; -1: they see no later ones.
+            None: none does.
         beyond_window: whether they do wherever these are, and not within a sliding window alone.
+        channels: int64 [D], the channels of a head in an order in which i and i + D / 2 turn together; None: they do.
     """
 
     queries: TokenMap
     keys: Tensor
-    phase: Tensor
     place: Tensor
-    expand_queries: bool
-    expand_keys: bool
-    padded: bool
     backend: str
-    rotated: bool = False
+    length: int
+    turned: int = 0
+    turn: Tensor | None = None
+    at: Tensor | None = None
+    expands: bool = False
+    merged: Tensor | None = None
+    padded: bool = False
     bias: Tensor | None = None
+    first_bias: Tensor | None = None
+    distances: Tensor | None = None
     block: Tensor | None = None
     beyond_window: bool = False
+    channels: Tensor | None = None
+    stands: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
     _results: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def once(self, name: Any, compute: Callable[[], T]) -> T:
@@ -64,19 +78,43 @@ class Step:
         return result
 
     @property
-    def query_phase(self) -> Tensor:
-        """complex [B, Nq, D / 2]"""
-        return self.phase[:, self.phase.shape[1] - self.queries.tokens :]
+    def query_at(self) -> Tensor:
+        """int64 [B or 1, Nq], which key each query is."""
+        if self.at is not None:
+            return self.at
+        seen = self.keys.shape[1]
+        return torch.arange(seen - self.queries.tokens, seen, device=self.keys.device)[None]
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """What stands for each key [B, Nk, ...], of the queries [B, Nq, ...]."""
+        if self.at is None:
+            return x[:, x.shape[1] - self.queries.tokens :]
+        return x[torch.arange(len(x), device=x.device)[:, None], self.at]
 
     @property
-    def cos(self) -> Tensor:
-        """[B, Nk, D], both halves alike."""
-        return torch.cat((self.phase.real, self.phase.real), -1)
+    def query_turn(self) -> Tensor | None:
+        """complex [B, Nq, D / 2], what rotates expanded queries from where their merged one stands; None: nothing."""
+        turn = self.turn
+        return None if turn is None else self.once("query turn", lambda: self.of_queries(turn))
 
-    @property
-    def sin(self) -> Tensor:
-        """[B, Nk, D], both halves alike."""
-        return torch.cat((self.phase.imag, self.phase.imag), -1)
+    def average(self, attended: Tensor) -> Tensor:
+        """[B, Mq, ...] of queries [B, Nq, ...]; 0 past a row's end."""
+        if self.expands:
+            return self.queries.average(attended)
+        if not self.queries.padded:
+            return attended
+        absent = self.once("absent queries", lambda: self.queries.group < 0)
+        return attended.masked_fill(absent.view(*absent.shape, *(1,) * (attended.ndim - 2)), 0)
+
+    def only(self, wanted: Tensor) -> Step:
+        """The step of some merged queries, int64 [B, k]; others get 0."""
+        group = self.queries.group
+        wants = (group[:, :, None] == wanted[:, None]).any(-1) & (group >= 0)
+        order = (~wants).byte().argsort(dim=1, stable=True)[:, : int(wants.sum(1).max())]
+        group = torch.where(wants.gather(1, order), group.gather(1, order), -1)
+        at = self.query_at.expand(len(group), -1).gather(1, order)
+        queries = replace(self.queries, group=group, padded=True)
+        return replace(self, queries=queries, at=at, expands=True, merged=None)
 
     def causal(self, window: int | None = None) -> bool:
         """Whether plain causal attention over equally many queries and keys, or one query that sees every key, is all
@@ -86,164 +124,191 @@ class Step:
             window: sliding window in virtual tokens, or None.
         """
         tokens, seen = self.queries.tokens, self.keys.shape[1]
-        whole = window is None or window >= seen
-        plain = self.bias is None and self.block is None and not self.padded
+        whole = window is None or window >= self.length
+        plain = self.bias is None and self.block is None and self.at is None and not self.padded
         return whole and plain and (tokens == 1 or tokens == seen)
 
     def sees(self, start: int, end: int) -> int:
         """How many keys, from the first on, any of the queries from `start` to `end` may see."""
-        before = self.keys.shape[1] - self.queries.tokens
-        if self.block is None:
-            return before + end
-        ends: list[int] = self.once("block ends", lambda: _ends(self.block).tolist())  # type: ignore[arg-type]
-        return before + max(ends[start:end])
+        if self.block is None and self.at is None:
+            return self.keys.shape[1] - self.queries.tokens + end
+        ends: list[int] = self.once("ends", lambda: self._ends().tolist())
+        return max(ends[start:end])
+
+    def _ends(self) -> Tensor:
+        """int64 [Nq]: behind the last key that each query sees in any row."""
+        last = self.query_at
+        if self.block is not None:
+            last = self.of_queries(_last_of_block(self.block))
+        absent = self.queries.group < 0
+        return (last.expand_as(absent).masked_fill(absent, 0).amax(0) + 1).clamp(max=self.keys.shape[1])
 
     def mask(self, window: int | None = None, start: int = 0, end: int | None = None) -> Tensor:
         """[B or 1, 1, end - start, keys]: which key each of the queries from `start` to `end` sees (bool) or, with a
-        bias, what is added to its logit (float32). Of the keys, those up to the last that any of these queries sees.
+        bias, what is added to its logit (float32). Of the keys, those up to the last that any of these queries sees; of
+        all queries, all.
 
         Args:
             window: sliding window in virtual tokens, or None.
         """
-        tokens, seen = self.queries.tokens, self.keys.shape[1]
-        end = tokens if end is None else end
-        first, last, sees = seen - tokens + start, seen - tokens + end, self.sees(start, end)
-        key = torch.arange(sees, device=self.keys.device)
-        mask = (key <= key[first:last, None])[None]
+        sees = self.keys.shape[1] if end is None else self.sees(start, end)
+        end = self.queries.tokens if end is None else end
+        mask = torch.arange(sees, device=self.keys.device) <= self.query_at[:, start:end, None]
         block = None
         if self.block is not None:
-            own = self.block[:, start:end, None]
-            others = pad(self.block, (seen - tokens, 0), value=-1)[:, None, :sees]
-            block = (own >= 0) & (own == others)
+            own = self.of_queries(self.block)[:, start:end, None]
+            block = (own >= 0) & (own == self.block[:, None, :sees])
             mask = mask | block
-        if window is not None and window < seen:
-            near = self.place[:, None, :sees] > self.place[:, first:last, None] - window
+        if window is not None and window < self.length:
+            near = self.place[:, None, :sees] > self.of_queries(self.place)[:, start:end, None] - window
             mask = mask & (near if block is None or not self.beyond_window else near | block)
         if self.padded:
             mask = mask & (self.keys[:, None, :sees] >= 0)
+        if self.queries.padded:  # so that no softmax is over nothing
             mask = mask | (self.queries.group[:, start:end] < 0)[:, :, None]
         if self.bias is not None:
-            mask = self.bias[:, None, :sees].masked_fill(~mask, -torch.inf)
+            bias = self.bias[:, None, :sees]
+            if self.distances is not None:
+                apart = self.of_queries(self.stands)[:, start:end, None] - self.stands[:, None, :sees]
+                bias = bias + self.distances.gather(1, apart.abs().flatten(1)).view_as(apart)
+            mask = bias.masked_fill(~mask, -torch.inf)
         return mask[:, None]
 
 
 def plan_step(
-    queries: TokenMap,
-    positions: Tensor,
+    new: NewTokens,
     history: History,
-    angles: Angles,
     *,
-    plain: bool,
     unmerge: Unmerge,
     backend: str,
+    turn: Tensor | None = None,
     place: Tensor | None = None,
     block: Tensor | None = None,
     beyond_window: bool = False,
+    distances: Tensor | None = None,
+    shown: Tensor | None = None,
 ) -> Step:
     """Add new tokens to the history and say how they attend.
 
     Args:
-        queries: the new tokens of the full prompt to their merged ones.
-        positions: int64 [B, N], or [B, N, axes], rotary positions of the new tokens.
+        new: the new tokens of the full prompt.
         history: what the cache holds; the new tokens are appended.
-        angles: rotary angles of positions.
-        plain: whether `queries` is the identity.
         unmerge: see `Unmerge`.
         backend: name of the backend to compute it with.
-        place: int64 [B, N], see `History.places`; None: the positions.
-        block, beyond_window: int64 [B, N], see `Step`.
+        turn: complex [B, N, P], see `Tokens.turn`; None: no token has to turn.
+        place: int64 [B, N], see `History.places`; None: those are there that stand for something.
+        block: int64 [B, N], see `Step.block`.
+        beyond_window: see `Step`.
+        distances: float32 [L], for `restore`: added to the logits of keys so many places away in prompts with images.
+        shown: bool [B, N], for `restore`: the tokens of images; None: there are none.
     """
-    first = history.length == 0
+    tokens = new.map
+    if place is None:
+        there = tokens.group >= 0 if tokens.padded else None
+        place = history.places(there, tokens.batch, tokens.tokens, tokens.group.device)
     if block is not None:
-        block = block.masked_fill(queries.group < 0, -1)
-    if unmerge != "exact" and not (plain and history.plain):
-        return _merged_tokens(queries, positions, history, angles, plain, unmerge, backend, place, block, beyond_window)
-    if history.length and history.phase is None:
-        assert history.position is not None
-        history.phase = as_phase(*angles(history.position))
-    keys, place = history.append(queries, positions, plain, as_phase(*angles(positions)), place)
-    assert history.phase is not None
-    step = Step(
-        queries,
-        keys,
-        history.phase,
-        place,
-        expand_queries=not plain,
-        expand_keys=not (history.plain or history.expanded),
-        padded=history.padded,
-        backend=backend,
-        rotated=history.expanded,
-        block=block,
-        beyond_window=beyond_window,
-    )
-    return _absent_last(step) if first and step.padded and not step.rotated else step
-
-
-def _merged_tokens(
-    queries: TokenMap,
-    positions: Tensor,
-    history: History,
-    angles: Angles,
-    plain: bool,
-    unmerge: Unmerge,
-    backend: str,
-    place: Tensor | None,
-    block: Tensor | None,
-    beyond_window: bool,
-) -> Step:
-    """Every merged token is one virtual token."""
-    first = history.length == 0
-    slot, _ = history.append(queries, positions, plain, place=place)
-    entries = TokenMap(slot, queries.kept, history.entries, history.padded)
-    size = entries.size()
-    rank = (size > 0).cumsum(1)
-    if unmerge in COMPACT:
-        assert history.position is not None
-        positions = entries.average(history.position.double()).float()
+        block = block.masked_fill(tokens.group < 0, -1)
+    before = history.copy()
+    represents = None if new.plain else new.represents
+    history.append(tokens, place, plain=new.plain, represents=represents, turn=turn)
+    if history.plain:
+        keys = torch.arange(history.entries, device=place.device).expand(tokens.batch, -1)
+        step = Step(tokens, keys, keys, backend, history.length)
+    elif new.merged and unmerge not in EACH_ONCE:
+        step, block = _all_tokens(new, before, history, unmerge, backend, block)
     else:
-        positions = (rank - 1).clamp(min=0)
-        positions = positions if history.position is None or history.position.ndim == 2 else positions[..., None]
-    keys = torch.where(size > 0, torch.arange(history.entries, device=size.device), -1)
-    group = torch.arange(queries.width, device=keys.device).expand(queries.batch, -1)
-    group = torch.where(group < queries.kept[:, None], group, -1)
-    ragged = bool((group < 0).any())
-    if block is not None:
-        block = block.gather(1, queries.first()).masked_fill(group < 0, -1)
-    return Step(
-        TokenMap(group, queries.kept, queries.width, ragged),
-        keys,
-        as_phase(*angles(positions)),
-        rank,
-        expand_queries=ragged,
-        expand_keys=False,
-        padded=not first and bool((keys < 0).any()),
-        backend=backend,
-        bias=size.clamp(min=1).log() if unmerge == "compact" else None,
-        block=block,
-        beyond_window=beyond_window,
+        step, block = _one_each(new, before, history, unmerge, backend, block)
+        if unmerge == "restore" and distances is not None and shown is not None:
+            step = _restored(step, new, history, distances, shown)
+    if block is None:
+        return step
+    return replace(
+        step, block=pad(block, (step.keys.shape[1] - block.shape[1], 0), value=-1), beyond_window=beyond_window
     )
 
 
-def _absent_last(step: Step) -> Step:
-    """The same virtual tokens with the absent ones behind the others, so that causality alone hides them."""
-    order = (step.keys < 0).int().argsort(dim=1, stable=True)
+def _one_each(
+    new: NewTokens, before: History, history: History, unmerge: Unmerge, backend: str, block: Tensor | None
+) -> tuple[Step, Tensor | None]:
+    """Every new merged token is one virtual token. And the block of each."""
+    queries, known = new.map, history.keys
+    if not new.plain:
+        group = torch.arange(queries.width, device=known.slot.device).expand(queries.batch, -1)
+        group = torch.where(group < queries.kept[:, None], group, -1)
+        if block is not None:
+            block = block.gather(1, new.representative).masked_fill(group < 0, -1)
+        queries = TokenMap(group, queries.kept, queries.width, history.gaps)
+    padded = before.length > 0 and history.gaps
+    if unmerge not in EACH_ONCE:
+        step = Step(queries, known.slot, known.place, backend, history.length, known.turned, known.turn, padded=padded)
+        return step, block
+    there = known.size > 0
+    keys = torch.where(there, torch.arange(history.entries, device=there.device), -1)
+    bias = known.size.clamp(min=1).log() if unmerge in SIZED else None
+    return Step(queries, keys, there.cumsum(1), backend, history.length, padded=padded, bias=bias), block
+
+
+def _restored(step: Step, new: NewTokens, history: History, distances: Tensor, shown: Tensor) -> Step:
+    """See `restore` in `dymu.choices.Unmerge`."""
+    assert step.bias is not None
+    known, newest = history.keys, step.bias[:, -new.map.width :]
+    of_image = shown.gather(1, new.representative) & (step.queries.group >= 0)
+    tokens, merged = (x.sum(1, keepdim=True).clamp(min=1) for x in (shown & (new.map.group >= 0), of_image))
+    alike = torch.where(of_image, (tokens / merged).log().to(newest), newest)
     return replace(
         step,
-        queries=replace(step.queries, group=step.queries.group.gather(1, order)),
-        keys=step.keys.gather(1, order),
-        phase=step.phase.gather(1, order[..., None].expand_as(step.phase)),
-        place=step.place.gather(1, order),
-        block=None if step.block is None else step.block.gather(1, order),
-        expand_queries=True,
-        expand_keys=True,
-        padded=False,
+        first_bias=torch.cat((step.bias[:, : -new.map.width], alike), 1),
+        distances=distances * shown.any(1, keepdim=True),
+        stands=known.place[:, known.turned :].clamp(min=0),
     )
 
 
-def _ends(block: Tensor) -> Tensor:
-    """int64 [N]: of the tokens that have a block [B, N] in any row, behind its last token; of others, behind them."""
+def _all_tokens(
+    new: NewTokens, before: History, history: History, unmerge: Unmerge, backend: str, block: Tensor | None
+) -> tuple[Step, Tensor | None]:
+    """Every new token is a virtual key, absent ones last, so that causality alone hides them; queries are all tokens,
+    or one of each group. And the block of each key."""
+    queries, added, asked = new.map, history.newest, new.asked
+    if queries.padded:
+        order = (queries.group < 0).byte().argsort(dim=1, stable=True)
+        added = added.in_order(order)
+        asked = torch.where(asked < 0, -1, order.argsort(1).gather(1, asked.clamp(min=0)))
+        queries = replace(queries, group=queries.group.gather(1, order))
+        block = None if block is None else block.gather(1, order)
+    keys = added if not before.length else before.keys.as_tokens().then(added)
+    seen = keys.slot.shape[1]
+    step = Step(
+        queries,
+        keys.slot,
+        keys.place,
+        backend,
+        history.length,
+        turned=seen,
+        turn=keys.turn,
+        expands=True,
+        padded=before.length > 0 and before.gaps,
+    )
+    if unmerge == "exact":
+        return step, block
+    there, merged = asked >= 0, None
+    group = torch.where(there, queries.group.gather(1, asked.clamp(min=0)), -1)
+    if not before.length:
+        number = torch.arange(1, asked.shape[1] + 1, device=asked.device)
+        merged = (number * (new.map.size().gather(1, group.clamp(min=0)) > 1) * there).amax(1)
+    step = replace(
+        step,
+        queries=TokenMap(group, queries.kept, queries.width, bool((~there).any())),
+        at=asked.clamp(min=0) + seen - new.map.tokens,
+        expands=new.several,
+        merged=merged,
+    )
+    return step, block
+
+
+def _last_of_block(block: Tensor) -> Tensor:
+    """int64 [B, Nk]: of keys that have a block, the last key of it; of others, themselves."""
     index = torch.arange(block.shape[1], device=block.device).expand_as(block)
     numbers = torch.where(block < 0, 0, block + 1)
     last = torch.zeros(len(block), int(numbers.max()) + 1, dtype=torch.long, device=block.device)
     last = last.scatter_reduce(1, numbers, index, "amax")
-    return torch.where(block < 0, index, last.gather(1, numbers)).amax(0) + 1
+    return torch.where(block < 0, index, last.gather(1, numbers))

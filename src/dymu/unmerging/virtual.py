@@ -1,5 +1,5 @@
-"""From merged tokens to the virtual ones that stand at every position of the full prompt, and their rotation (RoPE, the
-half-split form): the model computes the angles, which are applied where tokens are expanded."""
+"""From merged tokens to the virtual ones that stand at every position of the full prompt. The model has rotated queries
+and keys (RoPE) to their representatives' positions; from there they turn to their own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ def as_phase(cos: Tensor, sin: Tensor) -> Tensor:
     return torch.complex(cos[..., :half].to(wide), sin[..., :half].to(wide))
 
 
-def as_pairs(x: Tensor) -> Tensor:
+def turn_between(start: Tensor, end: Tensor) -> Tensor:
+    """What turns vectors that are rotated by the phases `start` to those of `end`, complex [..., D / 2]. Lengths other
+    than 1, as rotations that also scale have, stay as they are."""
+    return end * start.conj() / (start.real.square() + start.imag.square())
+
+
+def as_pairs(x: Tensor, channels: Tensor | None = None) -> Tensor:
     """[..., D] vectors as complex numbers [..., D / 2] of float32 or wider parts.
 
-    A pair is what RoPE rotates together: elements i and i + D / 2.
+    A pair is what RoPE rotates together: elements i and i + D / 2 of the order that `channels`, int64 [D], says.
     """
     half = x.shape[-1] // 2
+    x = x if channels is None else x[..., channels]
     x = x if x.dtype.itemsize >= 4 else x.float()
     return torch.complex(x[..., :half], x[..., half:])
 
@@ -31,6 +38,12 @@ def interleaved(pairs: Tensor, dtype: torch.dtype) -> Tensor:
     return real if real.dtype == dtype else real.to(dtype)
 
 
+def usual_order(x: Tensor, channels: Tensor | None = None) -> Tensor:
+    """Interleaved [..., D] in the order that heads have, see `as_pairs`."""
+    halves = torch.cat((x[..., 0::2], x[..., 1::2]), -1)
+    return halves if channels is None else halves[..., channels.argsort()]
+
+
 def rows_behind(slot: Tensor, stored: int, heads: int = 1) -> Tensor:
     """Rows of the flattened [B * heads * stored, ...] entries that the tokens [B, N] of every head read: int64
     [B * heads * N]; any row for slot -1."""
@@ -38,29 +51,20 @@ def rows_behind(slot: Tensor, stored: int, heads: int = 1) -> Tensor:
     return (head + slot.clamp(min=0)[:, None]).flatten()
 
 
-def virtual_queries(query: Tensor, rows: Tensor | None, phase: Tensor) -> Tensor:
-    """Expand and rotate queries.
+def virtual_keys(key: Tensor, rows: Tensor, turn: Tensor | None, channels: Tensor | None = None) -> Tensor:
+    """Expand and turn keys.
 
     Args:
-        query: [B, H, M, D], un-rotated; best a transposed [B, M, H, D].
-        rows: of the flattened [B * M, ...] queries, see `rows_behind`; None: there is one virtual token for each.
-        phase: complex [B, N, D / 2], the angles of the virtual tokens.
+        key: [B, Hkv, M, D].
+        rows: those of every head, see `rows_behind`.
+        turn: complex [B, N, D / 2], of the virtual tokens; None: none turns.
+        channels: see `as_pairs`.
 
     Returns:
-        [B, H, N, D], interleaved (see `interleaved`).
+        [B, Hkv, N, D], interleaved (see `interleaved`).
     """
-    pairs = as_pairs(query.transpose(1, 2))
-    if rows is not None:
-        pairs = pairs.flatten(0, 1).index_select(0, rows).unflatten(0, phase.shape[:2])
-    return interleaved(pairs.mul_(phase[:, :, None]), query.dtype).transpose(1, 2)
-
-
-def virtual_keys(key: Tensor, rows: Tensor | None, phase: Tensor) -> Tensor:
-    """Expand and rotate keys [B, Hkv, M, D] to [B, Hkv, N, D], interleaved; `rows` are those of every head."""
-    pairs = as_pairs(key)
-    if rows is not None:
-        pairs = virtual_values(pairs, rows)
-    return interleaved(pairs.mul_(phase[:, None]), key.dtype)
+    pairs = virtual_values(as_pairs(key, channels), rows)
+    return interleaved(pairs if turn is None else pairs.mul_(turn[:, None]), key.dtype)
 
 
 def virtual_values(value: Tensor, rows: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dymu.token_map import at_least_float32
+from dymu.unmerging import near_far
 from dymu.unmerging.step import Step
-from dymu.unmerging.virtual import rows_behind, virtual_keys, virtual_queries, virtual_values
+from dymu.unmerging.virtual import as_pairs, interleaved, rows_behind, virtual_keys, virtual_values
 
 Mask = Callable[[int, int], Tensor]
 """The mask of the queries from a start to an end, and the keys that any of them sees."""
@@ -39,22 +40,31 @@ def attend(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """See `dymu.unmerging.backends.reference.attend`."""
-    few = step.expand_keys and step.queries.tokens <= FEW
-    attended = (_attend_few if few else _attend_many)(query, key, value, step, scaling, window, softcap)
-    return step.queries.average(attended) if step.expand_queries else attended
+    if step.turned and step.queries.tokens <= FEW:
+        return step.average(_attend_few(query, key, value, step, scaling, window, softcap, kept))
+    if near_far.applies(step, window, softcap):
+        return step.average(_attend_near_far(query, key, value, step, scaling))
+    return step.average(_attend_many(query, key, value, step, scaling, window, softcap))
+
+
+def _turned_keys(key: Tensor, step: Step) -> Tensor:
+    """The keys [B, Hkv, T, D] that turn, from the entries [B, Hkv, M, D]; interleaved."""
+    return virtual_keys(key, _rows_of_turned(step, key), step.turn, step.channels)
 
 
 def _attend_many(
     query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Attention between expanded tokens, [B, Nq, H, D]."""
-    query = virtual_queries(query, _query_rows(step), step.query_phase)
-    if not step.rotated:
-        rows = _key_rows(step, key) if step.expand_keys else None
-        key = virtual_keys(key, rows, step.phase)
-        value = value if rows is None else virtual_values(value, rows)
+    """Attention between virtual tokens, [B, Nq, H, D]."""
+    query = _virtual_queries(query, step)
+    if step.turned:
+        rest, values = interleaved(as_pairs(key, step.channels), key.dtype), value
+        key, value = _turned_keys(key, step), virtual_values(value, _rows_of_turned(step, value))
+        if step.turned < step.keys.shape[1]:
+            key, value = torch.cat((key, rest), 2), torch.cat((value, values), 2)
     causal = step.causal(window) and softcap is None
     if softcap is not None or not _heads_may_differ(query, causal):
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -70,18 +80,42 @@ def _attend_many(
     return _attend_masked(attend, query, key, value, step, window)
 
 
+def _attend_near_far(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float) -> Tensor:
+    """See `dymu.unmerging.near_far`; [B, Nq, H, D]."""
+    merged, merged_values = as_pairs(key, step.channels), value
+    query = _virtual_queries(query, step)
+    key, value = _turned_keys(key, step), virtual_values(value, _rows_of_turned(step, value))
+    rows = []
+    for row in range(len(query)):
+        attended = []
+        for piece in step.once(("pieces", row), partial(near_far.pieces, step, row)):
+            far = merged[row : row + 1, :, piece.far]
+            far = interleaved(far if piece.turn is None else far * piece.turn, key.dtype)
+            near = slice(piece.near, piece.seen)
+            part = scaled_dot_product_attention(
+                query[row : row + 1, :, piece.start : piece.end],
+                torch.cat((far, key[row : row + 1, :, near]), 2),
+                torch.cat((merged_values[row : row + 1, :, piece.far], value[row : row + 1, :, near]), 2),
+                attn_mask=piece.bias.to(query.dtype),
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            attended.append(part.transpose(1, 2))
+        rows.append(torch.cat(attended, 1))
+    return torch.cat(rows)
+
+
 def _attend_masked(
     attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, step: Step, window: int | None
 ) -> Tensor:
     """Attention that a mask must limit."""
 
-    def mask(start: int, end: int) -> Tensor:
+    def mask(start: int, end: int | None) -> Tensor:
         mask = step.mask(window, start, end)
         return mask.to(query.dtype) if mask.is_floating_point() else mask
 
-    tokens = step.queries.tokens
-    if tokens <= MASK:
-        return attend(query, key, value, attn_mask=step.once((window, "mask"), lambda: mask(0, tokens))).transpose(1, 2)
+    if step.queries.tokens <= MASK:
+        return attend(query, key, value, attn_mask=step.once((window, "mask"), lambda: mask(0, None))).transpose(1, 2)
     # Masks too large to keep for the other layers.
     return _attend_in_pieces(attend, query, key, value, MASK, mask, step.sees)
 
@@ -142,24 +176,38 @@ def _attend_in_pieces(
 
 
 def _attend_few(
-    query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Step,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    kept: Tensor | None,
 ) -> Tensor:
     """The same of a few queries, where the weights on all copies of one value are summed before they meet it."""
     batch, shared, entries, size = key.shape
-    tokens, seen = step.queries.tokens, step.keys.shape[1]
-    query, key = at_least_float32(query), at_least_float32(key)
-    phase = step.once(("scaled phase", scaling), lambda: step.query_phase * scaling)
-    query = virtual_queries(query, _query_rows(step), phase).reshape(batch * shared, -1, size)
-    key = virtual_keys(key, _key_rows(step, key), step.phase).flatten(0, 1)
-    logits = torch.bmm(query, key.mT).view(batch, shared, -1, seen)
+    tokens, turned, direct = step.queries.tokens, step.turned, step.keys.shape[1] - step.turned
+    query, key = at_least_float32(query) * scaling, at_least_float32(key)
+    if kept is None:
+        kept, turning = _turned_keys(key, step), _virtual_queries(query, step)
+    else:
+        kept, turning = at_least_float32(kept), query
+    turning = turning.reshape(batch * shared, -1, size)
+    logits = torch.bmm(turning, kept.flatten(0, 1).mT)
+    if direct:
+        others = torch.bmm(query.reshape(batch * shared, -1, size), key.flatten(0, 1).mT)
+        logits = torch.cat((logits, others), 2)
+    logits = logits.view(batch, shared, -1, turned + direct)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if tokens > 1 or not step.causal(window):
         mask = step.once((window, "added"), lambda: _added(step.mask(window)))
         logits = (logits.unflatten(2, (-1, tokens)) + mask[:, None]).flatten(2, 3)
     weights = logits.softmax(-1)
-    slot = step.once("slot", lambda: step.keys.clamp(min=0)[:, None, None]).expand_as(weights)
-    summed = weights.new_zeros(*weights.shape[:3], entries).scatter_add_(3, slot, weights).flatten(0, 1)
+    behind = step.once("behind", lambda: step.keys[:, None, None, :turned].clamp(min=0))
+    summed = weights[..., turned:] if direct else weights.new_zeros(*weights.shape[:3], entries)
+    summed = summed.scatter_add(3, behind.expand(*weights.shape[:3], turned), weights[..., :turned]).flatten(0, 1)
     return torch.bmm(summed.to(value.dtype), value.flatten(0, 1)).view(batch, -1, tokens, size).transpose(1, 2)
 
 
@@ -173,15 +221,30 @@ def _heads_may_differ(query: Tensor, causal: bool) -> bool:
     return causal and query.dtype.itemsize == 2 and query.shape[-1] <= 256
 
 
-def _query_rows(step: Step) -> Tensor | None:
-    if not step.expand_queries:
-        return None
-    return step.once("query rows", lambda: rows_behind(step.queries.group, step.queries.width))
+def _virtual_queries(query: Tensor, step: Step) -> Tensor:
+    """[B, H, Nq, D], interleaved where keys turn."""
+    rows = None
+    if step.expands:
+        rows = step.once("query rows", lambda: rows_behind(step.queries.group, step.queries.width))
+    if not step.turned:
+        return query if rows is None else _rows_of(query.transpose(1, 2), rows).transpose(1, 2)
+    pairs = as_pairs(query.transpose(1, 2), step.channels)
+    if rows is not None:
+        pairs = _rows_of(pairs, rows)
+        if step.query_turn is not None:
+            pairs = pairs.mul_(step.query_turn[:, :, None])
+    return interleaved(pairs, query.dtype).transpose(1, 2)
 
 
-def _key_rows(step: Step, key: Tensor) -> Tensor:
+def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """[B, N, ...]: the rows of x [B, M, ...], flattened."""
+    chosen: Tensor = x.flatten(0, 1).index_select(0, rows)
+    return chosen.view(len(x), -1, *x.shape[2:])
+
+
+def _rows_of_turned(step: Step, key: Tensor) -> Tensor:
     heads, stored = key.shape[1:3]
-    return step.once(("key rows", heads), lambda: rows_behind(step.keys, stored, heads))
+    return step.once(("turned rows", heads), lambda: rows_behind(step.keys[:, : step.turned], stored, heads))
 
 
 def _added(mask: Tensor) -> Tensor:

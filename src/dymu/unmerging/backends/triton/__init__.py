@@ -17,6 +17,7 @@ from torch import Tensor
 from dymu.unmerging.backends import sdpa
 from dymu.unmerging.backends.triton import kernels
 from dymu.unmerging.backends.triton.tables import key_tiles, query_tiles, sorted_keys
+from dymu.unmerging.history import pad_turns
 from dymu.unmerging.step import Step
 
 LOG2E = 1.4426950408889634
@@ -63,17 +64,21 @@ def attend(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """See `dymu.unmerging.backends.reference.attend`. Where logits are capped, or tokens see later ones, torch does it.
+    """See `dymu.unmerging.backends.reference.attend`. Where logits are capped, tokens see later ones, distances
+    count or turned keys are kept, torch does it.
 
     Raises:
         ValueError: the tensors are on a device or of a type that it does not compute on, or need gradients.
     """
     _refuse(query, key, value)
-    if step.rotated or step.block is not None or softcap is not None:
-        return sdpa.attend(query, key, value, step, scaling, window, softcap)
-    if window is not None and window >= step.keys.shape[1]:
+    if not (kept is None and step.block is None and step.distances is None and softcap is None):
+        return sdpa.attend(query, key, value, step, scaling, window, softcap, kept)
+    if window is not None and window >= step.length:
         window = None
+    if step.channels is not None:
+        query, key = query[..., step.channels], key[..., step.channels]
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     with torch.cuda.device_of(query):
         if not decodes(query, key, step):
@@ -83,7 +88,7 @@ def attend(
         out, split, combine = decode(query, key, value, step, scaling, window)
         split.run()
         combine.run()
-    return step.queries.average(out) if step.expand_queries else out
+    return step.average(out)
 
 
 def _refuse(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -139,11 +144,12 @@ def prefill(
     tiles = tiles or prefill_tiles(size, query.dtype)
     sizes = tuple(1 << i for i in reversed(range(tiles.sizes)))
     group, keys = step.queries.group, step.keys
-    rows = step.once(("triton", "query_tiles", tiles.rows), lambda: query_tiles(group, keys.shape[1], tiles.rows))
+    rows = step.once(("triton", "query_tiles", tiles.rows), lambda: query_tiles(group, step.query_at, tiles.rows))
     columns = step.once(("triton", "key_tiles", tiles.width, sizes), lambda: key_tiles(keys, tiles.width, sizes))
     visits = step.once(("triton", "visits", tiles, window), lambda: columns.visits(rows, step.place, window))
     share = step.once(("triton", "share"), lambda: 1 / step.queries.size().clamp(min=1))
-    if step.expand_queries:
+    averages = step.expands or step.queries.padded
+    if averages:
         out = query.new_zeros(batch, merged, heads, size, dtype=torch.float32)
     else:
         out = query.new_empty(batch, merged, heads, size)
@@ -159,7 +165,7 @@ def prefill(
         "query_tiles": rows.first.shape[1],
         "key_tiles": columns.index.shape[2],
     }
-    constants = {"ROWS": tiles.rows, "WIDTH": tiles.width, "SIZES": tiles.sizes, "AVERAGE": step.expand_queries}
+    constants = {"ROWS": tiles.rows, "WIDTH": tiles.width, "SIZES": tiles.sizes, "AVERAGE": averages}
     common, flags = _common(query, key, value, step, scaling, window)
     grid = (heads, rows.first.shape[1], batch)
     return out, Launch(kernels.prefill, grid, common | arguments, flags | constants, tiles.warps, tiles.stages)
@@ -184,6 +190,7 @@ def decode(
     partial = {"tops": tops, "totals": totals, "parts": parts}
     arguments = {
         "row_group": step.queries.group.contiguous(),
+        "row_at": step.once(("triton", "at"), lambda: step.query_at.expand(batch, -1).int().contiguous()),
         "key_index": columns.index,
         "key_slot": columns.slot,
         "new": new,
@@ -200,6 +207,16 @@ def decode(
     )
     shape = {"SHARED": shared, "SIZE": size, "HALF": flags["HALF"], "ROWS": rows, "SPLITS": splits}
     return out, split, Launch(kernels.combine, (heads, new, batch), partial | {"out": out}, shape)
+
+
+def _turns(step: Step, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, Nk, D / 2] of the turns of all virtual tokens."""
+    batch, seen = step.keys.shape
+    turn = step.turn
+    if turn is None:
+        turn = torch.ones(batch, 0, size // 2, dtype=torch.complex64, device=step.keys.device)
+    turn = pad_turns(turn, seen)
+    return turn.real.to(dtype).contiguous(), turn.imag.to(dtype).contiguous()
 
 
 def decode_rows(size: int, dtype: torch.dtype) -> int:
@@ -236,10 +253,7 @@ def _common(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and constants that both kernels have."""
     size = query.shape[-1]
-    cos, sin = step.once(
-        ("triton", "angles", query.dtype),
-        lambda: (step.phase.real.to(query.dtype).contiguous(), step.phase.imag.to(query.dtype).contiguous()),
-    )
+    cos, sin = step.once(("triton", "angles", query.dtype), lambda: _turns(step, size, query.dtype))
     position = step.once(("triton", "position"), lambda: step.place.int().contiguous())
     arguments: dict[str, Any] = {
         "query": query,

@@ -153,7 +153,7 @@ def prefill(
 
 @triton.jit(do_not_specialize=["merged", "tokens", "new", "key_tiles", "tiles", "window"])
 def decode(
-    query, key, value, cos, sin, row_group, key_index, key_slot, position, bias, tops, totals, parts,
+    query, key, value, cos, sin, row_group, row_at, key_index, key_slot, position, bias, tops, totals, parts,
     query_row, query_head, query_stride, key_row, key_head, key_stride, value_row, value_head, value_stride,
     turn_row, turn_stride, tokens, new, key_tiles, tiles, scale, window,
     SHARED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -170,7 +170,7 @@ def decode(
     turn = row // SHARED
     there = turn < new
     group = tl.load(row_group + batch * new + turn, mask=there, other=0).to(tl.int32)
-    at = tl.where(there & (group >= 0), tokens - new + turn, -1)
+    at = tl.load(row_at + batch * new + turn, mask=there & (group >= 0), other=-1)
     here = tl.maximum(at, 0)
     cos += batch * turn_row
     sin += batch * turn_row

@@ -73,13 +73,13 @@ class KeyTiles:
         return torch.stack((start, whole, end), -1).transpose(1, 2).contiguous().int()
 
 
-def query_tiles(group: Tensor, seen: int, width: int) -> QueryTiles:
-    """Cut the queries with these groups, int64 [B, Nq], the last of `seen` virtual tokens, into tiles."""
+def query_tiles(group: Tensor, at: Tensor, width: int) -> QueryTiles:
+    """Cut the queries with these groups, int64 [B, Nq], that are these virtual tokens, [B or 1, Nq], into tiles."""
     batch, tokens = group.shape
+    at = pad(at.expand(batch, -1), (0, -tokens % width)).view(batch, -1, width)
     group = torch.where(group < 0, NONE, group)
     group, order = pad(group, (0, -tokens % width), value=NONE).view(batch, -1, width).sort(dim=-1, stable=True)
-    tile = torch.arange(group.shape[1], device=group.device)[:, None]
-    index = order + tile * width + (seen - tokens)
+    index = at.gather(-1, order)
     absent = group == NONE
     first, last = index.masked_fill(absent, NONE).amin(-1), index.masked_fill(absent, -1).amax(-1)
     index, group = (x.masked_fill(absent, -1).flatten(1).int() for x in (index, group))
