@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from dymu.bench.prompts import inputs_of
 from dymu.bench.results import Checked
 from dymu.bench.variants import Variant
+from dymu.choices import Unmerge
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import Parts, find, resolve
 from dymu.handle import Handle, apply
@@ -72,7 +73,7 @@ class Reference:
         self._ids, self._decoded = torch.cat((words[0], image, words[1]), 1), words[2]
         _cast(self._model, self._dtype)  # to weights that the measured dtype holds: only the arithmetic differs
         _cast(self._model, torch.float32)
-        self._expected = self._attended(self._model, Variant("reference", "reference"))
+        self._expected = dict[Unmerge, Tensor]()
 
     def check(self, variant: Variant) -> Checked:
         """Compare the variant's attention outputs with the reference's."""
@@ -81,9 +82,13 @@ class Reference:
         _cast(model, self._dtype)
         try:
             attended = self._attended(model, variant)
+            if variant.unmerge not in self._expected:
+                reference = Variant("reference", "reference", unmerge=variant.unmerge)
+                self._expected[variant.unmerge] = self._attended(self._model, reference)
         except Exception as error:  # kernel compilers raise many kinds of errors
             return Checked(None, allowed, " ".join(str(error).split()) or type(error).__name__)
-        off = float((attended - self._expected).norm() / self._expected.norm())
+        expected = self._expected[variant.unmerge]
+        off = float((attended - expected).norm() / expected.norm())
         return Checked(off, allowed) if math.isfinite(off) else Checked(None, allowed, "its outputs are not finite")
 
     @torch.no_grad()
@@ -94,8 +99,10 @@ class Reference:
 
         def take(_module: object, _args: object, output: Any) -> None:
             assert handle is not None
-            rows = output[0].float().cpu()
+            rows: Any = output[0].float().cpu()
             lengths = [sum(TEXT) + kept for kept in _by_prompt(handle.last.kept)]
+            if len(rows) < BATCH:  # rows of different lengths travel as one
+                rows = rows[0].split(lengths)
             outputs.extend(row[:length] for row, length in zip(rows, lengths, strict=True))  # padding may be anything
 
         hooks = [module.register_forward_hook(take) for module in resolve(model).attentions]

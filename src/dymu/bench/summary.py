@@ -12,6 +12,14 @@ from dymu.bench.variants import UNTOUCHED, Variant
 PARTS = {"encoder": "encoder", "prefill": "prefill", "decode": "each token after", "end_to_end": "end to end"}
 """The parts that are timed, and their names in tables."""
 
+REALISED = (
+    "realised = (untouched − this) / (untouched − floor); floor: the stock language model fed M tokens, and of the "
+    "encoder the untouched time × operations counted"
+)
+"""How it is computed, for people."""
+LITTLE = 0.05
+"""Part of the untouched time that a floor must save, or nothing could be told apart from noise."""
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -41,6 +49,8 @@ class Line:
         median_ms: by part, see `PARTS`; the floor, which has no image, has only the two of the language model.
         quartiles_ms: the same, lower and upper.
         ratios: to the untouched model; empty where that has no times, and for that itself.
+        realised: by part, the time saved as a fraction of what the counts of tokens promise, see `REALISED`; without
+            parts in which that is less than `LITTLE` of the untouched model's.
         merge_share: fraction of the encoder's time for matching and merging; None where nothing merges.
         peak_bytes, cache_bytes: see `dymu.bench.probes.memory`.
         rounds: measured.
@@ -51,6 +61,7 @@ class Line:
     median_ms: dict[str, float]
     quartiles_ms: dict[str, tuple[float, float]]
     ratios: dict[str, Ratio]
+    realised: dict[str, float]
     merge_share: float | None
     peak_bytes: int
     cache_bytes: int
@@ -98,19 +109,36 @@ def _cell(cell: Cell, bench: Bench) -> CellSummary:
         for variant in (bench.variants if cell.variants else ())
     }
     flops = cell.flops
+    flop_ratios = {
+        part: getattr(flops["dymu"], f"{part}_flops") / getattr(flops["untouched"], f"{part}_flops")
+        for part in ("encoder", "prefill")
+        if flops
+    }
+    floor = next((ms for variant, ms in times.items() if variant.floor), {})
+    least = _floor(times.get(UNTOUCHED, {}), floor, flop_ratios, bench.answer_tokens)
     return CellSummary(
         prompt=cell.prompt,
         batch=cell.batch,
         budget=cell.budget,
         kept=cell.kept,
         left_out=cell.left_out,
-        lines=[_line(cell.variants[variant.name], variant, ms, times[UNTOUCHED]) for variant, ms in times.items()],
-        flop_ratios={
-            part: getattr(flops["dymu"], f"{part}_flops") / getattr(flops["untouched"], f"{part}_flops")
-            for part in ("encoder", "prefill")
-            if flops
-        },
+        lines=[
+            _line(cell.variants[variant.name], variant, ms, times[UNTOUCHED], least) for variant, ms in times.items()
+        ],
+        flop_ratios=flop_ratios,
     )
+
+
+def _floor(
+    untouched: dict[str, np.ndarray], floor: dict[str, np.ndarray], flop_ratios: dict[str, float], answer_tokens: int
+) -> dict[str, float]:
+    """Milliseconds by part that the counts of tokens promise, see `REALISED`."""
+    if not (untouched and floor and flop_ratios):
+        return {}
+    encoder = float(np.median(untouched["encoder"])) * flop_ratios["encoder"]
+    prefill, decode = (float(np.median(floor[part])) for part in ("prefill", "decode"))
+    whole = encoder + prefill + (answer_tokens - 1) * decode
+    return {"encoder": encoder, "prefill": prefill, "decode": decode, "end_to_end": whole}
 
 
 def _times(measured: Measured, variant: Variant, answer_tokens: int) -> dict[str, np.ndarray]:
@@ -124,7 +152,18 @@ def _times(measured: Measured, variant: Variant, answer_tokens: int) -> dict[str
     return {"encoder": encoder, "prefill": prefill, "decode": decode, "end_to_end": whole}
 
 
-def _line(measured: Measured, variant: Variant, times: dict[str, np.ndarray], untouched: dict[str, np.ndarray]) -> Line:
+def _line(
+    measured: Measured,
+    variant: Variant,
+    times: dict[str, np.ndarray],
+    untouched: dict[str, np.ndarray],
+    least: dict[str, float],
+) -> Line:
+    realised = {}
+    for part, floor in least.items() if variant.backend else ():
+        full = float(np.median(untouched[part]))
+        if part in times and full - floor > LITTLE * full:
+            realised[part] = (full - float(np.median(times[part]))) / (full - floor)
     compared = {} if variant == UNTOUCHED else {part: (ms, untouched[part]) for part, ms in times.items() if untouched}
     return Line(
         variant=variant,
@@ -135,6 +174,7 @@ def _line(measured: Measured, variant: Variant, times: dict[str, np.ndarray], un
             part: Ratio(float(np.median(ms) / np.median(full)), *_quartiles(ms / full))
             for part, (ms, full) in compared.items()
         },
+        realised=realised,
         merge_share=measured.merge_share,
         peak_bytes=measured.peak_bytes,
         cache_bytes=measured.cache_bytes,

@@ -215,7 +215,7 @@ def _refuse_untimed(file: Path) -> None:
 def _say(out: Output, files: Sequence[Path], tables: Path | None, chart: Path | None) -> None:
     """Print what result files hold, and write the tables and the chart."""
     from dymu.bench import tables as tabulated
-    from dymu.bench.summary import summarise
+    from dymu.bench.summary import REALISED, summarise
 
     summarised = [(file, bench, summarise(bench)) for file, bench in zip(files, map(saved, files), strict=True)]
     data = [
@@ -233,6 +233,7 @@ def _say(out: Output, files: Sequence[Path], tables: Path | None, chart: Path | 
                 yield filled
                 yield from tabulated.left_out(cell) + tabulated.slower(cell)
                 yield ""
+            yield f"{REALISED}."
             yield tabulated.provenance(bench)
 
     out.result({"results": msgspec.to_builtins(data)}, for_people)
