@@ -47,6 +47,7 @@ def unmerged_prompt_by_hand(
     group: Tensor,
     token: int = tiny.IMAGE_TOKEN,
     method: str = "get_image_features",
+    form: str = "exact",
 ) -> Tensor:
     """`unmerged_by_hand` where the model itself puts features in place: it may do more with them, and with the prompt.
 
@@ -56,11 +57,13 @@ def unmerged_prompt_by_hand(
             (`deepstack_features`) are averaged over each group.
         group: int64 [image tokens], of all images one after the other.
         token: their placeholder.
+        form: `representative`: in place of the mean over its group, each token gets what attention returns for the
+            one whose position is nearest to the mean of the group's.
     """
     stock = copy.deepcopy(model).double()
     stock.set_experts_implementation("eager")  # the fast ones know no float64
     ids = inputs["input_ids"][0]
-    share, first = average_attention(stock, ids, group, token)
+    share, first = average_attention(stock, ids, group, token, form)
     places = ids == token
     mean = share[first][:, places][places]
 
@@ -80,7 +83,9 @@ def unmerged_prompt_by_hand(
     return stock(**inputs, use_cache=False).logits[0].to(model.dtype)
 
 
-def average_attention(stock: Any, ids: Tensor, group: Tensor, token: int = tiny.IMAGE_TOKEN) -> tuple[Tensor, Tensor]:
+def average_attention(
+    stock: Any, ids: Tensor, group: Tensor, token: int = tiny.IMAGE_TOKEN, form: str = "exact"
+) -> tuple[Tensor, Tensor]:
     """Have what mixes a model's tokens answer the mean over each group; all else must find a group's tokens alike.
 
     Some norms compute in float32, so alike is to float32's rounding.
@@ -94,9 +99,21 @@ def average_attention(stock: Any, ids: Tensor, group: Tensor, token: int = tiny.
     same = (label == label[:, None]).double()
     share = same / same.sum(1, keepdim=True)
     first = same.argmax(1)
+    taken = {"exact": share}
+
+    def choose(_module: Any, args: Any, kwargs: Any) -> None:
+        """By the positions [1, N] or [axes, 1, N] that the rotary module gets."""
+        positions = next(
+            x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor) and not x.is_floating_point()
+        )
+        at = positions.reshape(-1, len(ids)).mT.double()
+        away = (at - share @ at).square().sum(1)
+        chosen = torch.where(same > 0, away, torch.inf).argmin(1)
+        taken["representative"] = torch.nn.functional.one_hot(chosen, len(ids)).double()
 
     def average(_module: Any, _args: Any, output: Any) -> Any:
-        return (share @ output[0], *output[1:]) if isinstance(output, tuple) else share @ output
+        mixed = taken[form]
+        return (mixed @ output[0], *output[1:]) if isinstance(output, tuple) else mixed @ output
 
     def check(name: str, _module: Any, args: Any) -> None:
         x = args[0] if args else None
@@ -104,6 +121,7 @@ def average_attention(stock: Any, ids: Tensor, group: Tensor, token: int = tiny.
             apart = (x - x[..., first, :]).abs().max()
             assert apart <= 1e-6 * x.abs().max(), f"tokens of one group differ where {name} gets them"
 
+    parts.rotary.register_forward_pre_hook(choose, with_kwargs=True)
     mixing = (*parts.attentions, *parts.mixers)
     within = {module for mixer in mixing for module in mixer.modules()}
     for mixer in mixing:

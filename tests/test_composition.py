@@ -824,7 +824,7 @@ def test_apply_and_calibrate_under_another_default_type(default):
 # ------------------------------------------------------------------------------------------------- copies and pickles
 
 
-@pytest.mark.parametrize("form", ["merged", "expanded"])
+@pytest.mark.parametrize("form", ["merged", "fast"])
 def test_an_adopted_cache_is_copied_and_pickled(model, form):
     inputs, more = asked(model, 3), tiny.prompt(model, 2, seed=5)[None]
     with dymu.apply(model, merge=SOME, cache=form) as handle:

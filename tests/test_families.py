@@ -69,9 +69,14 @@ def frames_are_images(name):
     assert not {"pixel_values_videos", "video_grid_thw"} & set(inspect.signature(type(inner).forward).parameters)
 
 
-def cache_expanded(name):
-    with pytest.raises(UnsupportedModel, match='cache="expanded" knows'):
-        dymu.apply(tiny.build(name), merge=HALF, cache="expanded", backend="sdpa")
+def cache_fast(name):
+    with pytest.raises(UnsupportedModel, match='cache="fast" would keep'):
+        dymu.apply(tiny.build(name), merge=HALF, cache="fast")
+
+
+def no_representative(name):
+    with pytest.raises(UnsupportedModel, match='take unmerge="exact"'):
+        dymu.apply(tiny.build(name), merge=HALF, unmerge="representative")
 
 
 def linear_attention_runs_on_all(name):
@@ -186,7 +191,8 @@ def refuses_fine_tiles(name):
 
 PROOFS = {
     "the argument tile_fine_mask is refused": refuses_fine_tiles,
-    limits.CACHE_EXPANDED: cache_expanded,
+    limits.CACHE_FAST: cache_fast,
+    limits.NO_REPRESENTATIVE: no_representative,
     limits.TILES_APART: tiles_apart,
     limits.TILES_JOINED: tiles_joined,
     limits.PADDED: padded,
@@ -218,17 +224,16 @@ def test_a_limit_is_so(phrase, name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_cache_of_all_tokens_is_right_or_refused(name):
+def test_a_fast_cache_is_right_or_refused(name):
     model = tiny.build(name)
     asked = {**tiny.asked(model), "output_logits": True, "return_dict_in_generate": True}
-    with dymu.apply(model, merge=HALF) as handle:
+    with dymu.apply(model, merge=HALF):
         expected = torch.cat(tiny.answer(model, **asked).logits)
-        plain = handle._language.rotations.plain
-    if plain:
-        with dymu.apply(model, merge=HALF, cache="expanded", backend="sdpa"):
-            tiny.close(torch.cat(tiny.answer(model, **asked).logits), expected)
-    else:
-        cache_expanded(name)
+    if limits.CACHE_FAST in resolve(model).family.limits:
+        cache_fast(name)
+        return
+    with dymu.apply(model, merge=HALF, cache="fast"):
+        tiny.close(torch.cat(tiny.answer(model, **asked).logits), expected)
 
 
 @pytest.mark.parametrize("name", [name for name in BOTH_WAYS if name in TINY])

@@ -149,7 +149,7 @@ def test_nothing_merged_equals_the_untouched_model(model):
         inputs = scene(model, [row])
         logits, text = model(**inputs).logits, tiny.answer(model, max_new_tokens=4, **inputs)
         with dymu.apply(model, merge=NOTHING) as handle:
-            tiny.close(model(**inputs).logits, logits)
+            tiny.close(model(**inputs).logits, logits, part=2e-5)
             assert torch.equal(tiny.answer(model, max_new_tokens=4, **inputs), text)
             assert handle.last.kept == handle.last.original
             assert sum(handle.last.kept) == int(

@@ -18,12 +18,11 @@ from torch.utils._pytree import tree_leaves
 import dymu
 import tiny
 from dymu.choices import UNMERGE
-from dymu.hooks import cache
 from dymu.reducers import FixedMerge
 from dymu.token_map import TokenMap
-from dymu.unmerging import BACKENDS, History, Step, plan_step
+from dymu.unmerging import BACKENDS, History, Step
 from dymu.unmerging.backends import sdpa
-from test_unmerging import SIZE, angles, steps
+from test_unmerging import SIZE, grow, steps
 
 TOKENS, GROUP, HEADS, KEY_HEADS = 4096, 7, 2, 1
 TOO_MANY = TOKENS**2 // 8
@@ -52,9 +51,9 @@ def nothing_large() -> Iterator[None]:
     assert 0 < largest.elements < TOO_MANY, largest.name
 
 
-def grown(unmerge: str, side: str, new: tuple[int, ...], *, expanded: bool = False) -> tuple[Step, History]:
+def grown(unmerge: str, side: str, new: tuple[int, ...]) -> tuple[Step, History]:
     """Forwards of so many tokens, a prompt's merged by sevens; with a side, the second row lacks tokens there."""
-    history = History(expanded)
+    history = History()
     batch = 1 if side == "none" else 2
     for tokens in new:
         indices = torch.arange(tokens).expand(batch, -1)
@@ -65,8 +64,7 @@ def grown(unmerge: str, side: str, new: tuple[int, ...], *, expanded: bool = Fal
         queries = TokenMap.from_leaders(
             indices if plain else indices // GROUP * GROUP, None if present.all() else present
         )
-        places = history.length + indices
-        step = plan_step(queries, places, history, angles, plain=plain, unmerge=unmerge, backend="sdpa")
+        step, _, _ = grow(history, queries, unmerge)
     return step, history
 
 
@@ -74,8 +72,6 @@ def attend(step: Step, entries: int, window: int | None, dtype: torch.dtype, bac
     batch = len(step.keys)
     query = torch.randn(batch, step.queries.width, HEADS, SIZE, dtype=dtype).transpose(1, 2)
     key, value = torch.randn(2, batch, entries, KEY_HEADS, SIZE, dtype=dtype).transpose(2, 3)
-    if step.rotated:
-        key, value = key.contiguous(), value.contiguous()
     return BACKENDS[backend](query, key, value, step, 0.3, window)
 
 
@@ -97,20 +93,6 @@ def test_sdpa_forms_nothing_as_large_as_all_pairs(unmerge, side, dtype):
             with nothing_large():
                 step, history = grown(unmerge, side, new)
                 attend(step, history.entries, window, dtype)
-
-
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_nor_does_a_cache_of_all_tokens(side):
-    for new in FORWARDS.values():
-        for window in (None, 700):
-            with nothing_large():
-                step, history = grown("exact", side, new, expanded=True)
-                layer = cache.ExpandedLayer(history, leads=True)
-                assert step.rotated
-                attend(step, history.entries, window, torch.float32)
-                if len(new) == 1:
-                    stored = torch.randn(2, len(step.keys), KEY_HEADS, step.queries.width, SIZE)
-                    assert layer.update(*stored)[0].shape[2] == TOKENS
 
 
 @pytest.mark.parametrize("unmerge", UNMERGE)
@@ -176,9 +158,8 @@ def test_masks_are_formed_in_pieces_where_the_rest_is_compiled(monkeypatch):
     compiled = torch.compile(attend, backend="eager", dynamic=True)
     graphs = []
     for tokens in (TOKENS // 2, TOKENS, TOKENS // 3):
-        positions = torch.arange(tokens)[None]
-        queries = TokenMap.from_leaders(positions // GROUP * GROUP)
-        step = plan_step(queries, positions, History(), angles, plain=False, unmerge="exact", backend="sdpa")
+        queries = TokenMap.from_leaders(torch.arange(tokens)[None] // GROUP * GROUP)
+        step, _, _ = grow(History(), queries, "exact")
         torch.manual_seed(0)
         expected = attend(step, queries.width, 100, torch.float32)
         torch.manual_seed(0)

@@ -445,7 +445,7 @@ def test_apply_wants_one_rule():
         dymu.apply(tiny.llava(), thresholds(), merge=dymu.FixedMerge(12))
     with pytest.raises(BadBudget, match="needs thresholds"):
         dymu.apply(tiny.llava(), merge=dymu.FixedMerge(12), budget=12)
-    with pytest.raises(ValueError, match="exact, compact"):
+    with pytest.raises(ValueError, match="exact, representative"):
         dymu.apply(tiny.llava(), thresholds(), budget=12, unmerge="compact!")
 
 
