@@ -5,7 +5,8 @@ times nothing if they differ. Then it measures one layer's attention, prefill an
 
 - `untouched`: rotate and attend to all N tokens, as the untouched model does;
 - `authors`: expand queries, keys and values, rotate, attend, average (decoding, its cache is the untouched model's);
-- `triton` and `sdpa`: dymu's backends on merged tokens;
+- `triton` and `sdpa`: dymu's backends on merged tokens, which the model has rotated (not in these numbers); in prefill
+  also with one query of each group (`representative`);
 - `floor`: the untouched model's attention on M tokens.
 
 The backends' tables, which the first layer of a forward makes for all, are made before and not in these numbers.
@@ -75,7 +76,8 @@ CASES = [
     *(Case(shape, "bfloat16") for shape in (Shape(8, 4, 256), Shape(4, 2, 32), Shape(4, 2, 8))),
     *(Case(shape, dtype) for shape in (QWEN, Shape(8, 4, 256)) for dtype in ("float16", "float32")),
     Case(QWEN, "bfloat16", window=200),
-    Case(QWEN, "bfloat16", unmerge="compact"),
+    *(Case(QWEN, "bfloat16", unmerge=unmerge) for unmerge in ("representative", "compact")),
+    Case(QWEN, "bfloat16", unmerge="representative", window=200),
     Case(QWEN, "bfloat16", images=4, kept=340, new=5),
     Case(QWEN, "bfloat16", new=16),
 ]
@@ -92,22 +94,26 @@ TOO_MUCH_BYTES, TOO_MANY_LOGITS = 50e9, 3e11
 def formula(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float, window: int | None) -> Tensor:
     """Unmerged attention in float64, [B, Mq, H, D], with every tensor written out."""
     query, key, value = query.double(), key.double(), value.double()
-    seen, tokens = step.keys.shape[1], step.queries.tokens
-    first, shared = seen - tokens, query.shape[1] // key.shape[1]
-    rows = torch.arange(len(query), device=query.device)[:, None]
+    shared, batch = query.shape[1] // key.shape[1], len(query)
+    rows = torch.arange(batch, device=query.device)[:, None]
     slot, group = step.keys.clamp(min=0), step.queries.group.clamp(min=0)
     query, key, value = (
         x.transpose(1, 2)[rows, at].transpose(1, 2) for x, at in ((query, group), (key, slot), (value, slot))
     )
-    cos, sin = step.cos.double(), step.sin.double()
-    query, key = rotate(query, cos[:, first:], sin[:, first:]), rotate(key, cos, sin)
-    logits = query @ key.repeat_interleave(shared, 1).mT * scaling
+    turn = torch.ones(batch, slot.shape[1], key.shape[-1] // 2, dtype=torch.complex128, device=key.device)
+    if step.turn is not None:
+        turn[:, : step.turned] = step.turn
+    at = step.query_at.expand(batch, -1)
+    cos, sin = (torch.cat((part, part), -1) for part in (turn.real, turn.imag))
+    if step.expands:
+        query = rotate(query, cos[rows, at], sin[rows, at])
+    logits = query @ rotate(key, cos, sin).repeat_interleave(shared, 1).mT * scaling
     if step.bias is not None:
         logits = logits + step.bias[:, None, None]
-    place = torch.arange(seen, device=query.device)
-    sees = (place <= place[first:, None]) & (step.keys >= 0)[:, None]
+    place = torch.arange(slot.shape[1], device=query.device)
+    sees = (place <= at[..., None]) & (step.keys >= 0)[:, None]
     if window is not None:
-        sees &= step.place[:, first:, None] - step.place[:, None] < window
+        sees &= step.place[rows, at][..., None] - step.place[:, None] < window
     weights = logits.masked_fill(~sees[:, None], -torch.inf).softmax(-1).nan_to_num()
     return step.queries.average((weights @ value.repeat_interleave(shared, 1)).transpose(1, 2))
 
@@ -178,7 +184,14 @@ def _ways(cell: Cell, device: torch.device, *, decoding: bool) -> Iterator[tuple
     for backend in ("triton", "sdpa"):
         yield backend, lambda backend=backend: BACKENDS[backend](query, key, value, step, scaling)
     if not decoding:
-        group, cos, sin = step.queries.group[:, None, :, None], step.cos.to(dtype), step.sin.to(dtype)
+        one = plan(merged, History(), shape, dtype, "representative")
+        for backend in ("triton", "sdpa"):
+            name = f"{backend}, representative"
+            yield name, lambda backend=backend: BACKENDS[backend](query, key, value, one, scaling)
+        group = step.queries.group[:, None, :, None]
+        cos, sin = (
+            x.to(dtype).expand(cell.batch, -1, -1) for x in turn(torch.arange(seen, device=device)[None], shape.size)
+        )
 
         def authors() -> Tensor:
             q, k, v = (x.gather(2, group.expand(-1, x.shape[1], -1, shape.size)) for x in (query, key, value))

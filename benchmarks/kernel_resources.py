@@ -24,8 +24,9 @@ from triton.compiler import ASTSource
 
 from benchmarks import record
 from benchmarks.candidates import triton_match
+from benchmarks.prompts import Shape, plan
 from dymu.token_map import TokenMap
-from dymu.unmerging import History, Step, plan_step
+from dymu.unmerging import History
 from dymu.unmerging.backends.triton import Launch, Tiles, decode, decodes, prefill
 
 SHAPES = ["28/4/128", "32/32/128", "14/2/64", "32/32/64", "16/16/80", "32/32/96", "8/4/256"]
@@ -106,9 +107,9 @@ def launches(
     pairs = torch.cat((torch.arange(tokens // 2) // 2, torch.arange(tokens // 2) + tokens // 4))
     kept = pairs[-1:] + 1
     queries, history = TokenMap(pairs[None], kept, int(kept)), History()
-    step = _planned(queries, history, size)
+    step = plan(queries, history, Shape(heads, key_heads, size), torch.float32)
     if new < tokens:
-        step = _planned(TokenMap.identity(1, new), history, size)
+        step = plan(TokenMap.identity(1, new), history, Shape(heads, key_heads, size), torch.float32)
     query = torch.zeros(1, step.queries.width, heads, size, dtype=dtype).transpose(1, 2)
     key = value = torch.zeros(1, key_heads, history.entries, size, dtype=dtype)
     if decodes(query, key, step):
@@ -135,19 +136,6 @@ def matching(channels: int = 64, images: int = 2) -> Launch:
         "COLUMNS": triton_match.COLUMNS,
     }
     return Launch(triton_match.match, (9, images, 1), arguments, constants)
-
-
-def _planned(queries: TokenMap, history: History, size: int) -> Step:
-    positions = torch.arange(history.length, history.length + queries.tokens)[None]
-    return plan_step(
-        queries,
-        positions,
-        history,
-        lambda at: (torch.zeros(*at.shape, size), torch.zeros(*at.shape, size)),
-        plain=False,
-        unmerge="exact",
-        backend="triton",
-    )
 
 
 def main(

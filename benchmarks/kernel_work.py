@@ -32,7 +32,7 @@ def work(images: int, side: int, kept: int, sizes: int | None = None) -> Work:
     chunks = tuple(1 << i for i in reversed(range(tiles.sizes if sizes is None else sizes)))
     prompt = prompts(images, side, kept, batch=1)
     tokens = prompt.tokens
-    queries = tables.query_tiles(prompt.group, tokens, tiles.rows)
+    queries = tables.query_tiles(prompt.group, torch.arange(tokens)[None], tiles.rows)
     keys = tables.key_tiles(prompt.group, tiles.width, chunks)
     visits = keys.visits(queries, torch.arange(tokens)[None], None)[0].double()
     expanded = float(((queries.last[0] + tiles.width) // tiles.width).sum())

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dymu.choices import Unmerge
 from dymu.token_map import TokenMap
-from dymu.unmerging import History, Step, plan_step
+from dymu.unmerging import History, NewTokens, Step, plan_step
+from dymu.unmerging.virtual import as_phase
 
 LARGEST_GROUP, FAR_SHARE, TEXT = 64, 0.02, 32
 """Tokens of a connected group; share of merges that join groups from anywhere; text tokens before and behind."""
@@ -94,17 +95,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 
 
-def plan(queries: TokenMap, history: History, shape: Shape, dtype: torch.dtype, unmerge: Unmerge = "exact") -> Step:
+def plan(tokens: TokenMap, history: History, shape: Shape, dtype: torch.dtype, unmerge: Unmerge = "exact") -> Step:
     """The next step of a prompt, with angles in the model's type, as models make them."""
-    device = queries.group.device
-    positions = torch.arange(history.length, history.length + queries.tokens, device=device).expand(queries.batch, -1)
-    plain = queries.width == queries.tokens and not queries.padded
-
-    def angles(at: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = turn(at, shape.size)
-        return cos.to(dtype), sin.to(dtype)
-
-    return plan_step(queries, positions, history, angles, plain=plain, unmerge=unmerge, backend="triton")
+    device = tokens.group.device
+    if tokens.width == tokens.tokens and not tokens.padded:
+        return plan_step(
+            NewTokens.identity(tokens.batch, tokens.tokens, device), history, unmerge=unmerge, backend="triton"
+        )
+    positions = torch.arange(history.length, history.length + tokens.tokens, device=device).expand(tokens.batch, -1)
+    new = NewTokens.of(tokens, positions, unmerge)
+    cos, sin = turn(positions, shape.size)
+    turned = new.turn(as_phase(cos.to(dtype), sin.to(dtype)))
+    return plan_step(new, history, unmerge=unmerge, backend="triton", turn=turned)
 
 
 def tensors(shape: Shape, batch: int, new: int, stored: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

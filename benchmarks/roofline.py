@@ -4,8 +4,10 @@
 random weights, prompts in which 14 % of the image tokens are left, and measures apart:
 
 - `linear`: projections and MLP, on all N tokens and on the M merged ones; one token when decoding;
-- `attention`: of the untouched model to N tokens, of DyMU to N virtual tokens (cache of M entries), by the authors' way
-  (expanded first; decoding, that is the untouched model's), and of the untouched model to M tokens, as a floor.
+- `attention`, rotation of what is new included: of the untouched model to N tokens; of DyMU to N virtual tokens, of
+  all of them and of one representative of each group (in prefill), and with the cache that also keeps turned keys
+  (decoding); by the authors' way (expanded first; decoding, that is the untouched model's); and of the untouched model
+  to M tokens, as a floor.
 
 Operations are 2 for each multiplication and addition, attention counted over the pairs that causality lets see. Bytes
 are the fewest that must be read and written once: weights, inputs, outputs, cache entries.
@@ -25,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from benchmarks import record
-from benchmarks.prompts import SIZES, Shape, plan, prompts, rotate, tensors
+from benchmarks.prompts import SIZES, Shape, plan, prompts, rotate, tensors, turn
 from dymu.measure.timing import now
 from dymu.token_map import TokenMap
-from dymu.unmerging import BACKENDS, History, choose
-from dymu.unmerging.virtual import rows_behind, virtual_values
+from dymu.unmerging import BACKENDS, History, Step, choose
+from dymu.unmerging.virtual import rows_behind, usual_order, virtual_keys, virtual_values
 
 Run = Callable[[], Any]
 
@@ -86,6 +88,7 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
     merged, history = prompts(images, side, kept, 1), History()
     merged = TokenMap(merged.group.to(device), merged.kept.to(device), merged.width)
     steps = {"prefill": plan(merged, history, shape, dtype)}
+    representative = plan(merged, History(), shape, dtype, "representative")
     steps["decode"] = plan(TokenMap.identity(1, 1, device), history, shape, dtype)
     layers, backend = linear(layer, device, dtype), BACKENDS[choose("auto")]
     pieces = []
@@ -98,41 +101,61 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
             pieces.append(Part(phase, f"linear, {name}", 2.0 * tokens * layer.weights, moved, lambda x=x: layers(x)))
         query, key, value = tensors(shape, 1, step.queries.width, history.entries, dtype, device)
         key, value = key.contiguous(), value.contiguous()
+        entries, new, seen = history.entries, step.queries.tokens, step.keys.shape[1]
+        cos, sin = (x.to(dtype) for x in turn(torch.arange(entries, device=device)[None], shape.size))
 
-        def cost(queries: int, virtual: int, seen: int, stored: int, decoding: bool = decoding) -> tuple[float, float]:
-            pairs = seen if decoding else virtual * seen / 2
+        def cost(queries: int, pairs: float, stored: int) -> tuple[float, float]:
             operations = 4.0 * pairs * shape.heads * shape.size
             return operations, width * shape.size * 2.0 * (queries * shape.heads + stored * shape.key_heads)
 
-        seen = step.keys.shape[1]
-        new = step.queries.tokens
+        def attend(
+            step: Step,
+            kept: Tensor | None = None,
+            inputs: tuple[Tensor, ...] = (query, key, value),
+            turns: tuple[Tensor, Tensor] = (cos, sin),
+            decoding: bool = decoding,
+        ) -> Run:
+            asked, stored, values = inputs
+            last = asked.shape[2]
+
+            def run() -> Tensor:
+                q = rotate(asked, *(x[:, -last:] for x in turns))
+                k = stored if decoding else rotate(stored, *turns)
+                return backend(q, k, values, step, scaling, kept=kept)
+
+            return run
+
+        pairs = float(seen) if decoding else new * seen / 2
+        untouched = cost(new, pairs, seen)
         pieces += [
-            Part(phase, "attention, untouched", *cost(new, new, seen, seen), _plain(shape, new, seen, step, dtype)),
-            Part(
-                phase, "attention, DyMU", *cost(step.queries.width, new, seen, history.entries),
-                lambda q=query, k=key, v=value, s=step: backend(q, k, v, s, scaling),
-            ),
+            Part(phase, "attention, untouched", *untouched, _plain(shape, new, seen, device, dtype)),
+            Part(phase, "attention, DyMU", *cost(step.queries.width, pairs, entries), attend(step)),
             Part(
                 phase, "attention, untouched on M tokens",
-                *cost(step.queries.width, step.queries.width, history.entries, history.entries),
-                _plain(shape, step.queries.width, history.entries, step, dtype),
+                *cost(step.queries.width, pairs * step.queries.width / new * entries / seen, entries),
+                _plain(shape, step.queries.width, entries, device, dtype),
             ),
         ]  # fmt: skip
-        if not decoding:
-            pieces.append(
-                Part(
-                    phase, "attention, expanded first", *cost(step.queries.width, new, seen, history.entries),
-                    _authors(query, key, value, step, scaling),
-                )
-            )  # fmt: skip
+        if decoding:
+            turned = virtual_keys(key, rows_behind(step.keys[:, : step.turned], entries, key.shape[1]), step.turn)
+            name, fast = "attention, DyMU, fast cache", attend(step, usual_order(turned))
+            pieces.append(Part(phase, name, *cost(new, pairs, (seen + entries) // 2), fast))
+        else:
+            at = representative.query_at
+            asked_pairs = float((at + 1).sum())
+            name = "attention, DyMU, representative"
+            pieces += [
+                Part(phase, name, *cost(step.queries.width, asked_pairs, entries), attend(representative)),
+                Part(phase, "attention, expanded first", *untouched, _authors(query, key, value, step, scaling)),
+            ]
     return pieces
 
 
-def _plain(shape: Shape, asked: int, seen: int, step: Any, dtype: torch.dtype) -> Run:
+def _plain(shape: Shape, asked: int, seen: int, device: torch.device, dtype: torch.dtype) -> Run:
     """The untouched model's attention of `asked` tokens to `seen`; its cached keys are rotated already."""
-    query, key, value = tensors(shape, 1, asked, seen, dtype, step.keys.device)
+    query, key, value = tensors(shape, 1, asked, seen, dtype, device)
     key, value = key.contiguous(), value.contiguous()
-    cos, sin = (x[:, :seen].to(dtype) for x in (step.cos, step.sin))
+    cos, sin = (x.to(dtype) for x in turn(torch.arange(seen, device=device)[None], shape.size))
     decoding = asked < seen
 
     def attend() -> Tensor:
@@ -145,10 +168,11 @@ def _plain(shape: Shape, asked: int, seen: int, step: Any, dtype: torch.dtype) -
     return attend
 
 
-def _authors(query: Tensor, key: Tensor, value: Tensor, step: Any, scaling: float) -> Run:
+def _authors(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float) -> Run:
     """Expand queries, keys and values, rotate as stock models do, attend, average."""
     group, width = step.queries.group, step.queries.width
-    cos, sin = (x.to(query.dtype) for x in (step.cos, step.sin))
+    positions = torch.arange(step.queries.tokens, device=group.device)[None]
+    cos, sin = (x.to(query.dtype) for x in turn(positions, query.shape[-1]))
 
     def attend() -> Tensor:
         q, k, v = (virtual_values(x, rows_behind(group, width, x.shape[1])) for x in (query, key, value))
