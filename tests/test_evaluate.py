@@ -29,7 +29,7 @@ from dymu.evaluation.results import Answers, Examples, Header, Line, Model, Resu
 from dymu.evaluation.rows import running
 from dymu.evaluation.run import evaluate, full_tokens
 from dymu.evaluation.summary import Part, Share, compared_with, parts_by, share, summarise
-from dymu.evaluation.tables import accuracy_table, cost_table, part_table, provenance
+from dymu.evaluation.tables import accuracy_table, cost_table, part_table, provenance, series
 from dymu.evaluation.tasks import Example, scoring
 from dymu.evaluation.tasks.folder import Folder
 from dymu.families.resolve import resolve
@@ -921,6 +921,10 @@ def test_tables_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     other_schedule = [replace(one, row=msgspec.structs.replace(one.row, schedule="weird")) for one in summaries]
     draw_chart(other_schedule, tmp_path / "other.png")
+    merged = next(one for one in summaries if one.row.method == "tome")
+    forms = [replace(merged, row=msgspec.structs.replace(merged.row, unmerge=way)) for way in UNMERGE]
+    assert len({series(one.row) for one in forms}) == len(UNMERGE)
+    draw_chart(forms, tmp_path / "forms.png")
     draw_chart(summaries, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
         assert min(picture.size) > 200

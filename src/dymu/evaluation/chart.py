@@ -13,7 +13,15 @@ from dymu.measure.charts import Chart
 
 _OF_SCHEDULE = {"constant": "#56b4e9", "linear": "#1b2a49"}
 """Colours of DToMe on schedules other than the default."""
-_LINES = {"exact": "-", "compact": "--", "original": "-.", FORMER: "-.", "none": ":"}
+_LINES = {
+    "exact": "-",
+    "representative": (0, (6, 1)),
+    "compact": "--",
+    "original": "-.",
+    FORMER: "-.",
+    "restore": (0, (3, 1, 1, 1)),
+    "none": ":",
+}
 _MARKS = {"reverse_linear": "o", "linear": "v", "constant": "s", "": "D"}
 PANEL_INCHES = (3.4, 2.8)
 COLUMNS = 4

@@ -11,9 +11,11 @@ from dymu.measure.markdown import markdown
 
 _UNMERGE = {
     "exact": " + VTU",
+    "representative": " + VTU by representatives",
     "compact": ", compact",
     "original": ", compact without sizes",
     FORMER: ", compact without sizes",
+    "restore": ", RESTORE",
     "none": "",
 }
 LIKENESS = ["same answer, %", "KL per token, nats"]
