@@ -17,7 +17,7 @@ import dymu
 import tiny
 from benchmarks import tables as benchmark_tables
 from benchmarks.tables import overview
-from dymu.bench import probes, results, shapes
+from dymu.bench import probes, quality, results, shapes
 from dymu.bench.chart import draw_chart
 from dymu.bench.check import Reference
 from dymu.bench.prompts import PROMPTS, ids
@@ -29,6 +29,8 @@ from dymu.bench.variants import FLOOR, UNTOUCHED, Variant, quick, variants
 from dymu.bench.workload import PHOTOS, Pretrained, Shape, spread
 from dymu.cli import main
 from dymu.errors import AlreadyApplied, BadBudget, UnsupportedModel
+from dymu.evaluation.results import Results
+from dymu.evaluation.summary import summarise as summarise_evaluation
 from dymu.families.resolve import resolve
 from dymu.handle import encoder_of
 from dymu.measure import timing
@@ -615,3 +617,33 @@ def test_a_model_of_units_with_weights_of_its_own(tmp_path, family, monkeypatch)
     assert len(cell.kept) == 2
     assert max(cell.kept) < held.full_tokens
     assert cell.variants[DYMU].cache_bytes < cell.variants[UNTOUCHED.name].cache_bytes
+
+
+def test_an_evaluation_of_the_same_model_stands_beside(monkeypatch, capsys):
+    def shown(bench: str, *options: str) -> str:
+        call(monkeypatch, "--report", measured / bench, "--with", file, *options)
+        return capsys.readouterr().out
+
+    file = DEMO.parents[1] / "training" / "results" / "heldout.jsonl"
+    rows = summarise_evaluation(Results.load(file))
+    merged = [row for row in rows if row.row.unmerge == "exact"]
+    assert quality.beside(quick("auto"), merged[0].row.budget, rows) is None, "nothing was evaluated so"
+    for row in merged:
+        assert quality.beside(variants(["auto"])[1], 1.04 * row.row.budget, rows) is row
+        assert quality.beside(variants(["auto"])[1], 0.9 * row.row.budget, rows) is None
+        loss, divergence = -row.difference["all"].mean, row.divergence["all"].mean
+        (best,) = [best for best in quality.recommended(rows, loss, divergence) if best.row.unmerge == "exact"]
+        assert best.tokens_mean <= row.tokens_mean
+        assert best.difference["all"].mean >= -loss
+        fewer = [one for one in merged if one.tokens_mean < best.tokens_mean]
+        assert all(one.difference["all"].mean < -loss or one.divergence["all"].mean > divergence for one in fewer)
+    assert quality.recommended(rows, 0, 0) == []
+    measured = DEMO.parents[1] / "benchmarks" / "results"
+    said = " ".join(shown("bench-demo.json").split())
+    for words in ("realised encoder", "points of right answers, KL", "Recommended, the fewest tokens within 2 points"):
+        assert words in said
+    told = json.loads(shown("bench-demo.json", "--json", "--loss", "100", "--divergence", "9"))["recommended"]
+    assert min(row["tokens_mean"] for row in told) == min(row.tokens_mean for row in rows if row.row.budget)
+    with pytest.raises(AssertionError):
+        shown("bench-llava-1.5-shape-0.5b.json")
+    assert "give that of the same model" in capsys.readouterr().err

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from dymu.bench.quality import beside, told
 from dymu.bench.results import Bench
 from dymu.bench.summary import PARTS, REALISED, CellSummary, Line, summarise
+from dymu.evaluation.summary import RowSummary
 from dymu.measure.markdown import markdown
 
 MIB = 2**20
@@ -21,7 +23,7 @@ def title(cell: CellSummary, full_tokens: int) -> str:
 def header(answer_tokens: int) -> list[str]:
     """The names of the columns."""
     parts = {**PARTS, "end_to_end": f"{PARTS['end_to_end']}, {answer_tokens} tokens"}
-    return ["", *parts.values(), "realised", "merging", "peak memory", "KV cache"]
+    return ["", *parts.values(), "merging", "peak memory", "KV cache"]
 
 
 def lines(cell: CellSummary, brief: bool = False) -> list[list[str]]:
@@ -36,8 +38,24 @@ def lines(cell: CellSummary, brief: bool = False) -> list[list[str]]:
     counted = [f"{cell.flop_ratios[part]:.2f}" if part in cell.flop_ratios else "" for part in PARTS]
     return [
         *(_line(line, base, brief) for line in cell.lines if not line.left_out),
-        ["FLOPs, counted", *counted, "", "", "", ""],
+        ["FLOPs, counted", *counted, "", "", ""],
     ]
+
+
+def realised(cell: CellSummary, evaluated: Sequence[RowSummary] = ()) -> list[str]:
+    """How much of what the counts of tokens promise each variant realises, and what its answers lose, in words.
+
+    Args:
+        evaluated: rows of an evaluation of the same model, of which those of the same budget count.
+    """
+    remarks = []
+    for line in cell.lines:
+        parts = ", ".join(f"{PARTS[part]} {fraction:.0%}" for part, fraction in line.realised.items())
+        row = beside(line.variant, cell.budget, evaluated) if line.variant.backend else None
+        said = [f"realised {parts}"] * bool(parts) + ([] if row is None else [told(row)])
+        if said:
+            remarks.append(f"{line.variant.name}: {'; '.join(said)}")
+    return remarks
 
 
 def left_out(cell: CellSummary) -> list[str]:
@@ -70,12 +88,7 @@ def _line(line: Line, base: Line, brief: bool) -> list[str]:
         }
         sizes = [f"{size / MIB:,.1f} MiB" for size in (line.peak_bytes, line.cache_bytes)]
     share = "" if line.merge_share is None else f"{line.merge_share:.0%}"
-    return [line.variant.name, *(times.get(part, "") for part in PARTS), realised(line), share, *sizes]
-
-
-def realised(line: Line) -> str:
-    """The parts of which the promised saving is worth telling, such as `encoder 97%, prefill 91%, end to end 93%`."""
-    return ", ".join(f"{PARTS[part]} {fraction:.0%}" for part, fraction in line.realised.items())
+    return [line.variant.name, *(times.get(part, "") for part in PARTS), share, *sizes]
 
 
 def _with_spread(
@@ -89,14 +102,14 @@ def _number(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 1 else f"{ms:.2g}"
 
 
-def page(bench: Bench) -> str:
+def page(bench: Bench, evaluated: Sequence[RowSummary] = ()) -> str:
     """All cells in Markdown, and the provenance."""
     parts = []
     for cell in summarise(bench):
         parts.append(f"**{title(cell, bench.full_tokens)}**")
         if not cell.left_out:
             parts.append(markdown(header(bench.answer_tokens), lines(cell)))
-        parts.append("\n".join(f"* {remark}" for remark in left_out(cell) + slower(cell)))
+        parts.append("\n".join(f"* {remark}" for remark in realised(cell, evaluated) + left_out(cell) + slower(cell)))
     return "\n\n".join([*filter(None, parts), f"<sub>{REALISED}</sub>", f"<sub>{provenance(bench)}</sub>"])
 
 

@@ -40,7 +40,7 @@ BUDGETS = ["0.15", "0.3"]
 BATCHES = [1]
 PROMPTS_TIMED = ["image-text"]
 BACKEND = ["auto"]
-SHOWN = ("report", "tables", "chart", "as_json", "debug")
+SHOWN = ("report", "evaluated", "loss", "divergence", "tables", "chart", "as_json", "debug")
 """Parameters of a call that measures nothing."""
 
 
@@ -93,6 +93,16 @@ def bench(
         list[Path] | None,
         typer.Option(metavar="FILE.json", help="Measure nothing; show this result file. Give several."),
     ] = None,
+    evaluated: Annotated[
+        Path | None,
+        typer.Option("--with", metavar="FILE.jsonl", help="An evaluation of the same model, to stand beside."),
+    ] = None,
+    loss: Annotated[
+        float, typer.Option(metavar="POINTS", min=0, help="With --with: accuracy that a recommended budget may lose.")
+    ] = 2.0,
+    divergence: Annotated[
+        float, typer.Option(metavar="NATS", min=0, help="With --with: its largest KL divergence per token.")
+    ] = 0.05,
     tables: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Write the tables into this file.")] = None,
     chart: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw time against tokens (one result file only).")
@@ -135,7 +145,7 @@ def bench(
             repeats=repeats, limit_s=limit, command=shlex.join(["dymu", *sys.argv[1:]]),
         )  # fmt: skip
         files = [file]
-    _say(out, files, tables, chart)
+    _say(out, files, tables, chart, evaluated, loss / 100, divergence)
     if not report:
         out.wrote(file)
         _refuse_untimed(file)
@@ -212,16 +222,37 @@ def _refuse_untimed(file: Path) -> None:
         raise BadInput(f"nothing was timed ({why}): take a smaller --batch, or a longer --limit.")
 
 
-def _say(out: Output, files: Sequence[Path], tables: Path | None, chart: Path | None) -> None:
+def _say(
+    out: Output,
+    files: Sequence[Path],
+    tables: Path | None,
+    chart: Path | None,
+    evaluated: Path | None,
+    loss: float,
+    divergence: float,
+) -> None:
     """Print what result files hold, and write the tables and the chart."""
+    from dymu.bench import quality
     from dymu.bench import tables as tabulated
     from dymu.bench.summary import REALISED, summarise
+    from dymu.evaluation.results import Results
+    from dymu.evaluation.summary import summarise as summarise_evaluation
 
     summarised = [(file, bench, summarise(bench)) for file, bench in zip(files, map(saved, files), strict=True)]
+    rows: list[Any] = []
+    if evaluated is not None:
+        of = Results.load(evaluated)
+        for bench in (bench for _, bench, _ in summarised):
+            quality.check_same_model(of, bench.model.name, bench.model.weights)
+        rows = summarise_evaluation(of)
+    advice = quality.recommended(rows, loss, divergence)
     data = [
         {"file": str(file), "provenance": tabulated.provenance(bench), "checks": bench.checks, "cells": cells}
         for file, bench, cells in summarised
     ]
+    result: dict[str, Any] = {"results": msgspec.to_builtins(data)}
+    if evaluated is not None:
+        result["recommended"] = [msgspec.to_builtins(row) for row in advice]
 
     def for_people() -> Any:
         for _, bench, cells in summarised:
@@ -231,14 +262,15 @@ def _say(out: Output, files: Sequence[Path], tables: Path | None, chart: Path | 
                 for line in tabulated.lines(cell, brief=True):
                     filled.add_row(*line)
                 yield filled
-                yield from tabulated.left_out(cell) + tabulated.slower(cell)
+                yield from tabulated.realised(cell, rows) + tabulated.left_out(cell) + tabulated.slower(cell)
                 yield ""
             yield f"{REALISED}."
+            yield from quality.said(advice, loss, divergence) if evaluated is not None else ()
             yield tabulated.provenance(bench)
 
-    out.result({"results": msgspec.to_builtins(data)}, for_people)
+    out.result(result, for_people)
     if tables is not None:
-        write_text(tables, "\n\n".join(tabulated.page(bench) for _, bench, _ in summarised) + "\n")
+        write_text(tables, "\n\n".join(tabulated.page(bench, rows) for _, bench, _ in summarised) + "\n")
         out.wrote(tables)
     if chart is not None:
         from dymu.bench.chart import draw_chart
