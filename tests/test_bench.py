@@ -647,3 +647,6 @@ def test_an_evaluation_of_the_same_model_stands_beside(monkeypatch, capsys):
     with pytest.raises(AssertionError):
         shown("bench-llava-1.5-shape-0.5b.json")
     assert "give that of the same model" in capsys.readouterr().err
+    with pytest.raises(AssertionError):
+        call(monkeypatch, "--report", measured / "bench-demo.json", "--loss", "1")
+    assert "give --with too" in capsys.readouterr().err

@@ -17,7 +17,7 @@ NEAR = 0.05
 def check_same_model(results: Results, name: str, weights: str) -> None:
     """Raises: DymuError, where the evaluation is of another model than the one that was timed."""
     of = results.header.model
-    if (of.name, of.weights) != (name, weights):
+    if of.weights != weights:
         raise DymuError(
             f"the evaluation is of {of.name} (weights {of.weights}), and {name} (weights {weights}) was timed; "
             "give that of the same model."

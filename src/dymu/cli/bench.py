@@ -33,6 +33,7 @@ from dymu.cli.calibrate import existing, image_files
 from dymu.cli.errors import BadInput
 from dymu.cli.output import Output, check_writable, table, write_text, write_whole
 from dymu.errors import BadImage
+from dymu.evaluation.results import Results
 from dymu.files import expanded
 
 SHAPES = [name for name in shapes.names() if not name.startswith("tiny")]  # those are for tests
@@ -122,6 +123,12 @@ def bench(
         check_writable(chart, "the chart", CHARTS)
         if report is not None and len(report) > 1:
             raise typer.BadParameter("--chart draws one result file; give one.")
+    if evaluated is None:
+        for name in ("loss", "divergence"):
+            if _named(ctx, name):
+                raise typer.BadParameter(f"--{name} says which budget to recommend, by an evaluation: give --with too.")
+    else:
+        Results.load(evaluated)  # before anything is measured
     if report:
         given = [param.opts[0] for param in ctx.command.params if _is_idle(ctx, param.name)]
         if given:
@@ -153,8 +160,13 @@ def bench(
 
 def _is_idle(ctx: typer.Context, name: str | None) -> bool:
     """Whether an option was named that says nothing to --report."""
+    return name not in SHOWN and _named(ctx, name)
+
+
+def _named(ctx: typer.Context, name: str | None) -> bool:
+    """Whether the command line names an option."""
     source = ctx.get_parameter_source(name or "")
-    return name not in SHOWN and source is not None and source.name == "COMMANDLINE"
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _refuse_unknown(what: str, names: Sequence[str], known: Iterable[str]) -> None:
@@ -235,7 +247,6 @@ def _say(
     from dymu.bench import quality
     from dymu.bench import tables as tabulated
     from dymu.bench.summary import REALISED, summarise
-    from dymu.evaluation.results import Results
     from dymu.evaluation.summary import summarise as summarise_evaluation
 
     summarised = [(file, bench, summarise(bench)) for file, bench in zip(files, map(saved, files), strict=True)]

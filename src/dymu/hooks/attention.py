@@ -143,7 +143,7 @@ class LayerSteps:
 
     def kept(self, module: Any, step: Step, key: Tensor) -> Tensor | None:
         """See `History.kept`; None where the layer's attention asks for other keys."""
-        if not self._history.fast or self._history.plain:
+        if not self._history.fast or self._history.plain or self._history.hidden is not None:
             return None
         known, (heads, stored) = self._history.keys, key.shape[1:3]
 

@@ -221,10 +221,8 @@ class History:
         if hidden is not None:
             self.plain, self.gaps = False, True
 
-    def kept_of(self, layer: Any, turn: Callable[[], Tensor]) -> Tensor | None:
-        """The turned keys of a layer, where they are kept: computed when it first asks."""
-        if not self.fast or self.hidden is not None:
-            return None
+    def kept_of(self, layer: Any, turn: Callable[[], Tensor]) -> Tensor:
+        """The turned keys of a layer: computed when it first asks."""
         if layer not in self.kept:
             self.kept[layer] = turn()
         return self.kept[layer]
