@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -122,7 +123,8 @@ def test_rows_are_every_combination_that_says_something():
     for budget in (8, 4):
         assert {key for key in keys if f"-{budget}-" in key} == {
             *(f"dtome-{budget}-{way}-{schedule}" for way in UNMERGE for schedule in ("linear", "constant")),
-            f"random-{budget}-exact", f"random-{budget}-none", *(["downscale-4-none"] if budget == 4 else []),
+            *(f"random-{budget}-{way}" for way in ("exact", "restore", "none")),
+            *(["downscale-4-none"] if budget == 4 else []),
         }  # fmt: skip
     assert "downscale-9-none" in keys, "the square nearest to 8"
     with pytest.raises(ValueError, match="'best' is unknown"):
@@ -171,6 +173,21 @@ def test_every_row_answers_as_the_model_does_when_asked_so(model, processor, thr
             assert kept[row] == {16}, row
     assert processor.image_processor.size["height"] == tiny.SIDE
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_forms_of_unmerging_share_an_encoding(model, processor, thresholds, tmp_path, monkeypatch):
+    rows = rows_for([16], ["dtome", "random"], UNMERGE)
+    assert len(rows) == 1 + len(UNMERGE) + 3
+    calls = Counter()
+    forward = type(model.model.vision_tower).forward
+
+    def counted(tower, *args, **kwargs):
+        calls["tower"] += 1
+        return forward(tower, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model.vision_tower), "forward", counted)
+    evaluate(model, processor, [Words()], rows, tmp_path / "r.jsonl", thresholds=[thresholds], batch_size=7, timed=0)
+    assert calls["tower"] == 3, "untouched, thresholds, random"
 
 
 @dataclass(frozen=True)
@@ -268,8 +285,13 @@ def test_an_answer_that_holds_a_placeholder_has_no_divergence(model, processor):
     tokens = torch.tensor([5, tiny.IMAGE_TOKEN])
     before = Answer("", tokens, torch.zeros(2, tiny.VOCAB))
     after = replace(before, tokens=torch.tensor([5, 6]))
-    assert divergences(model, [before], [after], lambda _: {}) == [None]
-    assert divergences(model, [before], [before], lambda _: {}) == [0], "nothing has to be run again"
+    inputs = {"input_ids": torch.tensor([[7, 8], [7, 8]])}
+    assert divergences(model, [before, after], [after, before], inputs)[0] is None
+    other = replace(before, tokens=torch.tensor([6, 5]))
+    asked_alone = divergences(model, [after], [other], {"input_ids": torch.tensor([[7, 8]])})
+    assert asked_alone[0] > 0
+    assert divergences(model, [before, after], [after, other], inputs) == pytest.approx([None, *asked_alone], abs=1e-6)
+    assert divergences(model, [before], [before], {}) == [0], "nothing has to be run again"
 
 
 def test_files_without_divergences_still_load(model, processor, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -114,6 +115,21 @@ def _called(processor: Any, texts: list[str], **items: Any) -> Any:
     )  # fmt: skip
 
 
+@torch.inference_mode()
+def encoded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a model takes, with the images encoded as the model is now: for several calls, in any form of unmerging.
+
+    A model that takes no encoded images gets what it got.
+    """
+    if inputs.get("pixel_values") is None or not model._supports_mm_encoder_outputs():
+        return inputs
+    inner: Any = resolve(model).inner
+    names = inspect.signature(type(inner).get_image_features).parameters
+    taken = {name: inputs[name] for name in names if name in inputs}
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return {**rest, "mm_encoder_outputs": {"image": inner.get_image_features(**taken, return_dict=True)}}
+
+
 def image_tokens(model: Any, inputs: dict[str, Any]) -> list[int]:
     """Image tokens of each prompt, none merged."""
     counts: list[int] = (inputs["input_ids"] == resolve(model).placeholders["image"]).sum(1).tolist()
@@ -177,7 +193,9 @@ def logits_of(model: nn.Module, inputs: dict[str, Any], said: Sequence[Tensor]) 
     after["attention_mask"] = torch.ones_like(after["input_ids"])
     text = torch.zeros_like(after["input_ids"])  # in what tells kinds of tokens apart
     whole = {
-        name: torch.cat([value, after.get(name, text)], 1) if value.shape == ids.shape else value
+        name: torch.cat([value, after.get(name, text)], 1)
+        if isinstance(value, Tensor) and value.shape == ids.shape
+        else value
         for name, value in inputs.items()
     }
     stock: Any = model

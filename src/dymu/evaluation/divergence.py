@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,34 +14,40 @@ from dymu.prompting import Answer, logits_of
 
 
 def divergences(
-    model: nn.Module, untouched: Sequence[Answer], answers: Sequence[Answer], inputs_of: Callable[[list[int]], Any]
+    model: nn.Module, untouched: Sequence[Answer], answers: Sequence[Answer], inputs: dict[str, Any]
 ) -> list[float | None]:
     """KL(untouched ‖ model) for each prompt: the mean over the tokens of the untouched answer, in nats.
 
     Where both answers have the same tokens, the logits that they came from say it. For the others the model runs once
-    more, over prompt and untouched answer.
+    more, over prompts and untouched answers.
 
     Args:
         model: as it answered.
-        inputs_of: what the model takes for the prompts of these indices.
+        inputs: what it took.
 
     Returns:
         A number for each prompt; None where it is not finite, or where the untouched answer holds a placeholder,
         which would ask for another image.
     """
-    placeholders = set(resolve(model).placeholders.values())
-    pairs = list(zip(untouched, answers, strict=True))
-    logits = {index: after.logits for index, (before, after) in enumerate(pairs) if equal(before.tokens, after.tokens)}
-    others = [
-        index
-        for index, (before, _) in enumerate(pairs)
-        if index not in logits and placeholders.isdisjoint(before.tokens.tolist())
+    logits: list[Tensor | None] = [
+        after.logits if equal(before.tokens, after.tokens) else None
+        for before, after in zip(untouched, answers, strict=True)
     ]
-    if others:
-        said = [untouched[index].tokens for index in others]
-        logits.update(zip(others, logits_of(model, inputs_of(others), said), strict=True))
+    if any(of_prompt is None for of_prompt in logits):
+        placeholders = torch.tensor(list(resolve(model).placeholders.values()))
+        held = [torch.isin(before.tokens, placeholders.to(before.tokens.device)) for before in untouched]
+        said = [
+            before.tokens.where(~placeholder, int(ids[-1]))
+            for before, placeholder, ids in zip(untouched, held, inputs["input_ids"], strict=True)
+        ]
+        again = logits_of(model, inputs, said)
+        logits = [
+            same if same is not None else None if placeholder.any() else other
+            for same, other, placeholder in zip(logits, again, held, strict=True)
+        ]
     return [
-        divergence(before.logits, logits[index]) if index in logits else None for index, before in enumerate(untouched)
+        None if after is None else divergence(before.logits, after)
+        for before, after in zip(untouched, logits, strict=True)
     ]
 
 

@@ -127,8 +127,8 @@ def rows_for(
 ) -> list[Row]:
     """The untouched model and every combination of the others, without those that would give the same results twice.
 
-    Methods that can only keep squares take the square nearest to the budget. For single tokens `compact` equals
-    `exact`, and a smaller image leaves nothing to unmerge.
+    Methods that can only keep squares take the square nearest to the budget. For single tokens all but
+    `restore` and `none` equal `exact`, and a smaller image leaves nothing to unmerge.
 
     Raises:
         ValueError: an unknown method or way to unmerge.
@@ -139,8 +139,9 @@ def rows_for(
     for budget in sorted(set(budgets), reverse=True):
         for method in (METHODS[name] for name in methods if name != "untouched"):
             kept = max(round(math.sqrt(budget)), 1) ** 2 if method.square else budget
-            for way in ways:
-                effective = {"groups": way, "singles": "none" if way == "none" else "exact", "grid": "none"}
-                for schedule in schedules if method.schedules is None else method.schedules:
+            for schedule in schedules if method.schedules is None else method.schedules:
+                for way in ways:
+                    of_singles = way if way in ("none", "restore") else "exact"
+                    effective = {"groups": way, "singles": of_singles, "grid": "none"}
                     rows.append(Row(method.name, kept, effective[method.leaves], schedule))
     return list(dict.fromkeys(rows))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
+import msgspec
 from PIL import Image
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ from dymu.measure.progress import Bar
 from dymu.measure.provenance import device_name, fingerprint, short_hash, thresholds_hash, versions
 from dymu.measure.results import BadResults
 from dymu.measure.times import Cost
-from dymu.prompting import Answer, answers, check_question, image_tokens, inputs_for, items_by_prompt
+from dymu.prompting import Answer, answers, check_question, encoded, image_tokens, inputs_for, items_by_prompt
 from dymu.thresholds import Thresholds
 
 SAMPLE = 16
@@ -199,6 +200,7 @@ class _Batch:
     name: str
     start: int
     stop: int
+    newest: tuple[Row, dict[str, Any]] | None = None
 
     def answer(self, row: Row) -> None:
         """Ask one row, unless its answers are in the file."""
@@ -209,14 +211,14 @@ class _Batch:
         untouched = self.untouched
         if self.examples:
             with asker.running(row) as handle:
-                inputs = self.inputs_of() if row.method == "downscale" else self.inputs
+                inputs = self.encoded(row)
                 lines = untouched if row == UNTOUCHED else self.answers(inputs)
                 if handle is None:
                     kept = image_tokens(asker.model, inputs)
                 else:
                     of_prompts = items_by_prompt(asker.model, inputs, handle.last.items)
                     kept = [sum(item.kept for item in items) for items in of_prompts]
-                kl = divergences(asker.model, untouched, lines, self.inputs_of)
+                kl = divergences(asker.model, untouched, lines, inputs)
         answers = Answers(
             answers=[line.text for line in lines],
             scores=[
@@ -288,10 +290,20 @@ class _Batch:
             )
         return examples
 
-    def inputs_of(self, numbers: Iterable[int] | None = None) -> dict[str, Any]:
-        """The prompts of these examples of the batch; None: of all."""
-        examples = list(self.examples.values())
-        return self.asker.inputs(examples if numbers is None else [examples[number] for number in numbers])
+    def encoded(self, row: Row) -> dict[str, Any]:
+        """The prompts with their images encoded as the row says; to be had while it changes the model.
+
+        Rows that differ in how they unmerge alone share an encoding. The newest is kept.
+        """
+        encoding = msgspec.structs.replace(row, unmerge="none")
+        if self.newest is None or self.newest[0] != encoding:
+            inputs = self.inputs_of() if row.method == "downscale" else self.inputs
+            self.newest = encoding, encoded(self.asker.model, inputs)
+        return self.newest[1]
+
+    def inputs_of(self) -> dict[str, Any]:
+        """The prompts of the batch."""
+        return self.asker.inputs(list(self.examples.values()))
 
     def answers(self, inputs: dict[str, Any]) -> list[Answer]:
         """What the model answers, as it is now."""
@@ -305,4 +317,4 @@ class _Batch:
     @cached_property
     def untouched(self) -> list[Answer]:
         """The untouched model's answers, which every row is compared with; to be had while no row changes the model."""
-        return self.answers(self.inputs) if self.examples else []
+        return self.answers(self.encoded(UNTOUCHED)) if self.examples else []
