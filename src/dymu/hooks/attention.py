@@ -158,7 +158,8 @@ class LayerSteps:
     def _turned(self, rotation: Rotation, size: int, one_way: bool) -> Step:
         if one_way and self._step.block is not None:
             return replace(self._turned(rotation, size, False), block=None)
-        turn, channels = _turn(rotation, self._step.turn, size)
+        step = self._step
+        turn, channels = step.once_for_all(("turn", rotation, size), lambda: _turn(rotation, step.turn, size))
         same = turn is self._step.turn and channels is None
         return self._step if same else replace(self._step, turn=turn, channels=channels)
 

@@ -23,6 +23,46 @@ from dymu.hooks.versions import EMPTY_LAYERS
 from dymu.unmerging import History
 
 
+ROOM = 64
+"""Entries that a layer of the cache has room for ahead."""
+
+
+class Room:
+    """Memory in which keys or values grow without a copy of all of them for each token."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self._written = 0
+
+    def after(self, before: Tensor, new: Tensor) -> Tensor:
+        """[B, H, entries, D]: what came before, [B, H, any, D] or of no size, followed by what is new."""
+        stored = before.shape[-2] if before.numel() else 0
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat((before, new), -2)
+        entries, memory = stored + new.shape[-2], self._memory
+        if memory is None or entries > memory.shape[-2] or not self._ends(stored, before):
+            memory = self._memory = new.new_empty(*new.shape[:-2], entries + ROOM, new.shape[-1])
+            if stored:
+                memory[..., :stored, :] = before
+        memory[..., stored:entries, :] = new
+        self._written = entries
+        return memory[..., :entries, :]
+
+    def _ends(self, stored: int, before: Tensor) -> bool:
+        """Whether these are what the memory holds, and more may be written behind them now."""
+        memory = self._memory
+        return (
+            memory is not None
+            and stored == self._written > 0
+            and memory.data_ptr() == before.data_ptr()
+            and memory.shape[0] == len(before)
+            and (not memory.is_inference() or torch.is_inference_mode_enabled())
+        )
+
+    def __deepcopy__(self, _memo: Any) -> Room:
+        return Room()
+
+
 class MergedLayer(DynamicLayer):
     """One layer of the cache: keys and values [B, H, entries, D], the keys rotated to their representatives' positions.
 
@@ -38,6 +78,7 @@ class MergedLayer(DynamicLayer):
     def __init__(self, history: History, leads: bool, window: int | None = None) -> None:
         super().__init__()
         self.history, self.leads, self.window = history, leads, window
+        self._keys, self._values = Room(), Room()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -45,8 +86,10 @@ class MergedLayer(DynamicLayer):
         if (packed := self.history.packed) is not None:
             key_states, value_states = packed.pad_heads(key_states), packed.pad_heads(value_states)
         self._expect(key_states.shape[-2])
-        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        return updated
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = self._keys.after(self.keys, key_states), self._values.after(self.values, value_states)
+        return self.keys, self.values
 
     def _expect(self, entries: int) -> None:
         stored = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0

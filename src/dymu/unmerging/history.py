@@ -56,23 +56,55 @@ class Tokens:
         )
 
 
-@dataclass(frozen=True)
+ROOM = 64
+"""Tokens that virtual keys have room for ahead, so that a new one of each row is no copy of all before."""
+
+
 class Keys:
     """Cached tokens as virtual keys: first those whose entry's key stands elsewhere, then one for each entry.
 
-    Attributes:
-        slot: int64 [B, E + M], the entry behind each; -1 for none.
-        place: int64 [B, E + M], see `Tokens`.
+    Args:
+        slots, places, sizes: of these, and of the tokens that may follow, see `slot`, `place`, `size`.
         turn: complex [B, E, P], see `Tokens`; None: none has to turn.
         turned: E.
-        size: float32 [B, M], tokens behind each entry.
+        count: E + M.
+        reach: entries from the first one on, behind which there is none that a key to turn is of.
+
+    Attributes:
+        memo: what is computed of the keys that turn, for all tokens that follow.
     """
 
-    slot: Tensor
-    place: Tensor
-    turn: Tensor | None
-    turned: int
-    size: Tensor
+    def __init__(
+        self, slots: Tensor, places: Tensor, sizes: Tensor, turn: Tensor | None, turned: int, count: int, reach: int
+    ) -> None:
+        self._slots, self._places, self._sizes = slots, places, sizes
+        self.turn, self.turned, self.count, self.reach = turn, turned, count, reach
+        self.memo = dict[Any, Any]()
+
+    @property
+    def slot(self) -> Tensor:
+        """int64 [B, E + M], the entry behind each; -1 for none."""
+        return self._slots[:, : self.count]
+
+    @property
+    def place(self) -> Tensor:
+        """int64 [B, E + M], see `Tokens`."""
+        return self._places[:, : self.count]
+
+    @property
+    def size(self) -> Tensor:
+        """float32 [B, M], tokens behind each entry."""
+        return self._sizes[:, : self.count - self.turned]
+
+    @property
+    def absent(self) -> Tensor:
+        """float32 [B, E + M], to be added to the logits of each: 0, or -inf for none."""
+        if "absent" not in self.memo or self.memo["absent"].shape != self._slots.shape:
+            self.memo["absent"] = torch.zeros_like(self._slots, dtype=torch.float32).masked_fill(
+                self._slots < 0, -torch.inf
+            )
+        absent: Tensor = self.memo["absent"]
+        return absent[:, : self.count]
 
     @classmethod
     def of(cls, tokens: Tokens, entries: int) -> Keys:
@@ -89,31 +121,50 @@ class Keys:
         begin = tokens.slot.new_full((len(slot), entries + 1), -1)
         place = begin.scatter(1, own, tokens.place)[:, :entries]
         direct = torch.where(place < 0, -1, torch.arange(entries, device=slot.device))
-        size = (
-            begin.float()
-            .zero_()
-            .scatter_add_(1, torch.where(there, tokens.slot, entries), torch.ones_like(own, dtype=torch.float32))
-        )
+        behind = torch.where(there, tokens.slot, entries)
+        size = begin.float().zero_().scatter_add_(1, behind, torch.ones_like(own, dtype=torch.float32))[:, :entries]
         places = torch.cat((tokens.place.gather(1, order), place), 1)
-        return cls(torch.cat((slot, direct), 1), places, turn, turned, size[:, :entries])
+        return cls._with_room(
+            torch.cat((slot, direct), 1), places, size, entries, tokens.place[:, -1:] + 1, turn, turned, entries
+        )
 
-    def then(self, slot: Tensor, place: Tensor) -> Keys:
-        """Followed by entries of one token each."""
-        size = (slot >= 0).float()
-        joined = (torch.cat(pair, 1) for pair in ((self.slot, slot), (self.place, place), (self.size, size)))
-        slot, place, size = joined
-        return replace(self, slot=slot, place=place, size=size)
+    @classmethod
+    def _with_room(
+        cls, slot: Tensor, place: Tensor, size: Tensor, entries: int, next_place: Tensor, *rest: Any, room: int = ROOM
+    ) -> Keys:
+        turn, turned, reach = rest
+        ahead = torch.arange(room, device=slot.device).expand(len(slot), -1)
+        slots = torch.cat((slot, ahead + entries), 1)
+        places = torch.cat((place, ahead + next_place), 1)
+        sizes = torch.cat((size, torch.ones_like(ahead, dtype=size.dtype)), 1)
+        return cls(slots, places, sizes, turn, turned, slot.shape[1], reach)
+
+    def then(self, tokens: int) -> Keys:
+        """Followed by so many tokens of every row, each an entry of its own."""
+        keys, count = self, self.count + tokens
+        if count > self._slots.shape[1]:
+            keys = self._with_room(
+                self._slots, self._places, self._sizes, self._slots.shape[1] - self.turned,
+                self._places[:, -1:] + 1, self.turn, self.turned, self.reach, room=max(tokens, ROOM),
+            )  # fmt: skip
+        after = Keys(keys._slots, keys._places, keys._sizes, self.turn, self.turned, count, self.reach)
+        after.memo = self.memo
+        return after
+
+    def next_places(self, tokens: int) -> Tensor:
+        """int64 [B, tokens]: the places of so many tokens of every row that follow."""
+        return self.then(tokens)._places[:, self.count : self.count + tokens]
 
     def as_tokens(self) -> Tokens:
         """The same, each with a turn of its own if any has one."""
         if self.turn is None:
             return Tokens(self.slot, self.place)
-        return Tokens(self.slot, self.place, None, pad_turns(self.turn, self.slot.shape[1]))
+        return Tokens(self.slot, self.place, None, pad_turns(self.turn, self.count))
 
     def at(self, rows: Tensor) -> Keys:
         """These rows."""
         turn = None if self.turn is None else self.turn[rows]
-        return Keys(self.slot[rows], self.place[rows], turn, self.turned, self.size[rows])
+        return Keys(self._slots[rows], self._places[rows], self._sizes[rows], turn, self.turned, self.count, self.reach)
 
 
 class History:
@@ -142,6 +193,7 @@ class History:
 
     def reset(self) -> None:
         self._pieces: tuple[Tokens, ...] = ()
+        self._later = 0
         self._keys: Keys | None = None
         self.kept = dict[Any, Tensor]()
         self.hidden: Tensor | None = None
@@ -152,9 +204,17 @@ class History:
         self.interrupted = self.gaps = self.consecutive = False
         self.plain = True
 
+    def _written(self) -> tuple[Tokens, ...]:
+        """The pieces, with the tokens that so far only the keys know."""
+        if self._later and self._keys is not None:
+            keys, later, self._later = self._keys, slice(-self._later, None), 0
+            self._pieces = (*self._pieces, Tokens(keys.slot[:, later], keys.place[:, later]))
+        return self._pieces
+
     @property
     def tokens(self) -> Tokens:
         """All so far; there must be some."""
+        self._written()
         while len(self._pieces) > 1:
             *before, one, two = self._pieces
             self._pieces = (*before, one.then(two))
@@ -173,10 +233,12 @@ class History:
     @property
     def newest(self) -> Tokens:
         """Those that were appended last."""
-        return self._pieces[-1]
+        return self._written()[-1]
 
     def places(self, present: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
         """int64 [B, N]: where new tokens stand among those that are there, bool [B, N]; None: all are."""
+        if present is None and self._keys is not None:
+            return self._keys.next_places(tokens)
         if present is None:
             place = torch.arange(tokens, device=device).expand(batch, -1)
         else:
@@ -199,13 +261,15 @@ class History:
             plain: whether `tokens` is the identity.
             represents, turn: see `Tokens`.
         """
-        slot = tokens.group + self.entries
-        new = Tokens(torch.where(tokens.group < 0, -1, slot) if tokens.padded else slot, place, represents, turn)
-        if self._keys is not None:
-            self._keys = self._keys.then(new.slot, place) if plain else None
+        if plain and self._keys is not None:
+            self._keys, self._later = self._keys.then(tokens.tokens), self._later + tokens.tokens
+        else:
+            self._written()
+            slot = tokens.group + self.entries
+            slot = torch.where(tokens.group < 0, -1, slot) if tokens.padded else slot
+            self._pieces, self._keys = (*self._pieces, Tokens(slot, place, represents, turn)), None
         if not plain:
             self.kept = {}
-        self._pieces = (*self._pieces, new)
         self.length += tokens.tokens
         self.entries += tokens.width
         self.plain = self.plain and plain
@@ -248,6 +312,7 @@ class History:
         """Forget all but the first `length` tokens, and the entries that only they needed."""
         if length >= self.length:
             return
+        self._written()
         self._keys, self.kept = None, {}
         self.hidden = None if self.hidden is None else self.hidden[:, :length]
         if length:

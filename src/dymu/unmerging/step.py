@@ -35,12 +35,14 @@ class Step:
         stands: int64 [B, Nk], where there are `distances`: which one of the tokens that are there each key stands at.
         length: tokens of the full prompt so far, at which no window hides anything.
         turned: T.
+        reach: entries from the first one on, behind which there is none that a key to turn is of; None: all.
         turn: complex [B, T, D / 2], what rotates keys from where their entry's stands; None: they stand there.
         at: int64 [B, Nq], which key each query is; None: they are the last ones.
         expands: whether virtual queries differ from merged ones, in number, order or position.
         merged: int64 [B], how many queries there are up to the last one that stands for several tokens, where near and
             far keys may differ, see `dymu.unmerging.near_far`; None: they may not.
         padded: whether absent keys (-1) may come before present ones; if not, causality hides them.
+        absent: float32 [B, Nk], of cached keys of which some may be absent: -inf for these, 0 for others.
         bias: float32 [B, Nk], added to the logits of each virtual key; None for 0.
         first_bias: the same in the first layer, where it differs.
         distances: float32 [B, L], added to the logits of keys so many places away; None for 0.
@@ -56,11 +58,13 @@ class Step:
     backend: str
     length: int
     turned: int = 0
+    reach: int | None = None
     turn: Tensor | None = None
     at: Tensor | None = None
     expands: bool = False
     merged: Tensor | None = None
     padded: bool = False
+    absent: Tensor | None = None
     bias: Tensor | None = None
     first_bias: Tensor | None = None
     distances: Tensor | None = None
@@ -68,6 +72,7 @@ class Step:
     beyond_window: bool = False
     channels: Tensor | None = None
     stands: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     _results: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def once(self, name: Any, compute: Callable[[], T]) -> T:
@@ -75,6 +80,15 @@ class Step:
         if name not in self._results:
             self._results[name] = compute()
         result: T = self._results[name]
+        return result
+
+    def once_for_all(self, name: Any, compute: Callable[[], T]) -> T:
+        """What `compute` returns of the keys that turn, kept for the steps of the tokens that follow, too."""
+        if torch.compiler.is_compiling():  # where the first of these steps would be compiled apart
+            return self.once(name, compute)
+        if name not in self.memo:
+            self.memo[name] = compute()
+        result: T = self.memo[name]
         return result
 
     @property
@@ -124,9 +138,11 @@ class Step:
             window: sliding window in virtual tokens, or None.
         """
         tokens, seen = self.queries.tokens, self.keys.shape[1]
-        whole = window is None or window >= self.length
-        plain = self.bias is None and self.block is None and self.at is None and not self.padded
-        return whole and plain and (tokens == 1 or tokens == seen)
+        return self.sees_all(window) and self.at is None and not self.padded and (tokens == 1 or tokens == seen)
+
+    def sees_all(self, window: int | None) -> bool:
+        """Whether no sliding window, bias or block says more than which keys are there and which queries come before."""
+        return (window is None or window >= self.length) and self.bias is None and self.block is None
 
     def sees(self, start: int, end: int) -> int:
         """How many keys, from the first on, any of the queries from `start` to `end` may see."""
@@ -240,7 +256,19 @@ def _one_each(
         queries = TokenMap(group, queries.kept, queries.width, history.gaps)
     padded = before.length > 0 and history.gaps
     if unmerge not in EACH_ONCE:
-        step = Step(queries, known.slot, known.place, backend, history.length, known.turned, known.turn, padded=padded)
+        step = Step(
+            queries,
+            known.slot,
+            known.place,
+            backend,
+            history.length,
+            turned=known.turned,
+            reach=known.reach,
+            turn=known.turn,
+            padded=padded,
+            absent=known.absent if padded else None,
+            memo=known.memo,
+        )
         return step, block
     there = known.size > 0
     keys = torch.where(there, torch.arange(history.entries, device=there.device), -1)

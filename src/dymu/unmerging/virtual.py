@@ -38,6 +38,12 @@ def interleaved(pairs: Tensor, dtype: torch.dtype) -> Tensor:
     return real if real.dtype == dtype else real.to(dtype)
 
 
+def side_by_side(size: int, channels: Tensor | None = None) -> Tensor:
+    """int64 [D], the channels of a head in the order that `interleaved` gives, see `as_pairs`."""
+    order = torch.arange(size) if channels is None else channels
+    return torch.stack(order.chunk(2), 1).flatten()
+
+
 def usual_order(x: Tensor, channels: Tensor | None = None) -> Tensor:
     """Interleaved [..., D] in the order that heads have, see `as_pairs`."""
     halves = torch.cat((x[..., 0::2], x[..., 1::2]), -1)

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dymu.token_map import at_least_float32
 from dymu.unmerging import near_far
 from dymu.unmerging.step import Step
-from dymu.unmerging.virtual import as_pairs, interleaved, rows_behind, virtual_keys, virtual_values
+from dymu.unmerging.virtual import as_pairs, interleaved, rows_behind, side_by_side, virtual_keys, virtual_values
 
 Mask = Callable[[int, int], Tensor]
 """The mask of the queries from a start to an end, and the keys that any of them sees."""
@@ -52,7 +52,14 @@ def attend(
 
 def _turned_keys(key: Tensor, step: Step) -> Tensor:
     """The keys [B, Hkv, T, D] that turn, from the entries [B, Hkv, M, D]; interleaved."""
+    key = key[:, :, : step.reach]
     return virtual_keys(key, _rows_of_turned(step, key), step.turn, step.channels)
+
+
+def _turned_values(value: Tensor, step: Step) -> Tensor:
+    """The values [B, Hkv, T, D] of these."""
+    value = value[:, :, : step.reach]
+    return virtual_values(value, _rows_of_turned(step, value))
 
 
 def _attend_many(
@@ -62,7 +69,7 @@ def _attend_many(
     query = _virtual_queries(query, step)
     if step.turned:
         rest, values = interleaved(as_pairs(key, step.channels), key.dtype), value
-        key, value = _turned_keys(key, step), virtual_values(value, _rows_of_turned(step, value))
+        key, value = _turned_keys(key, step), _turned_values(value, step)
         if step.turned < step.keys.shape[1]:
             key, value = torch.cat((key, rest), 2), torch.cat((value, values), 2)
     causal = step.causal(window) and softcap is None
@@ -84,7 +91,7 @@ def _attend_near_far(query: Tensor, key: Tensor, value: Tensor, step: Step, scal
     """See `dymu.unmerging.near_far`; [B, Nq, H, D]."""
     merged, merged_values = as_pairs(key, step.channels), value
     query = _virtual_queries(query, step)
-    key, value = _turned_keys(key, step), virtual_values(value, _rows_of_turned(step, value))
+    key, value = _turned_keys(key, step), _turned_values(value, step)
     rows = []
     for row in range(len(query)):
         attended = []
@@ -193,22 +200,34 @@ def _attend_few(
         kept, turning = _turned_keys(key, step), _virtual_queries(query, step)
     else:
         kept, turning = at_least_float32(kept), query
-    turning = turning.reshape(batch * shared, -1, size)
-    logits = torch.bmm(turning, kept.flatten(0, 1).mT)
+    logits = torch.bmm(turning.reshape(batch * shared, -1, size), kept.flatten(0, 1).mT)
     if direct:
         others = torch.bmm(query.reshape(batch * shared, -1, size), key.flatten(0, 1).mT)
         logits = torch.cat((logits, others), 2)
-    logits = logits.view(batch, shared, -1, turned + direct)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if tokens > 1 or not step.causal(window):
-        mask = step.once((window, "added"), lambda: _added(step.mask(window)))
-        logits = (logits.unflatten(2, (-1, tokens)) + mask[:, None]).flatten(2, 3)
+    if (mask := _mask_of_few(step, window)) is not None:
+        logits = (logits.view(batch, -1, tokens, turned + direct) + mask).view_as(logits)
     weights = logits.softmax(-1)
-    behind = step.once("behind", lambda: step.keys[:, None, None, :turned].clamp(min=0))
-    summed = weights[..., turned:] if direct else weights.new_zeros(*weights.shape[:3], entries)
-    summed = summed.scatter_add(3, behind.expand(*weights.shape[:3], turned), weights[..., :turned]).flatten(0, 1)
+    groups = weights.shape[1]
+
+    def behind() -> Tensor:
+        slot = step.keys[:, None, None, :turned].clamp(min=0)
+        return slot.expand(batch, shared, groups, turned).flatten(0, 1)
+
+    summed = weights[..., turned:] if direct else weights.new_zeros(*weights.shape[:2], entries)
+    summed = summed.scatter_add(2, step.once_for_all(("behind", shared, groups), behind), weights[..., :turned])
     return torch.bmm(summed.to(value.dtype), value.flatten(0, 1)).view(batch, -1, tokens, size).transpose(1, 2)
+
+
+def _mask_of_few(step: Step, window: int | None) -> Tensor | None:
+    """float32 [B or 1, 1, Nq or 1, Nk], to be added to logits; None: nothing has to be."""
+    one = step.queries.tokens == 1
+    if one and step.causal(window):
+        return None
+    if one and step.absent is not None and not step.queries.padded and step.sees_all(window):
+        return step.absent[:, None, None]
+    return step.once((window, "added"), lambda: _added(step.mask(window)))
 
 
 def _heads_may_differ(query: Tensor, causal: bool) -> bool:
@@ -228,11 +247,15 @@ def _virtual_queries(query: Tensor, step: Step) -> Tensor:
         rows = step.once("query rows", lambda: rows_behind(step.queries.group, step.queries.width))
     if not step.turned:
         return query if rows is None else _rows_of(query.transpose(1, 2), rows).transpose(1, 2)
-    pairs = as_pairs(query.transpose(1, 2), step.channels)
-    if rows is not None:
-        pairs = _rows_of(pairs, rows)
-        if step.query_turn is not None:
-            pairs = pairs.mul_(step.query_turn[:, :, None])
+    if rows is None:
+        size, channels = query.shape[-1], step.channels
+        order = step.once_for_all(
+            ("side by side", size, id(channels)), lambda: side_by_side(size, channels).to(query.device)
+        )
+        return query.index_select(-1, order)
+    pairs = _rows_of(as_pairs(query.transpose(1, 2), step.channels), rows)
+    if step.query_turn is not None:
+        pairs = pairs.mul_(step.query_turn[:, :, None])
     return interleaved(pairs, query.dtype).transpose(1, 2)
 
 
@@ -244,7 +267,7 @@ def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
 
 def _rows_of_turned(step: Step, key: Tensor) -> Tensor:
     heads, stored = key.shape[1:3]
-    return step.once(("turned rows", heads), lambda: rows_behind(step.keys[:, : step.turned], stored, heads))
+    return step.once_for_all(("turned rows", heads), lambda: rows_behind(step.keys[:, : step.turned], stored, heads))
 
 
 def _added(mask: Tensor) -> Tensor:
