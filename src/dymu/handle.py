@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 
 from torch import nn
@@ -18,7 +19,7 @@ from dymu.families.encoders import METHODS, LoneEncoder, parts_of, type_of
 from dymu.families.resolve import Parts
 from dymu.files import expanded
 from dymu.hooks.attention import NAME
-from dymu.hooks.call import Calls, CallState, refuse_merged_features
+from dymu.hooks.call import PIXELS, Calls, CallState, refuse_merged_features
 from dymu.hooks.encoder import EncoderHooks
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.language import LanguageHooks
@@ -226,8 +227,8 @@ class Handle:
         self._undo: list[Callable[[], object]] = []
         self._staying = 0
         """How many of these stay while parts are exchanged."""
-        self._places: list[Place] = []
-        """Where everything hangs; empty while something is amiss."""
+        self._places: Places | None = None
+        """None while something is amiss."""
         self._refused: str | None = None
 
     @property
@@ -319,27 +320,35 @@ class Handle:
 
     def _run(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:
         """A call of the model: of the outermost one, the parts are those that the model has now."""
-        with self._state.call() as outermost:
-            if not self._state.active:
-                refuse_merged_features(kwargs)
-                return method(*args, **kwargs)
-            if outermost and around != self._forward:  # which does
+        if self._state.within_call:
+            return self._merging(around, method, *args, **kwargs)
+        with self._state.call():
+            if self._state.active and around != self._forward:  # which does
                 self._follow()
-            return around(method, *args, **kwargs)
+            return self._merging(around, method, *args, **kwargs)
+
+    def _merging(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:
+        if not self._state.active:
+            refuse_merged_features(kwargs)
+            return method(*args, **kwargs)
+        return around(method, *args, **kwargs)
 
     def _run_within(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:
         return around(method, *args, **kwargs) if self._state.active else method(*args, **kwargs)
 
-    def _follow(self) -> None:
+    def _follow(self, seeing: bool = True) -> None:
         """Hang everything into the parts that somebody put in place of those before.
+
+        Args:
+            seeing: whether pictures may be encoded; where none is, the vision half is looked at with the next.
 
         Raises:
             UnsupportedModel: they are not what the description says.
         """
-        if not _unchanged(self._places):
+        if not _unchanged(self._places, seeing):
             with self._state.alone_within():
-                if not _unchanged(self._places):
-                    self._places = []
+                if not _unchanged(self._places, seeing):
+                    self._places = None
                     parts = parts_of(self._parts.model)
                     self._uninstall(down_to=self._staying)
                     self._install(parts)
@@ -369,7 +378,11 @@ class Handle:
 
     def _forward(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Each forward of the whole, also within `generate`."""
-        self._follow()
+        self._follow(
+            len(args) > 1
+            or any(kwargs.get(name) is not None for name in PIXELS)
+            or isinstance(self._parts, LoneEncoder)
+        )
         state, before = self._state, self._state.last_logits
         asked = kwargs.get("logits_to_keep", 0)
         try:
@@ -493,14 +506,24 @@ Place = tuple[dict[str, Any], str, Any]
 """A namespace, a name in it, and what had that name when DyMU was hung in."""
 
 
-def _places(parts: Parts | LoneEncoder) -> list[Place]:
+@dataclass(frozen=True)
+class Places:
+    """Where everything hangs: what only pictures pass through, and the rest."""
+
+    vision: Sequence[Place]
+    rest: Sequence[Place]
+
+
+def _places(parts: Parts | LoneEncoder) -> Places:
     """The ways from the model to the modules that DyMU relies on, and what stands in the place of their `forward` and
     `config`."""
     paths = {id(module): path for path, module in parts.model.named_modules()}
-    places = dict[tuple[int, str], Place]()
+    seen, every = dict[tuple[int, str], Place](), dict[tuple[int, str], Place]()
+    seeing = set[int]() if isinstance(parts, LoneEncoder) else {id(module) for module in parts.vision if module}
     for module in parts.relied_on:
         if module is None:
             continue
+        places = seen if id(module) in seeing else every
         path, parent = paths.get(id(module), ""), parts.model
         for name in path.split(".") if path else ():
             child: Any = parent._modules[name]
@@ -508,8 +531,13 @@ def _places(parts: Parts | LoneEncoder) -> list[Place]:
             parent = child
         for name in ("forward", "config"):
             places[id(module), name] = (module.__dict__, name, module.__dict__.get(name))
-    return list(places.values())
+    return Places([place for key, place in seen.items() if key not in every], list(every.values()))
 
 
-def _unchanged(places: Sequence[Place]) -> bool:
-    return bool(places) and all(within.get(name) is value for within, name, value in places)
+def _unchanged(places: Places | None, seeing: bool) -> bool:
+    if places is None:
+        return False
+    for within, name, value in places.rest:
+        if within.get(name) is not value:
+            return False
+    return not seeing or all(within.get(name) is value for within, name, value in places.vision)

@@ -166,10 +166,16 @@ class Parts(EncoderParts):
     def relied_on(self) -> tuple[nn.Module | None, ...]:
         """Every module that `dymu.apply` changes, or computes itself."""
         return (
-            self.model, self.inner, self.tower, self.merger, self.places, self.projector, self.pooler,
-            self.language_model, self.rotary,
+            self.model, self.inner, self.language_model, self.rotary,
+            *self.attentions, *self.mixers, *self.choosing_attention, *self.last_by_token, *self.vision,
+        )  # fmt: skip
+
+    @property
+    def vision(self) -> tuple[nn.Module | None, ...]:
+        """Of these, what only pictures pass through."""
+        return (
+            self.tower, self.merger, self.places, self.projector, self.pooler,
             *self.encoder_modules, *self.encoder_attentions, *self.side_mergers,
-            *self.attentions, *self.mixers, *self.choosing_attention, *self.last_by_token,
         )  # fmt: skip
 
     @property

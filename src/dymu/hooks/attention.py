@@ -124,7 +124,7 @@ class LayerSteps:
     ) -> None:
         self._step, self._history, self._rotations, self._in_windows = step, history, rotations, in_windows
         self._last = last
-        self._steps = dict[tuple[Rotation, int, bool], Step]()
+        self._steps = dict[tuple[int, int, bool], Step]()
 
     @property
     def packed(self) -> Packed | None:
@@ -133,9 +133,10 @@ class LayerSteps:
 
     def at(self, module: Any, size: int, window: int | None) -> Step:
         """The step of an attention layer whose heads have so many channels."""
-        asked = self._rotations[id(module)], size, self._in_windows and window is None
+        rotation, one_way = self._rotations[id(module)], self._in_windows and window is None
+        asked = id(rotation), size, one_way
         if asked not in self._steps:
-            self._steps[asked] = self._turned(*asked)
+            self._steps[asked] = self._turned(rotation, size, one_way)
         step = self._steps[asked]
         if step.first_bias is not None and id(module) == next(iter(self._rotations)):
             step = replace(step, bias=step.first_bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,6 @@ from dymu.choices import CacheForm
 from dymu.errors import UnsupportedCache
 from dymu.hooks.versions import EMPTY_LAYERS
 from dymu.unmerging import History
-
 
 ROOM = 64
 """Entries that a layer of the cache has room for ahead."""
@@ -218,16 +218,33 @@ def remembered(cache: Any) -> Callable[[bool], None]:
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that the cache holds, merged or not."""
     history = history_of(cache)
-    kept = () if history is None else history.kept.values()
-    return sum(map(_bytes, cache.layers)) + sum(keys.numel() * keys.element_size() for keys in kept)
+    if history is None:
+        return sum(map(_bytes, cache.layers))
+    grows, rest = _sizes(cache, history)
+    kept = sum(keys.numel() * keys.element_size() for keys in history.kept.values())
+    return sum(grows.values()) * history.entries + rest + kept
 
 
-def untouched_bytes(cache: Any) -> int:
+def untouched_bytes(cache: Cache) -> int:
     """Bytes that an untouched cache would hold in place of an adopted one."""
-    return sum(
-        _bytes(layer) * min(layer.history.length, layer.window or layer.history.length) // max(layer.history.entries, 1)
-        for layer in _merged(cache)
-    )
+    history = history_of(cache)
+    assert history is not None
+    grows, rest = _sizes(cache, history)
+    return sum(size * min(history.length, window or history.length) for window, size in grows.items()) + rest
+
+
+def _sizes(cache: Cache, history: History) -> tuple[dict[int | None, int], int]:
+    """Bytes of each entry in all layers that store merged tokens, by the window of the layer, and of all others."""
+    if history.sizes is None:
+        grows, rest = Counter[int | None](), 0
+        for layer in cache.layers:
+            if isinstance(layer, MergedLayer):
+                grows[layer.window] += _bytes(layer) // max(history.entries, 1)
+            else:
+                rest += _bytes(layer)
+        history.sizes = dict(grows), rest
+    sizes: tuple[dict[int | None, int], int] = history.sizes
+    return sizes
 
 
 def _bytes(layer: Any) -> int:

@@ -212,6 +212,7 @@ class CallState(threading.local):
     """What the hooks of one model share while a call runs; every thread has its own.
 
     Attributes:
+        within_call: whether a call of this thread runs.
         report: what merged in this thread's last call; None: it made none.
         prompts: of the running forward, if it shows anything.
         asked: the prompts that pictures are encoded for, within a forward or ahead of one.
@@ -233,7 +234,7 @@ class CallState(threading.local):
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
-        self._depth = 0
+        self.within_call = False
         self.report: Report | None = None
         self._cache: weakref.ref[Any] | None = None
         self._forget()
@@ -257,25 +258,23 @@ class CallState(threading.local):
         return not self.calls.disabled[threading.get_ident()] and not self.calls.removed
 
     @contextmanager
-    def call(self) -> Iterator[bool]:
-        """Around all that belongs to one call, and whether it is the outermost, which begins and ends, however it does,
-        with nothing of another."""
-        depth, thread = self._depth, threading.get_ident()
+    def call(self) -> Iterator[None]:
+        """Around all that belongs to one call of this thread, which begins and ends, however it does, with nothing of
+        another."""
+        thread = threading.get_ident()
         try:
-            self._depth = depth + 1
-            if not depth:
-                self._forget()
-                with self.calls.changed:
-                    self.calls.changed.wait_for(lambda: not self.calls.closing)
-                    self.calls.running.add(thread)
-            yield not depth
+            self.within_call = True
+            self._forget()
+            with self.calls.changed:
+                self.calls.changed.wait_for(lambda: not self.calls.closing)
+                self.calls.running.add(thread)
+            yield
         finally:
-            self._depth = depth
-            if not depth:
-                self._forget()
-                with self.calls.changed:
-                    self.calls.running.discard(thread)
-                    self.calls.changed.notify_all()
+            self.within_call = False
+            self._forget()
+            with self.calls.changed:
+                self.calls.running.discard(thread)
+                self.calls.changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -284,7 +283,7 @@ class CallState(threading.local):
         Raises:
             DymuError: a call of this very thread runs.
         """
-        if self._depth:
+        if self.within_call:
             raise DymuError("DyMU cannot be removed from within a call of the model: remove it when the call is over.")
         with self.calls.changed:
             try:

@@ -115,7 +115,7 @@ def _rotations(parts: Parts) -> Rotations:
     angles = angles_of(parts, x, torch.tensor(POSITIONS, device=x.device)[None])
     interleaved = {kind: torch.equal(cos[..., 0::2], cos[..., 1::2]) for kind, (cos, _) in angles.items()}
     starts = dict(zip(angles, accumulate((cos.shape[-1] // 2 for cos, _ in angles.values()), initial=0), strict=False))
-    by_module = dict[int, Rotation]()
+    by_module, kinds = dict[int, Rotation](), dict[Rotation, Rotation]()
     shared: Shared = {}, {}
     for index, attention in enumerate(parts.attentions):
         kind = parts.angle_kind(attention)
@@ -131,7 +131,8 @@ def _rotations(parts: Parts) -> Rotations:
                 f"of channels of its heads by the angles it is given ({rotation}); dymu does not know its kind of "
                 "rotation."
             )
-        by_module[id(module)] = replace(rotation, start=starts[kind])
+        rotation = replace(rotation, start=starts[kind])
+        by_module[id(module)] = kinds.setdefault(rotation, rotation)  # equal ones are one, as `LayerSteps` takes them
     return Rotations(interleaved, by_module)
 
 

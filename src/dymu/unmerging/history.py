@@ -182,6 +182,7 @@ class History:
         packed: how the rows of the newest tokens travel as one; None: they do not.
         hidden: bool [B, N], tokens that the present call does not see; None: it sees all.
         report: what the caller says of it; copies have copies.
+        sizes: what the caller knows of the bytes of an entry of all rows.
         remembered: what the caller knows of its tokens beside, by name.
         interrupted: whether something else that the cache remembers is no longer of these tokens.
         kept: by layer, keys [B, Hkv, E, D] of the tokens that no entry stands at, at their own positions, see `Keys`.
@@ -199,6 +200,7 @@ class History:
         self.hidden: Tensor | None = None
         self.packed: Packed | None = None
         self.report: Any = None
+        self.sizes: Any = None
         self.remembered = dict[str, Any]()
         self.length = self.entries = 0
         self.interrupted = self.gaps = self.consecutive = False
@@ -305,6 +307,7 @@ class History:
             rows = rows.to(self._pieces[0].slot.device)
             self._pieces = (self.tokens.at(rows),)
             self._keys = None if self._keys is None else self._keys.at(rows)
+            self.sizes = None
             self.kept = {layer: keys[rows.to(keys.device)] for layer, keys in self.kept.items()}
             self.hidden = None if self.hidden is None else self.hidden[rows]
 

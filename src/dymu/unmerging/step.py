@@ -141,7 +141,7 @@ class Step:
         return self.sees_all(window) and self.at is None and not self.padded and (tokens == 1 or tokens == seen)
 
     def sees_all(self, window: int | None) -> bool:
-        """Whether no sliding window, bias or block says more than which keys are there and which queries come before."""
+        """Whether no window, bias or block says more than which keys are there, and which queries come before."""
         return (window is None or window >= self.length) and self.bias is None and self.block is None
 
     def sees(self, start: int, end: int) -> int:
@@ -224,16 +224,16 @@ def plan_step(
         place = history.places(there, tokens.batch, tokens.tokens, tokens.group.device)
     if block is not None:
         block = block.masked_fill(tokens.group < 0, -1)
-    before = history.copy()
+    before = history.copy() if new.merged else None
     represents = None if new.plain else new.represents
     history.append(tokens, place, plain=new.plain, represents=represents, turn=turn)
     if history.plain:
         keys = torch.arange(history.entries, device=place.device).expand(tokens.batch, -1)
         step = Step(tokens, keys, keys, backend, history.length)
-    elif new.merged and unmerge not in EACH_ONCE:
+    elif before is not None and unmerge not in EACH_ONCE:
         step, block = _all_tokens(new, before, history, unmerge, backend, block)
     else:
-        step, block = _one_each(new, before, history, unmerge, backend, block)
+        step, block = _one_each(new, history, unmerge, backend, block)
         if unmerge == "restore" and distances is not None and shown is not None:
             step = _restored(step, new, history, distances, shown)
     if block is None:
@@ -244,7 +244,7 @@ def plan_step(
 
 
 def _one_each(
-    new: NewTokens, before: History, history: History, unmerge: Unmerge, backend: str, block: Tensor | None
+    new: NewTokens, history: History, unmerge: Unmerge, backend: str, block: Tensor | None
 ) -> tuple[Step, Tensor | None]:
     """Every new merged token is one virtual token. And the block of each."""
     queries, known = new.map, history.keys
@@ -254,7 +254,7 @@ def _one_each(
         if block is not None:
             block = block.gather(1, new.representative).masked_fill(group < 0, -1)
         queries = TokenMap(group, queries.kept, queries.width, history.gaps)
-    padded = before.length > 0 and history.gaps
+    padded = history.length > new.map.tokens and history.gaps
     if unmerge not in EACH_ONCE:
         step = Step(
             queries,

@@ -195,15 +195,20 @@ def _attend_few(
     """The same of a few queries, where the weights on all copies of one value are summed before they meet it."""
     batch, shared, entries, size = key.shape
     tokens, turned, direct = step.queries.tokens, step.turned, step.keys.shape[1] - step.turned
-    query, key = at_least_float32(query) * scaling, at_least_float32(key)
+    query, key = at_least_float32(query), at_least_float32(key)
     if kept is None:
         kept, turning = _turned_keys(key, step), _virtual_queries(query, step)
     else:
         kept, turning = at_least_float32(kept), query
-    logits = torch.bmm(turning.reshape(batch * shared, -1, size), kept.flatten(0, 1).mT)
+    none = query.new_empty(1, 1, 1)
+
+    def logits_of(query: Tensor, key: Tensor) -> Tensor:
+        query = query.reshape(batch * shared, -1, size)
+        return torch.baddbmm(none, query, key.flatten(0, 1).mT, beta=0, alpha=scaling)
+
+    logits = logits_of(turning, kept)
     if direct:
-        others = torch.bmm(query.reshape(batch * shared, -1, size), key.flatten(0, 1).mT)
-        logits = torch.cat((logits, others), 2)
+        logits = torch.cat((logits, logits_of(query, key)), 2)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if (mask := _mask_of_few(step, window)) is not None:
