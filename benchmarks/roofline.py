@@ -5,9 +5,8 @@ random weights, prompts in which 14 % of the image tokens are left, and measures
 
 - `linear`: projections and MLP, on all N tokens and on the M merged ones; one token when decoding;
 - `attention`, rotation of what is new included: of the untouched model to N tokens; of DyMU to N virtual tokens, of
-  all of them and of one representative of each group (in prefill), and with the cache that also keeps turned keys
-  (decoding); by the authors' way (expanded first; decoding, that is the untouched model's); and of the untouched model
-  to M tokens, as a floor.
+  all of them and, in prefill, of one representative of each group, which sees all of them or, in long prompts, near and
+  far ones; decoding, also with the cache that keeps turned keys; and of the untouched model to M tokens, as a floor.
 
 Operations are 2 for each multiplication and addition, attention counted over the pairs that causality lets see. Bytes
 are the fewest that must be read and written once: weights, inputs, outputs, cache entries.
@@ -30,8 +29,8 @@ from benchmarks import record
 from benchmarks.prompts import SIZES, Shape, plan, prompts, rotate, tensors, turn
 from dymu.measure.timing import now
 from dymu.token_map import TokenMap
-from dymu.unmerging import BACKENDS, History, Step, choose
-from dymu.unmerging.virtual import rows_behind, usual_order, virtual_keys, virtual_values
+from dymu.unmerging import BACKENDS, History, Step, choose, near_far
+from dymu.unmerging.virtual import rows_behind, usual_order, virtual_keys
 
 Run = Callable[[], Any]
 
@@ -143,11 +142,10 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
         else:
             at = representative.query_at
             asked_pairs = float((at + 1).sum())
-            name = "attention, DyMU, representative"
-            pieces += [
-                Part(phase, name, *cost(step.queries.width, asked_pairs, entries), attend(representative)),
-                Part(phase, "attention, expanded first", *untouched, _authors(query, key, value, step, scaling)),
-            ]
+            name, work = "attention, DyMU, representative", cost(step.queries.width, asked_pairs, entries)
+            pieces.append(Part(phase, name, *work, _from(2 * merged.tokens, attend(representative))))
+            if merged.tokens >= near_far.LONG:
+                pieces.append(Part(phase, f"{name}, near and far", *work, attend(representative)))
     return pieces
 
 
@@ -168,20 +166,17 @@ def _plain(shape: Shape, asked: int, seen: int, device: torch.device, dtype: tor
     return attend
 
 
-def _authors(query: Tensor, key: Tensor, value: Tensor, step: Step, scaling: float) -> Run:
-    """Expand queries, keys and values, rotate as stock models do, attend, average."""
-    group, width = step.queries.group, step.queries.width
-    positions = torch.arange(step.queries.tokens, device=group.device)[None]
-    cos, sin = (x.to(query.dtype) for x in turn(positions, query.shape[-1]))
+def _from(tokens: int, run: Run) -> Run:
+    """The same, where only prompts of so many tokens and more have near and far keys."""
 
-    def attend() -> Tensor:
-        q, k, v = (virtual_values(x, rows_behind(group, width, x.shape[1])) for x in (query, key, value))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        grouped = q.shape[1] != k.shape[1]
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        return step.queries.average(out.transpose(1, 2))
+    def limited() -> Any:
+        before, near_far.LONG = near_far.LONG, tokens
+        try:
+            return run()
+        finally:
+            near_far.LONG = before
 
-    return attend
+    return limited
 
 
 def main(

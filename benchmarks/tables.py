@@ -201,15 +201,14 @@ def _layer(phase: str, columns: dict[str, str]) -> str:
             for row in result["rows"]
             if (row["image_tokens"], row["kept"], row["phase"]) == (tokens, kept, phase)
         }
-        times = [of_part[part]["ms"] for part in columns]
-        cells = [f"{ms:,.2f}" if ms < 10 else f"{ms:,.0f}" for ms in times]
-        if phase == "prefill":
-            rate = f"{of_part['attention, DyMU']['gflops']:.0f} G/s"
-        else:
-            rate = f"{of_part['linear, merged']['gbytes_s']:.0f} GB/s"
-        rows.append([f"{tokens:,}", f"{kept:,}", *cells, rate])
-    last = "operations, DyMU's attention" if phase == "prefill" else "bytes, projections and MLP"
-    header = ["image tokens", "kept", *columns.values(), last]
+        times = [of_part[part]["ms"] if part in of_part else None for part in columns]
+        cells = ["" if ms is None else f"{ms:,.2f}" if ms < 10 else f"{ms:,.0f}" for ms in times]
+        merged = of_part["linear, merged"]["ms"]
+        floor = merged + of_part["attention, untouched on M tokens"]["ms"]
+        ours = [part for part in columns if "DyMU" in part and part in of_part]
+        ratios = [f"{(merged + of_part[part]['ms']) / floor:.2f}" for part in ours]
+        rows.append([f"{tokens:,}", f"{kept:,}", *cells, " · ".join(ratios)])
+    header = ["image tokens", "kept", *columns.values(), "the layer, over the floor"]
     return markdown(header, rows) + made_by(result)
 
 
@@ -221,8 +220,9 @@ def layer_prefill() -> str:
             "linear, untouched": "projections and MLP, all tokens",
             "linear, merged": "merged tokens",
             "attention, untouched": "attention, untouched",
-            "attention, DyMU": "DyMU",
-            "attention, expanded first": "authors' way",
+            "attention, DyMU": "exact",
+            "attention, DyMU, representative": "representative",
+            "attention, DyMU, representative, near and far": "near and far",
             "attention, untouched on M tokens": "untouched, M tokens",
         },
     )
@@ -235,7 +235,8 @@ def layer_decode() -> str:
         {
             "linear, merged": "projections and MLP",
             "attention, untouched": "attention, untouched",
-            "attention, DyMU": "DyMU",
+            "attention, DyMU": "merged cache",
+            "attention, DyMU, fast cache": "fast cache",
             "attention, untouched on M tokens": "untouched, M tokens",
         },
     )

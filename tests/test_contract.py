@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.cache_utils import StaticCache
 
@@ -26,6 +27,7 @@ from dymu.choices import CACHE_FORMS, UNMERGE
 from dymu.errors import AlreadyApplied, BadBudget, BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
 from dymu.families import FAMILIES
 from dymu.families.resolve import resolve
+from dymu.hooks.cache import ROOM
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.versions import cuts_encoded_images, going_on
 from dymu.reducers import AveragePool, FixedMerge, RandomKeep, ThresholdMerge
@@ -1001,6 +1003,44 @@ def test_cropping_a_cache_forgets_the_end(some_model):
         assert cache.get_seq_length() == ids.shape[1] - 3
         out = some_model(input_ids=ids[:, -3:], past_key_values=cache).logits
         tiny.close(out, expected, part=1e-4)
+
+
+@pytest.mark.parametrize("form", CACHE_FORMS)
+def test_a_cache_grows_past_its_room(some_model, form):
+    """Entries are written into room ahead, which two copies of a cache, or what was cropped, must not share."""
+    rows = [tiny.prompt(some_model, 4, "image", 7), tiny.prompt(some_model, 9, "image", 2)]
+    inputs = {**tiny.pad(rows, "left"), **tiny.shown(some_model, tiny.pictures(4)[1:3])}
+    length, steps = inputs["input_ids"].shape[1], ROOM + 6
+    more = torch.arange(2 * 2 * steps).view(2, 2, steps) % 40 + 3
+    with dymu.apply(some_model, merge=SOME, cache=form):
+        whole = [
+            some_model(**{**inputs, **_going_on(inputs, said)}, use_cache=False).logits[:, length - 1 : -1]
+            for said in more
+        ]
+        with torch.inference_mode():
+            first = some_model(**inputs)
+            caches = [first.past_key_values, copy.deepcopy(first.past_key_values)]
+        for step in range(steps - 1):
+            for cache, said, logits in zip(caches, more, whole, strict=True):
+                with torch.inference_mode() if step % 7 < 5 else torch.no_grad():
+                    ids, mask = said[:, step : step + 1], _going_on(inputs, said[:, : step + 1])["attention_mask"]
+                    out = some_model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, 0]
+                tiny.close(out, logits[:, step + 1], part=1e-4)
+            if step == 3:
+                shared = copy.copy(caches[0])
+                shared.layers = [copy.copy(layer) for layer in shared.layers]
+                for layer in shared.layers:
+                    layer.history = copy.deepcopy(layer.history) if layer.leads else shared.layers[0].history
+                with torch.inference_mode():
+                    some_model(input_ids=ids + 1, attention_mask=F.pad(mask, (0, 1), value=1), past_key_values=shared)
+
+
+def _going_on(inputs: dict[str, Any], said: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The ids and the mask with what was said behind."""
+    return {
+        "input_ids": torch.cat((inputs["input_ids"], said), 1),
+        "attention_mask": torch.cat((inputs["attention_mask"], torch.ones_like(said)), 1),
+    }
 
 
 def test_a_reset_cache_starts_over(some_model):
