@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
+import numpy as np
 import typer
 
 from benchmarks.record import RESULTS, ROOT, made_by, read
@@ -19,12 +21,12 @@ from dymu.bench.results import Bench
 from dymu.bench.results import load as load_bench
 from dymu.bench.summary import PARTS, CellSummary, Line, Ratio
 from dymu.bench.summary import summarise as summarise_bench
-from dymu.evaluation.methods import UNTOUCHED
+from dymu.choices import UNMERGE
+from dymu.evaluation.methods import UNTOUCHED, Row
 from dymu.evaluation.results import Results
-from dymu.evaluation.summary import ALL, RowSummary, Share, parts_by, summarise
+from dymu.evaluation.summary import ALL, RowSummary, Share, parts_by, share, summarise
 from dymu.evaluation.tables import (
     LIKENESS,
-    accuracy_table,
     cost_table,
     difference,
     likeness,
@@ -52,7 +54,9 @@ BENCH_OF_FAMILIES = (
     "bench-gemma3-4b.json",
 )  # fmt: skip
 EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
-METHODS = EVALUATION.with_name("methods.jsonl")
+METHODS, COSTS = (EVALUATION.with_name(f"{name}.jsonl") for name in ("methods", "costs"))
+DEFAULT = ("dtome", "reverse_linear")
+"""The method and the schedule on which forms of unmerging are compared."""
 
 
 def kept_tokens() -> str:
@@ -285,15 +289,36 @@ def accuracy_short() -> str:
     return markdown(header, rows)
 
 
-def compact() -> str:
-    """Ways to attend to the same merged tokens, and their paired differences from the untouched model."""
-    results = Results.load(EVALUATION.with_name("compact.jsonl"))
-    return f"{accuracy_table(summarise(results))}\n\n<sub>{provenance(results)}</sub>"
+def forms() -> str:
+    """Ways to attend to the same merged tokens, a column for each budget: what each loses, and how like it is."""
+    results = Results.load(METHODS)
+    exact = [row for row in results.header.rows if (row.method, row.schedule, row.unmerge) == (*DEFAULT, "exact")]
+    of_row = {summary.row: summary for summary in summarise(results)}
+    lines = []
+    for way in UNMERGE:
+        cells = []
+        for row in exact:
+            summary = of_row[msgspec.structs.replace(row, unmerge=way)]
+            lost = summary.difference[ALL] if way == "exact" else _paired(results, summary.row, row)
+            cells.append(f"{points(lost)}; {summary.divergence[ALL].mean:.3g}")
+        lines.append([f"{way}, against {'untouched' if way == 'exact' else 'exact'}", *cells])
+    full = of_row[UNTOUCHED].tokens_mean
+    header = ["points; KL from untouched", *(f"{of_row[row].tokens_mean:.0f} of {full:.0f} tokens" for row in exact)]
+    return f"{markdown(header, lines)}\n\n<sub>{provenance(results)}</sub>"
+
+
+def _paired(results: Results, row: Row, other: Row) -> Share:
+    """The score of one row less that of another, on each question."""
+    scores = [
+        np.concatenate([batch.scores for _, batch in sorted(results.answers[each.key].items())])
+        for each in (row, other)
+    ]
+    return share(scores[0] - scores[1], (-1, 1))
 
 
 def methods() -> str:
     """Points lost against the untouched model by every way to have fewer tokens, a column for each budget."""
-    results = Results.load(METHODS)
+    results = Results.load(METHODS).only(["exact"])
     summaries = summarise(results)
     rest = [row for row in summaries if row.row != UNTOUCHED]
     curves: dict[str, list[RowSummary]] = {}
@@ -313,7 +338,7 @@ def methods() -> str:
 
 def dynamic() -> str:
     """DToMe less ToMe, calibrated to about the same mean, and for parts of the scenes by what they hold."""
-    results = Results.load(METHODS)
+    results = Results.load(METHODS).only(["exact"])
     parts = parts_by(results, "objects")
     columns = [summarise(results, part, "tome") for part in (None, *parts)]
     header = ["DToMe", f"all, photos too ({columns[0][0].accuracy[ALL].n})"]
@@ -331,7 +356,7 @@ def dynamic() -> str:
 
 def costs_of_methods() -> str:
     """What a prompt costs with merging on each schedule, and with a smaller image."""
-    results = Results.load(METHODS)
+    results = Results.load(COSTS)
     chosen = [row for row in summarise(results) if row.row.method not in ("pool", "random")]
     return f"{cost_table(chosen)}\n\n<sub>{provenance(results)}</sub>"
 
@@ -356,7 +381,7 @@ def _percent(share: Share) -> str:
 FUNCTIONS = (
     kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, tiles,
     layer_prefill, layer_decode, memory, accuracy,
-    accuracy_short, accuracy_by_kind, compact, methods, dynamic, costs_of_methods, *studies.FUNCTIONS,
+    accuracy_short, accuracy_by_kind, forms, methods, dynamic, costs_of_methods, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 

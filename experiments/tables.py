@@ -126,4 +126,43 @@ def legibility_paired() -> str:
     return markdown(header, rows) + made_by(result)
 
 
-FUNCTIONS = (calibration_size, saliency, saliency_schedules, saliency_paired, legibility, legibility_paired)
+def forms_on_demo() -> str:
+    """KL(exact ‖ form) at the answers of the demo model, in nats, and KL(untouched ‖ exact)."""
+    result = read(RESULTS / "forms_on_demo.json")
+    header = ["nats per token", *(f"{row['budget']:.0%}" for row in result["rows"])]
+    rows = [
+        [_KL.get(form, form), *(_nats(row["forms"][form]) for row in result["rows"])]
+        for form in result["rows"][0]["forms"]
+    ]
+    return markdown(header, rows) + made_by(result)
+
+
+def forms_on_text() -> str:
+    """The same of a language model that was trained on text, at prompts of several lengths."""
+    result = read(RESULTS / "forms_on_text.json")
+    header = [
+        "nats per token",
+        *(f"{row['kept']:,.0f} of {row['tokens']:,} ({row['prompts']})" for row in result["rows"]),
+    ]
+    forms = dict.fromkeys(form for row in result["rows"] for form in row["forms"])
+    rows = [
+        [
+            _KL.get(form, form),
+            *(f"{row['forms'][form]['mean']:.3g}" if form in row["forms"] else "" for row in result["rows"]),
+        ]
+        for form in forms
+    ]
+    return markdown(header, rows) + made_by(result)
+
+
+_KL = {"untouched": "KL(untouched ‖ exact)"}
+
+
+def _nats(cell: dict[str, float]) -> str:
+    return f"{cell['mean']:.2g} [{cell['low']:.2g}, {cell['high']:.2g}]"
+
+
+FUNCTIONS = (
+    forms_on_demo, forms_on_text, calibration_size, saliency, saliency_schedules, saliency_paired, legibility,
+    legibility_paired,
+)  # fmt: skip

@@ -138,6 +138,11 @@ def report(
     chart: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy against tokens and time (one file only).")
     ] = None,
+    unmerge: Annotated[
+        list[UnmergeName] | None,
+        typer.Option("--unmerge", "-u", metavar="NAME", show_default="all",
+                     help="Only rows that unmerge so, and those with nothing to unmerge. Give several."),
+    ] = None,
     against: Annotated[
         MethodName | None,
         typer.Option(metavar="METHOD", help="Tell differences from this method's rows at the nearest budget.",
@@ -165,6 +170,8 @@ def report(
         if len(results) > 1:
             raise typer.BadParameter("--chart draws one result file; give one.")
     read = [(path, Results.load(path)) for path in results]
+    if unmerge:
+        read = [(path, _only(path, loaded, [way.value for way in unmerge])) for path, loaded in read]
     pages = _say(out, read, against.value if against else "untouched", by or [], quiet=output is not None)
     if output is not None:
         write_text(output, "\n\n".join(pages) + "\n")
@@ -287,6 +294,20 @@ def _say(
     if out.as_json or not quiet:
         out.result({"against": against, "results": printed}, lambda: out.markdown(pages))
     return pages
+
+
+def _only(path: Path, results: Any, ways: list[str]) -> Any:
+    """The results without other ways to unmerge.
+
+    Raises:
+        BadInput: that leaves nothing to compare.
+    """
+    there = dict.fromkeys(row.unmerge for row in results.header.rows if row.budget)
+    if not there.keys() & set(ways):
+        raise errors.BadInput(
+            f"{path} has no rows that unmerge by {' or '.join(ways)}; take some of: {', '.join(there) or '(none)'}."
+        )
+    return results.only(ways)
 
 
 def _unfinished(results: Any) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self, TypeVar
 
@@ -19,7 +19,7 @@ import msgspec
 
 from dymu.choices import UNMERGE
 from dymu.errors import BadOutput
-from dymu.evaluation.methods import FORMER, METHODS, Row
+from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Row
 from dymu.files import Amount, Count, decoded, escaped, first_line
 from dymu.measure.results import BadResults, check_same_run, read_bytes
 from dymu.measure.times import Cost
@@ -167,6 +167,15 @@ class Results:
     answers: dict[str, dict[tuple[str, int], Answers]] = field(default_factory=dict)
     costs: dict[str, dict[tuple[str, int], Cost]] = field(default_factory=dict)
     asked: set[tuple[str, int]] = field(default_factory=set)
+
+    def only(self, unmerge: Collection[str]) -> Results:
+        """The same without the rows that unmerge in other ways; a row whose method leaves nothing to unmerge stays."""
+        rows = [
+            row
+            for row in self.header.rows
+            if row == UNTOUCHED or METHODS[row.method].leaves == "grid" or row.unmerge in unmerge
+        ]
+        return replace(self, header=msgspec.structs.replace(self.header, rows=rows))
 
     def take(self, line: Line) -> None:
         """Add one line."""
