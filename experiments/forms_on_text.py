@@ -34,8 +34,9 @@ from training.vlm.gguf import Gguf
 
 SIZES = {576: (576, 1), 2916: (729, 4), 7290: (729, 10)}
 """Image tokens of a prompt: those of a picture, and pictures."""
-SAMPLES = {576: 8, 2916: 4, 7290: 2}
-KEPT = (0.3, 0.15)
+SAMPLES = {576: 6, 2916: 3, 7290: 1}
+KEPT = {576: (173, 89), 729: (182, 102)}
+"""Recorded budgets of a picture of so many tokens."""
 
 THINGS = (
     "sky", "grass", "tree", "house", "road", "river", "dog", "cat", "horse", "boat", "car", "wall", "table", "chair",
@@ -120,10 +121,10 @@ class Prompt:
         number: of the sample; it says which photos, which regions and which things.
     """
 
-    def __init__(self, lm: Language, size: int, kept: float, number: int):
+    def __init__(self, lm: Language, size: int, budget: int, number: int):
         tokens, pictures = SIZES[size]
         merges, chance = recorded(tokens), torch.Generator().manual_seed(number)
-        budget, photos, side = merges.budget_near(kept), len(merges.photos), round(tokens**0.5)
+        photos, side = len(merges.photos), round(tokens**0.5)
         place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1)
         place = (place + 0.5) / side
         features, items, self.kept = list[Tensor](), list[Item](), 0
@@ -181,25 +182,25 @@ def divergence(of: Tensor, other: Tensor) -> float:
 
 def main(
     size: Annotated[int | None, typer.Option(help="Image tokens of a prompt; left out: all.")] = None,
-    prompts: Annotated[int | None, typer.Option(help="Of each size and fraction; left out: 8, 4 and 2.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Of each size and budget; left out: 6, 3 and 1.")] = None,
 ) -> None:
     """Compare all forms with `exact`."""
     lm = language_model()
     sizes = {tokens: prompts or count for tokens, count in SAMPLES.items() if size in (None, tokens)}
     rows = list[dict[str, Any]]()
     with Bar(True) as bar:
-        todo = bar.add_task("", total=sum(sizes.values()) * len(KEPT) * (len(FORMS) + 2))
+        todo = bar.add_task("", total=sum(sizes.values()) * 2 * (len(FORMS) + 2))
         for tokens, count in sizes.items():
-            for fraction in KEPT:
+            for budget in KEPT[SIZES[tokens][0]]:
                 measured: dict[str, list[float]] = {form: [] for form in ("untouched", *FORMS)}
                 left = list[int]()
                 for number in range(count):
-                    prompt = Prompt(lm, tokens, fraction, number)
+                    prompt = Prompt(lm, tokens, budget, number)
                     left.append(prompt.kept)
                     exact = log_probs(lm.model, prompt, {"unmerge": "exact"})
                     bar.advance(todo)
                     for form in measured:
-                        bar.update(todo, description=f"{tokens} tokens, {fraction:g}: {form}")
+                        bar.update(todo, description=f"{tokens} tokens, {budget}: {form}")
                         if (other := _of_form(lm.model, prompt, form, tokens)) is not None:
                             pair = (other, exact) if form == "untouched" else (exact, other)
                             measured[form].append(divergence(*pair))
