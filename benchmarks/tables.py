@@ -354,6 +354,26 @@ def dynamic() -> str:
     return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
 
 
+def schedules() -> str:
+    """The three schedules: what each loses, how like the untouched model it is, and when it says its first token."""
+    results, costs = Results.load(METHODS).only(["exact"]), Results.load(COSTS)
+    spent = {summary.row: summary.costs for summary in summarise(costs)}
+    lines: dict[str, list[str]] = {}
+    budgets = dict[int, str]()
+    summaries = summarise(results)
+    for summary in summaries:
+        if summary.row.method == "dtome" and (cost := spent[summary.row]) is not None:
+            budgets[summary.row.budget] = f"{summary.row.budget / summaries[0].tokens_mean:.0%}"
+            cell = (
+                f"{points(summary.difference[ALL])}; {summary.divergence[ALL].mean:.3g}; {cost.first_token_ms:.0f} ms"
+            )
+            lines.setdefault(summary.row.schedule, []).append(cell)
+    untouched = spent[UNTOUCHED]
+    assert untouched is not None
+    header = [f"untouched: {untouched.first_token_ms:.0f} ms", *budgets.values()]
+    return markdown(header, [[f"`{name}`", *cells] for name, cells in lines.items()])
+
+
 def costs_of_methods() -> str:
     """What a prompt costs with merging on each schedule, and with a smaller image."""
     results = Results.load(COSTS)
@@ -381,7 +401,7 @@ def _percent(share: Share) -> str:
 FUNCTIONS = (
     kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, tiles,
     layer_prefill, layer_decode, memory, accuracy,
-    accuracy_short, accuracy_by_kind, forms, methods, dynamic, costs_of_methods, *studies.FUNCTIONS,
+    accuracy_short, accuracy_by_kind, forms, methods, dynamic, schedules, costs_of_methods, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 

@@ -406,6 +406,17 @@ def test_evaluate_and_report(dymu_command, refused, folder, asked, tmp_path):
     )
 
 
+def test_a_report_of_some_ways_to_unmerge(dymu_command, refused, folder, asked, tmp_path):
+    results = tmp_path / "r.jsonl"
+    run = ["evaluate", folder, "-t", asked, "-b", FEWEST, "-m", "dtome", "-u", "exact", "-u", "none", "-o", results]
+    assert dymu_command(*run, "--timed", 0)[0] == 0
+    _, out, _ = dymu_command("report", results, "-u", "none", "--json")
+    (told,) = last_object(out)["results"]
+    assert [row["row"]["unmerge"] for row in told["rows"]] == ["none", "none"]
+    assert [row["row"]["method"] for row in told["rows"]] == ["untouched", "dtome"]
+    assert "no rows that unmerge by restore; take some of: exact, none" in refused("report", results, "-u", "restore")
+
+
 def test_evaluate_refuses(refused, folder, asked, tmp_path):
     end = ("-o", tmp_path / "r.jsonl")
     assert "does not exist" in refused("evaluate", folder, "-t", "nothing", *end)

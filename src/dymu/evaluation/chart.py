@@ -51,7 +51,10 @@ def draw_chart(summaries: Sequence[RowSummary], path: Path) -> None:
         panel.set_xlabel("encoder + prefill, ms")
     if compared:
         panel = panels[count - 1]
-        _panel(chart, panel, summaries, lambda summary: summary.divergence.get(ALL), _tokens)
+        rows = [summary for summary in summaries if summary.row != UNTOUCHED]
+        _panel(chart, panel, rows, lambda summary: summary.divergence.get(ALL), _tokens)
+        if all(row.divergence[ALL].low > 0 for row in rows if ALL in row.divergence):
+            panel.set_yscale("log")
         panel.set_title("KL(untouched ‖ method), all kinds", fontsize=10)
         panel.set_xlabel("image tokens, mean")
         panel.set_ylabel("nats per token of the answer")
