@@ -144,7 +144,7 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
             asked_pairs = float((at + 1).sum())
             name, work = "attention, DyMU, representative", cost(step.queries.width, asked_pairs, entries)
             pieces.append(Part(phase, name, *work, _from(2 * merged.tokens, attend(representative))))
-            if merged.tokens >= near_far.LONG:
+            if merged.tokens >= near_far.LONG and choose("auto") == "sdpa":  # no other backend has near and far keys
                 pieces.append(Part(phase, f"{name}, near and far", *work, attend(representative)))
     return pieces
 

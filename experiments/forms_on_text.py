@@ -34,7 +34,7 @@ from training.vlm.gguf import Gguf
 
 SIZES = {576: (576, 1), 2916: (729, 4), 7290: (729, 10)}
 """Image tokens of a prompt: those of a picture, and pictures."""
-SAMPLES = {576: 6, 2916: 3, 7290: 1}
+SAMPLES = {576: 12, 2916: 6, 7290: 3}
 KEPT = {576: (173, 89), 729: (182, 102)}
 """Recorded budgets of a picture of so many tokens."""
 
@@ -182,7 +182,7 @@ def divergence(of: Tensor, other: Tensor) -> float:
 
 def main(
     size: Annotated[int | None, typer.Option(help="Image tokens of a prompt; left out: all.")] = None,
-    prompts: Annotated[int | None, typer.Option(help="Of each size and budget; left out: 6, 3 and 1.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Of each size and budget; left out: 12, 6 and 3.")] = None,
 ) -> None:
     """Compare all forms with `exact`."""
     lm = language_model()
