@@ -18,9 +18,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import dymu
 from benchmarks.record import ROOT, write
 from dymu.evaluation.divergence import divergence
+from dymu.evaluation.rows import encoded
 from dymu.evaluation.tasks.folder import Folder
 from dymu.measure.progress import Bar
-from dymu.prompting import Answer, answers, encoded, inputs_for, logits_of
+from dymu.prompting import Answer, answers, inputs_for, logits_of
 
 MODEL, BUDGETS, BATCH = "models/demo", (0.5, 0.3, 0.15, 0.08), 20
 FORMS: dict[str, dict[str, Any]] = {
@@ -41,6 +42,7 @@ def main(
     """Compare all forms with `exact`."""
     model, processor = (kind.from_pretrained(ROOT / MODEL) for kind in (AutoModelForImageTextToText, AutoProcessor))
     task = Folder(questions)
+    limit = min(limit, len(task))
     measured = {budget: {form: list[float]() for form in ("untouched", *FORMS)} for budget in BUDGETS}
     with Bar(True) as bar:
         todo = bar.add_task("questions", total=limit)

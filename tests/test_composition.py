@@ -202,7 +202,11 @@ def test_an_exchanged_part_that_computes_something_else_is_refused_by_every_call
         for _ in range(2):
             with pytest.raises(UnsupportedModel, match="layer 2 of the vision encoder does not compute"):
                 model(**inputs)
+        text = {"input_ids": torch.arange(3, 9)[None]}
+        with pytest.raises(UnsupportedModel, match="layer 2 of the vision encoder does not compute"):
+            model(**text)
         layers[2] = before
+        assert torch.isfinite(model(**text).logits).all()
         assert torch.equal(model(**inputs).logits, expected)
         assert handle.last.kept
     assert "forward" not in before.__dict__

@@ -1035,6 +1035,39 @@ def test_a_cache_grows_past_its_room(some_model, form):
                     some_model(input_ids=ids + 1, attention_mask=F.pad(mask, (0, 1), value=1), past_key_values=shared)
 
 
+@pytest.mark.parametrize("form", CACHE_FORMS)
+def test_a_cache_goes_on_in_another_precision(some_model, form):
+    """What a prefill under autocast left is read without it, as by the untouched model, and the other way round."""
+    inputs = {
+        "input_ids": tiny.prompt(some_model, 4, "image", 7)[None],
+        **tiny.shown(some_model, tiny.pictures(4)[1:2]),
+    }
+    more = torch.tensor([[5], [6]])
+    with dymu.apply(some_model, merge=SOME, cache=form), torch.no_grad():
+        for first in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=first):
+                cache = some_model(**inputs).past_key_values
+            for token, cast in zip(more, (not first, first), strict=True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                    logits = some_model(input_ids=token[None], past_key_values=cache).logits
+                assert torch.isfinite(logits).all()
+
+
+def test_gradients_after_tokens_without(some_model):
+    torch.set_grad_enabled(True)
+    ids, image = tiny.prompt(some_model, 4, "image", 7)[None], tiny.shown(some_model, tiny.pictures(4)[1:2])
+    with dymu.apply(some_model, merge=SOME, cache="fast"):
+        with torch.no_grad():
+            cache = some_model(input_ids=ids, **image).past_key_values
+        with torch.inference_mode():
+            some_model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        embeds = some_model.get_input_embeddings()(torch.tensor([[6]])).detach().requires_grad_()
+        logits = some_model(inputs_embeds=embeds, past_key_values=cache).logits
+        logits.square().sum().backward()
+    assert embeds.grad is not None
+    assert embeds.grad.abs().sum() > 0
+
+
 def _going_on(inputs: dict[str, Any], said: torch.Tensor) -> dict[str, torch.Tensor]:
     """The ids and the mask with what was said behind."""
     return {

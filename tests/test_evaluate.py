@@ -25,7 +25,7 @@ from dymu.choices import UNMERGE
 from dymu.errors import AlreadyApplied, BadBudget, BadImage, BadOutput, BadPrompt, DymuError, UnsupportedModel
 from dymu.evaluation.chart import draw_chart
 from dymu.evaluation.divergence import divergence, divergences
-from dymu.evaluation.methods import METHODS, UNTOUCHED, Method, Row, rows_for
+from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Method, Row, rows_for
 from dymu.evaluation.results import Answers, Examples, Header, Line, Model, ResultFile, Results
 from dymu.evaluation.rows import running
 from dymu.evaluation.run import evaluate, full_tokens
@@ -39,6 +39,7 @@ from dymu.measure.costs import cost
 from dymu.measure.results import BadResults
 from dymu.measure.times import Cost
 from dymu.prompting import Answer, generate, inputs_for
+from dymu.reducers import Reduced, Stride, Tokens
 from dymu.thresholds import Calibrated, Thresholds
 
 WORDS = ("red", "cat", "a")
@@ -188,6 +189,36 @@ def test_forms_of_unmerging_share_an_encoding(model, processor, thresholds, tmp_
     monkeypatch.setattr(type(model.model.vision_tower), "forward", counted)
     evaluate(model, processor, [Words()], rows, tmp_path / "r.jsonl", thresholds=[thresholds], batch_size=7, timed=0)
     assert calls["tower"] == 3, "untouched, thresholds, random"
+
+
+@dataclass(frozen=True)
+class AskedStride(Stride):
+    """Keeps tokens by a question that it must be able to read."""
+
+    def in_prompt(self, tokens: Tokens) -> Reduced:
+        assert len(tokens.text) > 0
+        return super().in_prompt(tokens)
+
+
+def test_methods_may_read_the_question(model, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(dymu.reducers, "AskedStride", AskedStride, raising=False)
+    monkeypatch.setitem(METHODS, "asked", Method("asked", "asked", "black", "AskedStride", leaves="singles"))
+    rows = [UNTOUCHED, Row("asked", 16, "exact"), Row("stride", 16, "exact")]
+    results = evaluate(model, processor, [Words()], rows, tmp_path / "r.jsonl", batch_size=4, timed=0)
+    for start in (0, 4):
+        asked, stride = (results.answers[row.key]["words", start] for row in rows[1:])
+        assert asked == stride
+
+
+def test_rows_of_some_ways_to_unmerge(model, processor, thresholds, tmp_path):
+    rows = rows_for([16], ["dtome", "random"], ["original", "none"])
+    results = evaluate(model, processor, [Words()], rows, tmp_path / "r.jsonl", thresholds=[thresholds], timed=0)
+    schedule = "reverse_linear"
+    original, random = Row("dtome", 16, "original", schedule), Row("random", 16, "exact")
+    assert results.only(["original"]).header.rows == [UNTOUCHED, original, random]
+    former = msgspec.structs.replace(results.header, rows=[UNTOUCHED, Row("dtome", 16, FORMER, schedule)])
+    assert len(replace(results, header=former).only(["original"]).header.rows) == 2
+    assert len(replace(results, header=former).only(["none"]).header.rows) == 1
 
 
 @dataclass(frozen=True)

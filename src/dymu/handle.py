@@ -345,6 +345,7 @@ class Handle:
         Raises:
             UnsupportedModel: they are not what the description says.
         """
+        seeing = seeing or self._refused is not None
         if not _unchanged(self._places, seeing):
             with self._state.alone_within():
                 if not _unchanged(self._places, seeing):
@@ -518,12 +519,12 @@ def _places(parts: Parts | LoneEncoder) -> Places:
     """The ways from the model to the modules that DyMU relies on, and what stands in the place of their `forward` and
     `config`."""
     paths = {id(module): path for path, module in parts.model.named_modules()}
-    seen, every = dict[tuple[int, str], Place](), dict[tuple[int, str], Place]()
-    seeing = set[int]() if isinstance(parts, LoneEncoder) else {id(module) for module in parts.vision if module}
+    vision, rest = dict[tuple[int, str], Place](), dict[tuple[int, str], Place]()
+    of_vision = set[int]() if isinstance(parts, LoneEncoder) else {id(module) for module in parts.vision if module}
     for module in parts.relied_on:
         if module is None:
             continue
-        places = seen if id(module) in seeing else every
+        places = vision if id(module) in of_vision else rest
         path, parent = paths.get(id(module), ""), parts.model
         for name in path.split(".") if path else ():
             child: Any = parent._modules[name]
@@ -531,7 +532,7 @@ def _places(parts: Parts | LoneEncoder) -> Places:
             parent = child
         for name in ("forward", "config"):
             places[id(module), name] = (module.__dict__, name, module.__dict__.get(name))
-    return Places([place for key, place in seen.items() if key not in every], list(every.values()))
+    return Places([place for key, place in vision.items() if key not in rest], list(rest.values()))
 
 
 def _unchanged(places: Places | None, seeing: bool) -> bool:

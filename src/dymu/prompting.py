@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -113,21 +112,6 @@ def _called(processor: Any, texts: list[str], **items: Any) -> Any:
         text=texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
         add_special_tokens=adds_special_tokens(processor.tokenizer, texts[0]), **items,
     )  # fmt: skip
-
-
-@torch.inference_mode()
-def encoded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a model takes, with the images encoded as the model is now: for several calls, in any form of unmerging.
-
-    A model that takes no encoded images gets what it got.
-    """
-    if inputs.get("pixel_values") is None or not model._supports_mm_encoder_outputs():
-        return inputs
-    inner: Any = resolve(model).inner
-    names = inspect.signature(type(inner).get_image_features).parameters
-    taken = {name: inputs[name] for name in names if name in inputs}
-    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    return {**rest, "mm_encoder_outputs": {"image": inner.get_image_features(**taken, return_dict=True)}}
 
 
 def image_tokens(model: Any, inputs: dict[str, Any]) -> list[int]:

@@ -302,7 +302,9 @@ def _only(path: Path, results: Any, ways: list[str]) -> Any:
     Raises:
         BadInput: that leaves nothing to compare.
     """
-    there = dict.fromkeys(row.unmerge for row in results.header.rows if row.budget)
+    from dymu.evaluation.methods import way_of
+
+    there = dict.fromkeys(way_of(row) for row in results.header.rows if row.budget)
     if not there.keys() & set(ways):
         raise errors.BadInput(
             f"{path} has no rows that unmerge by {' or '.join(ways)}; take some of: {', '.join(there) or '(none)'}."

@@ -53,7 +53,8 @@ def draw_chart(summaries: Sequence[RowSummary], path: Path) -> None:
         panel = panels[count - 1]
         rows = [summary for summary in summaries if summary.row != UNTOUCHED]
         _panel(chart, panel, rows, lambda summary: summary.divergence.get(ALL), _tokens)
-        if all(row.divergence[ALL].low > 0 for row in rows if ALL in row.divergence):
+        lows = [row.divergence[ALL].low for row in rows if ALL in row.divergence]
+        if lows and min(lows) > 0:
             panel.set_yscale("log")
         panel.set_title("KL(untouched ‖ method), all kinds", fontsize=10)
         panel.set_xlabel("image tokens, mean")

@@ -36,10 +36,9 @@ def divergences(
     if any(of_prompt is None for of_prompt in logits):
         placeholders = torch.tensor(list(resolve(model).placeholders.values()))
         held = [torch.isin(before.tokens, placeholders.to(before.tokens.device)) for before in untouched]
-        said = [
-            before.tokens.where(~placeholder, int(ids[-1]))
-            for before, placeholder, ids in zip(untouched, held, inputs["input_ids"], strict=True)
-        ]
+        ids = inputs["input_ids"]
+        word = int(ids[~torch.isin(ids, placeholders.to(ids.device))][-1])
+        said = [before.tokens.where(~placeholder, word) for before, placeholder in zip(untouched, held, strict=True)]
         again = logits_of(model, inputs, said)
         logits = [
             same if same is not None else None if placeholder.any() else other

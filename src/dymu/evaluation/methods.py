@@ -49,6 +49,11 @@ class Method:
     square: bool = False
     of_images: bool = True
 
+    def unmerges(self, way: str) -> str:
+        """The first of the ways to unmerge that give the same as this one."""
+        of_singles = way if way in ("none", "restore") else "exact"
+        return {"groups": way, "singles": of_singles, "grid": "none"}[self.leaves]
+
     def make(self, row: Row, part: float, seed: int) -> Reducer:
         """The reducer for a row.
 
@@ -111,6 +116,11 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 UNTOUCHED = Row("untouched")
 
 
+def way_of(row: Row) -> str:
+    """How a row unmerges, by its present name."""
+    return "original" if row.unmerge == FORMER else row.unmerge
+
+
 def check_names(methods: Iterable[str], unmerge: Iterable[str]) -> None:
     """Raises: ValueError, unless these are names of methods and of ways to unmerge."""
     for what, names, known in (("method", methods, tuple(METHODS)), ("way to unmerge", unmerge, UNMERGE)):
@@ -139,9 +149,7 @@ def rows_for(
     for budget in sorted(set(budgets), reverse=True):
         for method in (METHODS[name] for name in methods if name != "untouched"):
             kept = max(round(math.sqrt(budget)), 1) ** 2 if method.square else budget
-            for schedule in schedules if method.schedules is None else method.schedules:
-                for way in ways:
-                    of_singles = way if way in ("none", "restore") else "exact"
-                    effective = {"groups": way, "singles": of_singles, "grid": "none"}
-                    rows.append(Row(method.name, kept, effective[method.leaves], schedule))
+            for way in ways:
+                for schedule in schedules if method.schedules is None else method.schedules:
+                    rows.append(Row(method.name, kept, method.unmerges(way), schedule))
     return list(dict.fromkeys(rows))

@@ -19,7 +19,7 @@ import msgspec
 
 from dymu.choices import UNMERGE
 from dymu.errors import BadOutput
-from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Row
+from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Row, way_of
 from dymu.files import Amount, Count, decoded, escaped, first_line
 from dymu.measure.results import BadResults, check_same_run, read_bytes
 from dymu.measure.times import Cost
@@ -169,11 +169,11 @@ class Results:
     asked: set[tuple[str, int]] = field(default_factory=set)
 
     def only(self, unmerge: Collection[str]) -> Results:
-        """The same without the rows that unmerge in other ways; a row whose method leaves nothing to unmerge stays."""
+        """The same with the rows that unmerge in these ways, or in one that equals one of them, or have nothing to."""
         rows = [
             row
             for row in self.header.rows
-            if row == UNTOUCHED or METHODS[row.method].leaves == "grid" or row.unmerge in unmerge
+            if row == UNTOUCHED or way_of(row) in {METHODS[row.method].unmerges(way) for way in unmerge}
         ]
         return replace(self, header=msgspec.structs.replace(self.header, rows=rows))
 

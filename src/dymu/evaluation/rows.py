@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from dymu.errors import BadBudget, UnsupportedModel
 from dymu.evaluation.methods import METHODS, Row, check_names
 from dymu.families.resolve import find, resolve
-from dymu.handle import Handle, applied
+from dymu.handle import Handle, applied, handle_of
 from dymu.thresholds import Thresholds
 
 
@@ -78,6 +80,23 @@ def running(
     else:
         with applied(model, options) as handle:
             yield handle
+
+
+@torch.inference_mode()
+def encoded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a model takes, with its images encoded as the model is now: for several calls, in any form of unmerging.
+
+    A model whose `forward` takes no encoded images gets pixels.
+    """
+    if inputs.get("pixel_values") is None or not model._supports_mm_encoder_outputs():
+        return inputs
+    inner: Any = resolve(model).inner
+    names = set(inspect.signature(type(inner).get_image_features).parameters)
+    if handle_of(model) is not None:
+        names |= {"input_ids", "attention_mask"}  # for reducers that read the question
+    taken = {name: value for name, value in inputs.items() if name in names}
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return {**rest, "mm_encoder_outputs": {"image": inner.get_image_features(**taken, return_dict=True)}}
 
 
 @contextmanager

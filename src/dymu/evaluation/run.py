@@ -28,7 +28,7 @@ from dymu.evaluation.results import (
     Results,
     as_written,
 )
-from dymu.evaluation.rows import check, running
+from dymu.evaluation.rows import check, encoded, running
 from dymu.evaluation.tasks import Example, Task, check_tasks, described, example_of, length_of, score_of
 from dymu.families.resolve import resolve
 from dymu.files import escaped, expanded
@@ -38,7 +38,7 @@ from dymu.measure.progress import Bar
 from dymu.measure.provenance import device_name, fingerprint, short_hash, thresholds_hash, versions
 from dymu.measure.results import BadResults
 from dymu.measure.times import Cost
-from dymu.prompting import Answer, answers, check_question, encoded, image_tokens, inputs_for, items_by_prompt
+from dymu.prompting import Answer, answers, check_question, image_tokens, inputs_for, items_by_prompt
 from dymu.thresholds import Thresholds
 
 SAMPLE = 16
@@ -121,11 +121,13 @@ def evaluate(
     )
     with ResultFile(expanded(output), header) as file, Bar(progress, remaining=False) as bar:
         asker = _Asker(file, model, processor, by_schedule, tokens, seed)
+        encodings = [_encoding(row) for row in rows]
+        by_encoding = sorted(rows, key=lambda row: encodings.index(_encoding(row)))
         todo = bar.add_task("", total=sum(lengths.values()) * len(rows))
         for task, (name, length) in zip(tasks, lengths.items(), strict=True):
             for start in range(0, length, batch_size):
                 batch = _Batch(asker, task, name, start, min(start + batch_size, length))
-                for row in rows:
+                for row in by_encoding:
                     bar.update(todo, description=f"{name} · {row.key}")
                     batch.answer(row)
                     bar.advance(todo, batch.stop - batch.start)
@@ -193,7 +195,11 @@ class _Asker:
 
 @dataclass
 class _Batch:
-    """Some examples of a task, loaded when the first row that has not answered them yet asks for them."""
+    """Some examples of a task, loaded when the first row that has not answered them yet asks for them.
+
+    Attributes:
+        newest: the last encoding of their images, and how they were encoded, see `_encoding`.
+    """
 
     asker: _Asker
     task: Task
@@ -293,9 +299,9 @@ class _Batch:
     def encoded(self, row: Row) -> dict[str, Any]:
         """The prompts with their images encoded as the row says; to be had while it changes the model.
 
-        Rows that differ in how they unmerge alone share an encoding. The newest is kept.
+        Rows that differ in how they unmerge alone share an encoding.
         """
-        encoding = msgspec.structs.replace(row, unmerge="none")
+        encoding = _encoding(row)
         if self.newest is None or self.newest[0] != encoding:
             inputs = self.inputs_of() if row.method == "downscale" else self.inputs
             self.newest = encoding, encoded(self.asker.model, inputs)
@@ -318,3 +324,8 @@ class _Batch:
     def untouched(self) -> list[Answer]:
         """The untouched model's answers, which every row is compared with; to be had while no row changes the model."""
         return self.answers(self.encoded(UNTOUCHED)) if self.examples else []
+
+
+def _encoding(row: Row) -> Row:
+    """What rows have in common whose images are encoded alike."""
+    return msgspec.structs.replace(row, unmerge="none")

@@ -22,13 +22,12 @@ from dymu.choices import CacheForm
 from dymu.errors import UnsupportedCache
 from dymu.hooks.versions import EMPTY_LAYERS
 from dymu.unmerging import History
-
-ROOM = 64
-"""Entries that a layer of the cache has room for ahead."""
+from dymu.unmerging.history import ROOM
 
 
 class Room:
-    """Memory in which keys or values grow without a copy of all of them for each token."""
+    """Memory in which keys or values grow without a copy of all of them for each token: it has room for `ROOM` entries
+    ahead. With gradients, and where something else stores them in another dtype, they are copied."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
@@ -37,7 +36,8 @@ class Room:
     def after(self, before: Tensor, new: Tensor) -> Tensor:
         """[B, H, entries, D]: what came before, [B, H, any, D] or of no size, followed by what is new."""
         stored = before.shape[-2] if before.numel() else 0
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        cast = stored and before.dtype != new.dtype
+        if cast or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.cat((before, new), -2)
         entries, memory = stored + new.shape[-2], self._memory
         if memory is None or entries > memory.shape[-2] or not self._ends(stored, before):
@@ -55,6 +55,7 @@ class Room:
             memory is not None
             and stored == self._written > 0
             and memory.data_ptr() == before.data_ptr()
+            and memory.dtype == before.dtype
             and memory.shape[0] == len(before)
             and (not memory.is_inference() or torch.is_inference_mode_enabled())
         )
@@ -242,9 +243,10 @@ def _sizes(cache: Cache, history: History) -> tuple[dict[int | None, int], int]:
                 grows[layer.window] += _bytes(layer) // max(history.entries, 1)
             else:
                 rest += _bytes(layer)
+        if not history.entries:
+            return dict(grows), rest
         history.sizes = dict(grows), rest
-    sizes: tuple[dict[int | None, int], int] = history.sizes
-    return sizes
+    return history.sizes
 
 
 def _bytes(layer: Any) -> int:

@@ -116,8 +116,7 @@ class LanguageHooks:
         state, decoder = self._state, self.parts.language_model
         within = state.unmerging, state.mapped, state.turns, state.wanted
         inputs = arguments_of(decoder, "forward", args, kwargs)
-        if not state.inside:
-            refuse_attention_weights(inputs, decoder.config)
+        refuse_attention_weights(inputs, decoder.config)
         if decoder.training and drops_out(decoder):
             warn_of_dropout(state.calls.warned)
         as_tuple = inputs.pop("return_dict", None) is False

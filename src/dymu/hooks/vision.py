@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import Modality, Parts, find
-from dymu.hooks.call import CallState, Features, arguments_of, carry_items
+from dymu.hooks.call import CallState, Features, Prompts, arguments_of, carry_items
 from dymu.hooks.probe import differ, mixing
 from dymu.hooks.refusals import (
     drops_out,
@@ -94,9 +94,21 @@ class VisionHooks:
     def features(self, modality: Modality, get_features: Method, *args: Any, **kwargs: Any) -> Any:
         """`get_features` with an encoder that merges. Its features carry their items wherever they go.
 
+        The prompts that ask about them may come along as `input_ids` and `attention_mask`, for reducers that read them.
+
         Raises:
             UnsupportedModel: what is asked of the encoder cannot be had with merged tokens.
         """
+        state, before = self._state, self._state.asked
+        ids, present = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
+        try:
+            if ids is not None:
+                state.asked = Prompts.of(self.parts, ids, present=present)
+            return self._features(modality, get_features, *args, **kwargs)
+        finally:
+            state.asked = before
+
+    def _features(self, modality: Modality, get_features: Method, *args: Any, **kwargs: Any) -> Any:
         state, family = self._state, self.parts.family
         within = state.encoding
         if within is not None and within.run is None and (modality, within.modality) == ("image", "video"):

@@ -57,17 +57,17 @@ class Tokens:
 
 
 ROOM = 64
-"""Tokens that virtual keys have room for ahead, so that a new one of each row is no copy of all before."""
+"""Tokens that there is room for ahead, so that a new one of each row is no copy of all before."""
 
 
 class Keys:
     """Cached tokens as virtual keys: first those whose entry's key stands elsewhere, then one for each entry.
 
     Args:
-        slots, places, sizes: of these, and of the tokens that may follow, see `slot`, `place`, `size`.
+        slots, places, sizes: of these, and of tokens that may follow, see `slot`, `place`, `size`.
         turn: complex [B, E, P], see `Tokens`; None: none has to turn.
         turned: E.
-        count: E + M.
+        count: E + M, how many of them there are so far.
         reach: entries from the first one on, behind which there is none that a key to turn is of.
 
     Attributes:
@@ -124,29 +124,22 @@ class Keys:
         behind = torch.where(there, tokens.slot, entries)
         size = begin.float().zero_().scatter_add_(1, behind, torch.ones_like(own, dtype=torch.float32))[:, :entries]
         places = torch.cat((tokens.place.gather(1, order), place), 1)
-        return cls._with_room(
-            torch.cat((slot, direct), 1), places, size, entries, tokens.place[:, -1:] + 1, turn, turned, entries
-        )
+        keys = cls(torch.cat((slot, direct), 1), places, size, turn, turned, turned + entries, entries)
+        return keys._with_room(tokens.place[:, -1:] + 1, ROOM)
 
-    @classmethod
-    def _with_room(
-        cls, slot: Tensor, place: Tensor, size: Tensor, entries: int, next_place: Tensor, *rest: Any, room: int = ROOM
-    ) -> Keys:
-        turn, turned, reach = rest
-        ahead = torch.arange(room, device=slot.device).expand(len(slot), -1)
-        slots = torch.cat((slot, ahead + entries), 1)
-        places = torch.cat((place, ahead + next_place), 1)
-        sizes = torch.cat((size, torch.ones_like(ahead, dtype=size.dtype)), 1)
-        return cls(slots, places, sizes, turn, turned, slot.shape[1], reach)
+    def _with_room(self, next_place: Tensor, room: int) -> Keys:
+        """The same with room for more tokens, of which the first would stand at `next_place`, int64 [B, 1]."""
+        ahead = torch.arange(room, device=self._slots.device).expand(len(self._slots), -1)
+        slots = torch.cat((self._slots, ahead + self._slots.shape[1] - self.turned), 1)
+        places = torch.cat((self._places, ahead + next_place), 1)
+        sizes = torch.cat((self._sizes, torch.ones_like(ahead, dtype=self._sizes.dtype)), 1)
+        return Keys(slots, places, sizes, self.turn, self.turned, self.count, self.reach)
 
     def then(self, tokens: int) -> Keys:
         """Followed by so many tokens of every row, each an entry of its own."""
         keys, count = self, self.count + tokens
         if count > self._slots.shape[1]:
-            keys = self._with_room(
-                self._slots, self._places, self._sizes, self._slots.shape[1] - self.turned,
-                self._places[:, -1:] + 1, self.turn, self.turned, self.reach, room=max(tokens, ROOM),
-            )  # fmt: skip
+            keys = self._with_room(self._places[:, -1:] + 1, max(tokens, ROOM))
         after = Keys(keys._slots, keys._places, keys._sizes, self.turn, self.turned, count, self.reach)
         after.memo = self.memo
         return after
@@ -182,7 +175,7 @@ class History:
         packed: how the rows of the newest tokens travel as one; None: they do not.
         hidden: bool [B, N], tokens that the present call does not see; None: it sees all.
         report: what the caller says of it; copies have copies.
-        sizes: what the caller knows of the bytes of an entry of all rows.
+        sizes: what the caller knows of bytes: of an entry of all rows, by the window of the layers, and of the rest.
         remembered: what the caller knows of its tokens beside, by name.
         interrupted: whether something else that the cache remembers is no longer of these tokens.
         kept: by layer, keys [B, Hkv, E, D] of the tokens that no entry stands at, at their own positions, see `Keys`.
@@ -200,14 +193,14 @@ class History:
         self.hidden: Tensor | None = None
         self.packed: Packed | None = None
         self.report: Any = None
-        self.sizes: Any = None
+        self.sizes: tuple[dict[int | None, int], int] | None = None
         self.remembered = dict[str, Any]()
         self.length = self.entries = 0
         self.interrupted = self.gaps = self.consecutive = False
         self.plain = True
 
-    def _written(self) -> tuple[Tokens, ...]:
-        """The pieces, with the tokens that so far only the keys know."""
+    def _write_later(self) -> tuple[Tokens, ...]:
+        """The pieces, and behind them the newest tokens, as many as `_later` says, which so far only the keys knew."""
         if self._later and self._keys is not None:
             keys, later, self._later = self._keys, slice(-self._later, None), 0
             self._pieces = (*self._pieces, Tokens(keys.slot[:, later], keys.place[:, later]))
@@ -216,7 +209,7 @@ class History:
     @property
     def tokens(self) -> Tokens:
         """All so far; there must be some."""
-        self._written()
+        self._write_later()
         while len(self._pieces) > 1:
             *before, one, two = self._pieces
             self._pieces = (*before, one.then(two))
@@ -235,7 +228,7 @@ class History:
     @property
     def newest(self) -> Tokens:
         """Those that were appended last."""
-        return self._written()[-1]
+        return self._write_later()[-1]
 
     def places(self, present: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
         """int64 [B, N]: where new tokens stand among those that are there, bool [B, N]; None: all are."""
@@ -266,7 +259,7 @@ class History:
         if plain and self._keys is not None:
             self._keys, self._later = self._keys.then(tokens.tokens), self._later + tokens.tokens
         else:
-            self._written()
+            self._write_later()
             slot = tokens.group + self.entries
             slot = torch.where(tokens.group < 0, -1, slot) if tokens.padded else slot
             self._pieces, self._keys = (*self._pieces, Tokens(slot, place, represents, turn)), None
@@ -288,8 +281,8 @@ class History:
             self.plain, self.gaps = False, True
 
     def kept_of(self, layer: Any, turn: Callable[[], Tensor]) -> Tensor:
-        """The turned keys of a layer: computed when it first asks."""
-        if layer not in self.kept:
+        """The turned keys of a layer: computed when it first asks, and where those there are cannot be used now."""
+        if layer not in self.kept or (self.kept[layer].is_inference() and not torch.is_inference_mode_enabled()):
             self.kept[layer] = turn()
         return self.kept[layer]
 
@@ -315,7 +308,7 @@ class History:
         """Forget all but the first `length` tokens, and the entries that only they needed."""
         if length >= self.length:
             return
-        self._written()
+        self._write_later()
         self._keys, self.kept = None, {}
         self.hidden = None if self.hidden is None else self.hidden[:, :length]
         if length:

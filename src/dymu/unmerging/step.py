@@ -49,6 +49,7 @@ class Step:
         block: int64 [B, Nk]: tokens with the same number see each other, also later ones; -1: they see no later ones.
             None: none does.
         beyond_window: whether they do wherever these are, and not within a sliding window alone.
+        memo: what was computed for this step and those of the tokens before it, and holds for later ones.
         channels: int64 [D], the channels of a head in an order in which i and i + D / 2 turn together; None: they do.
     """
 
@@ -83,12 +84,13 @@ class Step:
         return result
 
     def once_for_all(self, name: Any, compute: Callable[[], T]) -> T:
-        """What `compute` returns of the keys that turn, kept for the steps of the tokens that follow, too."""
+        """The same of something that no later token changes, kept for their steps, too, see `memo`."""
         if torch.compiler.is_compiling():  # where the first of these steps would be compiled apart
             return self.once(name, compute)
-        if name not in self.memo:
-            self.memo[name] = compute()
-        result: T = self.memo[name]
+        key = name, torch.is_inference_mode_enabled()  # what is computed in it is of no use for gradients
+        if key not in self.memo:
+            self.memo[key] = compute()
+        result: T = self.memo[key]
         return result
 
     @property

@@ -254,8 +254,8 @@ def _virtual_queries(query: Tensor, step: Step) -> Tensor:
         return query if rows is None else _rows_of(query.transpose(1, 2), rows).transpose(1, 2)
     if rows is None:
         size, channels = query.shape[-1], step.channels
-        order = step.once_for_all(
-            ("side by side", size, id(channels)), lambda: side_by_side(size, channels).to(query.device)
+        _, order = step.once_for_all(  # the channels are kept as well, so that no others get their identity
+            ("side by side", size, id(channels)), lambda: (channels, side_by_side(size, channels).to(query.device))
         )
         return query.index_select(-1, order)
     pairs = _rows_of(as_pairs(query.transpose(1, 2), step.channels), rows)
