@@ -29,6 +29,7 @@ from dymu.hooks.language import LanguageHooks
 from dymu.item import Item
 from dymu.measure.progress import Bar
 from dymu.unmerging import near_far
+from experiments import forms_on_demo
 from training.vlm import base
 from training.vlm.gguf import Gguf
 
@@ -50,15 +51,9 @@ TEXT = (
 ASKED_AT = ((0.1, 0.5), (0.9, 0.5), (0.5, 0.5), (0.5, 0.05), (0.5, 0.95), (0.5, 0.5), (0.3, 0.3))
 """Row and column, as parts of the last picture, of the things that the text names."""
 
-FORMS: dict[str, dict[str, Any]] = {
-    "representative": {"unmerge": "representative"},
-    "representative, two of each group": {"unmerge": "representative", "representatives": 2},
+FORMS: dict[str, dict[str, Any]] = forms_on_demo.FORMS | {
     "representative, near and far": {"unmerge": "representative"},
-    "compact": {"unmerge": "compact"},
     "compact, at mean positions": {"unmerge": "compact"},
-    "original": {"unmerge": "original"},
-    "restore": {"unmerge": "restore"},
-    "none": {"unmerge": "none"},
 }
 
 

@@ -379,11 +379,7 @@ class Handle:
 
     def _forward(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Each forward of the whole, also within `generate`."""
-        self._follow(
-            len(args) > 1
-            or any(kwargs.get(name) is not None for name in PIXELS)
-            or isinstance(self._parts, LoneEncoder)
-        )
+        self._follow(seeing=len(args) > 1 or any(kwargs.get(name) is not None for name in PIXELS))
         state, before = self._state, self._state.last_logits
         asked = kwargs.get("logits_to_keep", 0)
         try:
@@ -509,7 +505,7 @@ Place = tuple[dict[str, Any], str, Any]
 
 @dataclass(frozen=True)
 class Places:
-    """Where everything hangs: what only pictures pass through, and the rest."""
+    """Where everything hangs: what only pictures pass through, and the rest. Of an encoder by itself all is rest."""
 
     vision: Sequence[Place]
     rest: Sequence[Place]
@@ -536,6 +532,7 @@ def _places(parts: Parts | LoneEncoder) -> Places:
 
 
 def _unchanged(places: Places | None, seeing: bool) -> bool:
+    """Whether all is as it was; `seeing`: in the vision half, too."""
     if places is None:
         return False
     for within, name, value in places.rest:

@@ -100,7 +100,8 @@ class VisionHooks:
             UnsupportedModel: what is asked of the encoder cannot be had with merged tokens.
         """
         state, before = self._state, self._state.asked
-        ids, present = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
+        ids = kwargs.pop("input_ids", None)
+        present = None if ids is None else kwargs.pop("attention_mask", None)
         try:
             if ids is not None:
                 state.asked = Prompts.of(self.parts, ids, present=present)
