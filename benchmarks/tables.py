@@ -246,6 +246,55 @@ def layer_decode() -> str:
     )
 
 
+ENCODERS = {
+    "encoder_clip_l_15": "CLIP-L/336",
+    "encoder_clip_l_30": "CLIP-L/336",
+    "encoder_demo_576": "DINOv2-S, 576",
+    "encoder_demo_256": "DINOv2-S, 256",
+}
+"""Result files of `benchmarks.encoder`, in the table's order: which tower, at how many tokens."""
+
+
+def encoder() -> str:
+    """The encoder with DyMU, what token counts alone would give, and what its layers alone give on so many tokens."""
+    results = {tower: read(RESULTS / f"{tower}.json") for tower in ENCODERS}
+    rows = [
+        [ENCODERS[tower], f"{row['budget']:.0%}", str(row["batch"]), f"{row['kept']:.0f}", f"**{row['ratio']:.2f}**",
+         f"{row['count_ratio']:.2f} ({row['of_count_ratio']:.0%})", f"{row['layers_ratio']:.2f}",
+         f"{row['ratio'] / row['layers_ratio']:.0%}", f"{row['merge_share']:.1%}"]
+        for tower, result in results.items()
+        for row in result["rows"]
+    ]  # fmt: skip
+    header = ["tower", "budget", "images at a time", "kept", "untouched / DyMU", "count ratio", "layers alone",
+              "of layers alone", "matching and merging"]  # fmt: skip
+    made = "\n".join(made_by(result).strip() for result in results.values())
+    return f"{markdown(header, rows)}\n\n{made}"
+
+
+def encoder_buckets() -> str:
+    """DyMU's time over that of the layers alone, for attention over buckets of so many images."""
+    result = read(RESULTS / "encoder_buckets.json")
+    lines: dict[int, list[str]] = {}
+    buckets = dict[str, None]()
+    for row in sorted(result["rows"], key=lambda row: (row["batch"], row["bucket"])):
+        buckets["all" if row["bucket"] > row["batch"] else str(row["bucket"])] = None
+        lines.setdefault(row["batch"], []).append(f"{row['dymu_ms'] / row['layers_ms']:.2f}")
+    header = ["images at a time", *buckets]
+    return markdown(header, [[str(batch), *cells] for batch, cells in lines.items()]) + made_by(result)
+
+
+def encoder_every() -> str:
+    """Merging in all layers against merging in every second and third."""
+    result = read(RESULTS / "encoder_every.json")
+    rows = [
+        ["all" if row["every"] == 1 else f"every {row['every']}", f"{row['budget']:.0%}", f"{row['kept']:.0f}",
+         f"**{row['ratio']:.2f}**", f"{row['merge_share']:.1%}", f"{row['cosine']:.3f}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    header = ["merging in layers", "budget", "kept", "untouched / DyMU", "matching and merging", "cosine"]
+    return markdown(header, rows) + made_by(result)
+
+
 def memory() -> str:
     """Peak megabytes of one layer's attention beside what it is given, a line for each way, and how they grow."""
     result = read(RESULTS / "memory.json")
@@ -399,7 +448,8 @@ def _percent(share: Share) -> str:
 
 
 FUNCTIONS = (
-    kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, tiles,
+    kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, encoder, encoder_buckets,
+    encoder_every, tiles,
     layer_prefill, layer_decode, memory, accuracy,
     accuracy_short, accuracy_by_kind, forms, methods, dynamic, schedules, costs_of_methods, *studies.FUNCTIONS,
 )  # fmt: skip

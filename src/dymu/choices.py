@@ -24,6 +24,9 @@ EACH_ONCE: tuple[Unmerge, ...] = ("compact", "original", "restore", "none")
 SIZED: tuple[Unmerge, ...] = ("compact", "restore")
 """Of these, forms that add log(size) to the logits of a key."""
 
+IN_VLLM: tuple[Unmerge, ...] = ("original", "compact", "exact", "representative")
+"""Forms that the plug-in for vLLM has, of which the first is taken where none is named."""
+
 CacheForm = Literal["merged", "fast"]
 """What the KV cache stores: a key and a value of each merged token, or also the keys of the tokens that it stands for,
 turned to their positions: (N + M) / 2N of the untouched cache, where `merged` takes M / N."""

@@ -188,6 +188,11 @@ def encoder_of(parts: Parts | LoneEncoder, tokens: int = 0) -> Encoder:
     )
 
 
+def check_fits(thresholds: Thresholds, parts: Parts | LoneEncoder) -> None:
+    """Raises: BadThresholds, where they are not for these parts."""
+    thresholds.check_fits(encoder_of(parts), parts.cuts_images, max(parts.prefix, parts.dropped()))
+
+
 def _marked(parts: Parts | LoneEncoder) -> tuple[nn.Module, ...]:
     """The modules that know the handle, so that none is changed twice."""
     return (parts.tower,) if isinstance(parts, LoneEncoder) else (parts.inner, parts.tower)
@@ -365,8 +370,7 @@ class Handle:
     def _check_fits(self, parts: Parts | LoneEncoder) -> None:
         """Refuse parts that the thresholds, or the reducer, are not for."""
         if self._thresholds is not None:
-            prefix = max(parts.prefix, parts.dropped())
-            self._thresholds.check_fits(encoder_of(parts), parts.cuts_images, prefix)
+            check_fits(self._thresholds, parts)
         elif self._vision.reducer is not None:
             self._vision.reducer.check_fits(max(parts.feature_layers()))
 

@@ -21,7 +21,7 @@ MOST = 2**32
 UsageError: Any = typer.BadParameter.__base__
 """Raised for calls that typer refuses; the class lies in click for some versions of typer and in typer for others."""
 
-RUN, FIND, MEASURE, ABOUT = "Run and see", "Find thresholds", "Measure", "About"
+RUN, SERVE, FIND, MEASURE, ABOUT = "Run and see", "Serve", "Find thresholds", "Measure", "About"
 """Groups of commands in the help."""
 
 
@@ -78,14 +78,20 @@ app = typer.Typer(
 )
 
 
-def app_command(group: str, example: str, name: str | None = None) -> Callable[[Command], Command]:
+def app_command(
+    group: str, example: str, name: str | None = None, passes_on: bool = False
+) -> Callable[[Command], Command]:
     """Adds a function to the app.
 
     Args:
         group: its place in the help.
         example: a call of it, shown at the end of its help.
+        passes_on: whether it takes options that it does not know, for another program.
     """
-    return app.command(name, cls=_Command, rich_help_panel=group, epilog=f"Example: {example}")
+    settings = {"allow_extra_args": passes_on, "ignore_unknown_options": passes_on}
+    return app.command(
+        name, cls=_Command, rich_help_panel=group, epilog=f"Example: {example}", context_settings=settings
+    )
 
 
 def parse_budget(text: str) -> int | float:

@@ -16,7 +16,7 @@ _log = logging.getLogger("dymu")
 _HARMLESS = frozenset(
     ("position_ids", "use_cache", "is_causal", "output_hidden_states", "output_attentions", "return_dict",
      "logits_to_keep", "labels", "interpolate_pos_encoding", "num_items_in_batch", "cache_position",
-     "output_router_logits")
+     "output_router_logits", "tokenizer")
 )  # fmt: skip
 """Keyword arguments of attention functions that change nothing of what they compute."""
 

@@ -1,0 +1,1 @@
+"""Servers: transformers' own with DyMU applied, and vLLM's with a plug-in."""

@@ -1,0 +1,119 @@
+"""What a request asks for, checked before any model sees it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from PIL import Image
+
+from dymu.errors import BadBudget, BadImage, BadPrompt
+from dymu.media import images
+from dymu.thresholds import Thresholds
+
+UNTOUCHED = "untouched"
+"""A budget of a request that has nothing merge."""
+
+
+def budget_of(asked: Any, thresholds: Thresholds) -> float | None:
+    """A request's budget in image tokens; None: nothing merges.
+
+    Args:
+        asked: tokens per image, a fraction of all up to 1.0, or "untouched".
+
+    Raises:
+        BadBudget: it is none of these, or outside the calibrated range.
+    """
+    if asked == UNTOUCHED:
+        return None
+    if isinstance(asked, bool) or not isinstance(asked, int | float):
+        raise BadBudget(
+            f"a budget is a number of image tokens (96), a fraction of them (0.15) or {UNTOUCHED!r}, not {asked!r}."
+        )
+    return thresholds.tokens_for(asked)
+
+
+class _Address(msgspec.Struct):
+    url: str
+    detail: str | None = None
+
+
+class _Part(msgspec.Struct):
+    type: str
+    text: str | None = None
+    image_url: _Address | None = None
+
+
+class _Message(msgspec.Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_Part] | None = None
+
+
+class Asked(msgspec.Struct):
+    """The fields of an OpenAI chat request that are read here.
+
+    Attributes:
+        budget: see `budget_of`; None: the server's.
+    """
+
+    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+    budget: int | float | str | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> Asked:
+        """Raises: BadPrompt, where a field has another type, or a message holds something else than text and images."""
+        try:
+            asked = msgspec.convert(body, cls)
+        except msgspec.ValidationError as error:
+            raise BadPrompt(f"the request is not as the OpenAI API has it: {error}.") from error
+        for part in asked.parts:
+            if part.type not in ("text", "image_url"):
+                raise BadPrompt(f"a message has a part of the type {part.type!r}; send text and image_url.")
+            if (part.text if part.type == "text" else part.image_url) is None:
+                raise BadPrompt(f"a part of the type {part.type!r} has no field {part.type!r}: send it.")
+        return asked
+
+    @property
+    def parts(self) -> list[_Part]:
+        return [part for message in self.messages if isinstance(message.content, list) for part in message.content]
+
+    def images(self) -> Sequence[Image.Image]:
+        """The images of all messages, in their order.
+
+        Raises:
+            BadImage: one is no image, or is not in the request itself.
+        """
+        addresses = [part.image_url for part in self.parts if part.image_url is not None]
+        return [image_of(address.url, f"image {number}") for number, address in enumerate(addresses, 1)]
+
+
+def image_of(url: str, name: str) -> Image.Image:
+    """The image of a `data:` URL. Other addresses are not followed, since a client would have the server open its own
+    files, or those of its network.
+
+    Raises:
+        BadImage: it is no image, or another address.
+    """
+    head, comma, data = url.partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64") or not comma:
+        raise BadImage(
+            f"{name} is no data URL in base64 (data:image/png;base64,…), and other addresses are not followed: send "
+            "the image itself."
+        )
+    try:
+        encoded = base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise BadImage(f"{name} is no base64 ({error}): encode the file's bytes.") from error
+    return images.load(encoded, name).image

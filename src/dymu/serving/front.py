@@ -1,0 +1,163 @@
+"""The vision half of a model by itself, for whoever builds prompts: what stands in one for each image."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import dymu
+from dymu.calibration.samples import arguments_for
+from dymu.choices import Unmerge
+from dymu.families.resolve import Parts, resolve
+from dymu.prompting import adds_special_tokens, items_by_prompt, pixels_for, placeholder_of
+from dymu.thresholds import Thresholds
+from dymu.token_map import TokenMap
+from dymu.unmerging import place_leaders
+from dymu.unmerging.prompt import NewTokens
+
+LARGE = ((3072, 3072), (4096, 1024), (1024, 4096))
+"""Sizes of images of which one has as many tokens as any."""
+
+
+@dataclass(frozen=True)
+class InPrompt:
+    """An image as it stands in a prompt, of L tokens if none had merged.
+
+    Attributes:
+        ids: T tokens: what the family writes around images, and one placeholder for each of M merged tokens.
+        features: [M, C], what the language model gets for the placeholders.
+        place: int64 [T], where each stands among the L.
+        group: int64 [L], which of the T stands for each.
+    """
+
+    ids: list[int]
+    features: Tensor
+    place: Tensor
+    group: Tensor
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return len(self.group)
+
+    @property
+    def size(self) -> Tensor:
+        """int64 [T], how many of the L each stands for."""
+        return torch.bincount(self.group, minlength=len(self.ids))
+
+
+class Front:
+    """Encodes images with merging, without a language model. One thread at a time; others wait.
+
+    Args:
+        source: a model's folder or hub name.
+        thresholds: of its encoder.
+        unmerge: how the language model will attend to merged tokens, which says where these stand.
+        dtype: of the weights, and of what the language model gets.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        thresholds: Thresholds,
+        unmerge: Unmerge,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.processor = AutoProcessor.from_pretrained(source, revision=revision)
+        self._source, self._revision, self._thresholds, self._unmerge = source, revision, thresholds, unmerge
+        self._device, self._dtype, self._lock = device, dtype, threading.Lock()
+
+    @cached_property
+    def longest(self) -> list[int]:
+        """The tokens of an image that has most of them, with nothing merged."""
+        sized = (self._ids(pixels_for(self.processor, [Image.new("RGB", size)]))[0] for size in LARGE)
+        return max(sized, key=len)
+
+    @cached_property
+    def image_token(self) -> int:
+        """The placeholder in a prompt."""
+        return int(self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token))
+
+    @cached_property
+    def target(self) -> list[int]:
+        """What stands in a text for an image."""
+        ids: list[int] = self.processor.tokenizer.encode(placeholder_of(self.processor), add_special_tokens=False)
+        return ids
+
+    @cached_property
+    def _applied(self) -> tuple[Any, Parts, dymu.Handle]:
+        """The model without its language model; that is loaded with one layer, and left."""
+        config = AutoConfig.from_pretrained(self._source, revision=self._revision)
+        text = config.get_text_config()
+        text.num_hidden_layers = 1
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1]
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            self._source, revision=self._revision, config=config, dtype=self._dtype
+        ).eval()
+        handle = dymu.apply(model, self._thresholds, budget=self._thresholds.budgets[0])
+        parts = resolve(model)
+        for module in (parts.language_model, model.get_output_embeddings()):
+            module.to("meta")
+        parts.tower.to(self._device)
+        if parts.projector is not None:
+            parts.projector.to(self._device)
+        return model, parts, handle
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], budget: float | None) -> list[InPrompt]:
+        """The images, each as it stands in a prompt.
+
+        Args:
+            budget: in image tokens; None: nothing merges.
+        """
+        inputs = pixels_for(self.processor, images)
+        rows = self._ids(inputs)
+        with self._lock:
+            model, parts, handle = self._applied
+            arguments = arguments_for(parts, "image", self.processor, inputs)
+            if budget is not None:
+                handle.set_budget(budget)
+            with handle.disabled() if budget is None else contextlib.nullcontext():
+                encoded = parts.inner.get_image_features(**arguments).pooler_output
+            features = torch.cat([feature.flatten(0, -2) for feature in encoded]).cpu()
+            if budget is None:
+                leaders = [[torch.arange(row.count(self.image_token))] for row in rows]
+            else:
+                items = items_by_prompt(model, inputs, handle.last.items)
+                leaders = [[item.leaders.cpu() for item in of_image] for of_image in items]
+        by_image = features.split([row.count(self.image_token) for row in rows])
+        return [self._placed(*one) for one in zip(rows, leaders, by_image, strict=True)]
+
+    def _ids(self, inputs: Any) -> list[list[int]]:
+        """The tokens of every image, without padding and what a tokenizer writes ahead of a prompt."""
+        tokenizer = self.processor.tokenizer
+        special = tokenizer.encode("", add_special_tokens=adds_special_tokens(tokenizer, ""))
+        rows = [
+            ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        return [row[len(special) :] if special and row[: len(special)] == special else row for row in rows]
+
+    def _placed(self, row: list[int], items: list[Tensor], features: Tensor) -> InPrompt:
+        """An image whose L tokens are `row`, from the leaders of its items and the features of its placeholders."""
+        ids = torch.tensor(row)[None]
+        shown = ids == self.image_token
+        index = torch.arange(len(row))[None]
+        tokens = TokenMap.from_leaders(place_leaders(index, shown, items))
+        new = NewTokens.of(tokens, index, self._unmerge)
+        place = new.representative[0]
+        merged = place[shown[0, place]]
+        of_placeholder = shown[0].cumsum(0) - 1
+        return InPrompt(ids[0, place].tolist(), features[of_placeholder[merged]], place, new.map.group[0])

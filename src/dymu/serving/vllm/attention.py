@@ -1,0 +1,238 @@
+"""How vLLM's layers attend to merged tokens: what stands in place of `self_attn.attn` in each."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from dymu.choices import Unmerge
+from dymu.errors import UnsupportedModel
+from dymu.serving.vllm import paged
+
+
+class Groups:
+    """The groups of the images that requests show, each under a number that M-RoPE's whole numbers can carry.
+
+    They live as long as the request, which keeps what it shows.
+    """
+
+    def __init__(self) -> None:
+        self._by_number: weakref.WeakValueDictionary[int, _Numbered] = weakref.WeakValueDictionary()
+        self._next = 1
+
+    def number(self, shown: Any, group: Tensor, tokens: int) -> Tensor:
+        """int64 [tokens], a number for each token of what is shown.
+
+        Args:
+            shown: vLLM's item, which goes with the request.
+            group: int64 [L], which token stands for each.
+        """
+        held = shown.__dict__.get("_dymu_groups")
+        if held is None or held.of is not self:
+            members = group == torch.arange(tokens)[:, None]
+            held = shown.__dict__["_dymu_groups"] = _Numbered(self, self._next, members)
+            self._by_number[held.first] = held
+            self._next += tokens
+        return held.first + torch.arange(tokens)
+
+    def members(self, numbers: Tensor, longest: int) -> Tensor:
+        """bool [T, longest], the members of tokens with such numbers."""
+        firsts = sorted(self._by_number.keys())
+        at = torch.bucketize(numbers, torch.tensor(firsts), right=True) - 1
+        members = torch.zeros(len(numbers), longest, dtype=torch.bool)
+        for index in at.unique().tolist():
+            here, held = at == index, self._by_number[firsts[index]]
+            members[here, : held.members.shape[1]] = held.members[numbers[here] - held.first]
+        return members
+
+
+class _Numbered:
+    def __init__(self, of: Groups, first: int, members: Tensor) -> None:
+        self.of, self.first, self.members = of, first, members
+
+
+class Step:
+    """What the attention of all layers shares in one step of the engine.
+
+    Args:
+        frequencies: float64 [P], rotary angle per position.
+        longest: tokens of an image, at most.
+        each_query: see `paged.rows_of`.
+
+    Attributes:
+        rows: int64 [3, T] for the tokens of the step: text has its position three times; a token of an image its
+            position, less than zero its number, and the position of its image's first token.
+    """
+
+    def __init__(self, frequencies: Tensor, longest: int, each_query: bool) -> None:
+        self.groups, self.rows = Groups(), torch.zeros(3, 0, dtype=torch.int64)
+        self._frequencies, self._longest, self._each_query = frequencies, longest, each_query
+        self._slots: paged.Slots | None = None
+        self._of: Any = None
+        self._plan: list[paged.Row] = []
+
+    def plan(self, metadata: Any, slots: int, block: int) -> list[paged.Row]:
+        """The virtual tokens of the running step."""
+        if self._of is metadata:
+            return self._plan
+        if self._slots is None:
+            self._slots = paged.Slots(slots, self._longest, metadata.slot_mapping.device)
+        tokens = metadata.num_actual_tokens
+        position, number, begin = self.rows[:, :tokens]
+        merged = number < 0
+        members = torch.zeros(tokens, self._longest, dtype=torch.bool, device=position.device)
+        members[:, 0] = True
+        members[merged] = self.groups.members(-number[merged], self._longest)
+        begin = torch.where(merged, begin, position)
+        self._slots.write(metadata.slot_mapping[:tokens].long(), position, begin, members)
+        self._plan = paged.rows_of(
+            self._slots,
+            metadata.block_table,
+            block,
+            metadata.query_start_loc.tolist(),
+            metadata.seq_lens.tolist(),
+            self._frequencies,
+            self._each_query,
+        )
+        self._of = metadata
+        return self._plan
+
+
+@register_backend(AttentionBackendEnum.CUSTOM)
+class UnmergedBackend(CPUAttentionBackend):
+    """Attention of virtual tokens over pages of merged ones, on a CPU."""
+
+    forward_includes_kv_cache_update = True
+    """Else vLLM also has the stock backend write the pages, in a layout of its own."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return UnmergedImpl
+
+
+class UnmergedImpl(CPUAttentionBackendImpl):
+    def __init__(self, *args: Any, step: Step, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._step = step
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """query [T, H, D], key and value [T, heads of keys, D] -> output; pages [blocks, heads of keys, slots, 2 D]."""
+        if attn_metadata is None:
+            return output
+        tokens, block = attn_metadata.num_actual_tokens, kv_cache.shape[2]
+        slots = attn_metadata.slot_mapping[:tokens].long()
+        kv_cache[slots // block, :, slots % block] = torch.cat((key[:tokens], value[:tokens]), -1)
+        for row in self._step.plan(attn_metadata, kv_cache.shape[0] * block, block):
+            own = kv_cache[row.own // block, :, row.own % block]
+            keys, values = own.chunk(2, -1)
+            output[row.queries] = paged.attend(row, query[row.queries], keys, values, self.scale)
+        return output
+
+
+class Sizes(nn.Module):
+    """log(size) of each token of the running step, where compiled layers find it."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.register_buffer("log", torch.zeros(tokens), persistent=False)
+
+    def set(self, number: Tensor) -> None:
+        """int64 [T]: less than zero a size, else of text."""
+        self.log[: len(number)] = torch.where(number < 0, -number, 1).log()
+
+
+class SizedAttention(nn.Module):
+    """log(size) of each key is added to its logits, by any kernel: as two more channels of queries and keys.
+
+    The first holds it as near as the type can, the second the rest.
+    """
+
+    def __init__(self, sizes: Sizes, inner: Attention, head: int, scale: float) -> None:
+        super().__init__()
+        self.sizes, self.inner, self.head, self.scale = [sizes], inner, head, scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens, wide = len(q), self.inner.head_size
+        log = self.sizes[0].log[:tokens] / self.scale
+        high = log.to(k.dtype)
+        low = (log - high.float()).to(k.dtype)
+        one = torch.ones_like(high)
+        q = self._widened(q, torch.stack((one, one), -1), wide)
+        k = self._widened(k, torch.stack((high, low), -1), wide)
+        v = self._widened(v, None, wide)
+        found: Tensor = self.inner(q, k, v)
+        return found.view(tokens, -1, wide)[..., : self.head].flatten(1)
+
+    def _widened(self, x: Tensor, more: Tensor | None, wide: int) -> Tensor:
+        heads = x.view(len(x), -1, self.head)
+        padded = nn.functional.pad(heads, (0, wide - self.head))
+        if more is not None:
+            padded[..., self.head : self.head + 2] = more[:, None]
+        return padded.flatten(1)
+
+
+def frequencies_of(rotary: Any) -> Tensor:
+    """float64 [P], by how much more every position is turned.
+
+    Raises:
+        UnsupportedModel: it is not the same from position to position, or pairs neighbouring channels.
+    """
+    cos, sin = rotary.cos_sin_cache.double().chunk(2, -1)
+    angle = torch.atan2(sin, cos)
+    at = torch.arange(len(angle), dtype=torch.float64, device=angle.device)
+    off = torch.remainder(angle - at[:, None] * angle[1] + torch.pi, 2 * torch.pi) - torch.pi
+    if not rotary.is_neox_style or off.abs().max() > 1e-3 * max(1, len(at) / 1e4):
+        raise UnsupportedModel(
+            "this language model's positions turn in a way that dymu does not know in vLLM: take unmerge='original'."
+        )
+    return angle[1]
+
+
+def install(model: nn.Module, config: VllmConfig, unmerge: Unmerge, longest: int) -> Step | Sizes:
+    """Let the layers of a language model of vLLM attend to merged tokens; what its forward has to tell them."""
+    layers: list[Any] = [layer.self_attn for layer in model.layers]  # type: ignore[union-attr]
+    known = config.compilation_config.static_forward_context
+    if unmerge == "compact":
+        sizes = Sizes(config.scheduler_config.max_num_batched_tokens)
+    else:
+        step = Step(frequencies_of(layers[0].rotary_emb), longest, unmerge == "exact")
+    for layer in layers:
+        stock = layer.attn
+        known.pop(stock.layer_name)
+        options = dict(
+            num_kv_heads=layer.num_kv_heads,
+            cache_config=config.cache_config,
+            quant_config=config.quant_config,
+            prefix=stock.layer_name,
+        )
+        if unmerge == "compact":
+            wide = next(size for size in stock.attn_backend.get_supported_head_sizes() if size >= layer.head_dim + 2)
+            inner = Attention(layer.num_heads, wide, layer.scaling, **options)
+            layer.attn = SizedAttention(sizes, inner, layer.head_dim, layer.scaling)
+        else:
+            layer.attn = Attention(
+                layer.num_heads, layer.head_dim, layer.scaling, **options, attn_backend=UnmergedBackend, step=step
+            )
+    return sizes if unmerge == "compact" else step

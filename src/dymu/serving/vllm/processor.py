@@ -1,0 +1,146 @@
+"""Images on their way into vLLM's prompts: the merging encoder runs here, so that counts are known before the engine
+sees a prompt."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+    PromptUpdateDetails,
+)
+
+from dymu.errors import DymuError
+from dymu.media import images as media
+from dymu.serving.asked import budget_of
+from dymu.serving.front import Front, InPrompt
+from dymu.thresholds import Thresholds
+from dymu.version import __version__
+
+FIELDS = ("features", "ids", "place", "group")
+
+
+class Blank(Image.Image):
+    """Stands for the image of most tokens while vLLM measures memory; it is not encoded."""
+
+
+@functools.lru_cache(maxsize=1)
+def _front(model: str, revision: str | None, thresholds: str, unmerge: Any, dtype: torch.dtype) -> Front:
+    return Front(model, Thresholds.load(thresholds), unmerge, revision=revision, dtype=dtype)
+
+
+class Info(BaseProcessingInfo):
+    """What vLLM asks about the images of a model."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What `dymu.serving.vllm.options` wrote into the config."""
+        own: dict[str, Any] = self.get_hf_config().dymu
+        return own
+
+    @functools.cached_property
+    def thresholds(self) -> Thresholds:
+        return Thresholds.load(self.own["thresholds"])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the thresholds, the default budget, the form and dymu's version, none of which a request names."""
+        own = {**self.own, "thresholds": msgspec.to_builtins(self.thresholds), "dymu": __version__}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def front(self) -> Front:
+        config = self.ctx.model_config
+        return _front(config.model, config.revision, self.own["thresholds"], self.own["unmerge"], config.dtype)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"image": len(self.front.longest)}
+
+
+class Dummy(BaseDummyInputsBuilder[Info]):
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return str(self.info.front.processor.image_token) * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> Any:
+        blank = Blank()
+        blank.im, blank._mode, blank._size = Image.new("RGB", (64, 64)).im, "RGB", (64, 64)
+        return {"image": [blank] * mm_counts.get("image", 0)}
+
+
+class Processor(BaseMultiModalProcessor[Info]):
+    """Gives vLLM what stands in a prompt for each image: its tokens, their features and their places."""
+
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
+        asked = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        budget = asked.pop("budget", self.info.own["budget"])
+        asked.pop("truncation", None)
+        if asked:
+            raise ValueError(
+                f"mm_processor_kwargs takes budget, and not {', '.join(map(repr, asked))}: leave that out."
+            )
+        images = list(hf_data["images"])
+        try:
+            tokens = budget_of(budget, self.info.thresholds)
+            if all(isinstance(image, Blank) for image in images):
+                shown = [self._blank()] * len(images)
+            else:
+                names = [f"image {number}" for number in range(1, len(images) + 1)]
+                loaded = [media.load(image, name).image for image, name in zip(images, names, strict=True)]
+                shown = self.info.front(loaded, tokens)
+        except DymuError as error:
+            raise ValueError(str(error)) from error
+        return BatchFeature(
+            {
+                "image_features": [one.features for one in shown],
+                "image_ids": [torch.tensor(one.ids) for one in shown],
+                "image_place": [one.place for one in shown],
+                "image_group": [one.group for one in shown],
+            }
+        )
+
+    def _blank(self) -> InPrompt:
+        front = self.info.front
+        ids = front.longest
+        width = self.info.get_hf_config().get_text_config().hidden_size
+        features = torch.zeros(ids.count(front.image_token), width, dtype=self.info.ctx.model_config.dtype)
+        index = torch.arange(len(ids))
+        return InPrompt(ids, features, index, index)
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """vLLM's keys of cached images and prefixes, and in each what else decides what an image becomes."""
+        digest = self.info.digest
+        return {
+            modality: [hashlib.sha256(f"{digest} {key}".encode()).hexdigest() for key in keys]
+            for modality, keys in super()._get_mm_hashes(inputs).items()
+        }
+
+    def _get_mm_fields_config(self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Any) -> Mapping[str, MultiModalFieldConfig]:
+        return {
+            f"image_{name}": MultiModalFieldConfig.batched("image", keep_on_cpu=name != "features") for name in FIELDS
+        }
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
+    ) -> Sequence[PromptReplacement]:
+        front = self.info.front
+
+        def replacement(item: int) -> Any:
+            ids = out_mm_kwargs["image"][item]["image_ids"].data.tolist()
+            return PromptUpdateDetails.select_token_id(ids, front.image_token)
+
+        return [PromptReplacement(modality="image", target=front.target, replacement=replacement)]

@@ -1,0 +1,185 @@
+"""transformers' own server with DyMU applied, asked over HTTP."""
+
+import base64
+import contextlib
+import io
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import dymu
+from dymu.cli.serve import _listen
+from dymu.media.images import load
+from dymu.prompting import generate, inputs_for
+from dymu.serving.transformers_server import Served, app_of
+from dymu.thresholds import Thresholds
+
+ROOT = Path(__file__).parent.parent
+DEMO, PHOTO = ROOT / "models" / "demo", ROOT / "examples" / "photo.jpg"
+QUESTION = "What is this?"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    thresholds = Thresholds.load(DEMO)
+    options = {"budget": 0.3, "unmerge": "exact", "cache": "merged"}
+    served = Served("demo", str(DEMO), thresholds, options, device="cpu", dtype="float32")
+    listening = _listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app_of(served), log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join()
+
+
+def data_url(image: Image.Image | bytes) -> str:
+    if isinstance(image, Image.Image):
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        image = png.getvalue()
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def body_for(images: list[Any], question: str = QUESTION, **fields: Any) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+    content = [*parts, {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0, **fields}
+
+
+def posted(url: str, body: Any) -> tuple[int, Any]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/chat/completions", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return load(PHOTO).image
+
+
+@pytest.fixture(scope="module")
+def expected(photo: Image.Image) -> dict[Any, tuple[str, int]]:
+    """By budget: the text, and the tokens that are kept."""
+    model = AutoModelForImageTextToText.from_pretrained(DEMO, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(DEMO)
+    inputs = inputs_for(model, processor, [([photo], QUESTION)])
+    found: dict[Any, tuple[str, int]] = {}
+    with dymu.apply(model, DEMO, budget=0.3) as handle:
+        for budget in (0.3, 0.15, "untouched"):
+            if budget != "untouched":
+                handle.budget = budget
+            with handle.disabled() if budget == "untouched" else contextlib.nullcontext():
+                (text,), _ = generate(model, processor, inputs, 8)
+            found[budget] = text, 256 if budget == "untouched" else handle.last.kept[0]
+    return found
+
+
+def test_answers_are_those_of_the_library(url: str, photo: Image.Image, expected: dict[Any, tuple[str, int]]) -> None:
+    for budget, (text, kept) in expected.items():
+        fields = {} if budget == 0.3 else {"budget": budget}
+        status, answer = posted(url, body_for([data_url(photo)], model="demo", **fields))
+        assert status == 200, answer
+        assert answer["choices"][0]["message"]["content"].strip() == text
+        assert answer["usage"]["image_tokens"] == {"original": 256, "kept": kept}
+        assert answer["model"] == "demo"
+
+
+def test_a_stream_says_the_same(url: str, photo: Image.Image, expected: dict[Any, tuple[str, int]]) -> None:
+    body = body_for([data_url(photo)], stream=True, budget=0.15)
+    request = urllib.request.Request(
+        f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        events = [json.loads(line[6:]) for line in answer.read().decode().splitlines() if line.startswith("data: {")]
+    text = "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
+    assert text.strip() == expected[0.15][0]
+    assert events[-1]["usage"]["image_tokens"] == {"original": 256, "kept": expected[0.15][1]}
+
+
+def test_many_clients_each_get_their_own(url: str, photo: Image.Image, expected: dict[Any, tuple[str, int]]) -> None:
+    asked = [*expected] * 4
+
+    def ask(budget: Any) -> tuple[str, int]:
+        _, answer = posted(url, body_for([data_url(photo)], budget=budget))
+        return answer["choices"][0]["message"]["content"].strip(), answer["usage"]["image_tokens"]["kept"]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, asked)) == [expected[budget] for budget in asked]
+
+
+def test_text_alone_and_two_images(url: str, photo: Image.Image) -> None:
+    _, answer = posted(url, {"messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 3})
+    assert answer["usage"]["image_tokens"] == {"original": 0, "kept": 0}
+    _, answer = posted(url, body_for([data_url(photo), data_url(photo.rotate(90))]))
+    assert answer["usage"]["image_tokens"]["original"] == 512
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"budget": 1}, "outside"),
+        ({"budget": "few"}, "a budget is a number"),
+        ({"budget": True}, "not as the OpenAI API has it"),
+        ({"budgett": 48}, "budgett"),
+        ({"model": "another"}, "'another'"),
+        ({"n": 2}, "'n'"),
+        ({"logprobs": True}, "'logprobs'"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "video_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
+        ({"messages": [{"role": "user", "content": "what? " * 3000}]}, "the prompt has"),
+    ],
+)
+def test_what_a_request_cannot_ask_for(url: str, photo: Image.Image, change: dict[str, Any], said: str) -> None:
+    status, answer = posted(url, body_for([data_url(photo)]) | change)
+    assert status == 400, answer
+    assert said in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("data:image/png;base64,AAAA", "image 1 is not an image"),
+        ("data:image/png;base64,***", "no base64"),
+        ("https://example.com/photo.png", "not followed"),
+        ("file:///etc/passwd", "not followed"),
+        (str(PHOTO), "not followed"),
+        (data_url(PHOTO.read_bytes()[:4000]), "damaged"),
+        (data_url(Image.new("L", (12000, 12000))), "million pixels"),
+    ],
+    ids=["no image", "no base64", "http", "file", "path", "cut", "huge"],
+)
+def test_broken_images(url: str, image: str, said: str) -> None:
+    status, answer = posted(url, body_for([image]))
+    assert status == 400
+    assert said in answer["error"]["message"]
+
+
+def test_a_body_that_is_none(url: str) -> None:
+    for body in (b"", b"[]", b"{", b'"text"'):
+        status, answer = posted(url, body)
+        assert status == 400
+        assert "JSON" in answer["error"]["message"]
+
+
+def test_it_lists_its_model(url: str) -> None:
+    with urllib.request.urlopen(f"{url}/models") as answer:
+        assert [model["id"] for model in json.load(answer)["data"]] == ["demo"]
