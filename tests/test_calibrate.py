@@ -9,7 +9,10 @@ import os
 import re
 import resource
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,15 @@ from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 import dymu
 import tiny
 import tiny_families
-from dymu.calibration.quantile import NEVER, threshold_for
+from dymu.calibration.images import share
+from dymu.calibration.quantile import NEVER, Alone, threshold_for
 from dymu.calibration.samples import _without_memory
 from dymu.calibration.spill import Spill
 from dymu.choices import SCHEDULES
 from dymu.families.resolve import resolve
 from dymu.reducers import FixedMerge
 from dymu.schedule import removals
+from dymu.thresholds import Thresholds
 from encoded_by_hand import encoded_by_hand
 from tiny_processors import processor_for
 
@@ -706,7 +711,7 @@ def test_masks_take_no_memory_while_images_wait() -> None:
 )
 def test_a_threshold_has_as_many_edges_above_it_as_wanted(values: list[float], count: int) -> None:
     edges = torch.tensor(values, dtype=torch.float32)
-    threshold, merged = threshold_for(edges, count)
+    threshold, merged = threshold_for(edges, count, Alone())
     assert np.float32(threshold) == threshold
     assert int((edges > threshold).sum()) == merged
     possible = {int((edges > value).sum()) for value in [*values, -2.0]}
@@ -715,12 +720,80 @@ def test_a_threshold_has_as_many_edges_above_it_as_wanted(values: list[float], c
         assert merged == min(max(count, 0), len(values))
 
 
+class InThreads:
+    """Workers that are threads, each with an `Exchange` of its own."""
+
+    def __init__(self, workers: int) -> None:
+        self.barrier, self.said = threading.Barrier(workers), [None] * workers
+
+    def told(self, worker: int, value: Any) -> list[Any]:
+        self.said[worker] = value
+        self.barrier.wait(30)
+        said = list(self.said)
+        self.barrier.wait(30)
+        return said
+
+    @classmethod
+    def run(cls, parts: list[Any], work: Callable[[Any, Exchange], Any]) -> list[Any]:
+        """The work on every part, by a worker each."""
+        all_of_them = cls(len(parts))
+        with ThreadPoolExecutor(len(parts)) as pool:
+            return list(pool.map(lambda one: work(one[1], Exchange(all_of_them, one[0])), enumerate(parts)))
+
+
+@dataclass
+class Exchange:
+    """What one of them tells the others."""
+
+    all_of_them: InThreads
+    worker: int
+
+    def sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.all_of_them.told(self.worker, numbers)).sum(0)
+
+    def gather(self, values: Any) -> list[Any]:
+        return [value for said in self.all_of_them.told(self.worker, list(values)) for value in said]
+
+
+@given(
+    st.lists(st.floats(-1, 1.0000002384185791, width=32), max_size=20)
+    | st.lists(st.sampled_from([0.5, 0.25, 1.0, -1.0, -0.0, 0.0]), max_size=20),
+    st.integers(-3, 25),
+    st.integers(1, 3),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_workers_find_the_threshold_of_one(values: list[float], count: int, workers: int, dtype: torch.dtype) -> None:
+    edges = torch.tensor(values, dtype=dtype)
+    threshold, merged = threshold_for(edges, count, Alone())
+    found = InThreads.run(
+        [edges[worker::workers] for worker in range(workers)], lambda own, told: threshold_for(own, count, told)
+    )
+    assert {each for each, _ in found} == {threshold}
+    assert {each for _, each in found} == {merged}
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "qwen2_5_vl"])
+def test_workers_with_whole_batches_find_the_thresholds_of_one(images, name: str) -> None:
+    model, processor = tiny.build(name), tiny.processor(name)
+    photos = [images[number % len(images)].rotate(number) for number in range(7)]
+    alone = dymu.calibrate(model, processor, photos, [0.3, 0.6], batch_size=2, progress=False)
+
+    def work(own: list[Any], told: Exchange) -> Thresholds:
+        found, _ = share(model, processor, own, [0.3, 0.6], told, batch_size=2, progress=False)
+        return found
+
+    parts = [[*photos[:2], *photos[4:6]], [*photos[2:4], *photos[6:]], []]
+    for found in InThreads.run(parts, work):
+        assert found.calibrated == alone.calibrated
+        assert (found.images, found.image_tokens) == (alone.images, alone.image_tokens)
+
+
 def test_edges_that_rounding_put_above_1_merge() -> None:
     edges = torch.tensor([1.0000001, 1.0000002, 1.0, 0.5])
-    threshold, count = threshold_for(edges, 3)
+    threshold, count = threshold_for(edges, 3, Alone())
     assert (0.5 < threshold < 1, count) == (True, 3)
-    assert threshold_for(edges, 2) == (threshold, 3)  # nearer than none
-    assert threshold_for(edges, 1)[0] > 1
+    assert threshold_for(edges, 2, Alone()) == (threshold, 3)  # nearer than none
+    assert threshold_for(edges, 1, Alone())[0] > 1
 
 
 def test_images_of_one_colour_meet_the_budget_with_others(images) -> None:

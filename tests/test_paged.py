@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dymu.serving.vllm import paged
-from dymu.serving.vllm.paged import Slots, rows_of
+from dymu.serving.vllm.paged import Slots
 from dymu.token_map import TokenMap
-from dymu.unmerging import place_leaders
+from dymu.unmerging import BACKENDS, place_leaders
 from dymu.unmerging.prompt import NewTokens
 
 BLOCK, HEADS, KEY_HEADS, CHANNELS = 4, 4, 2, 8
@@ -70,7 +69,7 @@ class Prompt:
 class Cache:
     """Pages of several prompts, block tables in no order."""
 
-    def __init__(self, prompts: list[Prompt]) -> None:
+    def __init__(self, prompts: list[Prompt], dtype: torch.dtype = torch.float64) -> None:
         self.prompts = prompts
         blocks = [-(-len(prompt.q) // BLOCK) for prompt in prompts]
         order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(0))
@@ -78,43 +77,48 @@ class Cache:
         for row, part in enumerate(order.split(blocks)):
             self.tables[row, : len(part)] = part
         self.slots = Slots(sum(blocks) * BLOCK, 12, torch.device("cpu"))
-        self.keys = torch.full((sum(blocks) * BLOCK, KEY_HEADS, CHANNELS), torch.nan, dtype=torch.float64)
+        self.keys = torch.full((sum(blocks) * BLOCK, KEY_HEADS, CHANNELS), torch.nan, dtype=dtype)
         self.values = self.keys.clone()
         self.done = [0] * len(prompts)
 
-    def step(self, new: list[int], each_query: bool) -> list[Tensor]:
+    def step(self, new: list[int], each_query: bool, backend: str = "sdpa") -> list[Tensor]:
         """So many more tokens of each prompt: what their queries get."""
-        asked, begins = [], [0]
+        found = []
         for row, (prompt, count) in enumerate(zip(self.prompts, new, strict=True)):
             span = torch.arange(self.done[row], self.done[row] + count)
-            slots = self.tables[row, span // BLOCK] * BLOCK + span % BLOCK
+            slots = self._slots(row, span)
             position = prompt.representative[span]
             members = torch.zeros(count, 12, dtype=torch.bool)
             shown = (position >= prompt.begin) & (position < prompt.begin + 12)
             members[~shown, 0] = True
             members[shown] = prompt.group[prompt.begin : prompt.begin + 12] == span[shown][:, None]
             self.slots.write(slots, position, torch.where(shown, prompt.begin, position), members)
-            self.keys[slots] = _rotated(prompt.k[span], position)
-            self.values[slots] = prompt.v[span]
-            asked.append(_rotated(prompt.q[span], position))
+            self.keys[slots] = _rotated(prompt.k[span], position).to(self.keys)
+            self.values[slots] = prompt.v[span].to(self.values)
             self.done[row] += count
-            begins.append(begins[-1] + count)
-        rows = rows_of(self.slots, self.tables, BLOCK, begins, self.done, FREQUENCIES, each_query)
-        query = torch.cat(asked)
-        return [
-            paged.attend(row, query[row.queries], self.keys[row.own], self.values[row.own], CHANNELS**-0.5)
-            for row in rows
-        ]
+            own = self._slots(row, torch.arange(self.done[row]))
+            in_pages = backend == "triton"
+            step = self.slots.step(own, count, FREQUENCIES, each_query=each_query, backend=backend, in_pages=in_pages)
+            keys, values = (x.transpose(0, 1)[None] if in_pages else x[own].transpose(0, 1)[None]
+                            for x in (self.keys, self.values))  # fmt: skip
+            asked = _rotated(prompt.q[span], position).to(self.keys).transpose(0, 1)[None]
+            (got,) = BACKENDS[backend](asked, keys, values, step, CHANNELS**-0.5)
+            found.append(got.double())
+        return found
+
+    def _slots(self, row: int, span: Tensor) -> Tensor:
+        return self.tables[row, span // BLOCK] * BLOCK + span % BLOCK
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 @pytest.mark.parametrize("each_query", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_pages_give_what_virtual_tokens_give(seed: int, each_query: bool) -> None:
+def test_pages_give_what_virtual_tokens_give(seed: int, each_query: bool, backend: str) -> None:
     prompts = [Prompt.random(10 * seed + number) for number in range(3)]
-    cache = Cache(prompts)
+    cache = Cache(prompts, torch.float32 if backend == "triton" else torch.float64)
     found: list[list[Tensor]] = [[] for _ in prompts]
     for new in [[prompt.prefilled for prompt in prompts], *[[1] * len(prompts)] * 3]:
-        for row, got in enumerate(cache.step(new, each_query)):
+        for row, got in enumerate(cache.step(new, each_query, backend)):
             found[row].append(got)
     for prompt, got in zip(prompts, found, strict=True):
         torch.testing.assert_close(torch.cat(got), prompt.by_hand(each_query), rtol=1e-5, atol=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dymu.calibration.layerwise import Batch, Run, Sizes, summed_up
-from dymu.calibration.samples import ImageSource, Samples, processor_of, transform_of
+from dymu.calibration.quantile import Alone, Together
+from dymu.calibration.samples import ImageSource, Samples, processor_of, transform_of, why_none
 from dymu.calibration.spill import Spill
 from dymu.choices import SCHEDULES, Schedule
 from dymu.errors import DymuError
@@ -22,7 +23,7 @@ from dymu.families.resolve import Parts
 from dymu.handle import encoder_of, name_of
 from dymu.measure.progress import Bar
 from dymu.schedule import fewest, layers_to_merge_in, removals
-from dymu.thresholds import Calibrated, Thresholds, number
+from dymu.thresholds import Thresholds, number
 from dymu.version import __version__
 
 TRIES = 4
@@ -79,6 +80,32 @@ def calibrate(
             model has no such `merge_layers` or does not read them, or it reads several layers and pools what they give.
         ValueError: an unknown `schedule`, no `budgets`, or a `batch_size` below 1.
     """
+    thresholds, left_out = share(
+        model, processor, images, budgets, Alone(), schedule, merge_layers, batch_size, memory_limit_bytes, progress
+    )
+    warn(thresholds, left_out)
+    return thresholds
+
+
+def share(
+    model: nn.Module,
+    processor: Any,
+    images: Iterable[ImageSource] | ImageSource,
+    budgets: Iterable[int | float] | int | float,
+    together: Together,
+    schedule: Schedule = "reverse_linear",
+    merge_layers: Iterable[int] | None = None,
+    batch_size: int = 8,
+    memory_limit_bytes: int = 2 * 2**30,
+    progress: bool = True,
+) -> tuple[Thresholds, list[str]]:
+    """A worker's part of `calibrate`, see there: with the same thresholds for all workers, and what was left out of
+    this one's folders.
+
+    Args:
+        images: this worker's own. Where workers have whole batches each, thresholds are those of one worker with all.
+        together: what the workers tell each other: of their edges how many lie where, and of every image its counts.
+    """
     several = isinstance(budgets, Iterable) and getattr(budgets, "ndim", 1) > 0
     several = several and not isinstance(budgets, str | bytes | bytearray | memoryview)
     budgets = [number(budget) for budget in (cast(Iterable[Any], budgets) if several else [budgets])]
@@ -97,7 +124,7 @@ def calibrate(
         opened.enter_context(torch.inference_mode())
         bar = opened.enter_context(Bar(progress))
         spill = opened.enter_context(Spill(memory_limit_bytes))
-        run = Run(parts, merging_layers, prefix)
+        run = Run(parts, merging_layers, prefix, together)
 
         def removed(sizes: Sizes, keep: float) -> list[float]:
             return removals(sizes.tokens, keep, depth, schedule, merging_layers)
@@ -111,11 +138,13 @@ def calibrate(
         reading = bar.add_task("reading images", total=samples.expected)
         for embedded in samples.batches(batch_size, lambda: bar.update(reading, advance=1, total=samples.expected)):
             batches.append(run.begin(embedded, spill))
-            if len(batches) == 1 and embedded.alike and (first := run.sizes(batches)).alike:
+            if len(batches) == 1 and embedded.alike and (first := run.sizes(batches, Alone())).alike:
                 possible(first)  # so that what cannot be met is refused before all are read
-        if not batches:
-            raise DymuError(f"no image could be used for calibration: {samples.why_none()}")
-        sizes = run.sizes(batches)
+        used = sum(together.gather([samples.used]))
+        skipped = together.gather(samples.skipped)
+        if not used:
+            raise DymuError(f"no image could be used for calibration: {why_none(skipped)}")
+        sizes = run.sizes(batches, together)
         targets = possible(sizes)
 
         merging = [target for target in targets if target < sizes.full]
@@ -148,19 +177,19 @@ def calibrate(
         if len(merging) < len(targets):
             calibrated.append(sizes.untouched(depth))
 
-    _warn(samples, calibrated)
-    return Thresholds(
+    found = Thresholds(
         calibrated=tuple(calibrated),
         encoder=encoder_of(parts, round(sizes.tokens)),
         schedule=schedule,
         merge_layers=None if merge_layers is None else merging_layers,
         model=name_of(model),
         image_tokens=None if sizes.alike and not parts.cuts_images else sizes.full,
-        images=samples.used,
-        skipped=tuple(samples.skipped),
+        images=used,
+        skipped=tuple(skipped),
         created=datetime.now(UTC).date().isoformat(),
         dymu=__version__,
     )
+    return found, samples.left_out
 
 
 def _to_pixels(processor: Any, parts: Parts | LoneEncoder) -> Any:
@@ -169,16 +198,17 @@ def _to_pixels(processor: Any, parts: Parts | LoneEncoder) -> Any:
     return processor_of(processor, "image")
 
 
-def _warn(samples: Samples, calibrated: Sequence[Calibrated]) -> None:
-    for left_out in samples.left_out:
-        warnings.warn(left_out, stacklevel=3)
-    if samples.skipped:
-        total = len(samples.skipped) + samples.used
-        named = "; ".join(f"{skipped['image']} {skipped['why']}" for skipped in samples.skipped)
-        warnings.warn(f"skipped {len(samples.skipped)} of {total} images: {named}", stacklevel=3)
-    for entry in calibrated:
+def warn(found: Thresholds, left_out: Iterable[str]) -> None:
+    """Say what is amiss with thresholds, to the caller of who calls this."""
+    for folder in left_out:
+        warnings.warn(folder, stacklevel=3)
+    used = found.images or 0
+    if found.skipped:
+        named = "; ".join(f"{skipped['image']} {skipped['why']}" for skipped in found.skipped)
+        warnings.warn(f"skipped {len(found.skipped)} of {len(found.skipped) + used} images: {named}", stacklevel=3)
+    for entry in found.calibrated:
         assert entry.achieved is not None
-        if abs(entry.achieved - entry.budget) > max(TOLERANCE * entry.budget, 0.5 / samples.used):
+        if abs(entry.achieved - entry.budget) > max(TOLERANCE * entry.budget, 0.5 / used):
             warnings.warn(
                 f"for a budget of {entry.budget:g} tokens the images keep {entry.achieved:.2f} on average: too many of "
                 "their tokens are exactly alike, too few are left to merge, or their tiles are mostly padding; "

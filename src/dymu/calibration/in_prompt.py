@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from dymu.calibration.quantile import NEVER, threshold_for
+from dymu.calibration.quantile import NEVER, Together, threshold_for
 from dymu.calibration.spill import Slot, Spill
 from dymu.merging import ROUNDS, PictureTokens, above
 
@@ -29,18 +30,25 @@ class Waiting:
         return replace(self.tokens, x=self.slot.get().to(self.tokens.x.device))
 
 
-def rounds(waiting: list[Waiting], goal: int) -> tuple[tuple[float, ...], list[Waiting]]:
-    """The thresholds at which `ROUNDS` rounds of merging leave `goal` tokens of all items together; and those tokens.
+def joined(edges: list[Tensor]) -> Tensor:
+    """All edges of a worker, which may have none."""
+    return torch.cat(edges) if edges else torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def rounds(waiting: list[Waiting], goal: int, together: Together) -> tuple[tuple[float, ...], list[Waiting]]:
+    """The thresholds at which `ROUNDS` rounds of merging leave `goal` tokens of all items of all workers together; and
+    this worker's tokens.
 
     Every round takes the same part of what is there.
     """
-    first = left = sum(one.tokens.state.layout.total for one in waiting)
+    own = sum(one.tokens.state.layout.total for one in waiting)
+    first = left = int(together.sum(torch.tensor([own], device="cpu"))[0])
     thresholds = []
     for number in range(1, ROUNDS + 1):
         matches = [one.get().match() for one in waiting]
-        edges = torch.cat([similarity.flatten() for similarity, _ in matches])
+        edges = joined([similarity.flatten() for similarity, _ in matches])
         due = left - max(round(first * (goal / first) ** (number / ROUNDS)), goal)
-        threshold, count = threshold_for(edges[edges.isfinite()], due) if due > 0 else (NEVER, 0)
+        threshold, count = threshold_for(edges[edges.isfinite()], due, together) if due > 0 else (NEVER, 0)
         thresholds.append(threshold)
         left -= count
         if count:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dymu.calibration.in_prompt import Waiting, rounds
-from dymu.calibration.quantile import NEVER, threshold_for
+from dymu.calibration.in_prompt import Waiting, joined, rounds
+from dymu.calibration.quantile import NEVER, Together, threshold_for
 from dymu.calibration.samples import Embedded, Inputs, shape_only
 from dymu.calibration.spill import Slot, Spill
 from dymu.errors import BadBudget, DymuError
@@ -147,10 +147,10 @@ def _budgeted(items: Sequence[Item]) -> int:
 
 
 class Run:
-    """All images on their way through the encoder, layer by layer, by the arithmetic of inference."""
+    """A worker's images on their way through the encoder, layer by layer, by the arithmetic of inference."""
 
-    def __init__(self, parts: Parts | LoneEncoder, merging: Collection[int], prefix: int) -> None:
-        self._parts, self._merging, self._prefix = parts, merging, prefix
+    def __init__(self, parts: Parts | LoneEncoder, merging: Collection[int], prefix: int, together: Together) -> None:
+        self._parts, self._merging, self._prefix, self._together = parts, merging, prefix, together
         self._layers = parts.encoder_layers[: max(parts.feature_layers())]
 
     def begin(self, embedded: Embedded, room: Spill) -> Batch:
@@ -177,13 +177,13 @@ class Run:
         Returns:
             The thresholds, and the batches ahead of the last merging.
         """
-        pictures = sum(batch.state.map.batch for batch in batches)
+        pictures = self._total(batch.state.map.batch for batch in batches)
         thresholds: list[float] = []
         due, merged = 0.0, 0
         for index, removed_here in enumerate(removed):
             due += pictures * removed_here  # what earlier layers could not remove is still among it
-            edges = torch.cat([batch.similarity.flatten() for batch in batches])
-            threshold, count = threshold_for(edges[edges.isfinite()], round(due) - merged)
+            edges = joined([batch.similarity.flatten() for batch in batches])
+            threshold, count = threshold_for(edges[edges.isfinite()], round(due) - merged, self._together)
             thresholds.append(threshold)
             merged += count
             if index + 1 < len(removed):
@@ -195,16 +195,20 @@ class Run:
         return thresholds, batches
 
     def kept(self, batches: Sequence[Batch], threshold: float, sizes: Sizes) -> list[int]:
-        """Tokens of each image as it stands in the prompt, after the last merging.
+        """Tokens of each image of all workers as it stands in the prompt, after the last merging.
 
         Args:
             batches, threshold: from `thresholds`, the last of them.
         """
         if sizes.plain:
             merged = [self._merged(batch, threshold)[1].layout.lengths for batch in batches]
-            return [length - self._prefix for lengths in merged for length in lengths]
+            return self._together.gather([length - self._prefix for lengths in merged for length in lengths])
         traced = (self.items(batch, self._merged(batch, threshold)[1].map) for batch in batches)
-        return [_budgeted(items) for of_images in traced for items in of_images]
+        return self._together.gather([_budgeted(items) for of_images in traced for items in of_images])
+
+    def _total(self, numbers: Iterable[int]) -> int:
+        """The sum over all workers."""
+        return int(self._together.sum(torch.tensor([sum(numbers)], device="cpu"))[0])
 
     def in_prompt(
         self, target: float, batches: Sequence[Batch], threshold: float, sizes: Sizes, spill: Spill
@@ -243,19 +247,22 @@ class Run:
                 patches += sum(int(item.patch.sum()) for item in frames)
         for_images: tuple[float, ...] = ()
         if sizes.mixes:
-            for_images, images = rounds(images, round(target * len(kept)))
+            for_images, images = rounds(images, round(target * len(sizes.counts)), self._together)
             kept = [image.tokens.state.layout.total for image in images]
-        for_frames = rounds(videos, round(target / sizes.full * patches))[0] if sizes.videos else ()
-        return for_images, kept, for_frames
+        for_frames: tuple[float, ...] = ()
+        if sizes.videos:
+            for_frames, _ = rounds(videos, round(target / sizes.full * self._total([patches])), self._together)
+        return for_images, self._together.gather(kept), for_frames
 
-    def sizes(self, batches: Sequence[Batch]) -> Sizes:
-        """How many tokens the images of unmerged batches have."""
+    def sizes(self, batches: Sequence[Batch], together: Together) -> Sizes:
+        """How many tokens the images of unmerged batches have, of all these workers."""
         items = [of_image for batch in batches for of_image in self.items(batch, batch.state.map)]
         lengths = [length - self._prefix for batch in batches for length in batch.state.layout.lengths]
         counts = [_budgeted(of_image) for of_image in items]
+        lengths, counts = together.gather(lengths), together.gather(counts)
         plain = lengths == counts
         parts = self._parts
-        mixes = any(item.mixes for of_image in items for item in of_image)
+        mixes = any(together.gather([any(item.mixes for of_image in items for item in of_image)]))
         # Where a video says how many patches its frames have, the family shrinks none.
         videos = isinstance(parts, Parts) and "video" in parts.placeholders and parts.family.grid is None
         videos = videos and not parts.pools_with_weights  # type: ignore[union-attr]

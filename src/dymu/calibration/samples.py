@@ -342,9 +342,10 @@ class Samples:
             windowed=tuple(windowed),
         )
 
-    def why_none(self) -> str:
-        """For an error: why there is nothing to calibrate on."""
-        if not self.skipped:
-            return "none was given; give a folder, or a list of images or paths."
-        first = self.skipped[0]
-        return f"all {len(self.skipped)} were skipped, the first because {first['image']} {first['why']}"
+
+def why_none(skipped: Sequence[dict[str, str]]) -> str:
+    """For an error: why there is nothing to calibrate on."""
+    if not skipped:
+        return "none was given; give a folder, or a list of images or paths."
+    first = skipped[0]
+    return f"all {len(skipped)} were skipped, the first because {first['image']} {first['why']}"

@@ -150,6 +150,15 @@ ThresholdsName = Annotated[
 NewThresholds = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE.json", help="The thresholds file to write.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS|local", help="Spread the work over a Ray cluster: that at an address, or "
+                 "one that is started here and ends with the command."),
+]  # fmt: skip
+Workers = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="With --ray, so many workers.", show_default="all the CPUs, or GPUs"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, on the last line of stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error (so does DYMU_DEBUG=1).")]
 

@@ -1,5 +1,6 @@
 """`dymu calibrate` and `dymu calibrate-videos`: find thresholds on sample images and videos."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from dymu.cli.app import (
     Json,
     Model,
     NewThresholds,
+    Ray,
     Revision,
+    Workers,
     app_command,
     parse_budget,
     parse_layers,
@@ -51,6 +54,8 @@ def calibrate(
         str | None,
         typer.Option(metavar="1,3,5", help="Encoder layers that merge, counted from 0. All, if left out."),
     ] = None,
+    ray: Ray = None,
+    workers: Workers = None,
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -67,32 +72,57 @@ def calibrate(
         layers_to_merge_in(layers, named.depth)
     named.check_budgets(budget, len(set(layers)) if layers else named.depth or 0)
 
-    def find(loaded: Any) -> Thresholds:
-        return dymu.calibrate(loaded.model, loaded.processor, paths, budget, schedule=schedule, merge_layers=layers)
+    how: dict[str, Any] = {"schedule": schedule, "merge_layers": layers}
 
-    thresholds, data = _save(out, named, device, dtype, output, find)
+    if ray is not None:
+        load = functools.partial(_loadedand_processor, named, device, dtype)
+        thresholds, data = _save(out, output, lambda: _over_workers(out, ray, workers, load, paths, budget, how))
+    else:
+        loaded, processor = _loaded(out, named, device, dtype)
+        thresholds, data = _save(out, output, lambda: dymu.calibrate(loaded, processor, paths, budget, **how))
     data |= thresholds_data(thresholds)
     out.result(data, lambda: thresholds_for_people(data))
     out.wrote(output)
 
 
-def _save(
-    out: Output,
-    named: models.Named,
-    device: str | None,
-    dtype: str | None,
-    output: Path,
-    find: Callable[[Any], Thresholds],
-) -> tuple[Thresholds, dict[str, Any]]:
-    """Thresholds that are found for a loaded model and written, and the file and the seconds as JSON."""
+def _loadedand_processor(named: models.Named, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    quieten_transformers()
+    loaded = models.load(named, device, dtype)
+    return loaded.model, loaded.processor
+
+
+def _loaded(out: Output, named: models.Named, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     with out.during("loading torch and transformers"):
         quieten_transformers()
     with out.during(f"loading {named.name}"):
-        loaded = models.load(named, device, dtype)
+        return _loadedand_processor(named, device, dtype)
+
+
+def _over_workers(
+    out: Output,
+    address: str,
+    workers: int | None,
+    load: Callable[[], tuple[Any, Any]],
+    paths: Sequence[Path],
+    budgets: Sequence[float],
+    how: dict[str, Any],
+) -> Thresholds:
+    """Calibrated by the workers of a Ray cluster."""
+    with out.during("loading torch and Ray"):
+        from dymu.calibration.images import warn
+        from dymu.integrations import on_ray
+    with on_ray.started(address), out.during("calibrating over the workers of Ray"):
+        thresholds, _ = on_ray.calibrate(load, paths, budgets, workers, **how)
+    warn(thresholds, ())
+    return thresholds
+
+
+def _save(out: Output, output: Path, find: Callable[[], Thresholds]) -> tuple[Thresholds, dict[str, Any]]:
+    """Thresholds that are found and written, and the file and the seconds as JSON."""
     began = perf_counter()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        thresholds = find(loaded)
+        thresholds = find()
     seconds = perf_counter() - began
     thresholds.save(output)
     for warning in warned:
@@ -168,12 +198,14 @@ def calibrate_videos(
     calibrated = named.thresholds(thresholds)
     calibrated.tokens_for(budget)
 
-    def find(loaded: Any) -> Thresholds:
+    loaded, processor = _loaded(out, named, device, dtype)
+
+    def find() -> Thresholds:
         return dymu.calibrate_videos(
-            loaded.model, loaded.processor, sources, calibrated, per_second, budget=budget, frames=frames, fps=fps
+            loaded, processor, sources, calibrated, per_second, budget=budget, frames=frames, fps=fps
         )
 
-    over_time, data = _save(out, named, device, dtype, output, find)
+    over_time, data = _save(out, output, find)
     data["over_time"] = msgspec.to_builtins(over_time.over_time)
     out.result(data, lambda: over_time_for_people(data["over_time"]))
     out.wrote(output)

@@ -11,6 +11,7 @@ from dymu.cli.app import UsageError, app
 from dymu.cli.run import run  # noqa: F401, isort: skip
 from dymu.cli.check import check  # noqa: F401, isort: skip
 from dymu.cli.serve import serve, vllm  # noqa: F401, isort: skip
+from dymu.cli.caption import caption  # noqa: F401, isort: skip
 from dymu.cli.calibrate import calibrate, calibrate_videos  # noqa: F401, isort: skip
 from dymu.cli.evaluate import evaluate, report  # noqa: F401, isort: skip
 from dymu.cli.bench import bench  # noqa: F401, isort: skip

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dymu.choices import CACHE_FORMS, IN_VLLM, UNMERGE
+from dymu.choices import CACHE_FORMS, IN_VLLM, UNMERGE, CacheForm, Unmerge
 from dymu.cli import errors
 from dymu.cli.app import (
     SERVE,
@@ -37,10 +37,10 @@ def serve(
     thresholds: ThresholdsName = None,
     budget: Budget = None,
     unmerge: Annotated[
-        str, typer.Option(metavar="NAME", help=f"How the model attends to merged tokens: {', '.join(UNMERGE)}.")
+        Unmerge, typer.Option(metavar="NAME", help=f"How the model attends to merged tokens: {', '.join(UNMERGE)}.")
     ] = "exact",
     cache: Annotated[
-        str, typer.Option(metavar="NAME", help=f"What the KV cache stores: {' or '.join(CACHE_FORMS)}.")
+        CacheForm, typer.Option(metavar="NAME", help=f"What the KV cache stores: {' or '.join(CACHE_FORMS)}.")
     ] = "merged",
     host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: any that is free.")] = 8000,
@@ -126,7 +126,7 @@ def vllm(
     thresholds: ThresholdsName = None,
     budget: Budget = None,
     unmerge: Annotated[
-        str, typer.Option(metavar="NAME", help=f"How the model attends to merged tokens: {', '.join(IN_VLLM)}.")
+        Unmerge, typer.Option(metavar="NAME", help=f"How the model attends to merged tokens: {', '.join(IN_VLLM)}.")
     ] = IN_VLLM[0],
     host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen.")] = "127.0.0.1",
     revision: Revision = None,
@@ -148,9 +148,9 @@ def vllm(
     given = {word.split("=")[0] for word in context.args if word.startswith("--")}
     if "--hf-overrides" in given:
         raise typer.BadParameter("--hf-overrides is written by dymu: change the model's config.json instead.")
-    words = [named.source, "--host", host, *plugin.words(added, given), *context.args]
+    words = ["--host", host, *plugin.words(added, given), *context.args]
     words += ["--revision", revision] if revision else []
     how = "is exact" if unmerge == "exact" else "approximates what the untouched model computes"
     out.note(f"vLLM serves {named.name} with merged image tokens; unmerge={unmerge} {how}")
     _warn_of_others(out, host)
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *words])
+    os.execv(sys.executable, [sys.executable, "-m", *plugin.program(named.source), *words])

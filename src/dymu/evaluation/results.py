@@ -6,29 +6,21 @@ answers to them, or one row's cost of one example.
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
 from dymu.choices import UNMERGE
-from dymu.errors import BadOutput
 from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Row, way_of
-from dymu.files import Amount, Count, decoded, escaped, first_line
-from dymu.measure.results import BadResults, check_same_run, read_bytes
+from dymu.files import Amount, Count, decoded
+from dymu.measure.lines import LineFile, as_written, lines_of
+from dymu.measure.results import BadResults, check_same_run
 from dymu.measure.times import Cost
 
-if sys.platform != "win32":
-    import fcntl
-
 FORMAT: Literal[1] = 1
-Record = TypeVar("Record", bound=msgspec.Struct)
 CHANGING = ("date",)
 """Header fields that may differ between a run and its continuation."""
 
@@ -214,7 +206,7 @@ class Results:
         Raises:
             BadResults: it is none, or damaged: which line, which field, and why.
         """
-        first, *others = read_bytes(path).split(b"\n")[:-1] or [b""]
+        first, *others = lines_of(path) or [b""]
         other_version = f"{path} is no result file of this version of dymu evaluate"
         results = cls(decoded(first, Header, BadResults, other_version, "name one that it wrote."))
         for number, text in enumerate(others, 2):
@@ -240,8 +232,7 @@ class ResultFile:
 
     def __init__(self, path: Path, header: Header) -> None:
         self._path, header = path, as_written(header)
-        with _named(path):
-            self._stream = path.open("ab")
+        self._file = LineFile(path, "dymu evaluate")
         try:
             self._begin(header)
         except BaseException:
@@ -252,20 +243,17 @@ class ResultFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # of a line that could not be written, which `add` has said
-            self._stream.close()
+        self._file.__exit__()
 
     def _begin(self, header: Header) -> None:
         """Continue what the file holds, or write the header."""
-        _lock(self._stream, self._path)
-        if os.fstat(self._stream.fileno()).st_size == 0:
+        if self._file.empty:
             self.results = Results(header)
-            self._write(header)
+            self._file.write(header)
             return
         self.results = Results.load(self._path)
         check_same_run(self._path, header, self.results.header, {*Header.__struct_fields__} - {*CHANGING})
-        with _named(self._path):
-            self._stream.truncate(read_bytes(self._path).rfind(b"\n") + 1)  # a killed run leaves half a last line
+        self._file.cut()
 
     def add(self, line: Line) -> None:
         """Append a line and make sure that it is on the disk.
@@ -274,46 +262,5 @@ class ResultFile:
             BadOutput: it cannot be written.
         """
         line = as_written(line)
-        self._write(line)
+        self._file.write(line)
         self.results.take(line)
-
-    def _write(self, record: msgspec.Struct) -> None:
-        with _named(self._path):
-            if os.fstat(self._stream.fileno()).st_nlink == 0:
-                raise FileNotFoundError(errno.ENOENT, "it was deleted meanwhile")
-            self._stream.write(msgspec.json.encode(record) + b"\n")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-
-
-def _lock(stream: BinaryIO, path: Path) -> None:
-    """Keep other processes from the file until it is closed, where the system can.
-
-    Raises:
-        BadResults: another process is writing it.
-    """
-    if sys.platform == "win32":
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BadResults(
-            f"another dymu evaluate is writing {path}: wait until it is done, or name another file with -o."
-        ) from error
-    except OSError:  # some network file systems have no locks
-        return
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BadOutput(
-            f"{path} could not be written ({first_line(error)}): make room, or name another file."
-        ) from error
-
-
-def as_written(record: Record) -> Record:
-    """A record as a file gives it back: half of a surrogate pair, which UTF-8 cannot hold, is its escape."""
-    return msgspec.json.decode(msgspec.json.encode(escaped(msgspec.to_builtins(record))), type=type(record))

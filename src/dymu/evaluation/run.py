@@ -26,7 +26,6 @@ from dymu.evaluation.results import (
     Model,
     ResultFile,
     Results,
-    as_written,
 )
 from dymu.evaluation.rows import check, encoded, running
 from dymu.evaluation.tasks import Example, Task, check_tasks, described, example_of, length_of, score_of
@@ -34,6 +33,7 @@ from dymu.families.resolve import resolve
 from dymu.files import escaped, expanded
 from dymu.handle import Handle, handle_of, name_of
 from dymu.measure.costs import cost
+from dymu.measure.lines import as_written
 from dymu.measure.progress import Bar
 from dymu.measure.provenance import device_name, fingerprint, short_hash, thresholds_hash, versions
 from dymu.measure.results import BadResults

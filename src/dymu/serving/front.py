@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 import dymu
 from dymu.calibration.samples import arguments_for
@@ -104,9 +105,12 @@ class Front:
         text.num_hidden_layers = 1
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:1]
+        said = logging.get_verbosity()
+        logging.set_verbosity_error()  # or it reports every weight of the layers that are left
         model: Any = AutoModelForImageTextToText.from_pretrained(
             self._source, revision=self._revision, config=config, dtype=self._dtype
         ).eval()
+        logging.set_verbosity(said)
         handle = dymu.apply(model, self._thresholds, budget=self._thresholds.budgets[0])
         parts = resolve(model)
         for module in (parts.language_model, model.get_output_embeddings()):

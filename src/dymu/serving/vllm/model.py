@@ -13,7 +13,7 @@ from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiMo
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from dymu.serving.vllm.attention import Step, install
+from dymu.serving.vllm.attention import Sizes, Step, install
 from dymu.serving.vllm.processor import Dummy, Info, Processor
 
 OF_LANGUAGE_MODEL = {"model.language_model.": "model.", "language_model.": "", "lm_head.": "lm_head."}
@@ -42,13 +42,14 @@ class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
         text.tie_word_embeddings = config.tie_word_embeddings
         if text.architectures is None:
             text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
-        self.configure_mm_token_handling(vocab_size=text.vocab_size, mm_token_ids=[config.image_token_id])
-        with self._mark_language_model(vllm_config):
+        stock: Any = self
+        stock.configure_mm_token_handling(vocab_size=text.vocab_size, mm_token_ids=[config.image_token_id])
+        with stock._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config, hf_config=text, prefix=maybe_prefix(prefix, "language_model")
             )
         self.unmerge = config.dymu["unmerge"]
-        self.step = None
+        self.step: Step | Sizes | None = None
         if self.unmerge != "original":
             self.step = install(self.language_model.model, vllm_config, self.unmerge, config.dymu["longest"])
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
@@ -93,7 +94,8 @@ class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
         return self.language_model.model(input_ids, positions[0], intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.language_model.compute_logits(hidden_states)
+        logits: Tensor | None = self.language_model.compute_logits(hidden_states)
+        return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Those of the language model; the vision half is loaded where images are encoded."""

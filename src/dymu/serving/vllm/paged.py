@@ -1,17 +1,17 @@
-"""Exact unmerging over pages of merged tokens, in torch: which virtual tokens a step has, and what they attend to.
+"""Exact unmerging over pages of merged tokens: which virtual tokens a step of the engine has.
 
-A page holds keys rotated to the position of each token's representative, as stock attention would have them, and values.
-Beside it, by slot, stands what else a merged token stands for. So blocks may be shared, kept and used again.
+A page holds keys rotated to the position of each token's representative, as stock attention would have them, and
+values. Beside it, by slot, stands what else a merged token stands for. So blocks may be shared, kept and used again.
+Every backend of `dymu.unmerging` computes it: of one request at a time, over its own entries or over all pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from dymu.token_map import TokenMap
+from dymu.unmerging import Step
 
 
 class Slots:
@@ -38,102 +38,45 @@ class Slots:
         self.begin[slots] = begin.int()
         self.members[slots] = members
 
+    def step(
+        self, own: Tensor, new: int, frequencies: Tensor, *, each_query: bool, backend: str, in_pages: bool
+    ) -> Step:
+        """How the new tokens of a request attend to all of it.
 
-@dataclass(frozen=True)
-class Row:
-    """The virtual tokens of one request.
-
-    Attributes:
-        queries: which of the step's tokens are its own.
-        own: int64 [entries], the slots of its tokens.
-        key: int64 [K], of each virtual key the entry among these, and
-        key_turn: complex [K, P], what turns it on from its representative's position.
-        query: int64 [Q], of each virtual query the token among `queries`, and
-        query_turn: complex [Q, P]; None: none turns.
-        seen: bool [Q, K]; None: all.
-        size: int64 [T], virtual queries of each token; None: one each.
-    """
-
-    queries: slice
-    own: Tensor
-    key: Tensor
-    key_turn: Tensor
-    query: Tensor
-    query_turn: Tensor | None
-    seen: Tensor | None
-    size: Tensor | None
-
-
-def rows_of(
-    slots: Slots,
-    tables: Tensor,
-    block: int,
-    begins: Sequence[int],
-    lengths: Sequence[int],
-    frequencies: Tensor,
-    each_query: bool,
-) -> list[Row]:
-    """The virtual tokens of each request of a step, whose new tokens were written.
-
-    Args:
-        tables: int [requests, blocks], the block table; `block` slots each.
-        begins: where the new tokens of each request begin among all of the step, and where the last ones end.
-        lengths: tokens in the cache of each request, with the new ones.
-        frequencies: float64 [P], rotary angle per position.
-        each_query: whether tokens ask for every one they stand for, or once.
-    """
-    rows = []
-    for request, (first, last, length) in enumerate(zip(begins[:-1], begins[1:], lengths, strict=True)):
-        if first == last:
-            continue
-        blocks = tables[request, : -(-length // block)].long()
-        own = (blocks[:, None] * block + torch.arange(block, device=blocks.device)).flatten()[:length]
-        key, offset = slots.members[own].nonzero(as_tuple=True)
-        stands = slots.position[own]
-        at = slots.begin[own][key] + offset
-        key_turn = _turn(at - stands[key], frequencies)
-        new = length - (last - first)
-        query, query_turn, size = torch.arange(last - first, device=own.device), None, None
-        asks = stands[new:]
-        if each_query and bool((slots.members[own[new:]].sum(1) > 1).any()):
-            late = key >= new
-            query, asks, query_turn = key[late] - new, at[late], key_turn[late]
-            size = torch.bincount(query, minlength=last - first)
-        seen = None if last - first == 1 and size is None else at <= asks[:, None]
-        rows.append(Row(slice(first, last), own, key, key_turn, query, query_turn, seen, size))
-    return rows
+        Args:
+            own: int64 [n], the slots of its tokens, of which the last `new` ones are new, and were written.
+            frequencies: float64 [P], rotary angle per position.
+            each_query: whether tokens ask for every one they stand for, or once.
+            backend: which will compute it.
+            in_pages: whether the backend gets all pages as its keys and values, or the n entries of the request.
+        """
+        entry, offset = self.members[own].nonzero(as_tuple=True)
+        stands = self.position[own]
+        at, order = (self.begin[own][entry] + offset).sort()
+        entry = entry[order]
+        keys = (own[entry] if in_pages else entry)[None]
+        index = torch.arange(len(entry), device=own.device)
+        late = entry >= len(own) - new
+        if not each_query:
+            late &= at == stands[entry]
+        asks = index[late]
+        group = entry[asks] - (len(own) - new)
+        queries = TokenMap(group[None], torch.tensor([new], device=own.device), new)
+        by = (at - stands[entry]).double()
+        turns = bool(by.any())
+        return Step(
+            queries,
+            keys,
+            index[None],
+            backend,
+            len(entry),
+            turned=len(entry) if turns else 0,
+            turn=_turn(by, frequencies)[None] if turns else None,
+            at=asks[None],
+            expands=len(group) > new,
+        )
 
 
 def _turn(by: Tensor, frequencies: Tensor) -> Tensor:
-    angle = by.double()[:, None] * frequencies
+    angle = by[:, None] * frequencies
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-
-
-def turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the two halves of the heads of x [N, H, D] by complex [N, P]; channels beyond 2 P stay."""
-    half = turn.shape[1]
-    low, high, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    cos, sin = turn.real[:, None], turn.imag[:, None]
-    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest.float()), -1).to(x.dtype)
-
-
-def attend(row: Row, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """What a request's new tokens get, [T, H, D].
-
-    Args:
-        query: [T, H, D], rotated to the positions of their representatives.
-        keys, values: [entries, heads of keys, D], of `row.own`.
-    """
-    asked = query[row.query] if row.query_turn is None else turned(query[row.query], row.query_turn)
-    found = scaled_dot_product_attention(
-        asked.transpose(0, 1)[None],
-        turned(keys[row.key], row.key_turn).transpose(0, 1)[None],
-        values[row.key].transpose(0, 1)[None],
-        attn_mask=row.seen,
-        scale=scale,
-        enable_gqa=query.shape[1] != keys.shape[1],
-    )[0].transpose(0, 1)
-    if row.size is None:
-        return found
-    summed = torch.zeros_like(query, dtype=torch.float32).index_add_(0, row.query, found.float())
-    return (summed / row.size[:, None, None]).to(query.dtype)

@@ -129,7 +129,9 @@ class Processor(BaseMultiModalProcessor[Info]):
             for modality, keys in super()._get_mm_hashes(inputs).items()
         }
 
-    def _get_mm_fields_config(self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Any) -> Mapping[str, MultiModalFieldConfig]:
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Any
+    ) -> Mapping[str, MultiModalFieldConfig]:
         return {
             f"image_{name}": MultiModalFieldConfig.batched("image", keep_on_cpu=name != "features") for name in FIELDS
         }

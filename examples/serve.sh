@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Starts a server of the demo model, asks it, and ends it: `examples/serve.sh` or `examples/serve.sh vllm`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+server=${1:-serve} port=${PORT:-8123}
+flags=(models/demo -b 0.3 --port "$port" --dtype float32)
+[ "$server" = vllm ] && flags+=(--max-model-len 1024 --enforce-eager)
+dymu "$server" "${flags[@]}" &
+trap 'kill $!' EXIT
+until curl -fsS "http://127.0.0.1:$port/health" >/dev/null 2>&1; do
+  kill -0 $! || exit 1
+  sleep 1
+done
+python examples/client.py "http://127.0.0.1:$port/v1"
