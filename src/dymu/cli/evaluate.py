@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import runpy
 import sys
@@ -23,7 +24,9 @@ from dymu.cli.app import (
     Device,
     Dtype,
     Json,
+    Ray,
     Revision,
+    Workers,
     app_command,
     parse_budget,
     quieten_transformers,
@@ -76,9 +79,13 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Questions answered together.")] = 8,
     timed: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Questions per task of which every row is timed.")
-    ] = 8,
+        int | None,
+        typer.Option(metavar="N", min=0, help="Questions per task of which every row is timed.",
+                     show_default="8; with --ray 0"),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of all random numbers.")] = 0,
+    ray: Ray = None,
+    workers: Workers = None,
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -121,10 +128,30 @@ def evaluate(
         [max(round(each * full if isinstance(each, float) and each <= 1 else each), 1) for each in budgets],
         [item.value for item in method], [item.value for item in unmerge], schedules or ["constant"],
     )  # fmt: skip
-    results = run_all(
-        loaded.model, loaded.processor, tasks, rows, output,
-        thresholds=calibrated, limit=limit, batch_size=batch_size, timed=timed, seed=seed,
-    )  # fmt: skip
+    if timed is None:
+        timed = 0 if ray else 8
+    elif timed and ray:
+        raise typer.BadParameter("--timed is for one process: workers beside each other slow each other down.")
+
+    def build() -> dict[str, Any]:
+        """What a worker needs."""
+        quieten_transformers()
+        own = models.load(named, device, dtype)
+        own_tasks = [_task(expanded(path)) for path in task]
+        return {"model": own.model, "processor": own.processor, "tasks": own_tasks, "thresholds": calibrated}
+
+    with contextlib.ExitStack() as opened:
+        over_ray = None
+        if ray is not None:
+            from dymu.integrations import on_ray
+
+            with out.during("starting Ray"):
+                opened.enter_context(on_ray.started(ray))
+            over_ray = on_ray.evaluating(build, workers)
+        results = run_all(
+            loaded.model, loaded.processor, tasks, rows, output, thresholds=calibrated, limit=limit,
+            batch_size=batch_size, timed=timed, seed=seed, workers=over_ray,
+        )  # fmt: skip
     _say(out, [(output, results)])
     out.wrote(output)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -58,6 +58,7 @@ def evaluate(
     timed: int = 8,
     seed: int = 0,
     progress: bool = True,
+    workers: Workers | None = None,
 ) -> Results:
     """Ask every question in every way, and write the answers and their costs.
 
@@ -76,6 +77,7 @@ def evaluate(
         timed: questions per task of which every row is timed as well, alone, one row after the other.
         seed: of all random numbers.
         progress: show a bar on stderr, or lines where that is no terminal.
+        workers: what answers batches elsewhere, see `Workers`; None: this process does. Then nothing may be timed.
 
     Raises:
         BadResults: `output` belongs to another run, or another process is writing it.
@@ -84,10 +86,13 @@ def evaluate(
         DymuError: two tasks have the same name.
         BadPrompt: a task, or an example or score of it, is not as `Task` and `Example` say, or fails.
         BadOutput: `output` cannot be written.
-        ValueError: a `batch_size` below 1, or a row of an unknown method or way to unmerge.
+        ValueError: a `batch_size` below 1, something to be timed by workers, or a row of an unknown method or way to
+            unmerge.
     """
     if batch_size < 1:
         raise ValueError("evaluate needs a batch_size of at least 1")
+    if workers is not None and timed:
+        raise ValueError("workers beside each other cannot be timed: evaluate them with timed=0")
     if handle_of(model) is not None:
         raise AlreadyApplied("DyMU is applied to this model, so nothing could be compared; call handle.remove() first.")
     by_schedule = {calibrated.schedule or "": calibrated for calibrated in thresholds}
@@ -121,9 +126,16 @@ def evaluate(
     )
     with ResultFile(expanded(output), header) as file, Bar(progress, remaining=False) as bar:
         asker = _Asker(file, model, processor, by_schedule, tokens, seed)
-        encodings = [_encoding(row) for row in rows]
-        by_encoding = sorted(rows, key=lambda row: encodings.index(_encoding(row)))
+        by_encoding = _by_encoding(rows)
         todo = bar.add_task("", total=sum(lengths.values()) * len(rows))
+        if workers is not None:
+            jobs = [
+                Job(name, start, min(start + batch_size, length))
+                for name, length in lengths.items()
+                for start in range(0, length, batch_size)
+            ]
+            _take_over(file, header, jobs, workers, lambda job: bar.advance(todo, (job.stop - job.start) * len(rows)))
+            return file.results
         for task, (name, length) in zip(tasks, lengths.items(), strict=True):
             for start in range(0, length, batch_size):
                 batch = _Batch(asker, task, name, start, min(start + batch_size, length))
@@ -135,6 +147,105 @@ def evaluate(
                         bar.say(f"{name} · {row.key}: all {length:,} questions")
                 batch.time(rows, timed)
     return file.results
+
+
+class Job(msgspec.Struct, frozen=True):
+    """A batch of a task, its name and the questions from `start` to `stop`, and the rows that have answered it."""
+
+    task: str
+    start: int
+    stop: int
+    answered: tuple[str, ...] = ()
+
+
+Workers = Callable[[Header, Sequence[Job]], Iterator[tuple[Job, Sequence[Line]]]]
+"""Answers the batches of a run, in any order, and gives the lines of each; see `Answering`."""
+
+
+class Answering:
+    """A worker that answers batches of a run.
+
+    Args:
+        model, processor, tasks, thresholds: see `evaluate`.
+        header: of the run.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        tasks: Sequence[Task],
+        thresholds: Iterable[Thresholds],
+        header: Header,
+    ) -> None:
+        self._model, self._processor, self._header = model, processor, header
+        self._tasks = {escaped(task.name): task for task in tasks}
+        self._thresholds = {calibrated.schedule or "": calibrated for calibrated in thresholds}
+        self._tokens = full_tokens(model, processor, self._thresholds.values(), tasks)
+
+    def __call__(self, job: Job) -> list[Line]:
+        """The lines of a batch: its examples, and the answers of rows that have not answered it."""
+        lines = _Lines(Results(self._header))
+        asker = _Asker(lines, self._model, self._processor, self._thresholds, self._tokens, self._header.seed)
+        batch = _Batch(asker, self._tasks[job.task], job.task, job.start, job.stop)
+        for row in _by_encoding(self._header.rows):
+            if row.key not in job.answered:
+                batch.answer(row)
+        return lines.added
+
+
+@dataclass
+class _Lines:
+    """What a worker adds to a result file that is elsewhere."""
+
+    results: Results
+    added: list[Line] = field(default_factory=list)
+
+    def add(self, line: Line) -> None:
+        self.results.take(line)
+        self.added.append(line)
+
+
+def _take_over(
+    file: ResultFile, header: Header, jobs: Sequence[Job], workers: Workers, done: Callable[[Job], object]
+) -> None:
+    """Have workers answer what the file does not hold, and add it.
+
+    Raises:
+        BadResults: the file holds other examples of a batch.
+    """
+    answers = file.results.answers
+    jobs = [
+        msgspec.structs.replace(
+            job, answered=tuple(row.key for row in header.rows if (job.task, job.start) in answers.get(row.key, {}))
+        )
+        for job in jobs
+    ]
+    left = [job for job in jobs if len(job.answered) < len(header.rows)]
+    for job in jobs:
+        if job not in left:
+            done(job)
+    for job, lines in workers(header, left):
+        for line in lines:
+            before = file.results.examples.get((line.task, line.start))
+            if line.examples is None or before is None:
+                file.add(line)
+            elif before != as_written(line.examples):
+                raise BadResults(_others(job.task, job.start, job.stop))
+        done(job)
+
+
+def _others(task: str, start: int, stop: int) -> str:
+    return (
+        f"examples {start} to {stop - 1} of {task} are not those of the result file, as where an image was mended or "
+        "replaced: begin a new file with -o."
+    )
+
+
+def _by_encoding(rows: Iterable[Row]) -> list[Row]:
+    """The rows, those together that share an encoding."""
+    encodings = [_encoding(row) for row in rows]
+    return sorted(rows, key=lambda row: encodings.index(_encoding(row)))
 
 
 def full_tokens(
@@ -169,7 +280,7 @@ def _first_images(task: Task) -> list[Image.Image]:
 class _Asker:
     """The model and the result file, which all batches share."""
 
-    file: ResultFile
+    file: ResultFile | _Lines
     model: PreTrainedModel
     processor: Any
     thresholds: dict[str, Thresholds]
@@ -290,10 +401,7 @@ class _Batch:
         if before is None:
             self.asker.file.add(Line(self.name, self.start, examples=now))
         elif before != as_written(now):
-            raise BadResults(
-                f"examples {self.start} to {self.stop - 1} of {self.name} are not those of the result file, "
-                "as where an image was mended or replaced: begin a new file with -o."
-            )
+            raise BadResults(_others(self.name, self.start, self.stop))
         return examples
 
     def encoded(self, row: Row) -> dict[str, Any]:

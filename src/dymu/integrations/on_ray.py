@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 from dymu.calibration.images import share
 from dymu.captioning import Row, Source
 from dymu.errors import DymuError
+from dymu.evaluation.results import Header, Line
+from dymu.evaluation.run import Answering, Job, Workers
 from dymu.thresholds import Thresholds
 
 LOCAL = "local"
+ATTEMPTS = 3
+"""At a calibration whose workers die."""
 
 
 @contextlib.contextmanager
@@ -97,8 +102,8 @@ class _Told:
 class _Calibrating:
     """An actor that holds the hidden states of its own images."""
 
-    def __init__(self, load: Callable[[], tuple[Any, Any]], threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, load: Callable[[], tuple[Any, Any]]) -> None:
+        torch.set_num_threads(1)  # each has one CPU
         self._model, self._processor = load()
 
     def share(self, images: list[Any], budgets: Any, exchange: Any, worker: int, options: dict[str, Any]) -> Any:
@@ -123,8 +128,29 @@ def calibrate(
         options: see `dymu.calibrate`.
 
     Raises:
-        DymuError: see `dymu.calibrate` and `workers_for`.
+        DymuError: see `dymu.calibrate` and `workers_for`; or workers died several times over.
     """
+    for attempt in range(ATTEMPTS):
+        try:
+            return _calibrated(load, images, budgets, workers, batch_size, options)
+        except _Died:
+            if attempt + 1 == ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
+
+
+class _Died(DymuError):
+    """A worker died, and the hidden states of its images with it."""
+
+
+def _calibrated(
+    load: Callable[[], tuple[Any, Any]],
+    images: Sequence[Any],
+    budgets: Sequence[int | float],
+    workers: int | None,
+    batch_size: int,
+    options: dict[str, Any],
+) -> tuple[Thresholds, list[str]]:
     import ray
 
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
@@ -132,21 +158,20 @@ def calibrate(
     count = max(min(count, len(batches)), 1)
     exchange = ray.remote(num_cpus=0)(_Exchange).remote(count)
     actor = ray.remote(**needs)(_Calibrating)
-    threads = max((os.cpu_count() or 1) // count, 1)
-    actors = [actor.remote(load, threads) for _ in range(count)]
-    with _own_errors():
-        found = ray.get(
-            [
-                one.share.remote(
-                    [image for batch in batches[worker::count] for image in batch],
-                    list(budgets),
-                    exchange,
-                    worker,
-                    {**options, "batch_size": batch_size},
-                )
-                for worker, one in enumerate(actors)
-            ]
-        )
+    actors = [actor.remote(load) for _ in range(count)]
+    options = {**options, "batch_size": batch_size}
+    shares = [[image for batch in batches[worker::count] for image in batch] for worker in range(count)]
+    try:
+        with _own_errors():
+            found = ray.get(
+                [
+                    one.share.remote(own, list(budgets), exchange, worker, options)
+                    for worker, (one, own) in enumerate(zip(actors, shares, strict=True))
+                ]
+            )
+    finally:
+        for one in (*actors, exchange):  # where one failed, the others wait for what it has to tell
+            ray.kill(one)
     return found[0][0], [folder for _, left_out in found for folder in left_out]
 
 
@@ -160,21 +185,53 @@ def _own_errors() -> Iterator[None]:
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, DymuError) else error from None
     except RayActorError as error:
-        raise DymuError(
-            "a worker of the Ray cluster died, as where memory ran out, and the hidden states of its images with it: "
-            "take fewer workers, and run it again."
+        raise _Died(
+            "workers of the Ray cluster died again and again, as where memory runs out: take fewer of them."
         ) from error
 
 
-class _Captioning:
-    """What a worker of Ray Data holds."""
+def evaluating(build: Callable[[], dict[str, Any]], workers: int | None = None) -> Workers:
+    """What answers the batches of `dymu.evaluate` over the workers of the running cluster, in any order.
 
-    def __init__(self, build: Callable[[], Any], threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._captioner = build()
+    Args:
+        build: gives each worker the model, its processor, the tasks and the thresholds, as `Answering` takes them.
+    """
+
+    def run(header: Header, jobs: Sequence[Job]) -> Iterator[tuple[Job, Sequence[Line]]]:
+        yield from _over_workers(lambda: Answering(**build(), header=header), jobs, workers)
+
+    return run
+
+
+def _over_workers(build: Callable[[], Any], jobs: Sequence[Any], workers: int | None) -> Iterator[tuple[Any, Any]]:
+    """Each job, and what a worker that `build` makes gives for it, as they are done; one whose worker dies is done by
+    another."""
+    import ray.data
+
+    if not jobs:
+        return
+    count, needs = workers_for(workers)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    blocks = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
+    done = blocks.map_batches(
+        _Worker, fn_constructor_args=(build,), batch_size=1, concurrency=min(count, len(jobs)), **needs
+    )
+    with _own_errors():
+        for row in done.iter_rows():
+            yield pickle.loads(row["job"]), pickle.loads(row["done"])
+
+
+class _Worker:
+    """What a worker of Ray Data holds. Jobs and what is done travel pickled, within the cluster."""
+
+    def __init__(self, build: Callable[[], Any]) -> None:
+        torch.set_num_threads(1)  # each has one CPU
+        self._work = build()
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        return {"rows": [self._captioner(list(batch)) for batch in block["batch"]]}
+        done = [pickle.dumps(self._work(pickle.loads(job))) for job in block["job"]]
+        return {"job": block["job"], "done": done}
 
 
 def captioned(
@@ -186,18 +243,7 @@ def captioned(
     """
 
     def run(batches: Iterable[Sequence[Source]]) -> Iterator[Sequence[Row]]:
-        import ray.data
-
-        count, needs = workers_for(workers)
-        items = [{"batch": list(batch)} for batch in batches]
-        if not items:
-            return
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        threads = max((os.cpu_count() or 1) // count, 1)
-        blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _Captioning, fn_constructor_args=(build, threads), batch_size=1, concurrency=min(count, len(items)), **needs
-        )
-        for row in blocks.iter_rows():
-            yield row["rows"]
+        for _, rows in _over_workers(build, list(batches), workers):
+            yield rows
 
     return run
