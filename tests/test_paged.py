@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dymu.serving.vllm.paged import Slots
+from dymu.serving.vllm.paged import Pages, Slots
 from dymu.token_map import TokenMap
 from dymu.unmerging import BACKENDS, place_leaders
 from dymu.unmerging.prompt import NewTokens
@@ -69,7 +69,7 @@ class Prompt:
 class Cache:
     """Pages of several prompts, block tables in no order."""
 
-    def __init__(self, prompts: list[Prompt], dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, prompts: list[Prompt], dtype: torch.dtype = torch.float64, heads_first: bool = True) -> None:
         self.prompts = prompts
         blocks = [-(-len(prompt.q) // BLOCK) for prompt in prompts]
         order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(0))
@@ -77,8 +77,12 @@ class Cache:
         for row, part in enumerate(order.split(blocks)):
             self.tables[row, : len(part)] = part
         self.slots = Slots(sum(blocks) * BLOCK, 12, torch.device("cpu"))
-        self.keys = torch.full((sum(blocks) * BLOCK, KEY_HEADS, CHANNELS), torch.nan, dtype=dtype)
-        self.values = self.keys.clone()
+        shape = (sum(blocks), KEY_HEADS, BLOCK, 2 * CHANNELS)
+        cache = torch.full(shape, torch.nan, dtype=dtype)
+        if not heads_first:  # in memory
+            cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+        self.pages = Pages.of(cache)
+        self.cache = cache
         self.done = [0] * len(prompts)
 
     def step(self, new: list[int], each_query: bool, backend: str = "sdpa") -> list[Tensor]:
@@ -93,15 +97,16 @@ class Cache:
             members[~shown, 0] = True
             members[shown] = prompt.group[prompt.begin : prompt.begin + 12] == span[shown][:, None]
             self.slots.write(slots, position, torch.where(shown, prompt.begin, position), members)
-            self.keys[slots] = _rotated(prompt.k[span], position).to(self.keys)
-            self.values[slots] = prompt.v[span].to(self.values)
+            keys_and_values = torch.cat((_rotated(prompt.k[span], position), prompt.v[span]), -1)
+            self.cache[slots // BLOCK, :, slots % BLOCK] = keys_and_values.to(self.cache)
             self.done[row] += count
             own = self._slots(row, torch.arange(self.done[row]))
             in_pages = backend == "triton"
-            step = self.slots.step(own, count, FREQUENCIES, each_query=each_query, backend=backend, in_pages=in_pages)
-            keys, values = (x.transpose(0, 1)[None] if in_pages else x[own].transpose(0, 1)[None]
-                            for x in (self.keys, self.values))  # fmt: skip
-            asked = _rotated(prompt.q[span], position).to(self.keys).transpose(0, 1)[None]
+            rows = self.pages.rows(own, BLOCK) if in_pages else None
+            step = self.slots.step(own, count, FREQUENCIES, each_query=each_query, backend=backend, rows=rows)
+            entries = self.cache[own // BLOCK, :, own % BLOCK].transpose(0, 1)[None].chunk(2, -1)
+            keys, values = (self.pages.keys, self.pages.values) if in_pages else entries
+            asked = _rotated(prompt.q[span], position).to(self.cache).transpose(0, 1)[None]
             (got,) = BACKENDS[backend](asked, keys, values, step, CHANNELS**-0.5)
             found.append(got.double())
         return found
@@ -110,12 +115,13 @@ class Cache:
         return self.tables[row, span // BLOCK] * BLOCK + span % BLOCK
 
 
+@pytest.mark.parametrize("heads_first", [True, False])
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 @pytest.mark.parametrize("each_query", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_pages_give_what_virtual_tokens_give(seed: int, each_query: bool, backend: str) -> None:
+def test_pages_give_what_virtual_tokens_give(seed: int, each_query: bool, backend: str, heads_first: bool) -> None:
     prompts = [Prompt.random(10 * seed + number) for number in range(3)]
-    cache = Cache(prompts, torch.float32 if backend == "triton" else torch.float64)
+    cache = Cache(prompts, torch.float32 if backend == "triton" else torch.float64, heads_first)
     found: list[list[Tensor]] = [[] for _ in prompts]
     for new in [[prompt.prefilled for prompt in prompts], *[[1] * len(prompts)] * 3]:
         for row, got in enumerate(cache.step(new, each_query, backend)):

@@ -4,7 +4,11 @@ import base64
 import contextlib
 import io
 import json
+import socket
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
 from dymu.cli.serve import _listen
+from dymu.errors import DymuError
 from dymu.media.images import load
 from dymu.prompting import generate, inputs_for
 from dymu.serving.transformers_server import Served, app_of
@@ -183,3 +188,33 @@ def test_a_body_that_is_none(url: str) -> None:
 def test_it_lists_its_model(url: str) -> None:
     with urllib.request.urlopen(f"{url}/models") as answer:
         assert [model["id"] for model in json.load(answer)["data"]] == ["demo"]
+
+
+def test_the_command_serves(photo: Image.Image, expected: dict[Any, tuple[str, int]]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["serve", str(DEMO), "-b", "0.3", "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from dymu.cli.main import main; main()", *words], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        _, answer = posted(f"http://127.0.0.1:{port}/v1", body_for([data_url(photo)]))
+        assert answer["choices"][0]["message"]["content"].strip() == expected[0.3][0]
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    assert "unmerge=exact" in said
+    assert "one request at a time" in said
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(DymuError, match="choose another"):
+        _listen("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(DymuError, match="cannot listen"):
+        _listen("no.such.host.invalid", 0)

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.platforms import current_platform
 
 from dymu import unmerging
 from dymu.choices import Unmerge
 from dymu.errors import UnsupportedModel
 from dymu.serving.vllm import paged
-from dymu.unmerging.backends import sdpa
 
 
 class Groups:
@@ -67,7 +65,7 @@ class Step:
     Args:
         frequencies: float64 [P], rotary angle per position.
         longest: tokens of an image, at most.
-        each_query: see `paged.rows_of`.
+        each_query: see `paged.Slots.step`.
 
     Attributes:
         rows: int64 [3, T] for the tokens of the step: text has its position three times; a token of an image its
@@ -81,82 +79,47 @@ class Step:
         self._of: Any = None
         self._plan: list[tuple[slice, Tensor, unmerging.Step]] = []
 
-    def plan(self, metadata: Any, slots: int, block: int) -> list[tuple[slice, Tensor, unmerging.Step]]:
+    def plan(self, metadata: Any, cache: Tensor, backend: str) -> list[tuple[slice, Tensor, unmerging.Step]]:
         """For each request of the running step: which of its tokens are its own, the slots of all that it has, and how
-        the new ones attend."""
+        the new ones attend.
+
+        Args:
+            metadata: vLLM's, of the step; its new tokens are in the cache, or will be.
+            cache: of any layer, [blocks, heads of keys, slots of a block, 2 D].
+            backend: `sdpa` gets the entries of the request, `triton` all pages.
+        """
         if self._of is metadata:
             return self._plan
+        slots, block = metadata.slot_mapping[: metadata.num_actual_tokens].long(), cache.shape[2]
+        device = slots.device
         if self._slots is None:
-            self._slots = paged.Slots(slots, self._longest, metadata.slot_mapping.device)
-        tokens = metadata.num_actual_tokens
-        position, number, begin = self.rows[:, :tokens]
+            self._slots = paged.Slots(cache.shape[0] * block, self._longest, device)
+            self._frequencies = self._frequencies.to(device)
+        position, number, begin = self.rows[:, : len(slots)]
         merged = number < 0
-        members = torch.zeros(tokens, self._longest, dtype=torch.bool, device=position.device)
+        members = torch.zeros(len(slots), self._longest, dtype=torch.bool, device=device)
         members[:, 0] = True
-        members[merged] = self.groups.members(-number[merged], self._longest)
-        begin = torch.where(merged, begin, position)
-        self._slots.write(metadata.slot_mapping[:tokens].long(), position, begin, members)
-        begins = metadata.query_start_loc.tolist()
-        self._plan = []
+        if bool(merged.any()):
+            members[merged] = self.groups.members(-number[merged].cpu(), self._longest).to(device)
+        self._slots.write(slots, position, torch.where(merged, begin, position), members)
+        pages = paged.Pages.of(cache) if backend == "triton" else None
+        begins, plan = metadata.query_start_loc.tolist(), []
         for request, length in enumerate(metadata.seq_lens.tolist()):
             new = slice(begins[request], begins[request + 1])
             if new.start < new.stop:
                 blocks = metadata.block_table[request, : -(-length // block)].long()
-                own = (blocks[:, None] * block + torch.arange(block)).flatten()[:length]
+                own = (blocks[:, None] * block + torch.arange(block, device=device)).flatten()[:length]
                 step = self._slots.step(
-                    own, new.stop - new.start, self._frequencies, each_query=self._each_query, backend="sdpa",
-                    in_pages=False,
-                )  # fmt: skip
-                self._plan.append((new, own, step))
-        self._of = metadata
-        return self._plan
-
-
-@register_backend(AttentionBackendEnum.CUSTOM)
-class UnmergedBackend(CPUAttentionBackend):
-    """Attention of virtual tokens over pages of merged ones, on a CPU."""
-
-    forward_includes_kv_cache_update = True
-    """Else vLLM also has the stock backend write the pages, in a layout of its own."""
-
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
-
-    @staticmethod
-    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
-        return UnmergedImpl
-
-
-class UnmergedImpl(CPUAttentionBackendImpl):
-    def __init__(self, *args: Any, step: Step, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._step = step
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """query [T, H, D], key and value [T, heads of keys, D] -> output; pages [blocks, heads of keys, slots, 2 D]."""
-        if attn_metadata is None:
-            return output
-        tokens, block = attn_metadata.num_actual_tokens, kv_cache.shape[2]
-        slots = attn_metadata.slot_mapping[:tokens].long()
-        kv_cache[slots // block, :, slots % block] = torch.cat((key[:tokens], value[:tokens]), -1)
-        for new, own, step in self._step.plan(attn_metadata, kv_cache.shape[0] * block, block):
-            entries = kv_cache[own // block, :, own % block].transpose(0, 1)[None]
-            keys, values = entries.chunk(2, -1)
-            asked = query[new].transpose(0, 1)[None]
-            (output[new],) = sdpa.attend(asked, keys, values, step, self.scale)
-        return output
+                    own,
+                    new.stop - new.start,
+                    self._frequencies,
+                    each_query=self._each_query,
+                    backend=backend,
+                    rows=None if pages is None else pages.rows(own, block),
+                )
+                plan.append((new, own, step))
+        self._of, self._plan = metadata, plan
+        return plan
 
 
 class Sizes(nn.Module):
@@ -221,6 +184,35 @@ def frequencies_of(rotary: Any) -> Tensor:
     return angle[1]
 
 
+def _unmerged_backend() -> Any:
+    """The attention backend for this platform."""
+    if current_platform.is_cpu():
+        from dymu.serving.vllm import on_cpu
+
+        return on_cpu.UnmergedBackend
+    from dymu.serving.vllm import on_gpu
+
+    return on_gpu.UnmergedBackend
+
+
+def _refuse_unknown(attention: Any) -> None:
+    """Raises: UnsupportedModel, where a layer attends in a way that exact unmerging does not know in vLLM."""
+    impl = attention.impl
+    unknown = {
+        "a sliding window": attention.sliding_window,
+        "capped logits": getattr(impl, "logits_soft_cap", None),
+        "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
+        "attention sinks": getattr(impl, "sinks", None) is not None,
+        f"a KV cache of {attention.kv_cache_dtype}": attention.kv_cache_dtype not in ("auto", "float16", "bfloat16"),
+    }
+    found = [name for name, there in unknown.items() if there]
+    if found:
+        raise UnsupportedModel(
+            f"this language model has {' and '.join(found)}, which dymu does not know in vLLM with exact unmerging: "
+            "take unmerge='original'."
+        )
+
+
 def install(model: nn.Module, config: VllmConfig, unmerge: Unmerge, longest: int) -> Step | Sizes:
     """Let the layers of a language model of vLLM attend to merged tokens; what its forward has to tell them."""
     layers: list[Any] = [layer.self_attn for layer in model.layers]  # type: ignore[union-attr]
@@ -229,8 +221,11 @@ def install(model: nn.Module, config: VllmConfig, unmerge: Unmerge, longest: int
         sizes = Sizes(config.scheduler_config.max_num_batched_tokens)
     else:
         step = Step(frequencies_of(layers[0].rotary_emb), longest, unmerge == "exact")
+        backend = _unmerged_backend()
     for layer in layers:
         stock = layer.attn
+        if unmerge != "compact":
+            _refuse_unknown(stock)
         known.pop(stock.layer_name)
         options = {
             "num_kv_heads": layer.num_kv_heads,
@@ -244,6 +239,6 @@ def install(model: nn.Module, config: VllmConfig, unmerge: Unmerge, longest: int
             layer.attn = SizedAttention(sizes, inner, layer.head_dim, layer.scaling)
         else:
             layer.attn = Attention(
-                layer.num_heads, layer.head_dim, layer.scaling, **options, attn_backend=UnmergedBackend, step=step
+                layer.num_heads, layer.head_dim, layer.scaling, **options, attn_backend=backend, step=step
             )
     return sizes if unmerge == "compact" else step

@@ -7,6 +7,8 @@ Every backend of `dymu.unmerging` computes it: of one request at a time, over it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class Slots:
         self.members[slots] = members
 
     def step(
-        self, own: Tensor, new: int, frequencies: Tensor, *, each_query: bool, backend: str, in_pages: bool
+        self, own: Tensor, new: int, frequencies: Tensor, *, each_query: bool, backend: str, rows: Tensor | None = None
     ) -> Step:
         """How the new tokens of a request attend to all of it.
 
@@ -48,13 +50,14 @@ class Slots:
             frequencies: float64 [P], rotary angle per position.
             each_query: whether tokens ask for every one they stand for, or once.
             backend: which will compute it.
-            in_pages: whether the backend gets all pages as its keys and values, or the n entries of the request.
+            rows: int64 [n], where these tokens stand among the keys and values that the backend gets, see `Pages`;
+                None: it gets the n of the request.
         """
         entry, offset = self.members[own].nonzero(as_tuple=True)
         stands = self.position[own]
         at, order = (self.begin[own][entry] + offset).sort()
         entry = entry[order]
-        keys = (own[entry] if in_pages else entry)[None]
+        keys = (entry if rows is None else rows[entry])[None]
         index = torch.arange(len(entry), device=own.device)
         late = entry >= len(own) - new
         if not each_query:
@@ -75,6 +78,42 @@ class Slots:
             at=asks[None],
             expands=len(group) > new,
         )
+
+
+@dataclass(frozen=True)
+class Pages:
+    """All pages of a layer as one row of keys and one of values, without a copy, whatever the order in memory.
+
+    Attributes:
+        keys, values: [1, heads of keys, rows, D].
+        apart: rows from one block to the next.
+    """
+
+    keys: Tensor
+    values: Tensor
+    apart: int
+
+    @classmethod
+    def of(cls, cache: Tensor) -> Pages:
+        """Of the cache of a layer, [blocks, heads of keys, slots of a block, 2 D].
+
+        Raises:
+            ValueError: its blocks are not so many slots apart as a whole number.
+        """
+        blocks, heads, block, wide = cache.shape
+        from_block, from_head, from_slot, one = cache.stride()
+        if from_block % from_slot or one != 1:
+            raise ValueError(f"pages with the strides {cache.stride()} are no rows of keys and values")
+        apart = from_block // from_slot
+        size = wide // 2
+        shape, strides = (1, heads, (blocks - 1) * apart + block, size), (0, from_head, from_slot, 1)
+        begins = cache.storage_offset(), cache.storage_offset() + size
+        keys, values = (cache.as_strided(shape, strides, begin) for begin in begins)
+        return cls(keys, values, apart)
+
+    def rows(self, slots: Tensor, block: int) -> Tensor:
+        """Where these slots stand in the rows; `block` slots a block."""
+        return slots // block * self.apart + slots % block
 
 
 def _turn(by: Tensor, frequencies: Tensor) -> Tensor:
