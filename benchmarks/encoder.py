@@ -92,13 +92,21 @@ def main(
     rows = []
     for nth in (int(nth) for nth in every.split(",")):
         thresholds = dymu.calibrate(model, processor, scenes, shares, merge_layers=range(depth - 1, -1, -nth))
+        assert thresholds.encoder is not None
+        tokens = thresholds.encoder.tokens
         cases = [(int(bucket), budget, size) for bucket in buckets.split(",") for budget in shares for size in sizes]
         for bucket, budget, size in track(cases, description=f"timing, every {nth}"):
             layout.BUCKET = bucket
             with torch.inference_mode(), dymu.apply(model, thresholds, budget=budget) as handle:
                 timed = _timed(model, handle, pixels[:size], repeats)
             rows.append(
-                {"every": nth, "bucket": layout.bucket_size(device, size), "budget": budget, "batch": size, **timed}
+                {
+                    "every": nth,
+                    "bucket": layout.bucket_size(device, size, tokens),
+                    "budget": budget,
+                    "batch": size,
+                    **timed,
+                }
             )
     assert thresholds.encoder is not None
     result = {

@@ -43,7 +43,10 @@ PAGES = tuple(
     for page in (
         "README.md",
         "models/demo/README.md",
-        *(f"docs/{page}.md" for page in ("how-it-works", "evidence", "speed", "encoder", "memory", "families")),
+        *(
+            f"docs/{page}.md"
+            for page in ("how-it-works", "evidence", "speed", "encoder", "memory", "families", "serving")
+        ),
         *(f"experiments/{page}.md" for page in ("saliency", "legibility")),
     )
 )
@@ -295,6 +298,22 @@ def encoder_every() -> str:
     return markdown(header, rows) + made_by(result)
 
 
+def load() -> str:
+    """Requests per second of both servers, untouched and with few tokens, and the CPU time of each."""
+    results = [read(RESULTS / f"load_{name}.json") for name in ("vllm", "transformers")]
+    names = {"vllm": "vLLM", "serve": "transformers"}
+    rows = [
+        [f"{names[result['server']]}, {result['unmerge']}",
+         f"{row['budget']:.0%}" if isinstance(row["budget"], float) else row["budget"], f"**{row['per_second']:.1f}**",
+         f"{row['least']:.1f} to {row['most']:.1f}", f"{1000 * row['front_cpu_s']:.0f}",
+         f"{1000 * row['engine_cpu_s']:.0f}" if row["engine_cpu_s"] else ""]
+        for result in results
+        for row in result["rows"]
+    ]  # fmt: skip
+    header = ["server", "budget", "requests per second", "of the rounds", "CPU ms, takes requests", "CPU ms, engine"]
+    return markdown(header, rows) + "".join(map(made_by, results))
+
+
 def memory() -> str:
     """Peak megabytes of one layer's attention beside what it is given, a line for each way, and how they grow."""
     result = read(RESULTS / "memory.json")
@@ -449,7 +468,7 @@ def _percent(share: Share) -> str:
 
 FUNCTIONS = (
     kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, encoder,
-    encoder_buckets, encoder_every, tiles, layer_prefill, layer_decode, memory, accuracy,
+    encoder_buckets, encoder_every, tiles, load, layer_prefill, layer_decode, memory, accuracy,
     accuracy_short, accuracy_by_kind, forms, methods, dynamic, schedules, costs_of_methods, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
