@@ -144,6 +144,20 @@ def test_text_alone_and_two_images(url: str, photo: Image.Image) -> None:
         ({"budgett": 48}, "budgett"),
         ({"model": "another"}, "'another'"),
         ({"n": 2}, "'n'"),
+        ({"chat_template_kwargs": {"images": ["http://127.0.0.1/a.png"]}}, "'chat_template_kwargs'"),
+        ({"generation_config": "{}"}, "'generation_config'"),
+        ({"tools": [{"type": "function"}]}, "'tools'"),
+        ({"budget": 10**400}, "no image has so many"),
+        ({"frequency_penalty": -1.5}, "frequency_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"messages": [{"role": "user", "content": "<image> what?"}]}, "the question holds <image>"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]}, "tool_calls"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "b"}}]}]},
+            "and no other",
+        ),
+        ({"stream": True, "messages": [{"role": "user", "content": "what? " * 3000}]}, "the prompt has"),
         ({"logprobs": True}, "'logprobs'"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": "hot"}, "temperature"),
@@ -157,6 +171,14 @@ def test_what_a_request_cannot_ask_for(url: str, photo: Image.Image, change: dic
     status, answer = posted(url, body_for([data_url(photo)]) | change)
     assert status == 400, answer
     assert said in answer["error"]["message"]
+
+
+def test_too_many_images(url: str) -> None:
+    small, large = data_url(Image.new("1", (8, 8))), data_url(Image.new("1", (9000, 8000)))
+    for images, said in (([small] * 17, "more than the 16"), ([large] * 2, "together")):
+        status, answer = posted(url, body_for(images))
+        assert status == 400
+        assert said in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import ipaddress
 import os
+import re
 import socket
 import sys
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -82,12 +84,11 @@ def serve(
 
 
 def _server() -> Any:
-    try:
-        from dymu.serving import transformers_server
-    except ImportError as error:
-        raise errors.BadInput(
-            f"serving needs a package that is missing ({errors.one_line(error)}): `pip install 'dymu[serve]'`."
-        ) from error
+    missing = [name for name in ("fastapi", "uvicorn", "openai", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise errors.BadInput(f"serving needs {' and '.join(missing)}, not installed: `pip install 'dymu[serve]'`.")
+    from dymu.serving import transformers_server
+
     return transformers_server
 
 
@@ -142,12 +143,11 @@ def vllm(
     from dymu.serving import vllm as plugin
 
     named = models.named(model, revision)
-    path = thresholds or named.source
     with out.during("looking at the model"):
-        added = plugin.options(named.source, path, budget, unmerge, revision=revision)
-    given = {word.split("=")[0] for word in context.args if word.startswith("--")}
-    if "--hf-overrides" in given:
-        raise typer.BadParameter("--hf-overrides is written by dymu: change the model's config.json instead.")
+        added = plugin.options(named.source, thresholds, budget, unmerge, revision=revision)
+    given = {re.split("[=.]", word)[0].replace("_", "-") for word in context.args if word.startswith("--")}
+    if taken := sorted(given & plugin.OWN_FLAGS):
+        raise typer.BadParameter(f"{' and '.join(taken)} is written by dymu: leave it out.")
     words = ["--host", host, *plugin.words(added, given), *context.args]
     words += ["--revision", revision] if revision else []
     how = "is exact" if unmerge == "exact" else "approximates what the untouched model computes"

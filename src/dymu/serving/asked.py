@@ -16,6 +16,22 @@ from dymu.thresholds import Thresholds
 
 UNTOUCHED = "untouched"
 """A budget of a request that has nothing merge."""
+MOST_IMAGES = 16
+"""In a request."""
+HARMLESS: dict[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")),
+    "parallel_tool_calls": None,
+    "prompt_cache_key": None,
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+"""Fields beside those of `Asked` that change no answer, with these values, or null; None: with any."""
 
 
 def budget_of(asked: Any, thresholds: Thresholds) -> float | None:
@@ -33,6 +49,8 @@ def budget_of(asked: Any, thresholds: Thresholds) -> float | None:
         raise BadBudget(
             f"a budget is a number of image tokens (96), a fraction of them (0.15) or {UNTOUCHED!r}, not {asked!r}."
         )
+    if abs(asked) > 2**53:
+        raise BadBudget("a budget is a number of image tokens, and no image has so many.")
     return thresholds.tokens_for(asked)
 
 
@@ -48,8 +66,9 @@ class _Part(msgspec.Struct):
 
 
 class _Message(msgspec.Struct):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_Part] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+    tool_calls: None = None
 
 
 class Asked(msgspec.Struct):
@@ -65,38 +84,60 @@ class Asked(msgspec.Struct):
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(gt=-1, le=2)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[Annotated[str, msgspec.Meta(pattern="^[0-9]{1,9}$")], float] | None = None
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> Asked:
-        """Raises: BadPrompt, where a field has another type, or a message holds something else than text and images."""
+        """Raises: BadPrompt, where a field is not known, asks for something that cannot be had, or has another type, or
+        a message holds something else than text and images."""
         try:
             asked = msgspec.convert(body, cls)
         except msgspec.ValidationError as error:
-            raise BadPrompt(f"the request is not as the OpenAI API has it: {error}.") from error
+            raise BadPrompt(f"the request is not as the OpenAI API has it, or as it is known here: {error}.") from error
+        for name in body.keys() - {*cls.__struct_fields__}:
+            if name not in HARMLESS:
+                raise BadPrompt(f"this server does not know the field {name!r}: leave it out.")
+            if (values := HARMLESS[name]) is not None and body[name] is not None and body[name] not in values:
+                raise BadPrompt(f"this server cannot do what the field {name!r} asks for: leave it out.")
         for part in asked.parts:
             if part.type not in ("text", "image_url"):
                 raise BadPrompt(f"a message has a part of the type {part.type!r}; send text and image_url.")
-            if (part.text if part.type == "text" else part.image_url) is None:
-                raise BadPrompt(f"a part of the type {part.type!r} has no field {part.type!r}: send it.")
+            if (part.text is None) == (part.type == "text") or (part.image_url is None) == (part.type == "image_url"):
+                raise BadPrompt(
+                    f"a part of the type {part.type!r} has the field {part.type!r}, and no other: send that."
+                )
         return asked
 
     @property
     def parts(self) -> list[_Part]:
         return [part for message in self.messages if isinstance(message.content, list) for part in message.content]
 
+    @property
+    def texts(self) -> list[str]:
+        """What the messages say."""
+        plain = [message.content for message in self.messages if isinstance(message.content, str)]
+        return [*plain, *(part.text for part in self.parts if part.text is not None)]
+
     def images(self) -> Sequence[Image.Image]:
         """The images of all messages, in their order.
 
         Raises:
-            BadImage: one is no image, or is not in the request itself.
+            BadImage: one is no image, or is not in the request itself; or they are too many, or too large together.
         """
         addresses = [part.image_url for part in self.parts if part.image_url is not None]
-        return [image_of(address.url, f"image {number}") for number, address in enumerate(addresses, 1)]
+        if len(addresses) > MOST_IMAGES:
+            raise BadImage(f"the request has {len(addresses)} images, more than the {MOST_IMAGES} allowed: send fewer.")
+        loaded, pixels = list[Image.Image](), 0
+        for number, address in enumerate(addresses, 1):
+            loaded.append(image_of(address.url, f"image {number}"))
+            pixels += loaded[-1].width * loaded[-1].height
+            if pixels > images.MAX_PIXELS:
+                raise BadImage(images.too_many_pixels("the images of the request have together"))
+        return loaded
 
 
 def image_of(url: str, name: str) -> Image.Image:

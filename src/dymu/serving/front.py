@@ -36,24 +36,16 @@ class InPrompt:
     Attributes:
         ids: T tokens: what the family writes around images, and one placeholder for each of M merged tokens.
         features: [M, C], what the language model gets for the placeholders.
-        place: int64 [T], where each stands among the L.
+        position: int64 [T, axes], of each, counted from the first of the L.
+        advance: int64 [], by how much the text behind stands further on than the text ahead.
         group: int64 [L], which of the T stands for each.
     """
 
     ids: list[int]
     features: Tensor
-    place: Tensor
+    position: Tensor
+    advance: Tensor
     group: Tensor
-
-    @property
-    def length(self) -> int:
-        """L."""
-        return len(self.group)
-
-    @property
-    def size(self) -> Tensor:
-        """int64 [T], how many of the L each stands for."""
-        return torch.bincount(self.group, minlength=len(self.ids))
 
 
 class Front:
@@ -137,13 +129,15 @@ class Front:
             with handle.disabled() if budget is None else contextlib.nullcontext():
                 encoded = parts.inner.get_image_features(**arguments).pooler_output
             features = torch.cat([feature.flatten(0, -2) for feature in encoded]).cpu()
+            grids = arguments.get("image_grid_thw", [None] * len(rows))
+            positions = [_positions(parts, row, grid) for row, grid in zip(rows, grids, strict=True)]
             if budget is None:
                 leaders = [[torch.arange(row.count(self.image_token))] for row in rows]
             else:
                 items = items_by_prompt(model, inputs, handle.last.items)
                 leaders = [[item.leaders.cpu() for item in of_image] for of_image in items]
         by_image = features.split([row.count(self.image_token) for row in rows])
-        return [self._placed(*one) for one in zip(rows, leaders, by_image, strict=True)]
+        return [self._placed(*one) for one in zip(rows, positions, leaders, by_image, strict=True)]
 
     def _ids(self, inputs: Any) -> list[list[int]]:
         """The tokens of every image, without padding and what a tokenizer writes ahead of a prompt."""
@@ -154,14 +148,32 @@ class Front:
         ]
         return [row[len(special) :] if special and row[: len(special)] == special else row for row in rows]
 
-    def _placed(self, row: list[int], items: list[Tensor], features: Tensor) -> InPrompt:
-        """An image whose L tokens are `row`, from the leaders of its items and the features of its placeholders."""
+    def _placed(self, row: list[int], positions: Tensor, items: list[Tensor], features: Tensor) -> InPrompt:
+        """An image whose L tokens are `row` at positions [L, axes], from the leaders of its items and the features of
+        its placeholders."""
         ids = torch.tensor(row)[None]
         shown = ids == self.image_token
         index = torch.arange(len(row))[None]
         tokens = TokenMap.from_leaders(place_leaders(index, shown, items))
-        new = NewTokens.of(tokens, index, self._unmerge)
+        new = NewTokens.of(tokens, positions[None], self._unmerge)
         place = new.representative[0]
         merged = place[shown[0, place]]
         of_placeholder = shown[0].cumsum(0) - 1
-        return InPrompt(ids[0, place].tolist(), features[of_placeholder[merged]], place, new.map.group[0])
+        return InPrompt(
+            ids[0, place].tolist(),
+            features[of_placeholder[merged]],
+            positions[place],
+            positions.max() + 1,
+            new.map.group[0],
+        )
+
+
+def _positions(parts: Parts, row: list[int], grid: Tensor | None) -> Tensor:
+    """int64 [L, axes] of the tokens of an image, counted from the first one, by the family's own rule."""
+    if grid is None or not hasattr(parts.inner, "get_rope_index"):
+        return torch.arange(len(row))[:, None]
+    ids = torch.tensor([row])
+    kinds = (ids == parts.placeholders["image"]).int()
+    positions, _ = parts.inner.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid[None].cpu())
+    by_token: Tensor = positions[:, 0].T
+    return by_token

@@ -6,15 +6,17 @@ stream (`ChatCompletionHandler`), and the thread that generates one request afte
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from openai.types.completion_usage import CompletionUsage
 from starlette.exceptions import HTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -25,24 +27,16 @@ import dymu
 from dymu.errors import BadPrompt, DymuError
 from dymu.families.resolve import resolve
 from dymu.handle import Handle
+from dymu.prompting import check_question
 from dymu.serving.asked import Asked, budget_of
 from dymu.thresholds import Thresholds
 
+TAKEN = ("messages", "max_tokens", "temperature", "top_p", "frequency_penalty", "stop", "stream", "logit_bias")
+"""Fields of a request that transformers reads."""
 LARGEST_BODY = 64 * 2**20
 """Bytes of a request."""
-LEFT_OUT: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("audio", "function_call", "functions", "prediction", "reasoning_effort", "verbosity"), ()),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("auto",),
-    "top_logprobs": (0,),
-    "web_search_options": (),
-}
-"""Fields that transformers' server leaves out in silence; with other values than these, or null, the answer would not
-be what was asked for."""
+MOST_WAITING = 64
+"""Requests at a time; more are asked to come again."""
 
 
 @dataclass
@@ -63,6 +57,8 @@ class Served:
     dtype: str
     manager: Manager = field(init=False)
     generation: GenerationState = field(init=False)
+    waiting: int = field(init=False, default=0)
+    """Requests that are not answered yet."""
 
     def __post_init__(self) -> None:
         """Loads the model.
@@ -72,6 +68,13 @@ class Served:
         """
         self.manager = Manager(self)
         self.generation = GenerationState()
+        if self.processor.chat_template is None:
+            raise BadPrompt(f"{self.name} has no chat template, by which a chat becomes a prompt: give it one.")
+
+    @property
+    def processor(self) -> Any:
+        """The model's."""
+        return next(iter(self.manager.loaded_models.values())).processor
 
 
 class Manager(ModelManager):
@@ -105,7 +108,6 @@ class Answering:
 
     def generate(self, **kwargs: Any) -> Any:
         """See transformers; runs in the one thread that generates."""
-        self._fit(kwargs["input_ids"].shape[1], kwargs["generation_config"])
         if self._seed is not None:
             torch.manual_seed(self._seed)
         untouched = self._budget is None
@@ -129,7 +131,7 @@ class Answering:
         count()
         return generated
 
-    def _fit(self, prompt: int, generation: Any) -> None:
+    def fit(self, prompt: int, generation: Any) -> None:
         """Leave as many new tokens as the language model has positions for.
 
         Raises:
@@ -159,19 +161,31 @@ class Chat(ChatCompletionHandler):
         Raises:
             DymuError, HTTPException: the request cannot be answered as it is.
         """
-        self._asked = Asked.of(body)
-        for name, harmless in LEFT_OUT.items():
-            if body.get(name) is not None and body[name] not in harmless:
-                raise BadPrompt(f"this server cannot do what the field {name!r} asks for: leave it out.")
+        self._asked = asked = Asked.of(body)
         if body.get("model", self._served.name) != self._served.name:
             raise BadPrompt(f"the model served here is {self._served.name!r}, not {body['model']!r}: name that.")
-        body = {name: value for name, value in body.items() if name not in ("budget", "seed", "model", *LEFT_OUT)}
-        if (most := body.pop("max_completion_tokens", None)) is not None:  # which older releases leave out
-            body["max_tokens"] = most
-        budget = self._served.options["budget"] if self._asked.budget is None else self._asked.budget
+        for text in asked.texts:
+            check_question(self._served.processor, text)
+        # Nothing else that transformers knows goes on to it: a template's arguments may name files and addresses.
+        known = {name: body[name] for name in TAKEN if body.get(name) is not None}
+        if asked.max_completion_tokens is not None:  # which older releases leave out
+            known["max_tokens"] = asked.max_completion_tokens
+        budget = self._served.options["budget"] if asked.budget is None else asked.budget
         self._budget = budget_of(budget, self._served.thresholds)
-        self._images = iter(self._asked.images())
-        return await self.handle_request(body, request_id)
+        self._images = iter(await asyncio.to_thread(asked.images))
+        return await self.handle_request(known, request_id)
+
+    def _streaming(
+        self, request_id: str, model: Any, processor: Any, name: str, inputs: Any, *args: Any, **kw: Any
+    ) -> Any:
+        model.fit(inputs["input_ids"].shape[1], args[0])
+        return super()._streaming(request_id, model, processor, name, inputs, *args, **kw)
+
+    async def _non_streaming(
+        self, request_id: str, model: Any, processor: Any, name: str, inputs: Any, *args: Any, **kw: Any
+    ) -> Any:
+        model.fit(inputs["input_ids"].shape[1], args[0])
+        return await super()._non_streaming(request_id, model, processor, name, inputs, *args, **kw)
 
     def get_processor_inputs_from_messages(self, messages: list[dict[str, Any]], modality: Modality) -> Any:
         parsed = ChatCompletionHandler.get_processor_inputs_from_messages(messages, modality)
@@ -180,6 +194,8 @@ class Chat(ChatCompletionHandler):
                 {"type": "image", "image": next(self._images)} if part["type"] == "image" else part
                 for part in message["content"]
             ]
+        if next(self._images, None) is not None:
+            raise BadPrompt("an image stands where transformers reads none: send it in a message of its own.")
         return parsed
 
     def _resolve_model(self, body: dict[str, Any]) -> Any:
@@ -235,7 +251,19 @@ def app_of(served: Served) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: dict[str, Any]) -> Any:
-        return await Chat(served).answer(body, f"chatcmpl-{uuid.uuid4().hex}")
+        if served.waiting >= MOST_WAITING:
+            return _error(503, f"{MOST_WAITING} requests are waiting already: try again.", "server_error")
+        served.waiting += 1
+        try:
+            answer = await Chat(served).answer(body, f"chatcmpl-{uuid.uuid4().hex}")
+        except BaseException:
+            served.waiting -= 1
+            raise
+        if isinstance(answer, StreamingResponse):
+            answer.body_iterator = _counted_down(served, answer.body_iterator)
+        else:
+            served.waiting -= 1
+        return answer
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -246,6 +274,14 @@ def app_of(served: Served) -> FastAPI:
         return {"status": "ok"}
 
     return app
+
+
+async def _counted_down(served: Served, events: Any) -> AsyncIterator[Any]:
+    try:
+        async for event in events:
+            yield event
+    finally:
+        served.waiting -= 1
 
 
 def _error(status: int, message: str, kind: str = "invalid_request_error") -> JSONResponse:

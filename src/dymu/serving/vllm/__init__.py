@@ -12,6 +12,7 @@ from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -24,8 +25,19 @@ from dymu.thresholds import Thresholds, beside
 
 OLDEST, BEYOND = (0, 32), (0, 33)
 """Versions of vLLM that this works with: from the one, to below the other."""
-ARCHITECTURES = {"llava": "DymuLlavaForConditionalGeneration"}
+ARCHITECTURES = {
+    "llava": "DymuLlavaForConditionalGeneration",
+    "internvl": "DymuInternVLForConditionalGeneration",
+    "qwen2_5_vl": "DymuQwen2_5_VLForConditionalGeneration",
+}
 """By the model type of a family, the class of the plug-in that serves it."""
+OWN_FLAGS = frozenset(
+    f"--{name}" for name in ("hf-overrides", "scheduler-cls", "async-scheduling", "no-async-scheduling", "config",
+                             "disable-chunked-mm-input", "no-disable-chunked-mm-input", "kv-transfer-config")
+)  # fmt: skip
+"""Flags of `vllm serve` that would undo what dymu says, or may."""
+MANY_IMAGES = 64
+"""For so many images untouched positions are there."""
 WHOLE: tuple[Unmerge, ...] = ("exact", "representative")
 """Forms in which an image must be prefilled at once."""
 
@@ -73,7 +85,7 @@ def options(
 
     Args:
         model: its folder or hub name.
-        thresholds: where they are, see `dymu.apply`; every process of vLLM loads them from there.
+        thresholds: where they are, see `dymu.apply`.
         budget: where a request has none in `mm_processor_kwargs`, see `dymu.apply`.
         unmerge: see `dymu.choices.IN_VLLM`.
 
@@ -95,15 +107,37 @@ def options(
     with torch.device("meta"):
         parts = resolve(AutoModelForImageTextToText.from_config(config))
     check_fits(calibrated, parts)
-    own = {"thresholds": calibrated.source, "budget": calibrated.tokens_for(budget), "unmerge": unmerge}
+    own = {
+        "thresholds": msgspec.json.encode(calibrated).decode(),
+        "budget": calibrated.tokens_for(budget),
+        "unmerge": unmerge,
+    }
     own["longest"] = len(Front(os.fspath(model), calibrated, unmerge, revision=revision).longest)
     options: dict[str, Any] = {}
     if unmerge in WHOLE:
         # In any other order a merged token would ask before all that it has to see is there.
         options = {"disable_chunked_mm_input": True, "scheduler_cls": f"{__name__}.scheduler.WholeImages"}
         options |= {"async_scheduling": False}
-    overrides = {"architectures": [ARCHITECTURES[config.model_type]], "mrope_section": [1, 0, 0], "dymu": own}
+    overrides: dict[str, Any] = {"architectures": [ARCHITECTURES[config.model_type]], "dymu": own}
+    if parts.decoder_kind.axes == 1:
+        overrides["mrope_section"] = [1, 0, 0]  # so that vLLM carries three whole numbers for each token
+    elif unmerge != "original":
+        raise ValueError(
+            f"unmerge={unmerge!r} is not there in vLLM for models of the type {config.model_type!r}, whose positions "
+            "have three axes: choose original."
+        )
     return {"hf_overrides": overrides, **options}
+
+
+def room_for(config: Any, own: dict[str, Any]) -> int:
+    """Tokens that merging may take out of a prompt: by so much its positions may go beyond its length.
+
+    Args:
+        config: vLLM's of the model.
+        own: what `options` wrote into it.
+    """
+    images: int = min(config.multimodal_config.get_limit_per_prompt("image"), MANY_IMAGES)
+    return images * int(own["longest"])
 
 
 def program(model: str) -> list[str]:

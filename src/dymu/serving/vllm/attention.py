@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from dymu import unmerging
 from dymu.choices import Unmerge
-from dymu.errors import UnsupportedModel
+from dymu.errors import DymuError, UnsupportedModel
 from dymu.serving.vllm import paged
 
 
@@ -129,7 +129,7 @@ class Sizes(nn.Module):
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.register_buffer("log", torch.zeros(tokens), persistent=False)
+        self.register_buffer("log", torch.zeros(tokens, dtype=torch.float32), persistent=False)
 
     def set(self, number: Tensor) -> None:
         """int64 [T]: less than zero a size, else of text."""
@@ -173,15 +173,43 @@ def frequencies_of(rotary: Any) -> Tensor:
     Raises:
         UnsupportedModel: it is not the same from position to position, or pairs neighbouring channels.
     """
-    cos, sin = rotary.cos_sin_cache.double().chunk(2, -1)
+    exact = rotary._compute_cos_sin_cache().float()
+    cos, sin = exact.double().chunk(2, -1)
     angle = torch.atan2(sin, cos)
     at = torch.arange(len(angle), dtype=torch.float64, device=angle.device)
     off = torch.remainder(angle - at[:, None] * angle[1] + torch.pi, 2 * torch.pi) - torch.pi
-    if not rotary.is_neox_style or off.abs().max() > 1e-3 * max(1, len(at) / 1e4):
+    stored = rotary.cos_sin_cache
+    same = exact.shape == stored.shape and torch.equal(exact.to(stored.dtype), stored)
+    if not (same and rotary.is_neox_style) or off.abs().max() > 1e-3 * max(1, len(at) / 1e4):
         raise UnsupportedModel(
             "this language model's positions turn in a way that dymu does not know in vLLM: take unmerge='original'."
         )
     return angle[1]
+
+
+def make_room(model: nn.Module, positions: int) -> None:
+    """Let the language model rotate by so many positions: those of unmerged prompts, of which merged ones keep some.
+
+    Raises:
+        UnsupportedModel: its angles depend on how many there are.
+    """
+    for rotary in {id(layer.self_attn.rotary_emb): layer.self_attn.rotary_emb for layer in layers_of(model)}.values():
+        stored = rotary.cos_sin_cache
+        if len(stored) >= positions:
+            continue
+        rotary.max_position_embeddings = positions
+        longer = rotary._compute_cos_sin_cache().to(stored)
+        if len(longer) < positions or not torch.equal(longer[: len(stored)], stored):
+            raise UnsupportedModel(
+                f"this language model turns {len(stored):,} positions, and prompts with images may reach "
+                f"{positions:,}: take a smaller --max-model-len, or fewer images in --limit-mm-per-prompt."
+            )
+        rotary.cos_sin_cache = longer
+
+
+def layers_of(model: Any) -> list[Any]:
+    """Those that this process holds; with pipelines, others hold the rest."""
+    return [layer for layer in model.layers if hasattr(layer, "self_attn")]
 
 
 def _unmerged_backend() -> Any:
@@ -195,37 +223,66 @@ def _unmerged_backend() -> Any:
     return on_gpu.UnmergedBackend
 
 
-def _refuse_unknown(attention: Any) -> None:
-    """Raises: UnsupportedModel, where a layer attends in a way that exact unmerging does not know in vLLM."""
+def _refuse_unknown(attention: Any, unmerge: Unmerge) -> None:
+    """Raises: UnsupportedModel, where a layer attends in a way that a form other than `original` does not know."""
     impl = attention.impl
     unknown = {
-        "a sliding window": attention.sliding_window,
         "capped logits": getattr(impl, "logits_soft_cap", None),
         "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
         "attention sinks": getattr(impl, "sinks", None) is not None,
-        f"a KV cache of {attention.kv_cache_dtype}": attention.kv_cache_dtype not in ("auto", "float16", "bfloat16"),
     }
+    if unmerge != "compact":
+        plain = attention.kv_cache_dtype in ("auto", "float16", "bfloat16")
+        unknown |= {"a sliding window": attention.sliding_window, f"a cache of {attention.kv_cache_dtype}": not plain}
     found = [name for name, there in unknown.items() if there]
     if found:
         raise UnsupportedModel(
-            f"this language model has {' and '.join(found)}, which dymu does not know in vLLM with exact unmerging: "
-            "take unmerge='original'."
+            f"this language model has {' and '.join(found)}, which dymu does not know in vLLM with "
+            f"unmerge={unmerge!r}: take unmerge='original'."
+        )
+
+
+def check_engine(config: VllmConfig, unmerge: Unmerge, longest: int) -> None:
+    """Raises: DymuError, where the engine would cut images, or has pages that others fill."""
+    from dymu.serving.vllm.scheduler import WholeImages
+
+    scheduling = config.scheduler_config
+    least = longest + scheduling.max_num_seqs
+    wrong = [
+        word
+        for word, there in {
+            "a scheduler other than dymu's": scheduling.get_scheduler_cls() is not WholeImages,
+            "chunks that cut images": not scheduling.disable_chunked_mm_input,
+            "a KV transfer": config.kv_transfer_config is not None,
+            f"max_num_batched_tokens below {least}": scheduling.max_num_batched_tokens < least,
+        }.items()
+        if there
+    ]
+    if wrong:
+        raise DymuError(
+            f"unmerge={unmerge!r} would not be exact with {' and '.join(wrong)}: start vLLM as `dymu vllm` does, or "
+            "with dymu.serving.vllm.options."
         )
 
 
 def install(model: nn.Module, config: VllmConfig, unmerge: Unmerge, longest: int) -> Step | Sizes:
-    """Let the layers of a language model of vLLM attend to merged tokens; what its forward has to tell them."""
-    layers: list[Any] = [layer.self_attn for layer in model.layers]  # type: ignore[union-attr]
+    """Let the layers of a language model of vLLM attend to merged tokens; what its forward has to tell them.
+
+    Raises:
+        UnsupportedModel: it has something that the form does not know.
+        DymuError: see `check_engine`.
+    """
+    layers = [layer.self_attn for layer in layers_of(model)]
     known = config.compilation_config.static_forward_context
     if unmerge == "compact":
         sizes = Sizes(config.scheduler_config.max_num_batched_tokens)
     else:
+        check_engine(config, unmerge, longest)
         step = Step(frequencies_of(layers[0].rotary_emb), longest, unmerge == "exact")
         backend = _unmerged_backend()
     for layer in layers:
         stock = layer.attn
-        if unmerge != "compact":
-            _refuse_unknown(stock)
+        _refuse_unknown(stock, unmerge)
         known.pop(stock.layer_name)
         options = {
             "num_kv_heads": layer.num_kv_heads,
@@ -234,7 +291,8 @@ def install(model: nn.Module, config: VllmConfig, unmerge: Unmerge, longest: int
             "prefix": stock.layer_name,
         }
         if unmerge == "compact":
-            wide = next(size for size in stock.attn_backend.get_supported_head_sizes() if size >= layer.head_dim + 2)
+            wide = _next_head_size(stock.attn_backend, layer.head_dim + 2)
+            options["per_layer_sliding_window"] = stock.sliding_window
             inner = Attention(layer.num_heads, wide, layer.scaling, **options)
             layer.attn = SizedAttention(sizes, inner, layer.head_dim, layer.scaling)
         else:
@@ -242,3 +300,15 @@ def install(model: nn.Module, config: VllmConfig, unmerge: Unmerge, longest: int
                 layer.num_heads, layer.head_dim, layer.scaling, **options, attn_backend=backend, step=step
             )
     return sizes if unmerge == "compact" else step
+
+
+def _next_head_size(backend: Any, least: int) -> int:
+    """The smallest head size from `least` on that a backend takes, in steps of 8.
+
+    Raises:
+        UnsupportedModel: it takes none.
+    """
+    for size in range(-(-least // 8) * 8, 513, 8):
+        if backend.supports_head_size(size):
+            return size
+    raise UnsupportedModel(f"{backend.get_name()} takes no heads of {least} channels or more: take unmerge='original'.")

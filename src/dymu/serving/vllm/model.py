@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -13,11 +14,21 @@ from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiMo
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from dymu.serving.vllm.attention import Sizes, Step, install
+from dymu.choices import EACH_ONCE
+from dymu.serving.vllm import room_for
+from dymu.serving.vllm.attention import Sizes, Step, install, make_room
 from dymu.serving.vllm.processor import Dummy, Info, Processor
 
-OF_LANGUAGE_MODEL = {"model.language_model.": "model.", "language_model.": "", "lm_head.": "lm_head."}
+OF_LANGUAGE_MODEL = {
+    "model.language_model.": "model.",
+    "language_model.": "",
+    **{f"{name}.": f"{name}." for name in ("lm_head", "model.layers", "model.embed_tokens", "model.norm")},
+}
 """By the beginning of a weight's name, that of its name in the language model."""
+
+
+LANGUAGE_MODELS = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "qwen2_5_vl_text": "Qwen2ForCausalLM"}
+"""By model type, the class that computes it in vLLM too."""
 
 
 class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
@@ -28,6 +39,8 @@ class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
     """
 
     placeholder: ClassVar[str]
+    several_axes: ClassVar[bool] = False
+    """Whether the language model itself rotates by the three whole numbers."""
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str:
@@ -41,17 +54,22 @@ class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
         text = config.get_text_config()
         text.tie_word_embeddings = config.tie_word_embeddings
         if text.architectures is None:
-            text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+            text.architectures = [LANGUAGE_MODELS.get(text.model_type, "")]
         stock: Any = self
         stock.configure_mm_token_handling(vocab_size=text.vocab_size, mm_token_ids=[config.image_token_id])
         with stock._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config, hf_config=text, prefix=maybe_prefix(prefix, "language_model")
             )
-        self.unmerge = config.dymu["unmerge"]
+        self.unmerge, longest = config.dymu["unmerge"], config.dymu["longest"]
+        if not self.several_axes:
+            room = room_for(vllm_config.model_config, config.dymu)
+            make_room(self.language_model.model, vllm_config.model_config.max_model_len + room)
         self.step: Step | Sizes | None = None
         if self.unmerge != "original":
-            self.step = install(self.language_model.model, vllm_config, self.unmerge, config.dymu["longest"])
+            self.step = install(self.language_model.model, vllm_config, self.unmerge, longest)
+        if self.unmerge in EACH_ONCE:
+            logging.getLogger("dymu").warning("unmerge=%r approximates what the untouched model computes", self.unmerge)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, image_features: Any = None, **_: Any) -> Sequence[Tensor]:
@@ -60,22 +78,23 @@ class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
         """int64 [3, T] for the tokens of a prompt, and what to add to the index of those that follow."""
         rows = torch.zeros(3, len(input_tokens), dtype=torch.int64)
-        done = shift = 0
+        done = at = 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             begin = feature.mm_position.offset
-            place, group = (feature.data[f"image_{name}"].data for name in ("place", "group"))
-            end = begin + len(place)
-            rows[:, done:begin] = torch.arange(done, begin) + shift
-            rows[:, begin:end] = place + begin + shift
+            position, advance, group = (feature.data[f"image_{name}"].data for name in ("position", "advance", "group"))
+            end = begin + len(position)
+            rows[:, done:begin] = torch.arange(at, at + begin - done)
+            at += begin - done
+            rows[:, begin:end] = position.T + at
             if self.unmerge == "compact":
-                rows[1, begin:end] = -torch.bincount(group, minlength=len(place))
+                rows[1, begin:end] = -torch.bincount(group, minlength=len(position))
             elif isinstance(self.step, Step):
-                rows[1, begin:end] = -self.step.groups.number(feature.data, group, len(place))
-                rows[2, begin:end] = begin + shift
-            shift += len(group) - len(place)
+                rows[1, begin:end] = -self.step.groups.number(feature.data, group, len(position))
+                rows[2, begin:end] = at
+            at += int(advance)
             done = end
-        rows[:, done:] = torch.arange(done, len(input_tokens)) + shift
-        return rows, shift
+        rows[:, done:] = torch.arange(at, at + len(input_tokens) - done)
+        return rows, at - done
 
     def forward(
         self,
@@ -91,7 +110,9 @@ class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
             self.step.rows = positions
         elif self.step is not None:
             self.step.set(positions[1])
-        return self.language_model.model(input_ids, positions[0], intermediate_tensors, inputs_embeds=inputs_embeds)
+        if not self.several_axes:
+            positions = positions[0]
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         logits: Tensor | None = self.language_model.compute_logits(hidden_states)
@@ -113,3 +134,14 @@ class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Dummy)
 class DymuLlavaForConditionalGeneration(Merged):
     placeholder = "<image>"
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Dummy)
+class DymuInternVLForConditionalGeneration(Merged):
+    placeholder = "<IMG_CONTEXT>"
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Dummy)
+class DymuQwen2_5_VLForConditionalGeneration(Merged):
+    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    several_axes = True

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -26,10 +27,11 @@ from dymu.errors import DymuError
 from dymu.media import images as media
 from dymu.serving.asked import budget_of
 from dymu.serving.front import Front, InPrompt
+from dymu.serving.vllm import room_for
 from dymu.thresholds import Thresholds
 from dymu.version import __version__
 
-FIELDS = ("features", "ids", "place", "group")
+FIELDS = ("features", "ids", "position", "advance", "group")
 
 
 class Blank(Image.Image):
@@ -38,7 +40,18 @@ class Blank(Image.Image):
 
 @functools.lru_cache(maxsize=1)
 def _front(model: str, revision: str | None, thresholds: str, unmerge: Any, dtype: torch.dtype) -> Front:
-    return Front(model, Thresholds.load(thresholds), unmerge, revision=revision, dtype=dtype)
+    return Front(model, _decoded(thresholds), unmerge, revision=revision, dtype=dtype)
+
+
+def _decoded(thresholds: str) -> Thresholds:
+    return msgspec.json.decode(thresholds.encode(), type=Thresholds)
+
+
+@dataclass
+class Shown(PromptUpdateDetails):
+    """What stands for an image in a prompt, and see `InPrompt.advance`."""
+
+    advance: int = 0
 
 
 class Info(BaseProcessingInfo):
@@ -52,13 +65,12 @@ class Info(BaseProcessingInfo):
 
     @functools.cached_property
     def thresholds(self) -> Thresholds:
-        return Thresholds.load(self.own["thresholds"])
+        return _decoded(self.own["thresholds"])
 
     @functools.cached_property
     def digest(self) -> str:
         """Of the thresholds, the default budget, the form and dymu's version, none of which a request names."""
-        own = {**self.own, "thresholds": msgspec.to_builtins(self.thresholds), "dymu": __version__}
-        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.own, __version__], sort_keys=True).encode()).hexdigest()
 
     @property
     def front(self) -> Front:
@@ -99,16 +111,15 @@ class Processor(BaseMultiModalProcessor[Info]):
             if all(isinstance(image, Blank) for image in images):
                 shown = [self._blank()] * len(images)
             else:
-                names = [f"image {number}" for number in range(1, len(images) + 1)]
-                loaded = [media.load(image, name).image for image, name in zip(images, names, strict=True)]
-                shown = self.info.front(loaded, tokens)
+                shown = self.info.front([media.load(image, "an image").image for image in images], tokens)
         except DymuError as error:
             raise ValueError(str(error)) from error
         return BatchFeature(
             {
                 "image_features": [one.features for one in shown],
                 "image_ids": [torch.tensor(one.ids) for one in shown],
-                "image_place": [one.place for one in shown],
+                "image_position": [one.position for one in shown],
+                "image_advance": [one.advance for one in shown],
                 "image_group": [one.group for one in shown],
             }
         )
@@ -119,7 +130,27 @@ class Processor(BaseMultiModalProcessor[Info]):
         width = self.info.get_hf_config().get_text_config().hidden_size
         features = torch.zeros(ids.count(front.image_token), width, dtype=self.info.ctx.model_config.dtype)
         index = torch.arange(len(ids))
-        return InPrompt(ids, features, index, index)
+        return InPrompt(ids, features, index[:, None], torch.tensor(len(ids)), index)
+
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
+        """Raises: ValueError, where the prompt has other placeholders than those of its images."""
+        target, images = self.info.front.target, len(mm_prompt_updates.get("image", ()))
+        if len(target) == 1 and token_ids.count(target[0]) != images:
+            raise ValueError(
+                f"the prompt has {token_ids.count(target[0])} placeholders of images, and {images} images: write one "
+                "for each, and none in the text."
+            )
+        shown = [update.content for updates in mm_prompt_updates.get("image", ()) for update in updates]
+        ahead, room = (
+            sum(one.advance - len(one.full) for one in shown),
+            room_for(self.info.ctx.model_config, self.info.own),
+        )
+        if ahead > room:
+            raise ValueError(
+                f"merging takes {ahead:,} tokens out of this prompt, more than the {room:,} that the server has "
+                "positions for: send fewer images."
+            )
+        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """vLLM's keys of cached images and prefixes, and in each what else decides what an image becomes."""
@@ -142,7 +173,9 @@ class Processor(BaseMultiModalProcessor[Info]):
         front = self.info.front
 
         def replacement(item: int) -> Any:
-            ids = out_mm_kwargs["image"][item]["image_ids"].data.tolist()
-            return PromptUpdateDetails.select_token_id(ids, front.image_token)
+            own = out_mm_kwargs["image"][item]
+            ids = own["image_ids"].data.tolist()
+            details = PromptUpdateDetails.select_token_id(ids, front.image_token)
+            return Shown(details.full, details.is_embed, int(own["image_advance"].data))
 
         return [PromptReplacement(modality="image", target=front.target, replacement=replacement)]
