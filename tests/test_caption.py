@@ -45,7 +45,7 @@ def captioner() -> Captioner:
 
 @pytest.fixture
 def header(captioner: Captioner) -> Header:
-    return captioner.header(Thresholds.load(DEMO), "exact")
+    return captioner.header("photos", Thresholds.load(DEMO), "exact")
 
 
 def test_every_image_has_a_line(captioner: Captioner, header: Header, photos: Path, tmp_path: Path) -> None:
@@ -76,7 +76,8 @@ def test_what_is_there_is_not_asked_again(captioner: Captioner, header: Header, 
     with (tmp_path / "c.jsonl").open("ab") as file:
         file.write(b'{"image": "half of a li')
     caption(noting, header, sources, tmp_path / "c.jsonl", batch_size=2, progress=False)
-    assert asked == [source.name for source in sources]
+    names = [source.name for source in sources]
+    assert asked == [*names[:3], *(name for name in names if name not in names[:3] or name == "broken.jpg")]
     assert len(read(tmp_path / "c.jsonl")[1]) == len(sources)
 
 

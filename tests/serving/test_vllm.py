@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +126,50 @@ def test_long_prompts_in_chunks_and_too_few_blocks(form: str, by_transformers: d
             assert tokens(answers(llm, ONE_IMAGE)) == by_transformers[form][: len(ONE_IMAGE)]
         counted = {metric.name: metric for metric in llm.get_metrics()}
         assert counted["vllm:num_preemptions"].value > 0
+
+
+@pytest.mark.parametrize("form", ["compact", "exact"])
+def test_bfloat16(form: str, by_transformers: dict[str, list[list[int]]]) -> None:
+    """Most first tokens are those of float32, whose angles and sizes the forms must not lose."""
+    with serving(form, dtype="bfloat16") as llm:
+        first = [each[0] for each in tokens(answers(llm, ONE_IMAGE))]
+    same = sum(one == other[0] for one, other in zip(first, by_transformers[form], strict=False))
+    assert same >= len(first) - 4
+
+
+@pytest.mark.parametrize(
+    ("computed", "new", "waits"),
+    [(0, 40, False), (10, 90, False), (10, 89, True), (11, 88, True), (50, 49, True), (50, 50, False), (99, 1, False)],
+)
+def test_no_chunk_ends_within_an_image(computed: int, new: int, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of 90 tokens behind 10 of text."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from dymu.serving.vllm.scheduler import WholeImages
+
+    monkeypatch.setattr(Scheduler, "_try_schedule_encoder_inputs", lambda *args: "stock")
+    image = SimpleNamespace(mm_position=SimpleNamespace(offset=10, length=90))
+    request = SimpleNamespace(mm_features=[image])
+    found = WholeImages._try_schedule_encoder_inputs(object.__new__(WholeImages), request, computed, new, 100)
+    assert found == (([], 0, 100, [], []) if waits else "stock")
+
+
+def test_engines_that_would_cut_images() -> None:
+    options = plugin.options(DEMO, budget=0.3, unmerge="exact")
+    options["disable_chunked_mm_input"] = False
+    with pytest.raises(RuntimeError), serving("exact", **options):
+        pass
+
+
+def test_a_placeholder_in_the_text_and_a_text_too_long() -> None:
+    with serving("original", limit_mm_per_prompt={"image": 1}) as llm:
+        text, photos, _ = ONE_IMAGE[0]
+        with pytest.raises(ValueError, match="2 placeholders of images, and 1 images"):
+            llm.generate([request_for(f"<image>{text}", photos, 0.3)], LONG, use_tqdm=False)
+        with pytest.raises(Exception, match="1024"):
+            llm.generate([request_for(text + " what" * 980, [PHOTOS[5]], 0.3)], LONG, use_tqdm=False)
+        for each in (photos, [PHOTOS[5]]):
+            assert len(tokens(llm.generate([request_for(text, each, 0.3)], LONG, use_tqdm=False))[0]) == WORDS
 
 
 def test_requests_that_cannot_be_met() -> None:

@@ -69,9 +69,9 @@ class _Ranked:
     def __init__(self, numbers: Tensor, together: Together) -> None:
         self._together = together
         self._float, self._integer, self._rounds = torch.float32, torch.int32, 2
-        if numbers.dtype == torch.float64:
+        if any(together.gather([numbers.dtype == torch.float64])):
             self._float, self._integer, self._rounds = torch.float64, torch.int64, 4
-        bits = numbers.to(self._float).contiguous().view(self._integer)
+        bits = (numbers.to(self._float) + 0.0).contiguous().view(self._integer)  # + 0.0 makes -0.0 of 0.0 alike
         self._sign = torch.iinfo(self._integer).max
         self._keys = torch.where(bits < 0, bits ^ self._sign, bits)  # which rise as the numbers do
         self.total = int(together.sum(torch.tensor([len(numbers)], device="cpu"))[0])

@@ -20,12 +20,14 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     """The first line: what the captions depend on.
 
     Attributes:
+        source: the folder or the list of the images.
         weights, thresholds, processor: hashes.
         budget: image tokens; None: the model was untouched.
     """
 
     dymu_captions: Literal[1]
     date: str
+    source: str
     model: str
     weights: str
     dtype: str
@@ -39,7 +41,7 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Row(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """The line of an image.
+    """The line of an image; where one has an error, a later line of the same image counts.
 
     Attributes:
         image: as it was named: a file of the folder, or what the list says.
@@ -69,7 +71,7 @@ class CaptionFile:
         path: created if it does not exist; else continued.
 
     Attributes:
-        rows: by image.
+        rows: by image; those with an error are asked for again.
 
     Raises:
         BadResults: the file belongs to another run, is damaged, or another process is writing it.
@@ -121,7 +123,7 @@ def read(path: Path) -> tuple[Header, dict[str, Row]]:
     for number, text in enumerate(others, 2):
         damaged = f"line {number} of {path} is damaged"
         row = decoded(text, Row, BadResults, damaged, "delete it, and dymu caption asks for that image again.")
-        if row.image in rows:
+        if row.image in rows and rows[row.image].error is None:
             raise BadResults(f"{damaged} (an earlier line is of the same image, {row.image}); delete one of them.")
         rows[row.image] = row
     return header, rows

@@ -10,7 +10,7 @@ from typing import Any
 from dymu.captioning.file import FORMAT, CaptionFile, Header, Row
 from dymu.captioning.sources import Source
 from dymu.errors import BadImage
-from dymu.files import expanded
+from dymu.files import escaped, expanded
 from dymu.handle import Handle, name_of
 from dymu.measure.progress import Bar
 from dymu.measure.provenance import fingerprint, short_hash, thresholds_hash, versions
@@ -32,11 +32,16 @@ class Captioner:
         self._model, self._processor, self._handle = model, processor, handle
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
 
-    def header(self, thresholds: Thresholds | None, unmerge: str) -> Header:
-        """What the captions depend on."""
+    def header(self, source: str, thresholds: Thresholds | None, unmerge: str) -> Header:
+        """What the captions depend on.
+
+        Args:
+            source: see `Header`.
+        """
         return Header(
             dymu_captions=FORMAT,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
+            source=escaped(source),
             model=name_of(self._model),
             weights=fingerprint(self._model),
             dtype=str(self._model.dtype).removeprefix("torch."),
@@ -82,7 +87,7 @@ def caption(
     batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, Row]:
-    """Caption the images that the file has no row of yet, and append them.
+    """Caption the images that the file has no caption of yet, and append them.
 
     Args:
         captioned: batches to their rows, such as `functools.partial(map, captioner)`, in any order.
@@ -96,7 +101,8 @@ def caption(
         BadResults, BadOutput: see `CaptionFile`.
     """
     with CaptionFile(expanded(output), header) as file, Bar(progress) as bar:
-        left = [source for source in sources if source.name not in file.rows]
+        there = {name for name, row in file.rows.items() if row.error is None}
+        left = [source for source in sources if source.name not in there]
         todo = bar.add_task("captions", total=len(sources), completed=len(sources) - len(left))
         batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
         for rows in captioned(batches):

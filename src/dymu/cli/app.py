@@ -123,6 +123,12 @@ def _check_device(device: str | None) -> str | None:
     return device
 
 
+def check_workers(ray: str | None, workers: int | None) -> None:
+    """Refuse a number of workers of nothing."""
+    if workers is not None and ray is None:
+        raise typer.BadParameter("--workers is for --ray: add --ray local, or leave it out.")
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub name.")]
 DemoOrModel = Annotated[
     str | None,

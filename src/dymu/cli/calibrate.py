@@ -25,6 +25,7 @@ from dymu.cli.app import (
     Revision,
     Workers,
     app_command,
+    check_workers,
     parse_budget,
     parse_layers,
     quieten_transformers,
@@ -64,6 +65,7 @@ def calibrate(
 ) -> None:  # fmt: skip
     """Find the thresholds at which a model keeps so many tokens of sample images on average."""
     out = Output(as_json)
+    check_workers(ray, workers)
     layers = None if merge_layers is None else parse_layers(merge_layers)
     check_writable(output, "thresholds", (".json",))
     paths = [path for named in existing(images, "image", dymu.BadImage) for path in image_files(out, named)]
@@ -75,7 +77,7 @@ def calibrate(
     how: dict[str, Any] = {"schedule": schedule, "merge_layers": layers}
 
     if ray is not None:
-        load = functools.partial(_loadedand_processor, named, device, dtype)
+        load = functools.partial(_model_and_processor, named, device, dtype)
         thresholds, data = _save(out, output, lambda: _over_workers(out, ray, workers, load, paths, budget, how))
     else:
         loaded, processor = _loaded(out, named, device, dtype)
@@ -85,7 +87,7 @@ def calibrate(
     out.wrote(output)
 
 
-def _loadedand_processor(named: models.Named, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+def _model_and_processor(named: models.Named, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     quieten_transformers()
     loaded = models.load(named, device, dtype)
     return loaded.model, loaded.processor
@@ -95,7 +97,7 @@ def _loaded(out: Output, named: models.Named, device: str | None, dtype: str | N
     with out.during("loading torch and transformers"):
         quieten_transformers()
     with out.during(f"loading {named.name}"):
-        return _loadedand_processor(named, device, dtype)
+        return _model_and_processor(named, device, dtype)
 
 
 def _over_workers(

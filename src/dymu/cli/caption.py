@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +22,12 @@ from dymu.cli.app import (
     ThresholdsName,
     Workers,
     app_command,
+    check_workers,
     parse_budget,
     quieten_transformers,
 )
 from dymu.cli.output import Output, check_writable, facts
+from dymu.files import expanded
 
 FAILURES = 5
 """Of images that have no caption, so many are named; the file names all."""
@@ -71,6 +73,7 @@ def caption(
     from dymu.cli import models
 
     out = Output(as_json)
+    check_workers(ray, workers)
     check_writable(output, "captions", (".jsonl",))
     sources, left_out = sources_in(images)
     if left_out:
@@ -86,16 +89,18 @@ def caption(
         quieten_transformers()
         from dymu import captioning
 
-    def build() -> tuple[Any, Any]:
+    where = str(expanded(images).resolve())
+
+    def build(device: str | None = device) -> tuple[Any, Any]:
         """The captioner, and what its captions depend on."""
         quieten_transformers()
         loaded = models.load(named, device, dtype)
         handle = dymu.apply(loaded.model, calibrated, budget=budget, unmerge=unmerge)
         captioner = captioning.Captioner(loaded.model, loaded.processor, handle, prompt, max_new_tokens)
-        return captioner, captioner.header(calibrated, unmerge)
+        return captioner, captioner.header(where, calibrated, unmerge)
 
     with out.during(f"loading {named.name}"):
-        captioner, header = build()
+        captioner, header = build(device if ray is None else "cpu")
     captioned: Any = functools.partial(map, captioner)
     with contextlib.ExitStack() as opened:
         if ray is not None:
@@ -103,7 +108,8 @@ def caption(
 
             with out.during("starting Ray"):
                 opened.enter_context(on_ray.started(ray))
-            captioned = on_ray.captioned(lambda: build()[0], workers)
+            del captioner  # which was loaded to say what the captions depend on
+            captioned = on_ray.captioned(functools.partial(_like, build, header), workers)
         rows = captioning.caption(captioned, header, sources, output, batch_size=batch_size)
     failed = [row for row in rows.values() if row.error is not None]
     for row in failed[:FAILURES]:
@@ -114,6 +120,20 @@ def caption(
     out.wrote(output)
     if len(failed) == len(rows):
         raise errors.BadInput(f"none of the {len(rows)} images could be captioned: {output} says why.")
+
+
+def _like(build: Callable[[], tuple[Any, Any]], header: Any) -> Any:
+    """A worker's captioner.
+
+    Raises:
+        BadModel: its captions would not be those that the file's header describes.
+    """
+    captioner, own = build()
+    if differing := [
+        name for name in ("weights", "processor", "versions") if getattr(own, name) != getattr(header, name)
+    ]:
+        raise errors.BadModel(f"a worker has other {' and '.join(differing)} than this machine: make them the same.")
+    return captioner
 
 
 def _for_people(data: dict[str, Any]) -> Iterator[Any]:

@@ -28,6 +28,7 @@ from dymu.cli.app import (
     Revision,
     Workers,
     app_command,
+    check_workers,
     parse_budget,
     quieten_transformers,
 )
@@ -98,6 +99,7 @@ def evaluate(
     from dymu.evaluation.tasks import check_tasks
 
     out = Output(as_json)
+    check_workers(ray, workers)
     budgets = [parse_budget(text) for text in budget]
     check_writable(output, "results", (".jsonl",))
     if expanded(output).is_file() and expanded(output).stat().st_size:

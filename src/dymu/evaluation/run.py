@@ -168,6 +168,9 @@ class Answering:
     Args:
         model, processor, tasks, thresholds: see `evaluate`.
         header: of the run.
+
+    Raises:
+        BadResults: the run has a model of other weights.
     """
 
     def __init__(
@@ -178,6 +181,8 @@ class Answering:
         thresholds: Iterable[Thresholds],
         header: Header,
     ) -> None:
+        if fingerprint(model) != header.model.weights:
+            raise BadResults("a worker has other weights than the machine that writes the results: make them the same.")
         self._model, self._processor, self._header = model, processor, header
         self._tasks = {escaped(task.name): task for task in tasks}
         self._thresholds = {calibrated.schedule or "": calibrated for calibrated in thresholds}
@@ -215,16 +220,13 @@ def _take_over(
         BadResults: the file holds other examples of a batch.
     """
     answers = file.results.answers
-    jobs = [
-        msgspec.structs.replace(
-            job, answered=tuple(row.key for row in header.rows if (job.task, job.start) in answers.get(row.key, {}))
-        )
-        for job in jobs
-    ]
-    left = [job for job in jobs if len(job.answered) < len(header.rows)]
+    left = list[Job]()
     for job in jobs:
-        if job not in left:
+        answered = tuple(row.key for row in header.rows if (job.task, job.start) in answers.get(row.key, {}))
+        if len(answered) == len(header.rows):
             done(job)
+        else:
+            left.append(msgspec.structs.replace(job, answered=answered))
     for job, lines in workers(header, left):
         for line in lines:
             before = file.results.examples.get((line.task, line.start))

@@ -19,6 +19,8 @@ from dymu.evaluation.run import Answering, Job, Workers
 from dymu.thresholds import Thresholds
 
 LOCAL = "local"
+READY_S = 900
+"""Until a worker has loaded its model, at most."""
 ATTEMPTS = 3
 """At a calibration whose workers die."""
 
@@ -68,6 +70,10 @@ class _Exchange:
     def __init__(self, workers: int) -> None:
         self._workers, self._rounds, self._changed = workers, dict[int, dict[int, Any]](), asyncio.Condition()
 
+    async def add(self, number: int, worker: int, numbers: Any) -> Any:
+        """The same, added up."""
+        return sum(await self.tell(number, worker, numbers))
+
     async def tell(self, number: int, worker: int, value: Any) -> list[Any]:
         """What every worker said in a round, in the order of the workers, once all have."""
         async with self._changed:
@@ -85,18 +91,17 @@ class _Told:
     def __init__(self, exchange: Any, worker: int) -> None:
         self._exchange, self._worker, self._number = exchange, worker, 0
 
-    def _tell(self, value: Any) -> list[Any]:
+    def _said(self, method: Any, value: Any) -> Any:
         import ray
 
         self._number += 1
-        said: list[Any] = ray.get(self._exchange.tell.remote(self._number, self._worker, value))
-        return said
+        return ray.get(method.remote(self._number, self._worker, value))
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(sum(self._tell(numbers.numpy())))
+        return torch.from_numpy(self._said(self._exchange.add, numbers.numpy()))
 
     def gather(self, values: Sequence[Any]) -> list[Any]:
-        return [value for said in self._tell(list(values)) for value in said]
+        return [value for said in self._said(self._exchange.tell, list(values)) for value in said]
 
 
 class _Calibrating:
@@ -105,6 +110,9 @@ class _Calibrating:
     def __init__(self, load: Callable[[], tuple[Any, Any]]) -> None:
         torch.set_num_threads(1)  # each has one CPU
         self._model, self._processor = load()
+
+    def ready(self) -> None:
+        """Answers once the model is loaded."""
 
     def share(self, images: list[Any], budgets: Any, exchange: Any, worker: int, options: dict[str, Any]) -> Any:
         told = _Told(exchange, worker)
@@ -130,13 +138,10 @@ def calibrate(
     Raises:
         DymuError: see `dymu.calibrate` and `workers_for`; or workers died several times over.
     """
-    for attempt in range(ATTEMPTS):
-        try:
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(_Died):
             return _calibrated(load, images, budgets, workers, batch_size, options)
-        except _Died:
-            if attempt + 1 == ATTEMPTS:
-                raise
-    raise AssertionError("unreachable")
+    return _calibrated(load, images, budgets, workers, batch_size, options)
 
 
 class _Died(DymuError):
@@ -163,6 +168,7 @@ def _calibrated(
     shares = [[image for batch in batches[worker::count] for image in batch] for worker in range(count)]
     try:
         with _own_errors():
+            _wait([one.ready.remote() for one in actors])
             found = ray.get(
                 [
                     one.share.remote(own, list(budgets), exchange, worker, options)
@@ -173,6 +179,23 @@ def _calibrated(
         for one in (*actors, exchange):  # where one failed, the others wait for what it has to tell
             ray.kill(one)
     return found[0][0], [folder for _, left_out in found for folder in left_out]
+
+
+def _wait(ready: list[Any]) -> None:
+    """Until all workers are there, since those that are would wait for the others.
+
+    Raises:
+        DymuError: the cluster has no room for them.
+    """
+    import ray
+
+    there, missing = ray.wait(ready, num_returns=len(ready), timeout=READY_S)
+    ray.get(there)
+    if missing:
+        raise DymuError(
+            f"{len(missing)} of {len(ready)} workers did not start within {READY_S} s, as where others use the "
+            "cluster: take fewer with --workers."
+        )
 
 
 @contextlib.contextmanager

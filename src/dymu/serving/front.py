@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from dymu.token_map import TokenMap
 from dymu.unmerging import place_leaders
 from dymu.unmerging.prompt import NewTokens
 
+KEPT_BYTES = 2**29
+"""Features of so many bytes are kept, for images that come again."""
 LARGE = ((3072, 3072), (4096, 1024), (1024, 4096))
 """Sizes of images of which one has as many tokens as any."""
 
@@ -71,6 +74,7 @@ class Front:
         self.processor = AutoProcessor.from_pretrained(source, revision=revision)
         self._source, self._revision, self._thresholds, self._unmerge = source, revision, thresholds, unmerge
         self._device, self._dtype, self._lock = device, dtype, threading.Lock()
+        self._kept = dict[bytes, InPrompt]()
 
     @cached_property
     def longest(self) -> list[int]:
@@ -98,11 +102,13 @@ class Front:
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:1]
         said = logging.get_verbosity()
-        logging.set_verbosity_error()  # or it reports every weight of the layers that are left
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            self._source, revision=self._revision, config=config, dtype=self._dtype
-        ).eval()
-        logging.set_verbosity(said)
+        try:
+            logging.set_verbosity_error()  # or it reports every weight of the layers that are left
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                self._source, revision=self._revision, config=config, dtype=self._dtype
+            ).eval()
+        finally:
+            logging.set_verbosity(said)
         handle = dymu.apply(model, self._thresholds, budget=self._thresholds.budgets[0])
         parts = resolve(model)
         for module in (parts.language_model, model.get_output_embeddings()):
@@ -112,30 +118,43 @@ class Front:
             parts.projector.to(self._device)
         return model, parts, handle
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], budget: float | None) -> list[InPrompt]:
-        """The images, each as it stands in a prompt.
+        """The images, each as it stands in a prompt; those of late that come again are not encoded again.
 
         Args:
             budget: in image tokens; None: nothing merges.
         """
+        keys = [hashlib.sha256(f"{image.mode} {image.size} {budget} ".encode() + image.tobytes()) for image in images]
+        by_key = dict(zip((key.digest() for key in keys), images, strict=True))
+        with self._lock:
+            found = {key: self._kept.pop(key) for key in by_key if key in self._kept}
+            missing = [key for key in by_key if key not in found]
+            if missing:
+                encoded = self._encoded([by_key[key] for key in missing], budget)
+                found |= dict(zip(missing, encoded, strict=True))
+            self._kept |= found  # behind all others
+            while sum(one.features.nbytes for one in self._kept.values()) > KEPT_BYTES:
+                self._kept.pop(next(iter(self._kept)))
+        return [found[key.digest()] for key in keys]
+
+    @torch.inference_mode()
+    def _encoded(self, images: Sequence[Image.Image], budget: float | None) -> list[InPrompt]:
         inputs = pixels_for(self.processor, images)
         rows = self._ids(inputs)
-        with self._lock:
-            model, parts, handle = self._applied
-            arguments = arguments_for(parts, "image", self.processor, inputs)
-            if budget is not None:
-                handle.set_budget(budget)
-            with handle.disabled() if budget is None else contextlib.nullcontext():
-                encoded = parts.inner.get_image_features(**arguments).pooler_output
-            features = torch.cat([feature.flatten(0, -2) for feature in encoded]).cpu()
-            grids = arguments.get("image_grid_thw", [None] * len(rows))
-            positions = [_positions(parts, row, grid) for row, grid in zip(rows, grids, strict=True)]
-            if budget is None:
-                leaders = [[torch.arange(row.count(self.image_token))] for row in rows]
-            else:
-                items = items_by_prompt(model, inputs, handle.last.items)
-                leaders = [[item.leaders.cpu() for item in of_image] for of_image in items]
+        model, parts, handle = self._applied
+        arguments = arguments_for(parts, "image", self.processor, inputs)
+        if budget is not None:
+            handle.set_budget(budget)
+        with handle.disabled() if budget is None else contextlib.nullcontext():
+            encoded = parts.inner.get_image_features(**arguments).pooler_output
+        features = torch.cat([feature.flatten(0, -2) for feature in encoded]).cpu()
+        grids = arguments.get("image_grid_thw", [None] * len(rows))
+        positions = [_positions(parts, row, grid) for row, grid in zip(rows, grids, strict=True)]
+        if budget is None:
+            leaders = [[torch.arange(row.count(self.image_token))] for row in rows]
+        else:
+            items = items_by_prompt(model, inputs, handle.last.items)
+            leaders = [[item.leaders.cpu() for item in of_image] for of_image in items]
         by_image = features.split([row.count(self.image_token) for row in rows])
         return [self._placed(*one) for one in zip(rows, positions, leaders, by_image, strict=True)]
 

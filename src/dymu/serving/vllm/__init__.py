@@ -32,12 +32,15 @@ ARCHITECTURES = {
 }
 """By the model type of a family, the class of the plug-in that serves it."""
 OWN_FLAGS = frozenset(
-    f"--{name}" for name in ("hf-overrides", "scheduler-cls", "async-scheduling", "no-async-scheduling", "config",
-                             "disable-chunked-mm-input", "no-disable-chunked-mm-input", "kv-transfer-config")
-)  # fmt: skip
+    f"--{name}"
+    for name in (
+        *("hf-overrides", "config", "scheduler-cls", "async-scheduling", "no-async-scheduling", "kv-transfer-config"),
+        *("disable-chunked-mm-input", "no-disable-chunked-mm-input", "mm-processor-cache-gb"),
+    )
+)
 """Flags of `vllm serve` that would undo what dymu says, or may."""
-MANY_IMAGES = 64
-"""For so many images untouched positions are there."""
+MOST_IMAGES = 64
+"""In a prompt: by the tokens of so many its positions may go beyond its length."""
 WHOLE: tuple[Unmerge, ...] = ("exact", "representative")
 """Forms in which an image must be prefilled at once."""
 
@@ -113,10 +116,11 @@ def options(
         "unmerge": unmerge,
     }
     own["longest"] = len(Front(os.fspath(model), calibrated, unmerge, revision=revision).longest)
-    options: dict[str, Any] = {}
+    # vLLM's own cache holds images for ever to be in the engine whose prompt was refused as too long.
+    options: dict[str, Any] = {"mm_processor_cache_gb": 0}
     if unmerge in WHOLE:
         # In any other order a merged token would ask before all that it has to see is there.
-        options = {"disable_chunked_mm_input": True, "scheduler_cls": f"{__name__}.scheduler.WholeImages"}
+        options |= {"disable_chunked_mm_input": True, "scheduler_cls": f"{__name__}.scheduler.WholeImages"}
         options |= {"async_scheduling": False}
     overrides: dict[str, Any] = {"architectures": [ARCHITECTURES[config.model_type]], "dymu": own}
     if parts.decoder_kind.axes == 1:
@@ -127,17 +131,6 @@ def options(
             "have three axes: choose original."
         )
     return {"hf_overrides": overrides, **options}
-
-
-def room_for(config: Any, own: dict[str, Any]) -> int:
-    """Tokens that merging may take out of a prompt: by so much its positions may go beyond its length.
-
-    Args:
-        config: vLLM's of the model.
-        own: what `options` wrote into it.
-    """
-    images: int = min(config.multimodal_config.get_limit_per_prompt("image"), MANY_IMAGES)
-    return images * int(own["longest"])
 
 
 def program(model: str) -> list[str]:

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,7 +26,7 @@ from dymu.errors import DymuError
 from dymu.media import images as media
 from dymu.serving.asked import budget_of
 from dymu.serving.front import Front, InPrompt
-from dymu.serving.vllm import room_for
+from dymu.serving.vllm import MOST_IMAGES
 from dymu.thresholds import Thresholds
 from dymu.version import __version__
 
@@ -45,13 +44,6 @@ def _front(model: str, revision: str | None, thresholds: str, unmerge: Any, dtyp
 
 def _decoded(thresholds: str) -> Thresholds:
     return msgspec.json.decode(thresholds.encode(), type=Thresholds)
-
-
-@dataclass
-class Shown(PromptUpdateDetails):
-    """What stands for an image in a prompt, and see `InPrompt.advance`."""
-
-    advance: int = 0
 
 
 class Info(BaseProcessingInfo):
@@ -78,7 +70,7 @@ class Info(BaseProcessingInfo):
         return _front(config.model, config.revision, self.own["thresholds"], self.own["unmerge"], config.dtype)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": None}
+        return {"image": MOST_IMAGES}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         return {"image": len(self.front.longest)}
@@ -132,25 +124,15 @@ class Processor(BaseMultiModalProcessor[Info]):
         index = torch.arange(len(ids))
         return InPrompt(ids, features, index[:, None], torch.tensor(len(ids)), index)
 
-    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Raises: ValueError, where the prompt has other placeholders than those of its images."""
-        target, images = self.info.front.target, len(mm_prompt_updates.get("image", ()))
-        if len(target) == 1 and token_ids.count(target[0]) != images:
+        target, images = self.info.front.target, inputs.mm_data_items.get_all_counts().get("image", 0)
+        if len(target) == 1 and inputs.prompt.count(target[0]) != images:
             raise ValueError(
-                f"the prompt has {token_ids.count(target[0])} placeholders of images, and {images} images: write one "
-                "for each, and none in the text."
+                f"the prompt has {inputs.prompt.count(target[0])} placeholders of images, and {images} images: write "
+                "one for each, and none in the text."
             )
-        shown = [update.content for updates in mm_prompt_updates.get("image", ()) for update in updates]
-        ahead, room = (
-            sum(one.advance - len(one.full) for one in shown),
-            room_for(self.info.ctx.model_config, self.info.own),
-        )
-        if ahead > room:
-            raise ValueError(
-                f"merging takes {ahead:,} tokens out of this prompt, more than the {room:,} that the server has "
-                "positions for: send fewer images."
-            )
-        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
+        return super().apply(inputs, timing_ctx)
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """vLLM's keys of cached images and prefixes, and in each what else decides what an image becomes."""
@@ -173,9 +155,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         front = self.info.front
 
         def replacement(item: int) -> Any:
-            own = out_mm_kwargs["image"][item]
-            ids = own["image_ids"].data.tolist()
-            details = PromptUpdateDetails.select_token_id(ids, front.image_token)
-            return Shown(details.full, details.is_embed, int(own["image_advance"].data))
+            ids = out_mm_kwargs["image"][item]["image_ids"].data.tolist()
+            return PromptUpdateDetails.select_token_id(ids, front.image_token)
 
         return [PromptReplacement(modality="image", target=front.target, replacement=replacement)]
