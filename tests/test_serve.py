@@ -128,6 +128,13 @@ def test_many_clients_each_get_their_own(url: str, photo: Image.Image, expected:
         assert list(pool.map(ask, asked)) == [expected[budget] for budget in asked]
 
 
+def test_strings_that_end_an_answer(url: str, photo: Image.Image, expected: dict[Any, tuple[str, int]]) -> None:
+    fields = {"stop": expected[0.3][0][:3], "logit_bias": {}, "model": None}
+    status, answer = posted(url, body_for([data_url(photo)], **fields))
+    assert status == 200, answer
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
 def test_text_alone_and_two_images(url: str, photo: Image.Image) -> None:
     _, answer = posted(url, {"messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 3})
     assert answer["usage"]["image_tokens"] == {"original": 0, "kept": 0}
@@ -148,6 +155,8 @@ def test_text_alone_and_two_images(url: str, photo: Image.Image) -> None:
         ({"generation_config": "{}"}, "'generation_config'"),
         ({"tools": [{"type": "function"}]}, "'tools'"),
         ({"budget": 10**400}, "no image has so many"),
+        ({"stop": []}, "stop"),
+        ({"logit_bias": {"99999": 1}}, "99999"),
         ({"frequency_penalty": -1.5}, "frequency_penalty"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"messages": [{"role": "user", "content": "<image> what?"}]}, "the question holds <image>"),

@@ -20,7 +20,7 @@ PHOTOS = [
     load(photo).image.resize(size)
     for photo, size in zip(
         sorted((Path(dymu.__file__).parent / "bench" / "photos").glob("*.webp")),
-        [(96, 48), (48, 96), (64, 64), (80, 56), (96, 96), (48, 48)],
+        [(96, 48), (48, 96), (64, 64), (80, 60), (96, 96), (48, 48)],
         strict=False,
     )
 ]
@@ -66,7 +66,7 @@ def test_answers_are_those_of_transformers(folder: Path, form: str) -> None:
     if folder.name == "qwen2_5_vl":
         asked[-1] = (prompt.format("<image> <end> and <begin> <image>"), [PHOTOS[0], PHOTOS[1]], 0.3)
     llm = LLM(
-        str(folder), **plugin.options(folder, budget=0.4, unmerge=form), dtype="float32", max_model_len=512,
+        str(folder), **plugin.options(folder, budget=0.4, unmerge=form), dtype="float32", max_model_len=1024,
         enforce_eager=True, limit_mm_per_prompt={"image": 2}, max_num_seqs=8, max_num_batched_tokens=1024,
         block_size=32,
     )  # fmt: skip

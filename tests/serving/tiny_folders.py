@@ -29,7 +29,7 @@ PROMPTS = {
 """By model type; `{}` stands for an image."""
 TEXT: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 512, "initializer_range": 0.4,
+    "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 1024, "initializer_range": 0.4,
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _internvl(tokenizer: Any) -> tuple[Any, Any]:
-    """Images are cut into up to four tiles of 36 tokens."""
+    """Images are cut into up to twelve tiles of 36 tokens: more of a picture of 4 to 3 than of any square."""
     vision = {
         "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
         "image_size": [48, 48], "patch_size": [4, 4], "use_qk_norm": True, "norm_type": "rms_norm",
@@ -69,7 +69,7 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any]:
         downsample_ratio=0.5,
     )  # fmt: skip
     to_pixels = GotOcr2ImageProcessorPil(
-        size={"height": 48, "width": 48}, crop_to_patches=True, min_patches=1, max_patches=4
+        size={"height": 48, "width": 48}, crop_to_patches=True, min_patches=1, max_patches=12
     )
     return InternVLForConditionalGeneration(config), InternVLProcessor(
         image_processor=to_pixels, tokenizer=tokenizer, video_processor=InternVLVideoProcessor(), image_seq_length=36

@@ -48,7 +48,7 @@ def sources_in(named: Path) -> tuple[list[Source], str]:
 def _rows(path: Path, named: Path) -> list[Any]:
     try:
         if path.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         from pyarrow import parquet
 
         return [{"image": value} for value in parquet.read_table(path, columns=["image"])["image"].to_pylist()]

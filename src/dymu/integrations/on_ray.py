@@ -7,6 +7,7 @@ import contextlib
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,10 +110,11 @@ class _Calibrating:
 
     def __init__(self, load: Callable[[], tuple[Any, Any]]) -> None:
         torch.set_num_threads(1)  # each has one CPU
-        self._model, self._processor = load()
+        self._load = load
 
     def ready(self) -> None:
-        """Answers once the model is loaded."""
+        """Loads the model."""
+        self._model, self._processor = self._load()
 
     def share(self, images: list[Any], budgets: Any, exchange: Any, worker: int, options: dict[str, Any]) -> Any:
         told = _Told(exchange, worker)
@@ -201,12 +203,16 @@ def _wait(ready: list[Any]) -> None:
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
     """An error of ours within a worker, as it was."""
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
     try:
         yield
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, DymuError) else error from None
+    except GetTimeoutError as error:
+        raise DymuError(
+            f"no worker started within {READY_S} s, as where others use the cluster: take fewer with --workers."
+        ) from error
     except RayActorError as error:
         raise _Died(
             "workers of the Ray cluster died again and again, as where memory runs out: take fewer of them."
@@ -236,6 +242,8 @@ def _over_workers(build: Callable[[], Any], jobs: Sequence[Any], workers: int | 
     count, needs = workers_for(workers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    context.wait_for_min_actors_s = READY_S
     blocks = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
     done = blocks.map_batches(
         _Worker, fn_constructor_args=(build,), batch_size=1, concurrency=min(count, len(jobs)), **needs
@@ -250,7 +258,13 @@ class _Worker:
 
     def __init__(self, build: Callable[[], Any]) -> None:
         torch.set_num_threads(1)  # each has one CPU
-        self._work = build()
+        self._build = build
+
+    @cached_property
+    def _work(self) -> Callable[[Any], Any]:
+        """Made with the first job, so that what fails is an error of a job."""
+        work: Callable[[Any], Any] = self._build()
+        return work
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         done = [pickle.dumps(self._work(pickle.loads(job))) for job in block["job"]]

@@ -19,7 +19,7 @@ UNTOUCHED = "untouched"
 MOST_IMAGES = 16
 """In a request."""
 HARMLESS: dict[str, tuple[Any, ...] | None] = {
-    **dict.fromkeys(("model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")),
+    **dict.fromkeys(("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")),
     "parallel_tool_calls": None,
     "prompt_cache_key": None,
     "logprobs": (False,),
@@ -54,6 +54,10 @@ def budget_of(asked: Any, thresholds: Thresholds) -> float | None:
     return thresholds.tokens_for(asked)
 
 
+_Words = Annotated[str, msgspec.Meta(min_length=1)]
+_Id = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,9}$")]
+
+
 class _Address(msgspec.Struct):
     url: str
     detail: str | None = None
@@ -79,6 +83,7 @@ class Asked(msgspec.Struct):
     """
 
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+    model: str | None = None
     budget: int | float | str | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -86,9 +91,9 @@ class Asked(msgspec.Struct):
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     frequency_penalty: Annotated[float, msgspec.Meta(gt=-1, le=2)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
-    stop: str | list[str] | None = None
+    stop: _Words | Annotated[list[_Words], msgspec.Meta(min_length=1)] | None = None
     stream: bool | None = None
-    logit_bias: dict[Annotated[str, msgspec.Meta(pattern="^[0-9]{1,9}$")], float] | None = None
+    logit_bias: dict[_Id, float] | None = None
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> Asked:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 import dymu
 from dymu.calibration.samples import arguments_for
 from dymu.choices import Unmerge
+from dymu.errors import BadImage
 from dymu.families.resolve import Parts, resolve
 from dymu.prompting import adds_special_tokens, items_by_prompt, pixels_for, placeholder_of
 from dymu.thresholds import Thresholds
@@ -28,8 +29,8 @@ from dymu.unmerging.prompt import NewTokens
 
 KEPT_BYTES = 2**29
 """Features of so many bytes are kept, for images that come again."""
-LARGE = ((3072, 3072), (4096, 1024), (1024, 4096))
-"""Sizes of images of which one has as many tokens as any."""
+SIZES = [(1024 * rows, 1024 * columns) for rows in range(1, 17) for columns in range(1, 17)]
+"""Heights and widths of images of which one has as many tokens as any."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ class Front:
         self._kept = dict[bytes, InPrompt]()
 
     @cached_property
-    def longest(self) -> list[int]:
-        """The tokens of an image that has most of them, with nothing merged."""
-        sized = (self._ids(pixels_for(self.processor, [Image.new("RGB", size)]))[0] for size in LARGE)
-        return max(sized, key=len)
+    def longest(self) -> int:
+        """Tokens of an image, at most, with nothing merged, as far as the processor says."""
+        (ids,) = self._ids(pixels_for(self.processor, [Image.new("RGB", (64, 64))]))
+        counts: list[int] = self.processor._get_num_multimodal_tokens(image_sizes=SIZES)["num_image_tokens"]
+        return max(len(ids), *counts)
 
     @cached_property
     def image_token(self) -> int:
@@ -155,6 +157,10 @@ class Front:
         else:
             items = items_by_prompt(model, inputs, handle.last.items)
             leaders = [[item.leaders.cpu() for item in of_image] for of_image in items]
+        if (most := max(map(len, rows))) > self.longest:
+            raise BadImage(
+                f"an image has {most:,} tokens, more than the {self.longest:,} reckoned with: make it smaller."
+            )
         by_image = features.split([row.count(self.image_token) for row in rows])
         return [self._placed(*one) for one in zip(rows, positions, leaders, by_image, strict=True)]
 

@@ -108,6 +108,7 @@ class Answering:
 
     def generate(self, **kwargs: Any) -> Any:
         """See transformers; runs in the one thread that generates."""
+        kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer  # by which strings that end an answer are found
         if self._seed is not None:
             torch.manual_seed(self._seed)
         untouched = self._budget is None
@@ -162,12 +163,15 @@ class Chat(ChatCompletionHandler):
             DymuError, HTTPException: the request cannot be answered as it is.
         """
         self._asked = asked = Asked.of(body)
-        if body.get("model", self._served.name) != self._served.name:
-            raise BadPrompt(f"the model served here is {self._served.name!r}, not {body['model']!r}: name that.")
+        if asked.model not in (None, self._served.name):
+            raise BadPrompt(f"the model served here is {self._served.name!r}, not {asked.model!r}: name that.")
         for text in asked.texts:
             check_question(self._served.processor, text)
+        words = len(self._served.processor.tokenizer)
+        if beyond := [number for number in asked.logit_bias or () if int(number) >= words]:
+            raise BadPrompt(f"logit_bias names the token {beyond[0]}, and the model has {words:,}: leave it out.")
         # Nothing else that transformers knows goes on to it: a template's arguments may name files and addresses.
-        known = {name: body[name] for name in TAKEN if body.get(name) is not None}
+        known = {name: body[name] for name in TAKEN if body.get(name) not in (None, {})}
         if asked.max_completion_tokens is not None:  # which older releases leave out
             known["max_tokens"] = asked.max_completion_tokens
         budget = self._served.options["budget"] if asked.budget is None else asked.budget
@@ -178,14 +182,19 @@ class Chat(ChatCompletionHandler):
     def _streaming(
         self, request_id: str, model: Any, processor: Any, name: str, inputs: Any, *args: Any, **kw: Any
     ) -> Any:
-        model.fit(inputs["input_ids"].shape[1], args[0])
+        self._begin(model, inputs, args[0])
         return super()._streaming(request_id, model, processor, name, inputs, *args, **kw)
 
     async def _non_streaming(
         self, request_id: str, model: Any, processor: Any, name: str, inputs: Any, *args: Any, **kw: Any
     ) -> Any:
-        model.fit(inputs["input_ids"].shape[1], args[0])
+        self._begin(model, inputs, args[0])
         return await super()._non_streaming(request_id, model, processor, name, inputs, *args, **kw)
+
+    def _begin(self, model: Answering, inputs: Any, generation: Any) -> None:
+        """Once the images are pixels: let go of them, since the answer may have to wait."""
+        model.fit(inputs["input_ids"].shape[1], generation)
+        self._parsed.clear()
 
     def get_processor_inputs_from_messages(self, messages: list[dict[str, Any]], modality: Modality) -> Any:
         parsed = ChatCompletionHandler.get_processor_inputs_from_messages(messages, modality)
@@ -196,6 +205,7 @@ class Chat(ChatCompletionHandler):
             ]
         if next(self._images, None) is not None:
             raise BadPrompt("an image stands where transformers reads none: send it in a message of its own.")
+        self._parsed = parsed
         return parsed
 
     def _resolve_model(self, body: dict[str, Any]) -> Any:
@@ -226,6 +236,8 @@ def app_of(served: Served) -> FastAPI:
 
     @app.middleware("http")
     async def _bounded(request: Request, go_on: Any) -> Any:
+        if served.waiting >= MOST_WAITING and request.method == "POST":
+            return _error(503, f"{MOST_WAITING} requests are waiting already: try again.", "server_error")
         size = request.headers.get("content-length", "0")
         if not size.isdecimal() or int(size) > LARGEST_BODY or "transfer-encoding" in request.headers:
             return _error(
@@ -251,8 +263,6 @@ def app_of(served: Served) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: dict[str, Any]) -> Any:
-        if served.waiting >= MOST_WAITING:
-            return _error(503, f"{MOST_WAITING} requests are waiting already: try again.", "server_error")
         served.waiting += 1
         try:
             answer = await Chat(served).answer(body, f"chatcmpl-{uuid.uuid4().hex}")

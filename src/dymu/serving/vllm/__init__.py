@@ -39,8 +39,10 @@ OWN_FLAGS = frozenset(
     )
 )
 """Flags of `vllm serve` that would undo what dymu says, or may."""
-MOST_IMAGES = 64
-"""In a prompt: by the tokens of so many its positions may go beyond its length."""
+MANY_IMAGES = 64
+"""By the tokens of so many the positions of a prompt may go beyond its length."""
+EXTENDED = ("default", "linear", "llama3")
+"""Kinds of rotary angles that do not depend on how many positions there are, so that more can be had."""
 WHOLE: tuple[Unmerge, ...] = ("exact", "representative")
 """Forms in which an image must be prefilled at once."""
 
@@ -115,7 +117,12 @@ def options(
         "budget": calibrated.tokens_for(budget),
         "unmerge": unmerge,
     }
-    own["longest"] = len(Front(os.fspath(model), calibrated, unmerge, revision=revision).longest)
+    front = Front(os.fspath(model), calibrated, unmerge, revision=revision)
+    if len(front.target) != 1:
+        raise UnsupportedModel(
+            "an image's placeholder is several tokens in this model's text, which is not known in vLLM."
+        )
+    own["longest"] = front.longest
     # vLLM's own cache holds images for ever to be in the engine whose prompt was refused as too long.
     options: dict[str, Any] = {"mm_processor_cache_gb": 0}
     if unmerge in WHOLE:
@@ -131,6 +138,21 @@ def options(
             "have three axes: choose original."
         )
     return {"hf_overrides": overrides, **options}
+
+
+def room_for(config: Any, own: dict[str, Any]) -> int:
+    """Tokens that merging may take out of a prompt: by so much its positions may go beyond its length.
+
+    Args:
+        config: vLLM's of the model.
+        own: what `options` wrote into it.
+    """
+    text = config.hf_config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    images: int = min(config.multimodal_config.get_limit_per_prompt("image"), MANY_IMAGES)
+    if "mrope_section" in rope or rope.get("rope_type", "default") in EXTENDED:
+        return images * int(own["longest"])
+    return max(int(text.max_position_embeddings) - int(config.max_model_len), 0)
 
 
 def program(model: str) -> list[str]:

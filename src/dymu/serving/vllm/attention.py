@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.platforms import current_platform
 
 from dymu import unmerging
@@ -191,25 +192,39 @@ def make_room(model: nn.Module, positions: int) -> None:
     """Let the language model rotate by so many positions: those of unmerged prompts, of which merged ones keep some.
 
     Raises:
-        UnsupportedModel: its angles depend on how many there are.
+        UnsupportedModel: it cannot.
     """
-    for rotary in {id(layer.self_attn.rotary_emb): layer.self_attn.rotary_emb for layer in layers_of(model)}.values():
-        stored = rotary.cos_sin_cache
+    rotaries = [module for module in model.modules() if isinstance(module, RotaryEmbeddingBase)]
+    for rotary in rotaries:
+        stored = getattr(rotary, "cos_sin_cache", None)
+        if stored is None:
+            rotaries = []
+            break
         if len(stored) >= positions:
             continue
         rotary.max_position_embeddings = positions
         longer = rotary._compute_cos_sin_cache().to(stored)
         if len(longer) < positions or not torch.equal(longer[: len(stored)], stored):
-            raise UnsupportedModel(
-                f"this language model turns {len(stored):,} positions, and prompts with images may reach "
-                f"{positions:,}: take a smaller --max-model-len, or fewer images in --limit-mm-per-prompt."
-            )
+            rotaries = []
+            break
         rotary.cos_sin_cache = longer
+    if not rotaries:
+        raise UnsupportedModel(
+            f"this language model turns positions in a way that dymu does not know in vLLM, or cannot turn "
+            f"{positions:,}: take a smaller --max-model-len, or fewer images in --limit-mm-per-prompt."
+        )
 
 
 def layers_of(model: Any) -> list[Any]:
-    """Those that this process holds; with pipelines, others hold the rest."""
-    return [layer for layer in model.layers if hasattr(layer, "self_attn")]
+    """Those that this process holds; with pipelines, others hold the rest.
+
+    Raises:
+        UnsupportedModel: there are none with an attention that is known.
+    """
+    layers = [layer for layer in model.layers if hasattr(layer, "self_attn")]
+    if not layers:
+        raise UnsupportedModel("this language model's attention is not known in vLLM: take unmerge='original'.")
+    return layers
 
 
 def _unmerged_backend() -> Any:
@@ -255,6 +270,7 @@ def check_engine(config: VllmConfig, unmerge: Unmerge, longest: int) -> None:
             "chunks that cut images": not scheduling.disable_chunked_mm_input,
             "a KV transfer": config.kv_transfer_config is not None,
             f"max_num_batched_tokens below {least}": scheduling.max_num_batched_tokens < least,
+            f"a long_prefill_token_threshold below {longest}": 0 < scheduling.long_prefill_token_threshold < longest,
         }.items()
         if there
     ]

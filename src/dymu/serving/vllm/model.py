@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_p
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from dymu.choices import EACH_ONCE
-from dymu.serving.vllm import MOST_IMAGES
+from dymu.serving.vllm import room_for
 from dymu.serving.vllm.attention import Sizes, Step, install, make_room
 from dymu.serving.vllm.processor import Dummy, Info, Processor
 
@@ -63,8 +63,7 @@ class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
             )
         self.unmerge, longest = config.dymu["unmerge"], config.dymu["longest"]
         if not self.several_axes:
-            images = vllm_config.model_config.multimodal_config.get_limit_per_prompt("image")
-            beyond = min(images, MOST_IMAGES) * longest
+            beyond = room_for(vllm_config.model_config, config.dymu)
             make_room(self.language_model.model, vllm_config.model_config.max_model_len + beyond)
         self.step: Step | Sizes | None = None
         if self.unmerge != "original":

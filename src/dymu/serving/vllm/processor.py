@@ -26,7 +26,7 @@ from dymu.errors import DymuError
 from dymu.media import images as media
 from dymu.serving.asked import budget_of
 from dymu.serving.front import Front, InPrompt
-from dymu.serving.vllm import MOST_IMAGES
+from dymu.serving.vllm import room_for
 from dymu.thresholds import Thresholds
 from dymu.version import __version__
 
@@ -70,10 +70,10 @@ class Info(BaseProcessingInfo):
         return _front(config.model, config.revision, self.own["thresholds"], self.own["unmerge"], config.dtype)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": MOST_IMAGES}
+        return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": len(self.front.longest)}
+        return {"image": self.front.longest}
 
 
 class Dummy(BaseDummyInputsBuilder[Info]):
@@ -92,7 +92,6 @@ class Processor(BaseMultiModalProcessor[Info]):
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         asked = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         budget = asked.pop("budget", self.info.own["budget"])
-        asked.pop("truncation", None)
         if asked:
             raise ValueError(
                 f"mm_processor_kwargs takes budget, and not {', '.join(map(repr, asked))}: leave that out."
@@ -118,21 +117,31 @@ class Processor(BaseMultiModalProcessor[Info]):
 
     def _blank(self) -> InPrompt:
         front = self.info.front
-        ids = front.longest
+        ids = [front.image_token] * front.longest
         width = self.info.get_hf_config().get_text_config().hidden_size
-        features = torch.zeros(ids.count(front.image_token), width, dtype=self.info.ctx.model_config.dtype)
+        features = torch.zeros(len(ids), width, dtype=self.info.ctx.model_config.dtype)
         index = torch.arange(len(ids))
         return InPrompt(ids, features, index[:, None], torch.tensor(len(ids)), index)
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """Raises: ValueError, where the prompt has other placeholders than those of its images."""
-        target, images = self.info.front.target, inputs.mm_data_items.get_all_counts().get("image", 0)
-        if len(target) == 1 and inputs.prompt.count(target[0]) != images:
+        """Raises: ValueError, where the prompt has other placeholders than those of its images, or merging takes more
+        out of it than there are positions for."""
+        (target,), images = self.info.front.target, inputs.mm_data_items.get_all_counts().get("image", 0)
+        if inputs.prompt.count(target) != images:
             raise ValueError(
-                f"the prompt has {inputs.prompt.count(target[0])} placeholders of images, and {images} images: write "
-                "one for each, and none in the text."
+                f"the prompt has {inputs.prompt.count(target)} placeholders of images, and {images} images: write one "
+                "for each, and none in the text."
             )
-        return super().apply(inputs, timing_ctx)
+        made = super().apply(inputs, timing_ctx)
+        shown = [item for item in made["mm_kwargs"].get("image", ()) if item is not None]
+        taken = sum(int(item["image_advance"].data) - len(item["image_position"].data) for item in shown)
+        room = room_for(self.info.ctx.model_config, self.info.own)
+        if taken > room:
+            raise ValueError(
+                f"merging takes {taken:,} tokens out of this prompt, and the server has positions for {room:,}: send "
+                "fewer images, or start it with a smaller --max-model-len."
+            )
+        return made
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """vLLM's keys of cached images and prefixes, and in each what else decides what an image becomes."""
