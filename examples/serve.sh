@@ -4,7 +4,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 server=${1:-serve} port=${PORT:-8123}
 flags=(models/demo -b 0.3 --port "$port" --dtype float32)
-[ "$server" = vllm ] && flags+=(--max-model-len 1024 --enforce-eager)
+if [ "$server" = vllm ]; then
+  flags+=(--max-model-len 1024 --enforce-eager)
+  export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB, where vLLM runs on a CPU
+fi
 dymu "$server" "${flags[@]}" &
 trap 'kill $!' EXIT
 until curl -fsS "http://127.0.0.1:$port/health" >/dev/null 2>&1; do
