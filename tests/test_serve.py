@@ -111,7 +111,9 @@ def test_a_stream_says_the_same(url: str, photo: Image.Image, expected: dict[Any
         f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        events = [json.loads(line[6:]) for line in answer.read().decode().splitlines() if line.startswith("data: {")]
+        lines = answer.read().decode().splitlines()
+        assert lines[-2] == "data: [DONE]"
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     text = "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
     assert text.strip() == expected[0.15][0]
     assert events[-1]["usage"]["image_tokens"] == {"original": 256, "kept": expected[0.15][1]}
@@ -129,7 +131,7 @@ def test_many_clients_each_get_their_own(url: str, photo: Image.Image, expected:
 
 
 def test_strings_that_end_an_answer(url: str, photo: Image.Image, expected: dict[Any, tuple[str, int]]) -> None:
-    fields = {"stop": expected[0.3][0][:3], "logit_bias": {}, "model": None}
+    fields = {"stop": expected[0.3][0][:3], "logit_bias": {"0": -5}, "model": None}
     status, answer = posted(url, body_for([data_url(photo)], **fields))
     assert status == 200, answer
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -156,6 +158,16 @@ def test_text_alone_and_two_images(url: str, photo: Image.Image) -> None:
         ({"tools": [{"type": "function"}]}, "'tools'"),
         ({"budget": 10**400}, "no image has so many"),
         ({"stop": []}, "stop"),
+        ({"stop": "\ud800"}, "half of a character"),
+        ({"temperature": 1e-300}, "below"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"logit_bias": {"5": 1000}}, "logit_bias"),
+        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "name"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("<ima", "ge>")]}]},
+            "the question holds <image>",
+        ),
+        ({"messages": [{"role": "user", "content": "a " * 600_000}]}, "characters"),
         ({"logit_bias": {"99999": 1}}, "99999"),
         ({"frequency_penalty": -1.5}, "frequency_penalty"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
@@ -195,13 +207,14 @@ def test_too_many_images(url: str) -> None:
     [
         ("data:image/png;base64,AAAA", "image 1 is not an image"),
         ("data:image/png;base64,***", "no base64"),
+        ("data:image/png;base64,é", "no base64"),
         ("https://example.com/photo.png", "not followed"),
         ("file:///etc/passwd", "not followed"),
         (str(PHOTO), "not followed"),
         (data_url(PHOTO.read_bytes()[:4000]), "damaged"),
         (data_url(Image.new("L", (12000, 12000))), "million pixels"),
     ],
-    ids=["no image", "no base64", "http", "file", "path", "cut", "huge"],
+    ids=["no image", "no base64", "no ascii", "http", "file", "path", "cut", "huge"],
 )
 def test_broken_images(url: str, image: str, said: str) -> None:
     status, answer = posted(url, body_for([image]))

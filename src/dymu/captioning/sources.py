@@ -36,19 +36,20 @@ def sources_in(named: Path) -> tuple[list[Source], str]:
         return [Source(escaped(file.name), file) for file in files], left_out
     if path.suffix.lower() not in LISTS or not path.is_file():
         raise BadImage(f"{named} is neither a folder of images nor a list of them ({' or '.join(LISTS)}): name one.")
-    names = [_image_of(row, number, named) for number, row in enumerate(_rows(path, named), 1)]
+    paths = [_image_of(row, number, named) for number, row in enumerate(_rows(path, named), 1)]
+    names = [escaped(image) for image in paths]
     if not names:
         raise BadImage(f"{named} has no rows: name a list of images.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise BadImage(f"{named} names {twice} twice: leave one out, since captions are told apart by these names.")
-    return [Source(escaped(name), path.parent / name) for name in names], ""
+    return [Source(name, path.parent / image) for name, image in zip(names, paths, strict=True)], ""
 
 
 def _rows(path: Path, named: Path) -> list[Any]:
     try:
         if path.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         from pyarrow import parquet
 
         return [{"image": value} for value in parquet.read_table(path, columns=["image"])["image"].to_pylist()]

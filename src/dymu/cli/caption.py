@@ -113,7 +113,8 @@ def caption(
         rows = captioning.caption(captioned, header, sources, output, batch_size=batch_size)
     failed = [row for row in rows.values() if row.error is not None]
     for row in failed[:FAILURES]:
-        out.note(f"no caption: {row.error}")
+        printed = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in row.error or "")
+        out.note(f"no caption: {printed}")
     kept, original = (sum(getattr(row, name) or 0 for row in rows.values()) for name in ("kept", "original"))
     data = {"file": str(output), "images": len(rows), "failed": len(failed), "original": original, "kept": kept}
     out.result(data, lambda: _for_people(data))

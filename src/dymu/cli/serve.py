@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dymu.choices import CACHE_FORMS, IN_VLLM, UNMERGE, CacheForm, Unmerge
+from dymu.choices import CACHE_FORMS, EACH_ONCE, IN_VLLM, UNMERGE, CacheForm, Unmerge
 from dymu.cli import errors
 from dymu.cli.app import (
     SERVE,
@@ -57,6 +57,8 @@ def serve(
     how many there were, and how many were kept. Images come as data URLs.
     """
     out = Output(False)
+    if cache == "fast" and unmerge in EACH_ONCE:
+        raise typer.BadParameter(f"--cache fast keeps the keys of all tokens, and --unmerge {unmerge} has one of each.")
     from dymu.cli import models
 
     named = models.named(model, revision)
@@ -79,7 +81,7 @@ def serve(
     where = f"http://{_in_url(host)}:{listening.getsockname()[1]}/v1"
     out.note(f"serving {named.name} at {where}: unmerge={unmerge}, {tokens:g} image tokens, one request at a time")
     _warn_of_others(out, host)
-    config = uvicorn.Config(transformers_server.app_of(served), log_level="warning")
+    config = uvicorn.Config(transformers_server.app_of(served), log_level="warning", limit_concurrency=256)
     uvicorn.Server(config).run(sockets=[listening])
 
 

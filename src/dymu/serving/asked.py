@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,8 +15,10 @@ from dymu.thresholds import Thresholds
 
 UNTOUCHED = "untouched"
 """A budget of a request that has nothing merge."""
-MOST_IMAGES = 16
-"""In a request."""
+MOST_IMAGES, MOST_TEXT = 16, 1_000_000
+"""Images, and characters, in a request."""
+COLDEST = 0.01
+"""The lowest temperature above 0: at lower ones the numbers leave the range of floats."""
 HARMLESS: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")),
     "parallel_tool_calls": None,
@@ -54,25 +55,36 @@ def budget_of(asked: Any, thresholds: Thresholds) -> float | None:
     return thresholds.tokens_for(asked)
 
 
-_Words = Annotated[str, msgspec.Meta(min_length=1)]
-_Id = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,9}$")]
+_Words = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+_Id = Annotated[str, msgspec.Meta(pattern="^(0|[1-9][0-9]{0,8})$")]
 
 
-class _Address(msgspec.Struct):
+class _Address(msgspec.Struct, forbid_unknown_fields=True):
     url: str
-    detail: str | None = None
+    detail: Literal["auto"] | None = None
 
 
-class _Part(msgspec.Struct):
+class _Part(msgspec.Struct, forbid_unknown_fields=True):
     type: str
     text: str | None = None
     image_url: _Address | None = None
 
 
-class _Message(msgspec.Struct):
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    """Fields that must be null are those of an answer that is sent back."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
+    content: str | list[_Part] | None = None
     tool_calls: None = None
+    function_call: None = None
+    refusal: None = None
+    reasoning_content: None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content if part.text is not None)
+        return self.content or ""
 
 
 class Asked(msgspec.Struct):
@@ -91,9 +103,9 @@ class Asked(msgspec.Struct):
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     frequency_penalty: Annotated[float, msgspec.Meta(gt=-1, le=2)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
-    stop: _Words | Annotated[list[_Words], msgspec.Meta(min_length=1)] | None = None
+    stop: _Words | Annotated[list[_Words], msgspec.Meta(min_length=1, max_length=4)] | None = None
     stream: bool | None = None
-    logit_bias: dict[_Id, float] | None = None
+    logit_bias: dict[_Id, Annotated[float, msgspec.Meta(ge=-100, le=100)]] | None = None
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> Asked:
@@ -103,6 +115,12 @@ class Asked(msgspec.Struct):
             asked = msgspec.convert(body, cls)
         except msgspec.ValidationError as error:
             raise BadPrompt(f"the request is not as the OpenAI API has it, or as it is known here: {error}.") from error
+        if asked.temperature is not None and 0 < asked.temperature < COLDEST:
+            raise BadPrompt(
+                f"a temperature of {asked.temperature:g} is below {COLDEST}: take 0 for the likeliest answer."
+            )
+        if sum(map(len, asked.texts)) > MOST_TEXT:
+            raise BadPrompt(f"the messages have more than {MOST_TEXT:,} characters: send less text.")
         for name in body.keys() - {*cls.__struct_fields__}:
             if name not in HARMLESS:
                 raise BadPrompt(f"this server does not know the field {name!r}: leave it out.")
@@ -123,9 +141,8 @@ class Asked(msgspec.Struct):
 
     @property
     def texts(self) -> list[str]:
-        """What the messages say."""
-        plain = [message.content for message in self.messages if isinstance(message.content, str)]
-        return [*plain, *(part.text for part in self.parts if part.text is not None)]
+        """What each message says."""
+        return [message.text for message in self.messages]
 
     def images(self) -> Sequence[Image.Image]:
         """The images of all messages, in their order.
@@ -160,6 +177,6 @@ def image_of(url: str, name: str) -> Image.Image:
         )
     try:
         encoded = base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, and characters that are no ASCII
         raise BadImage(f"{name} is no base64 ({error}): encode the file's bytes.") from error
     return images.load(encoded, name).image

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
 from openai.types.completion_usage import CompletionUsage
 from starlette.exceptions import HTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -37,6 +39,9 @@ LARGEST_BODY = 64 * 2**20
 """Bytes of a request."""
 MOST_WAITING = 64
 """Requests at a time; more are asked to come again."""
+BUSY = f"{MOST_WAITING} requests are waiting already: try again."
+_ERROR = 'data: {"error": "'
+"""How transformers' streams begin an error, whose text is as it comes."""
 
 
 @dataclass
@@ -165,13 +170,15 @@ class Chat(ChatCompletionHandler):
         self._asked = asked = Asked.of(body)
         if asked.model not in (None, self._served.name):
             raise BadPrompt(f"the model served here is {self._served.name!r}, not {asked.model!r}: name that.")
-        for text in asked.texts:
+        for text in (*asked.texts, *([asked.stop] if isinstance(asked.stop, str) else asked.stop or ())):
             check_question(self._served.processor, text)
         words = len(self._served.processor.tokenizer)
         if beyond := [number for number in asked.logit_bias or () if int(number) >= words]:
             raise BadPrompt(f"logit_bias names the token {beyond[0]}, and the model has {words:,}: leave it out.")
         # Nothing else that transformers knows goes on to it: a template's arguments may name files and addresses.
         known = {name: body[name] for name in TAKEN if body.get(name) not in (None, {})}
+        if asked.logit_bias:  # of which transformers takes no whole numbers
+            known["logit_bias"] = {number: float(bias) for number, bias in asked.logit_bias.items()}
         if asked.max_completion_tokens is not None:  # which older releases leave out
             known["max_tokens"] = asked.max_completion_tokens
         budget = self._served.options["budget"] if asked.budget is None else asked.budget
@@ -237,7 +244,7 @@ def app_of(served: Served) -> FastAPI:
     @app.middleware("http")
     async def _bounded(request: Request, go_on: Any) -> Any:
         if served.waiting >= MOST_WAITING and request.method == "POST":
-            return _error(503, f"{MOST_WAITING} requests are waiting already: try again.", "server_error")
+            return _error(503, BUSY, "server_error")
         size = request.headers.get("content-length", "0")
         if not size.isdecimal() or int(size) > LARGEST_BODY or "transfer-encoding" in request.headers:
             return _error(
@@ -249,9 +256,13 @@ def app_of(served: Served) -> FastAPI:
     async def _refused(request: Request, error: DymuError) -> JSONResponse:
         return _error(400, " ".join(str(error).split()))
 
+    @app.exception_handler(TemplateError)
+    async def _template(request: Request, error: TemplateError) -> JSONResponse:
+        return _error(400, f"the model's chat template does not take this chat ({error}): send another.")
+
     @app.exception_handler(RequestValidationError)
     async def _no_json(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(400, "the body is no JSON object: send one, as the OpenAI API has it.")
+        return _error(400, "the body is no JSON object, or its content type is not application/json: send one.")
 
     @app.exception_handler(HTTPException)
     async def _stock(request: Request, error: HTTPException) -> JSONResponse:
@@ -263,6 +274,8 @@ def app_of(served: Served) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: dict[str, Any]) -> Any:
+        if served.waiting >= MOST_WAITING:
+            return _error(503, BUSY, "server_error")
         served.waiting += 1
         try:
             answer = await Chat(served).answer(body, f"chatcmpl-{uuid.uuid4().hex}")
@@ -287,12 +300,22 @@ def app_of(served: Served) -> FastAPI:
 
 
 async def _counted_down(served: Served, events: Any) -> AsyncIterator[Any]:
+    """The events, errors as the OpenAI API has them, and what closes a stream."""
     try:
         async for event in events:
-            yield event
+            before, found, error = str(event).partition(_ERROR)
+            yield before
+            if found:
+                told = json.dumps(_told(error.strip().removesuffix('"}')))
+                yield f"data: {told}\n\n"
+        yield "data: [DONE]\n\n"
     finally:
         served.waiting -= 1
 
 
 def _error(status: int, message: str, kind: str = "invalid_request_error") -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+    return JSONResponse(_told(message, kind), status)
+
+
+def _told(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dymu.choices import IN_VLLM, Unmerge
 from dymu.errors import DymuError, UnsupportedModel
+from dymu.families import vllm as families
 from dymu.families.resolve import resolve
 from dymu.handle import check_fits
 from dymu.serving.front import Front
@@ -25,12 +26,6 @@ from dymu.thresholds import Thresholds, beside
 
 OLDEST, BEYOND = (0, 32), (0, 33)
 """Versions of vLLM that this works with: from the one, to below the other."""
-ARCHITECTURES = {
-    "llava": "DymuLlavaForConditionalGeneration",
-    "internvl": "DymuInternVLForConditionalGeneration",
-    "qwen2_5_vl": "DymuQwen2_5_VLForConditionalGeneration",
-}
-"""By the model type of a family, the class of the plug-in that serves it."""
 OWN_FLAGS = frozenset(
     f"--{name}"
     for name in (
@@ -74,7 +69,7 @@ def register() -> None:
         return
     from vllm import ModelRegistry
 
-    for name in ARCHITECTURES.values():
+    for name in families.IN_VLLM.values():
         ModelRegistry.register_model(name, f"dymu.serving.vllm.model:{name}")
 
 
@@ -103,10 +98,10 @@ def options(
     if unmerge not in IN_VLLM:
         raise ValueError(f"unmerge={unmerge!r} is not there in vLLM; choose {', '.join(IN_VLLM)}")
     config = AutoConfig.from_pretrained(model, revision=revision)
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in families.IN_VLLM:
         raise UnsupportedModel(
             f"models of the type {config.model_type!r} cannot be served in vLLM with merged tokens yet; "
-            f"{', '.join(ARCHITECTURES)} can."
+            f"{', '.join(families.IN_VLLM)} can."
         )
     calibrated = Thresholds.load(thresholds) if thresholds else beside(os.fspath(model), "thresholds=", revision)
     with torch.device("meta"):
@@ -129,7 +124,7 @@ def options(
         # In any other order a merged token would ask before all that it has to see is there.
         options |= {"disable_chunked_mm_input": True, "scheduler_cls": f"{__name__}.scheduler.WholeImages"}
         options |= {"async_scheduling": False}
-    overrides: dict[str, Any] = {"architectures": [ARCHITECTURES[config.model_type]], "dymu": own}
+    overrides: dict[str, Any] = {"architectures": [families.IN_VLLM[config.model_type]], "dymu": own}
     if parts.decoder_kind.axes == 1:
         overrides["mrope_section"] = [1, 0, 0]  # so that vLLM carries three whole numbers for each token
     elif unmerge != "original":

@@ -15,6 +15,7 @@ from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_p
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from dymu.choices import EACH_ONCE
+from dymu.families.vllm import LANGUAGE_MODELS
 from dymu.serving.vllm import room_for
 from dymu.serving.vllm.attention import Sizes, Step, install, make_room
 from dymu.serving.vllm.processor import Dummy, Info, Processor
@@ -25,10 +26,6 @@ OF_LANGUAGE_MODEL = {
     **{f"{name}.": f"{name}." for name in ("lm_head", "model.layers", "model.embed_tokens", "model.norm")},
 }
 """By the beginning of a weight's name, that of its name in the language model."""
-
-
-LANGUAGE_MODELS = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "qwen2_5_vl_text": "Qwen2ForCausalLM"}
-"""By model type, the class that computes it in vLLM too."""
 
 
 class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
@@ -54,7 +51,8 @@ class Merged(nn.Module, SupportsMultiModal, SupportsPP, SupportsMRoPE):
         text = config.get_text_config()
         text.tie_word_embeddings = config.tie_word_embeddings
         if text.architectures is None:
-            text.architectures = [LANGUAGE_MODELS.get(text.model_type, "")]
+            known = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **LANGUAGE_MODELS}
+            text.architectures = [known.get(text.model_type, "")]
         stock: Any = self
         stock.configure_mm_token_handling(vocab_size=text.vocab_size, mm_token_ids=[config.image_token_id])
         with stock._mark_language_model(vllm_config):
