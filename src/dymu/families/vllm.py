@@ -1,6 +1,6 @@
 """Families that the plug-in for vLLM serves, by the names of vLLM's classes. vLLM itself is not imported."""
 
-IN_VLLM: dict[str, str] = {
+CLASSES: dict[str, str] = {
     "llava": "DymuLlavaForConditionalGeneration",
     "internvl": "DymuInternVLForConditionalGeneration",
     "qwen2_5_vl": "DymuQwen2_5_VLForConditionalGeneration",

@@ -53,7 +53,7 @@ class InPrompt:
 
 
 class Front:
-    """Encodes images with merging, without a language model. One thread at a time; others wait.
+    """Encodes images with merging, on the CPU and without a language model. One thread at a time; others wait.
 
     Args:
         source: a model's folder or hub name.
@@ -69,12 +69,11 @@ class Front:
         unmerge: Unmerge,
         *,
         revision: str | None = None,
-        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.processor = AutoProcessor.from_pretrained(source, revision=revision)
         self._source, self._revision, self._thresholds, self._unmerge = source, revision, thresholds, unmerge
-        self._device, self._dtype, self._lock = device, dtype, threading.Lock()
+        self._dtype, self._lock = dtype, threading.Lock()
         self._kept = dict[bytes, InPrompt]()
 
     @cached_property
@@ -115,9 +114,6 @@ class Front:
         parts = resolve(model)
         for module in (parts.language_model, model.get_output_embeddings()):
             module.to("meta")
-        parts.tower.to(self._device)
-        if parts.projector is not None:
-            parts.projector.to(self._device)
         return model, parts, handle
 
     def __call__(self, images: Sequence[Image.Image], budget: float | None) -> list[InPrompt]:
@@ -149,14 +145,14 @@ class Front:
             handle.set_budget(budget)
         with handle.disabled() if budget is None else contextlib.nullcontext():
             encoded = parts.inner.get_image_features(**arguments).pooler_output
-        features = torch.cat([feature.flatten(0, -2) for feature in encoded]).cpu()
+        features = torch.cat([feature.flatten(0, -2) for feature in encoded])
         grids = arguments.get("image_grid_thw", [None] * len(rows))
         positions = [_positions(parts, row, grid) for row, grid in zip(rows, grids, strict=True)]
         if budget is None:
             leaders = [[torch.arange(row.count(self.image_token))] for row in rows]
         else:
             items = items_by_prompt(model, inputs, handle.last.items)
-            leaders = [[item.leaders.cpu() for item in of_image] for of_image in items]
+            leaders = [[item.leaders for item in of_image] for of_image in items]
         if (most := max(map(len, rows))) > self.longest:
             raise BadImage(
                 f"an image has {most:,} tokens, more than the {self.longest:,} reckoned with: make it smaller."
@@ -199,6 +195,6 @@ def _positions(parts: Parts, row: list[int], grid: Tensor | None) -> Tensor:
         return torch.arange(len(row))[:, None]
     ids = torch.tensor([row])
     kinds = (ids == parts.placeholders["image"]).int()
-    positions, _ = parts.inner.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid[None].cpu())
+    positions, _ = parts.inner.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid[None])
     by_token: Tensor = positions[:, 0].T
     return by_token

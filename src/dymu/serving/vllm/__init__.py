@@ -69,7 +69,7 @@ def register() -> None:
         return
     from vllm import ModelRegistry
 
-    for name in families.IN_VLLM.values():
+    for name in families.CLASSES.values():
         ModelRegistry.register_model(name, f"dymu.serving.vllm.model:{name}")
 
 
@@ -98,10 +98,10 @@ def options(
     if unmerge not in IN_VLLM:
         raise ValueError(f"unmerge={unmerge!r} is not there in vLLM; choose {', '.join(IN_VLLM)}")
     config = AutoConfig.from_pretrained(model, revision=revision)
-    if config.model_type not in families.IN_VLLM:
+    if config.model_type not in families.CLASSES:
         raise UnsupportedModel(
             f"models of the type {config.model_type!r} cannot be served in vLLM with merged tokens yet; "
-            f"{', '.join(families.IN_VLLM)} can."
+            f"{', '.join(families.CLASSES)} can."
         )
     calibrated = Thresholds.load(thresholds) if thresholds else beside(os.fspath(model), "thresholds=", revision)
     with torch.device("meta"):
@@ -118,13 +118,13 @@ def options(
             "an image's placeholder is several tokens in this model's text, which is not known in vLLM."
         )
     own["longest"] = front.longest
-    # vLLM's own cache holds images for ever to be in the engine whose prompt was refused as too long.
+    # vLLM's own cache takes the images of a prompt that was refused as too long for known to the engine.
     options: dict[str, Any] = {"mm_processor_cache_gb": 0}
     if unmerge in WHOLE:
         # In any other order a merged token would ask before all that it has to see is there.
         options |= {"disable_chunked_mm_input": True, "scheduler_cls": f"{__name__}.scheduler.WholeImages"}
         options |= {"async_scheduling": False}
-    overrides: dict[str, Any] = {"architectures": [families.IN_VLLM[config.model_type]], "dymu": own}
+    overrides: dict[str, Any] = {"architectures": [families.CLASSES[config.model_type]], "dymu": own}
     if parts.decoder_kind.axes == 1:
         overrides["mrope_section"] = [1, 0, 0]  # so that vLLM carries three whole numbers for each token
     elif unmerge != "original":
