@@ -5,8 +5,6 @@ import os
 # Before anything imports transformers: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Before anything imports triton: its kernels run on the CPU here.
-os.environ["TRITON_INTERPRET"] = "1"
 
 import functools
 from collections.abc import Callable
@@ -20,6 +18,9 @@ from torch import Tensor
 
 from dymu.merging import layout
 
+if not torch.cuda.is_available():
+    # Before anything imports triton: its kernels run on the CPU here.
+    os.environ["TRITON_INTERPRET"] = "1"
 # Models here are tiny: a second thread costs more than it computes.
 torch.set_num_threads(1)
 # And so are pictures, which come in several buckets all the same.

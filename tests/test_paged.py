@@ -11,6 +11,7 @@ from dymu.token_map import TokenMap
 from dymu.unmerging import BACKENDS, place_leaders
 from dymu.unmerging.prompt import NewTokens
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK, HEADS, KEY_HEADS, CHANNELS = 4, 4, 2, 8
 FREQUENCIES = 1.0 / 100 ** (torch.arange(0, CHANNELS, 2, dtype=torch.float64) / CHANNELS)
 
@@ -76,9 +77,9 @@ class Cache:
         self.tables = torch.full((len(prompts), max(blocks)), 999)
         for row, part in enumerate(order.split(blocks)):
             self.tables[row, : len(part)] = part
-        self.slots = Slots(sum(blocks) * BLOCK, 12, torch.device("cpu"))
+        self.slots = Slots(sum(blocks) * BLOCK, 12, DEVICE)
         shape = (sum(blocks), KEY_HEADS, BLOCK, 2 * CHANNELS)
-        cache = torch.full(shape, torch.nan, dtype=dtype)
+        cache = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
         if not heads_first:  # in memory
             cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
         self.pages = Pages.of(cache)
@@ -96,19 +97,22 @@ class Cache:
             shown = (position >= prompt.begin) & (position < prompt.begin + 12)
             members[~shown, 0] = True
             members[shown] = prompt.group[prompt.begin : prompt.begin + 12] == span[shown][:, None]
-            self.slots.write(slots, position, torch.where(shown, prompt.begin, position), members)
+            begin = torch.where(shown, prompt.begin, position)
+            self.slots.write(*(x.to(DEVICE) for x in (slots, position, begin, members)))
             keys_and_values = torch.cat((_rotated(prompt.k[span], position), prompt.v[span]), -1)
             self.cache[slots // BLOCK, :, slots % BLOCK] = keys_and_values.to(self.cache)
             self.done[row] += count
-            own = self._slots(row, torch.arange(self.done[row]))
+            own = self._slots(row, torch.arange(self.done[row])).to(DEVICE)
             in_pages = backend == "triton"
             rows = self.pages.rows(own, BLOCK) if in_pages else None
-            step = self.slots.step(own, count, FREQUENCIES, each_query=each_query, backend=backend, rows=rows)
+            step = self.slots.step(
+                own, count, FREQUENCIES.to(DEVICE), each_query=each_query, backend=backend, rows=rows
+            )
             entries = self.cache[own // BLOCK, :, own % BLOCK].transpose(0, 1)[None].chunk(2, -1)
             keys, values = (self.pages.keys, self.pages.values) if in_pages else entries
             asked = _rotated(prompt.q[span], position).to(self.cache).transpose(0, 1)[None]
             (got,) = BACKENDS[backend](asked, keys, values, step, CHANNELS**-0.5)
-            found.append(got.double())
+            found.append(got.double().cpu())
         return found
 
     def _slots(self, row: int, span: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def setup(pack: Path, device: torch.device) -> tuple[Trainer, Examples]:
 
 def default_device() -> torch.device:
     """The accelerator, if there is one."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def main(
