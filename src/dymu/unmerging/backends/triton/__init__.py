@@ -253,7 +253,7 @@ def _common(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and constants that both kernels have."""
     size = query.shape[-1]
-    cos, sin = step.once(("triton", "angles", query.dtype), lambda: _turns(step, size, query.dtype))
+    cos, sin = step.once(("triton", "angles", size, query.dtype), lambda: _turns(step, size, query.dtype))
     position = step.once(("triton", "position"), lambda: step.place.int().contiguous())
     arguments: dict[str, Any] = {
         "query": query,
