@@ -29,7 +29,7 @@ from benchmarks import record
 from benchmarks.prompts import SIZES, Shape, plan, prompts, rotate, tensors, turn
 from dymu.measure.timing import now
 from dymu.token_map import TokenMap
-from dymu.unmerging import BACKENDS, History, Step, choose, near_far
+from dymu.unmerging import BACKENDS, History, Step, near_far
 from dymu.unmerging.virtual import rows_behind, usual_order, virtual_keys
 
 Run = Callable[[], Any]
@@ -89,7 +89,7 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
     steps = {"prefill": plan(merged, history, shape, dtype)}
     representative = plan(merged, History(), shape, dtype, "representative")
     steps["decode"] = plan(TokenMap.identity(1, 1, device), history, shape, dtype)
-    layers, backend = linear(layer, device, dtype), BACKENDS[choose("auto")]
+    layers, backend = linear(layer, device, dtype), BACKENDS["auto"]
     pieces = []
     for phase, step in steps.items():
         decoding = phase == "decode"
@@ -144,7 +144,7 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
             asked_pairs = float((at + 1).sum())
             name, work = "attention, DyMU, representative", cost(step.queries.width, asked_pairs, entries)
             pieces.append(Part(phase, name, *work, _from(2 * merged.tokens, attend(representative))))
-            if merged.tokens >= near_far.LONG and choose("auto") == "sdpa":  # no other backend has near and far keys
+            if merged.tokens >= near_far.LONG and device.type == "cpu":  # on a GPU no backend that is chosen has them
                 pieces.append(Part(phase, f"{name}, near and far", *work, attend(representative)))
     return pieces
 

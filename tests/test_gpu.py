@@ -1,4 +1,4 @@
-"""On a GPU, where there is one: every family gives what it gives on the CPU, by torch's attention and by our kernels."""
+"""On a GPU, where there is one: families give what they give on the CPU, by torch's attention and by our kernels."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_triton_is_optional_and_its_kernels_are_loaded_when_first_used():
     # One process, since torch is slow to import.
     code = f"import sys; {show}; {forget}; sys.modules['triton'] = None; {show}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["reference sdpa triton False", "reference sdpa False"]
+    assert done.stdout.splitlines() == ["reference sdpa auto triton False", "reference sdpa auto False"]
 
 
 def assembler() -> str | None:

@@ -15,8 +15,17 @@ from torch import Tensor
 import tiny
 from dymu.choices import UNMERGE
 from dymu.token_map import TokenMap, take
-from dymu.unmerging import BACKENDS, History, NewTokens, choose, leaders_within, near_far, place_leaders, plan_step
-from dymu.unmerging.backends import IN_FLOAT64, sdpa
+from dymu.unmerging import (
+    BACKENDS,
+    History,
+    NewTokens,
+    check_backend,
+    leaders_within,
+    near_far,
+    place_leaders,
+    plan_step,
+)
+from dymu.unmerging.backends import IN_FLOAT64, faster_on_gpu, sdpa
 from dymu.unmerging.prompt import nearest_to_mean
 from dymu.unmerging.step import Step
 
@@ -439,6 +448,19 @@ def test_a_history_follows_rows_and_crops():
 
 
 def test_unknown_backends_are_refused():
-    assert choose("auto") in BACKENDS
     with pytest.raises(ValueError, match=r"reference.*sdpa"):
-        choose("tritom")
+        check_backend("tritom")
+
+
+@pytest.mark.parametrize(
+    ("unmerge", "tokens", "chosen"),
+    [("exact", 200, "triton"), ("exact", 5000, "sdpa"), ("representative", 5000, "triton"), ("none", 200, "sdpa")],
+)
+def test_on_a_gpu_what_measured_faster_is_chosen(unmerge, tokens, chosen):
+    """By docs/triton.md: long exact prompts, and prompts with nothing to unmerge, are torch's."""
+    leaders = torch.arange(tokens)[None] // 4 * 4
+    history = History()
+    step, _, _ = grow(history, TokenMap.from_leaders(leaders), unmerge)
+    assert faster_on_gpu(step) == chosen
+    step, _, _ = grow(history, TokenMap.identity(1, 1), unmerge)
+    assert faster_on_gpu(step) == ("sdpa" if unmerge == "none" else "triton"), "a token decoded after it"

@@ -30,7 +30,7 @@ from dymu.hooks.vision import VisionHooks
 from dymu.reducers import Reducer, Stage, ThresholdMerge
 from dymu.report import Report
 from dymu.thresholds import Encoder, Thresholds, beside
-from dymu.unmerging import choose
+from dymu.unmerging import check_backend
 
 _MARK = "_dymu_handle"
 _ABSENT = object()
@@ -72,7 +72,8 @@ def apply(
             shorter prompt. See `dymu.choices.Unmerge`.
         representatives: with `unmerge="representative"`, how often each merged token asks: 1, or 2 for one member of
             each half of its group, and the mean of what they get.
-        backend: how to compute the attention: `auto`, `sdpa`, `triton` (on a GPU) or `reference` (slow).
+        backend: how to compute the attention: `sdpa`, `triton` (on a GPU), `reference` (slow), or `auto`: what measured
+            fastest, see docs/triton.md.
         cache: `merged`: the KV cache holds one entry per merged token, M / N of the untouched cache. `fast`: also the
             keys of all tokens, (N + M) / 2N, which saves the time to unmerge them for each new token.
 
@@ -125,7 +126,7 @@ def apply(
             _check_reducer(merge)
             if budget is not None or per_second is not None:
                 raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
-        handle = Handle(parts, calibrated, merge, unmerge, representatives, choose(backend), cache)
+        handle = Handle(parts, calibrated, merge, unmerge, representatives, check_backend(backend), cache)
         handle._check_fits(parts)
         if merge is None:
             handle.set_budget(budget, per_second)

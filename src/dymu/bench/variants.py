@@ -64,7 +64,7 @@ def variants(backends: Iterable[str]) -> list[Variant]:
     from dymu.unmerging import BACKENDS
 
     for backend in backends:
-        if backend == "reference" or backend not in ("auto", *BACKENDS):
+        if backend == "reference" or backend not in BACKENDS:
             raise ValueError(f"cannot time the backend {backend!r}; choose some of {', '.join(timed_backends())}")
     dymu = [variant for backend in dict.fromkeys(backends) for variant in (exact(backend), quick(backend))]
     return [UNTOUCHED, *dymu, FLOOR]

@@ -1,6 +1,6 @@
 """The language-model half of DyMU: attention behaves as if no token had been merged (paper section 3.2). Torch only."""
 
-from dymu.unmerging.backends import BACKENDS, choose
+from dymu.unmerging.backends import BACKENDS, check_backend
 from dymu.unmerging.history import History
 from dymu.unmerging.packed import Packed
 from dymu.unmerging.prompt import NewTokens, leaders_within, place_leaders
@@ -12,7 +12,7 @@ __all__ = [
     "NewTokens",
     "Packed",
     "Step",
-    "choose",
+    "check_backend",
     "leaders_within",
     "place_leaders",
     "plan_step",

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dymu.unmerging.backends import reference, sdpa
+from dymu.unmerging.step import Step
 
 Backend = Callable[..., Tensor]
 
@@ -18,21 +20,45 @@ def _triton(*args: Any, **kwargs: Any) -> Tensor:
     return triton.attend(*args, **kwargs)
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference.attend, "sdpa": sdpa.attend}
+MANY = 4096
+"""Virtual queries from which on, where merged tokens ask for all of theirs, torch's kernel on expanded tensors was the
+faster on a GPU (docs/triton.md)."""
+
+
+def faster_on_gpu(step: Step) -> str:
+    """The backend that measured faster for a step in half precision on an NVIDIA GPU."""
+    tokens, merged = step.queries.tokens, step.queries.width
+    return "triton" if step.turned and not merged < tokens >= MANY else "sdpa"
+
+
+def _auto(query: Tensor, key: Tensor, value: Tensor, step: Step, *args: Any, **kwargs: Any) -> Tensor:
+    """`triton` where it was measured to be faster, and `sdpa`."""
+    backend = "sdpa"
+    if (
+        query.is_cuda
+        and torch.version.cuda is not None
+        and query.dtype.itemsize == 2
+        and "triton" in BACKENDS
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
+    ):
+        backend = faster_on_gpu(step)
+    return BACKENDS[backend](query, key, value, step, *args, **kwargs)
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference.attend, "sdpa": sdpa.attend, "auto": _auto}
 if find_spec("triton"):
     BACKENDS["triton"] = _triton
-IN_FLOAT64 = ("reference", "sdpa")
+IN_FLOAT64 = ("reference", "sdpa", "auto")
 """Backends that compute in float64 too; others in float32 and less."""
 
 
-def choose(name: str) -> str:
-    """The backend for `name`. `auto` is `sdpa`: `triton` has yet to be measured on a GPU.
+def check_backend(name: str) -> str:
+    """The name of a backend.
 
     Raises:
         ValueError: there is no backend of that name.
     """
-    if name == "auto":
-        return "sdpa"
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose auto, {' or '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {name!r}; choose {' or '.join(BACKENDS)}")
     return name
