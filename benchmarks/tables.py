@@ -45,13 +45,14 @@ PAGES = tuple(
         "models/demo/README.md",
         *(
             f"docs/{page}.md"
-            for page in ("how-it-works", "evidence", "speed", "encoder", "memory", "families", "serving")
+            for page in ("how-it-works", "evidence", "speed", "encoder", "memory", "families", "serving", "triton")
         ),
         *(f"experiments/{page}.md" for page in ("saliency", "legibility")),
     )
 )
 BENCH_SHORT = "bench-llava-1.5-shape-0.5b.json"
 BENCH_OF_TILES = "bench-llava-onevision-0.5b.json"
+BENCH_ON_GPU = "bench-llava-1.5-7b-gpu.json"
 BENCH_OF_FAMILIES = (
     "bench-smolvlm-256m.json", "bench-internvl3-1b.json", "bench-qwen3-vl-2b.json", "bench-qwen2.5-vl-3b.json",
     "bench-gemma3-4b.json",
@@ -77,13 +78,18 @@ def kept_tokens() -> str:
 
 def bench() -> str:
     """Times and bytes as parts of the untouched model's, of every `bench-….json` that no other table is of."""
-    elsewhere = (BENCH_OF_TILES, *BENCH_OF_FAMILIES)
+    elsewhere = (BENCH_OF_TILES, BENCH_ON_GPU, *BENCH_OF_FAMILIES)
     return "\n\n".join(_bench(path) for path in sorted(RESULTS.glob("bench-*.json")) if path.name not in elsewhere)
 
 
 def bench_tiles() -> str:
     """The same of a model that cuts images into tiles."""
     return _bench(RESULTS / BENCH_OF_TILES)
+
+
+def bench_gpu() -> str:
+    """The same of a large model on a GPU."""
+    return _bench(RESULTS / BENCH_ON_GPU)
 
 
 def bench_families() -> str:
@@ -219,6 +225,43 @@ def _layer(phase: str, columns: dict[str, str]) -> str:
     return markdown(header, rows) + made_by(result)
 
 
+def _gpu_attention(part: str, ways: dict[str, str]) -> str:
+    """Milliseconds of the GPU's work alone, a line for each shape, prompt and batch; bold: the least of DyMU's."""
+    result = read(RESULTS / "gpu_attention.json")
+    rows = []
+    for row in result["rows"]:
+        if row["part"] == part:
+            times = {way: row["ways"][way]["gpu_ms"] for way in ways}
+            least = min(ms for way, ms in times.items() if way.startswith(("triton", "sdpa")) and "," not in way)
+            cells = [f"**{ms:.3f}**" if ms == least else f"{ms:.3f}" for ms in times.values()]
+            heads = f"{row['shape']['heads']} / {row['shape']['key_heads']}"
+            rows.append([heads, f"{row['tokens']:,}", f"{row['kept']:,}", str(row["batch"]), *cells])
+    header = ["heads", "tokens", "image tokens kept", "batch", *ways.values()]
+    return markdown(header, rows) + made_by(result)
+
+
+def gpu_prefill() -> str:
+    """One layer's attention in prefill."""
+    return _gpu_attention(
+        "prefill",
+        {
+            "untouched": "untouched",
+            "authors": "as the authors' code",
+            "sdpa": "exact, sdpa",
+            "triton": "exact, triton",
+            "sdpa, representative": "representative, sdpa",
+            "triton, representative": "representative, triton",
+            "floor": "untouched, M tokens",
+        },
+    )
+
+
+def gpu_decode() -> str:
+    """One layer's attention of one more token."""
+    ways = {"untouched": "untouched", "sdpa": "sdpa", "triton": "triton", "floor": "untouched, M tokens"}
+    return _gpu_attention("decode", ways)
+
+
 def layer_prefill() -> str:
     """One decoder layer's prefill."""
     return _layer(
@@ -272,6 +315,20 @@ def encoder() -> str:
               "of layers alone", "matching and merging"]  # fmt: skip
     made = "\n".join(made_by(result).strip() for result in results.values())
     return f"{markdown(header, rows)}\n\n{made}"
+
+
+def encoder_gpu() -> str:
+    """The encoder on a GPU, milliseconds per image."""
+    result = read(RESULTS / "encoder_gpu_mask.json")
+    rows = [
+        [f"{row['kept']:.0f} of {result['full_tokens']}", str(row["batch"]), f"{row['untouched_ms']:.2f}",
+         f"{row['dymu_ms']:.2f}", f"{row['merge_share']:.0%}", f"{row['layers_ms']:.2f}",
+         f"{row['ratio']:.2f}", f"{row['count_ratio']:.2f}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    header = ["kept", "batch", "untouched", "DyMU", "of it matching and merging", "its layers alone",
+              "untouched / DyMU", "what counts promise"]  # fmt: skip
+    return markdown(header, rows) + made_by(result)
 
 
 def encoder_buckets() -> str:
@@ -468,7 +525,7 @@ def _percent(share: Share) -> str:
 
 FUNCTIONS = (
     kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, encoder,
-    encoder_buckets, encoder_every, tiles, load, layer_prefill, layer_decode, memory, accuracy,
+    encoder_buckets, encoder_every, tiles, load, bench_gpu, gpu_prefill, gpu_decode, encoder_gpu, layer_prefill, layer_decode, memory, accuracy,
     accuracy_short, accuracy_by_kind, forms, methods, dynamic, schedules, costs_of_methods, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}

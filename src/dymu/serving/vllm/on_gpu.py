@@ -1,7 +1,7 @@
 """Attention of virtual tokens over pages of merged ones, on a GPU, by the Triton kernels of `dymu.unmerging`.
 
-They read the pages where they are, which vLLM's own backend writes. Not run on a GPU yet; the kernels are tested on
-such pages by Triton's interpreter.
+They read the pages where they are, which vLLM's own backend writes. The kernels are tested on such pages on a GPU and
+by Triton's interpreter; vLLM itself was not run on a GPU yet.
 """
 
 from __future__ import annotations
