@@ -96,7 +96,7 @@ class Layout:
 
         It is never another image's, whose NaN or infinities would pass a weight of 0.
         """
-        return self._rows(x, self.start, self.length[:, None], self.longest) if self.packed else x
+        return _taken(x, self._padded) if self.packed else x
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to tokens as they travel."""
@@ -106,7 +106,7 @@ class Layout:
         """Tokens as they travel, to [b, t, ...] for each bucket, like `pad`."""
         if not self.packed:
             return [x]
-        return [self._rows(x, *bucket) for bucket in self._buckets]
+        return [_taken(x, index) for index in self._bucketed]
 
     def absent(self) -> list[Tensor | None]:
         """bool [b, t] for each bucket, whether there is no token; None: there are all."""
@@ -126,9 +126,17 @@ class Layout:
     def _range(self, end: int) -> Tensor:
         return torch.arange(end, device=self.length.device)
 
-    def _rows(self, x: Tensor, start: Tensor, length: Tensor, longest: int) -> Tensor:
-        index = (start + torch.minimum(self._range(longest), length - 1)).clamp_(min=0)  # an image may have no token
-        return x[0].index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
+    def _rows(self, start: Tensor, length: Tensor, longest: int) -> Tensor:
+        """int64 [b, t], the packed token at each place; past an image's end its last one."""
+        return (start + torch.minimum(self._range(longest), length - 1)).clamp_(min=0)  # an image may have no token
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        return self._rows(self.start, self.length[:, None], self.longest)
+
+    @cached_property
+    def _bucketed(self) -> list[Tensor]:
+        return [self._padded] if len(self._images) == 1 else [self._rows(*bucket) for bucket in self._buckets]
 
     @cached_property
     def _images(self) -> list[list[int]]:
@@ -167,3 +175,8 @@ class Layout:
         """int64 [S], the row of each packed token where image b begins at row `begins[b]`."""
         shift = begins - self.start[:, 0]
         return shift.repeat_interleave(self.length, output_size=self.total) + self._range(self.total)
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """Packed tokens [1, S, ...] at int64 [b, t]: [b, t, ...]."""
+    return x[0].index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
