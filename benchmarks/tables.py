@@ -43,6 +43,7 @@ PAGES = tuple(
     for page in (
         "README.md",
         "models/demo/README.md",
+        "models/vlm/README.md",
         *(
             f"docs/{page}.md"
             for page in ("how-it-works", "evidence", "speed", "encoder", "memory", "families", "serving", "triton")
@@ -58,6 +59,7 @@ BENCH_OF_FAMILIES = (
     "bench-gemma3-4b.json",
 )  # fmt: skip
 EVALUATION = ROOT / "training" / "results" / "heldout.jsonl"
+VLM = EVALUATION.with_name("vlm-quick.jsonl")
 METHODS, COSTS = (EVALUATION.with_name(f"{name}.jsonl") for name in ("methods", "costs"))
 DEFAULT = ("dtome", "reverse_linear")
 """The method and the schedule on which forms of unmerging are compared."""
@@ -508,7 +510,16 @@ def costs_of_methods() -> str:
 
 def accuracy_by_kind() -> str:
     """Accuracy per kind of question, percent with its 95 % interval, and per phrasing that training never showed."""
-    results = Results.load(EVALUATION)
+    return _by_kind(EVALUATION)
+
+
+def vlm_accuracy() -> str:
+    """The same of the strong model."""
+    return _by_kind(VLM)
+
+
+def _by_kind(path: Path) -> str:
+    results = Results.load(path)
     summaries = summarise(results)
     kinds = list(summaries[0].accuracy)
     header = ["", "tokens", *(f"{kind} ({summaries[0].accuracy[kind].n})" for kind in kinds)]
@@ -525,8 +536,9 @@ def _percent(share: Share) -> str:
 
 FUNCTIONS = (
     kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, encoder,
-    encoder_buckets, encoder_every, tiles, load, bench_gpu, gpu_prefill, gpu_decode, encoder_gpu, layer_prefill, layer_decode, memory, accuracy,
-    accuracy_short, accuracy_by_kind, forms, methods, dynamic, schedules, costs_of_methods, *studies.FUNCTIONS,
+    encoder_buckets, encoder_every, tiles, load, bench_gpu, gpu_prefill, gpu_decode, encoder_gpu, layer_prefill,
+    layer_decode, memory, accuracy, accuracy_short, accuracy_by_kind, vlm_accuracy, forms, methods, dynamic,
+    schedules, costs_of_methods, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 
