@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -147,6 +148,40 @@ def test_run_on_the_demo_models_default(dymu_command, folder, photo, monkeypatch
     assert code == 0
     assert last_object(out)["budget"] == models.DEMO_BUDGET
     assert last_object(out)["model"] == str(folder)
+
+
+def test_run_takes_the_only_budget_of_a_thresholds_file(dymu_command, refused, folder, photo, monkeypatch, tmp_path):
+    calibrated = Thresholds.load(folder)
+    one = msgspec.structs.replace(calibrated, calibrated=calibrated.calibrated[:1])
+    one.save(tmp_path / "one.json")
+    monkeypatch.setenv("DYMU_DEMO_MODEL", str(folder))
+    words = ["run", photo, "what is this ?", "--thresholds", tmp_path / "one.json"]
+    code, out, err = dymu_command(*words, "--json")
+    assert code == 0, err
+    assert last_object(out)["kept_tokens"] < TOKENS
+    assert f"is not {FEWEST}, the only one of" in refused(*words, "-b", 20)
+
+
+def test_run_unmerges_and_caches_as_asked(dymu_command, folder, photo):
+    words = ["run", photo, "what is this ?", "--model", folder, "-b", FEWEST, "--json"]
+    sizes = {}
+    for cache in ("merged", "fast"):
+        code, out, err = dymu_command(*words, "--unmerge", "representative", "--cache", cache)
+        assert code == 0, err
+        assert (last_object(out)["unmerge"], last_object(out)["cache"]) == ("representative", cache)
+        sizes[cache] = last_object(out)["cache_bytes"]
+    assert sizes["merged"] < sizes["fast"]
+    code, _, err = dymu_command(*words, "--unmerge", "compact", "--cache", "fast")
+    assert code == 2
+    assert "--unmerge compact has one of each" in err
+
+
+@pytest.mark.parametrize("name", ["models/nope", "here/nope"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(refused, photo, monkeypatch, tmp_path, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    assert "does not exist" in refused("run", photo, "what ?", "--model", name)
 
 
 def test_with_nothing_merged_the_answers_are_the_same(dymu_command, folder, photo):
