@@ -19,7 +19,7 @@ from benchmarks.record import RESULTS, ROOT, made_by, read
 from dymu.bench import tables as bench_tables
 from dymu.bench.results import Bench
 from dymu.bench.results import load as load_bench
-from dymu.bench.summary import PARTS, CellSummary, Line, Ratio
+from dymu.bench.summary import PARTS, CellSummary, Line
 from dymu.bench.summary import summarise as summarise_bench
 from dymu.choices import UNMERGE
 from dymu.evaluation.methods import UNTOUCHED, Row
@@ -181,13 +181,9 @@ def _tokens(cell: CellSummary, results: Bench) -> str:
 
 
 def _ratios(line: Line) -> list[str]:
-    return [_ratio(line.ratios.get(part)) for part in PARTS]
-
-
-def _ratio(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return ""
-    return f"**{ratio.ratio:.2f}**" if ratio.slower else f"{ratio.ratio:.2f}"
+    ratios = {part: f"{ratio.ratio:.2f}" for part, ratio in line.ratios.items()}
+    ratios |= {part: f"**{ratios[part]}**" for part in ratios if PARTS[part] in line.slower_in}
+    return [ratios.get(part, "") for part in PARTS]
 
 
 def tiles() -> str:

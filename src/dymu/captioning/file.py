@@ -101,7 +101,7 @@ class CaptionFile:
         self._file.__exit__()
 
     def add(self, row: Row) -> None:
-        """Append a row, and make sure that it is on the disk; one that is there, such as the same error, is not repeated.
+        """Append a row, and make sure that it is on the disk; one that is there, such as an error, is not repeated.
 
         Raises:
             BadOutput: it cannot be written.
