@@ -361,6 +361,16 @@ def test_calibrate_then_inspect(dymu_command, folder, photos, tmp_path):
     assert "clip_vision_model" in out
 
 
+def test_calibrating_on_few_images_says_so(dymu_command, folder, photos, monkeypatch, tmp_path):
+    words = ["calibrate", folder, photos, "-b", 20, "-o", tmp_path / "t.json", "--json"]
+    _, out, err = dymu_command(*words)
+    assert "fewer than 32 images (6)" in err
+    assert any("fewer than 32 images" in note for note in last_object(out)["notes"])
+    monkeypatch.setattr("dymu.cli.calibrate.FEW", last_object(out)["images"])
+    _, out, err = dymu_command(*words)
+    assert "fewer than" not in err
+
+
 def test_calibrate_in_some_layers(dymu_command, folder, photos, tmp_path):
     file = tmp_path / "t.json"
     code, out, err = dymu_command("calibrate", folder, photos, "-b", 30, "-o", file, "--merge-layers", "0,2", "--json")
@@ -930,6 +940,18 @@ def test_a_terminal_gets_tables(monkeypatch, capsys):
     assert printed.count("untouched with a name") == 2, "too wide for 40 columns, so it is cut into two"
     assert "74.4 [71.6, 77.0]" in printed
     assert "<sub>" not in printed
+
+
+def test_a_shape_that_memory_has_no_room_for(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("dymu.bench.shapes._available_bytes", lambda: 22 * 10**9)
+    ask = ["bench", "llava-1.5-7b", "-b", 89, "--device", "cpu", "-o", tmp_path / "b.json"]
+    sentence = refused(*ask)
+    assert "28.3 GB in float32, and 22.0 GB" in sentence
+    assert "bfloat16" in sentence
+    monkeypatch.setattr("dymu.bench.shapes._available_bytes", lambda: 9 * 10**9)
+    assert "14.1 GB in bfloat16, and 9.0 GB of memory are available: take a smaller shape or a GPU" in refused(
+        *ask, "--dtype", "bfloat16"
+    )
 
 
 def test_a_bench_that_timed_nothing_fails(dymu_command, tmp_path, monkeypatch):

@@ -224,8 +224,11 @@ def _shape(out: Output, name: str, device: str | None, dtype: str | None) -> Any
     from dymu.bench.workload import Shape
 
     where = models.device_named(device)
+    kind = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    if where.type == "cpu":  # a GPU's allocator says so itself
+        shapes.check_room(name, kind)
     with out.during(f"drawing the weights of {name}"):
-        return Shape(name, where, getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16")))
+        return Shape(name, where, kind)
 
 
 def _refuse_untimed(file: Path) -> None:

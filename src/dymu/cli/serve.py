@@ -148,6 +148,7 @@ def vllm(
     given = {re.split("[=.]", word)[0].replace("_", "-") for word in context.args if word.startswith("--")}
     if taken := sorted(given & plugin.OWN_FLAGS):
         raise typer.BadParameter(f"{' and '.join(taken)} is written by dymu: leave it out.")
+    plugin.check_flags(added, context.args)
     words = ["--host", host, *plugin.words(added, given), *context.args]
     words += ["--revision", revision] if revision else []
     how = "is exact" if unmerge == "exact" else "approximates what the untouched model computes"
