@@ -384,6 +384,12 @@ def memory() -> str:
     return markdown(header, rows) + made_by(result)
 
 
+def _evaluated(path: Path) -> str:
+    """A line below a table in Markdown: of which result file of `dymu evaluate` it is, and where its command stands."""
+    file = path.relative_to(ROOT)
+    return f"\n\n<sub>`{file}`, made as `training/README.md` says: {provenance(Results.load(path))}</sub>"
+
+
 def accuracy() -> str:
     """Accuracy over all kinds of questions, and, where the file holds it, how like the untouched model the rows are."""
     results = Results.load(EVALUATION)
@@ -397,7 +403,7 @@ def accuracy() -> str:
     ]  # fmt: skip
     header = ["", "tokens, mean", f"right answers, % of {summaries[0].accuracy[ALL].n}", "95 % interval"]
     header += LIKENESS if compared else []
-    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, rows)}{_evaluated(EVALUATION)}"
 
 
 def accuracy_short() -> str:
@@ -425,7 +431,7 @@ def forms() -> str:
         lines.append([f"{way}, against {'untouched' if way == 'exact' else 'exact'}", *cells])
     full = of_row[UNTOUCHED].tokens_mean
     header = ["points; KL from untouched", *(f"{of_row[row].tokens_mean:.0f} of {full:.0f} tokens" for row in exact)]
-    return f"{markdown(header, lines)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, lines)}{_evaluated(METHODS)}"
 
 
 def _paired(results: Results, row: Row, other: Row) -> Share:
@@ -454,7 +460,7 @@ def methods() -> str:
     full, everything = summaries[0].tokens_mean, summaries[0].accuracy[ALL]
     columns = [f"{budget / full:.0%}" for budget in budgets]
     header = [f"points against untouched ({100 * everything.mean:.1f} % of {everything.n})", *columns]
-    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, rows)}{_evaluated(METHODS)}"
 
 
 def dynamic() -> str:
@@ -472,7 +478,7 @@ def dynamic() -> str:
         for cells in zip(*columns, strict=True)
         if cells[0].row.method == "dtome"
     ]  # fmt: skip
-    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, rows)}{_evaluated(METHODS)}"
 
 
 def schedules() -> str:
@@ -492,14 +498,16 @@ def schedules() -> str:
     untouched = spent[UNTOUCHED]
     assert untouched is not None
     header = [f"untouched: {untouched.first_token_ms:.0f} ms", *budgets.values()]
-    return markdown(header, [[f"`{name}`", *cells] for name, cells in lines.items()])
+    return markdown(header, [[f"`{name}`", *cells] for name, cells in lines.items()]) + "".join(
+        map(_evaluated, (METHODS, COSTS))
+    )
 
 
 def costs_of_methods() -> str:
     """What a prompt costs with merging on each schedule, and with a smaller image."""
     results = Results.load(COSTS)
     chosen = [row for row in summarise(results) if row.row.method not in ("pool", "random")]
-    return f"{cost_table(chosen)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{cost_table(chosen)}{_evaluated(COSTS)}"
 
 
 def accuracy_by_kind() -> str:
@@ -512,7 +520,7 @@ def accuracy_by_kind() -> str:
         [series(summary.row), f"{summary.tokens_mean:.0f}", *(_percent(summary.accuracy[kind]) for kind in kinds)]
         for summary in summaries
     ]
-    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, rows)}{_evaluated(EVALUATION)}"
 
 
 def _percent(share: Share) -> str:
