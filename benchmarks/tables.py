@@ -19,7 +19,7 @@ from benchmarks.record import RESULTS, ROOT, made_by, read
 from dymu.bench import tables as bench_tables
 from dymu.bench.results import Bench
 from dymu.bench.results import load as load_bench
-from dymu.bench.summary import PARTS, CellSummary, Line, Ratio
+from dymu.bench.summary import PARTS, CellSummary, Line
 from dymu.bench.summary import summarise as summarise_bench
 from dymu.choices import UNMERGE
 from dymu.evaluation.methods import UNTOUCHED, Row
@@ -183,13 +183,9 @@ def _tokens(cell: CellSummary, results: Bench) -> str:
 
 
 def _ratios(line: Line) -> list[str]:
-    return [_ratio(line.ratios.get(part)) for part in PARTS]
-
-
-def _ratio(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return ""
-    return f"**{ratio.ratio:.2f}**" if ratio.slower else f"{ratio.ratio:.2f}"
+    ratios = {part: f"{ratio.ratio:.2f}" for part, ratio in line.ratios.items()}
+    ratios |= {part: f"**{ratios[part]}**" for part in ratios if PARTS[part] in line.slower_in}
+    return [ratios.get(part, "") for part in PARTS]
 
 
 def tiles() -> str:
@@ -390,6 +386,12 @@ def memory() -> str:
     return markdown(header, rows) + made_by(result)
 
 
+def _evaluated(path: Path) -> str:
+    """A line below a table in Markdown: of which result file of `dymu evaluate` it is, and where its command stands."""
+    file = path.relative_to(ROOT)
+    return f"\n\n<sub>`{file}`, made as `training/README.md` says: {provenance(Results.load(path))}</sub>"
+
+
 def accuracy() -> str:
     """Accuracy over all kinds of questions, and, where the file holds it, how like the untouched model the rows are."""
     results = Results.load(EVALUATION)
@@ -403,7 +405,7 @@ def accuracy() -> str:
     ]  # fmt: skip
     header = ["", "tokens, mean", f"right answers, % of {summaries[0].accuracy[ALL].n}", "95 % interval"]
     header += LIKENESS if compared else []
-    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, rows)}{_evaluated(EVALUATION)}"
 
 
 def accuracy_short() -> str:
@@ -431,7 +433,7 @@ def forms() -> str:
         lines.append([f"{way}, against {'untouched' if way == 'exact' else 'exact'}", *cells])
     full = of_row[UNTOUCHED].tokens_mean
     header = ["points; KL from untouched", *(f"{of_row[row].tokens_mean:.0f} of {full:.0f} tokens" for row in exact)]
-    return f"{markdown(header, lines)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, lines)}{_evaluated(METHODS)}"
 
 
 def _paired(results: Results, row: Row, other: Row) -> Share:
@@ -460,7 +462,7 @@ def methods() -> str:
     full, everything = summaries[0].tokens_mean, summaries[0].accuracy[ALL]
     columns = [f"{budget / full:.0%}" for budget in budgets]
     header = [f"points against untouched ({100 * everything.mean:.1f} % of {everything.n})", *columns]
-    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, rows)}{_evaluated(METHODS)}"
 
 
 def dynamic() -> str:
@@ -478,7 +480,7 @@ def dynamic() -> str:
         for cells in zip(*columns, strict=True)
         if cells[0].row.method == "dtome"
     ]  # fmt: skip
-    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, rows)}{_evaluated(METHODS)}"
 
 
 def schedules() -> str:
@@ -498,14 +500,16 @@ def schedules() -> str:
     untouched = spent[UNTOUCHED]
     assert untouched is not None
     header = [f"untouched: {untouched.first_token_ms:.0f} ms", *budgets.values()]
-    return markdown(header, [[f"`{name}`", *cells] for name, cells in lines.items()])
+    return markdown(header, [[f"`{name}`", *cells] for name, cells in lines.items()]) + "".join(
+        map(_evaluated, (METHODS, COSTS))
+    )
 
 
 def costs_of_methods() -> str:
     """What a prompt costs with merging on each schedule, and with a smaller image."""
     results = Results.load(COSTS)
     chosen = [row for row in summarise(results) if row.row.method not in ("pool", "random")]
-    return f"{cost_table(chosen)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{cost_table(chosen)}{_evaluated(COSTS)}"
 
 
 def accuracy_by_kind() -> str:
@@ -527,7 +531,7 @@ def _by_kind(path: Path) -> str:
         [series(summary.row), f"{summary.tokens_mean:.0f}", *(_percent(summary.accuracy[kind]) for kind in kinds)]
         for summary in summaries
     ]
-    return f"{markdown(header, rows)}\n\n<sub>{provenance(results)}</sub>"
+    return f"{markdown(header, rows)}{_evaluated(EVALUATION)}"
 
 
 def _percent(share: Share) -> str:

@@ -2,6 +2,7 @@
 # Starts a server of the demo model, asks it, and ends it: `examples/serve.sh` or `examples/serve.sh vllm`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+command -v dymu >/dev/null || PATH=$PWD/.venv/bin:$PATH # of `make setup`; another environment must be active
 server=${1:-serve} port=${PORT:-8123}
 flags=(models/demo -b 0.3 --port "$port" --dtype float32)
 if [ "$server" = vllm ]; then

@@ -64,10 +64,10 @@ def _quick(monkeypatch):
     monkeypatch.setattr(timing, "DECODE_STEPS", 1)
 
 
-def call(patch, *arguments):
+def call(patch, *arguments, columns=200):
     """`dymu bench`, as a shell calls it."""
     patch.setattr(sys, "argv", ["dymu", "bench", *map(str, arguments)])
-    patch.setenv("COLUMNS", "200")
+    patch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert not ended.value.code
@@ -423,6 +423,38 @@ def test_slower_is_said_beyond_noise_only():
     assert Ratio(1.2, 1.1, 1.3).slower
     assert not Ratio(1.2, 0.9, 1.3).slower
     assert not Ratio(0.9, 0.8, 1.0).slower
+
+
+def measured_line(rounds: int, untouched_ms: float, floor_ms: float, ms: float):
+    """Of DyMU, in a cell of which every round takes the same."""
+    held = results.load(DEMO.parents[1] / "benchmarks" / "results" / "bench-demo.json")
+    held.cells = held.cells[:1]
+    (cell,) = held.cells
+    for name, measured in cell.variants.items():
+        took = {"untouched": untouched_ms, FLOOR.name: floor_ms}.get(name, ms)
+        for part in ("encoder_ms", "prefill_ms", "decode_ms_per_token"):
+            setattr(measured, part, [] if name == FLOOR.name and part == "encoder_ms" else [took] * rounds)
+    return next(line for line in summarise(held)[0].lines if line.variant.backend), held
+
+
+def test_few_rounds_give_no_verdict():
+    for rounds, verdict in ((1, False), (2, False), (3, True)):
+        line, held = measured_line(rounds, 10, 5, 20)
+        assert bool(line.slower_in) is verdict
+        assert ("**2.00**" in overview(held)) is verdict
+
+
+def test_what_a_floor_hardly_saves_is_not_said_to_be_realised():
+    assert "decode" not in measured_line(3, 100, 92, 95)[0].realised
+    assert measured_line(3, 100, 88, 94)[0].realised["decode"] == pytest.approx(0.5)
+
+
+def test_a_report_breaks_names_at_spaces(monkeypatch, capsys):
+    call(monkeypatch, "--report", DEMO.parents[1] / "benchmarks" / "results" / "bench-demo.json", columns=80)
+    lines = capsys.readouterr().out.splitlines()
+    broken = [line for line in lines if line.startswith("representative,")]
+    assert broken
+    assert max(map(len, broken)) <= 80
 
 
 def test_peak_memory_counts_what_is_held_at_once():

@@ -79,6 +79,7 @@ def test_what_is_there_is_not_asked_again(captioner: Captioner, header: Header, 
     names = [source.name for source in sources]
     assert asked == [*names[:3], *(name for name in names if name not in names[:3] or name == "broken.jpg")]
     assert len(read(tmp_path / "c.jsonl")[1]) == len(sources)
+    assert (tmp_path / "c.jsonl").read_bytes().count(b"broken.jpg") == 2, "its name and why, in one line"
 
 
 def test_a_file_of_another_run_or_a_damaged_one(header: Header, tmp_path: Path) -> None:
@@ -142,5 +143,7 @@ def test_a_killed_command_goes_on(photos: Path, tmp_path: Path) -> None:
     done = subprocess.run([*words, "--json"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == 1
+    again = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert "8 of 9 images; 1 could not be read" in again.stdout
     assert before >= 4
     assert len(read(output)[1]) == 9

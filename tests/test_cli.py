@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -147,6 +148,40 @@ def test_run_on_the_demo_models_default(dymu_command, folder, photo, monkeypatch
     assert code == 0
     assert last_object(out)["budget"] == models.DEMO_BUDGET
     assert last_object(out)["model"] == str(folder)
+
+
+def test_run_takes_the_only_budget_of_a_thresholds_file(dymu_command, refused, folder, photo, monkeypatch, tmp_path):
+    calibrated = Thresholds.load(folder)
+    one = msgspec.structs.replace(calibrated, calibrated=calibrated.calibrated[:1])
+    one.save(tmp_path / "one.json")
+    monkeypatch.setenv("DYMU_DEMO_MODEL", str(folder))
+    words = ["run", photo, "what is this ?", "--thresholds", tmp_path / "one.json"]
+    code, out, err = dymu_command(*words, "--json")
+    assert code == 0, err
+    assert last_object(out)["kept_tokens"] < TOKENS
+    assert f"is not {FEWEST}, the only one of" in refused(*words, "-b", 20)
+
+
+def test_run_unmerges_and_caches_as_asked(dymu_command, folder, photo):
+    words = ["run", photo, "what is this ?", "--model", folder, "-b", FEWEST, "--json"]
+    sizes = {}
+    for cache in ("merged", "fast"):
+        code, out, err = dymu_command(*words, "--unmerge", "representative", "--cache", cache)
+        assert code == 0, err
+        assert (last_object(out)["unmerge"], last_object(out)["cache"]) == ("representative", cache)
+        sizes[cache] = last_object(out)["cache_bytes"]
+    assert sizes["merged"] < sizes["fast"]
+    code, _, err = dymu_command(*words, "--unmerge", "compact", "--cache", "fast")
+    assert code == 2
+    assert "--unmerge compact has one of each" in err
+
+
+@pytest.mark.parametrize("name", ["models/nope", "here/nope"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(refused, photo, monkeypatch, tmp_path, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    assert "does not exist" in refused("run", photo, "what ?", "--model", name)
 
 
 def test_with_nothing_merged_the_answers_are_the_same(dymu_command, folder, photo):
@@ -324,6 +359,16 @@ def test_calibrate_then_inspect(dymu_command, folder, photos, tmp_path):
     code, out, _ = dymu_command("inspect", file)
     assert code == 0
     assert "clip_vision_model" in out
+
+
+def test_calibrating_on_few_images_says_so(dymu_command, folder, photos, monkeypatch, tmp_path):
+    words = ["calibrate", folder, photos, "-b", 20, "-o", tmp_path / "t.json", "--json"]
+    _, out, err = dymu_command(*words)
+    assert "fewer than 32 images (6)" in err
+    assert any("fewer than 32 images" in note for note in last_object(out)["notes"])
+    monkeypatch.setattr("dymu.cli.calibrate.FEW", last_object(out)["images"])
+    _, out, err = dymu_command(*words)
+    assert "fewer than" not in err
 
 
 def test_calibrate_in_some_layers(dymu_command, folder, photos, tmp_path):
@@ -895,6 +940,18 @@ def test_a_terminal_gets_tables(monkeypatch, capsys):
     assert printed.count("untouched with a name") == 2, "too wide for 40 columns, so it is cut into two"
     assert "74.4 [71.6, 77.0]" in printed
     assert "<sub>" not in printed
+
+
+def test_a_shape_that_memory_has_no_room_for(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("dymu.bench.shapes._available_bytes", lambda: 22 * 10**9)
+    ask = ["bench", "llava-1.5-7b", "-b", 89, "--device", "cpu", "-o", tmp_path / "b.json"]
+    sentence = refused(*ask)
+    assert "28.3 GB in float32, and 22.0 GB" in sentence
+    assert "bfloat16" in sentence
+    monkeypatch.setattr("dymu.bench.shapes._available_bytes", lambda: 9 * 10**9)
+    assert "14.1 GB in bfloat16, and 9.0 GB of memory are available: take a smaller shape or a GPU" in refused(
+        *ask, "--dtype", "bfloat16"
+    )
 
 
 def test_a_bench_that_timed_nothing_fails(dymu_command, tmp_path, monkeypatch):

@@ -75,6 +75,14 @@ def test_every_dependency_is_pinned_within_its_range():
     assert not any("+" in version for version in pins.values())
 
 
+def test_the_demos_recipe_says_what_it_needs():
+    code = "import sys; sys.modules['onnx'] = None; import training.heldout"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    (sentence,) = done.stderr.strip().splitlines()
+    assert "training/requirements.txt" in sentence
+
+
 def test_the_readmes_python_runs_as_it_stands(monkeypatch, capsys):
     """On the demo model and the example photo, in a clone's root."""
     (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)

@@ -28,6 +28,7 @@ from dymu.errors import DymuError
 from dymu.media.images import load
 from dymu.prompting import generate, inputs_for
 from dymu.serving.transformers_server import Served, app_of
+from dymu.serving.vllm import check_flags
 from dymu.thresholds import Thresholds
 
 ROOT = Path(__file__).parent.parent
@@ -255,6 +256,29 @@ def test_the_command_serves(photo: Image.Image, expected: dict[Any, tuple[str, i
         _, said = process.communicate(timeout=30)
     assert "unmerge=exact" in said
     assert "one request at a time" in said
+
+
+@pytest.mark.parametrize(
+    ("unmerge", "words", "least"),
+    [
+        ("exact", ["--max-num-batched-tokens", "100"], 384),
+        ("representative", ["--max_num_batched_tokens=300", "--max-num-seqs", "50"], 306),
+        ("exact", ["--max-num-batched-tokens", "306", "--max-num-seqs=50"], None),
+        ("exact", ["--max-num-batched-tokens", "4k"], None),
+        ("exact", ["--max-num-seqs", "50"], None),
+        ("original", ["--max-num-batched-tokens", "100"], None),
+    ],
+)
+def test_vllm_with_room_for_no_image(
+    unmerge: str, words: list[str], least: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    added = {"hf_overrides": {"dymu": {"unmerge": unmerge, "longest": 256}}}
+    if least is None:
+        check_flags(added, words)
+    else:
+        with pytest.raises(DymuError, match=f"is less than {least}, .* 256 tokens"):
+            check_flags(added, words)
 
 
 def test_a_port_that_is_taken() -> None:

@@ -4,13 +4,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
 from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from training.assets import tower_onnx
+
+try:
+    import onnx
+    from onnx import numpy_helper
+except ImportError as error:
+    raise SystemExit(
+        "the recipe reads the tower with onnx, which is not installed: `pip install -r training/requirements.txt`."
+    ) from error
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEATURE_LAYER = -3

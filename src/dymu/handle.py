@@ -68,8 +68,8 @@ def apply(
         unmerge: of a language model, as are `backend` and `cache`. `exact`: it attends as if no token had been merged
             (VTU, paper section 3.2). `representative`: the same, but each merged token asks once, for one member of its
             group. `compact`: it sees each merged token once, at the position in the middle of its group and as heavy as
-            its size. `original`: the same, all as heavy as one. `restore`: RESTORE's. `none`: it sees them as a
-            shorter prompt. See `dymu.choices.Unmerge`.
+            its size. `original`: the same, all as heavy as one. `restore`: as `compact`, and while a prompt is read,
+            keys far away weigh more. `none`: it sees them as a shorter prompt. See `dymu.choices.Unmerge`.
         representatives: with `unmerge="representative"`, how often each merged token asks: 1, or 2 for one member of
             each half of its group, and the mean of what they get.
         backend: how to compute the attention: `sdpa`, `triton` (on a GPU), `reference` (slow), or `auto`: what measured

@@ -174,10 +174,11 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             near = min(self.budgets, key=lambda calibrated: abs(calibrated - tokens))
             tokens = near if abs(near - tokens) <= 0.5 else tokens
         if not lowest - 0.5 <= tokens <= highest + 0.5:
-            raise BadBudget(
-                f"a budget of {budget:g} ({tokens:g} image tokens) is outside {span}, the range of {self}; "
-                "choose one within, or calibrate for it (dymu calibrate -b)."
-            )
+            asked = f"a budget of {budget:g} ({tokens:g} image tokens)"
+            why = f"is outside {span}, the range of {self}; choose one within"
+            if lowest == highest:
+                why = f"is not {span}, the only one of {self}; choose that"
+            raise BadBudget(f"{asked} {why}, or calibrate for it (dymu calibrate -b).")
         return min(max(tokens, lowest), highest)
 
     def per_layer(self, budget: int | float | None = None) -> list[float]:

@@ -45,12 +45,13 @@ def test_workers_find_the_same_thresholds(photos: Path, tmp_path: Path) -> None:
     assert one == two
 
 
-def _until(path: Path, lines: int) -> None:
-    for _ in range(600):
-        if path.exists() and path.read_bytes().count(b"\n") >= lines:
-            return
+def _until(path: Path, lines: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait for a file of so many lines, which the process writes."""
+    ends = time.monotonic() + 300
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, f"the command ended with {process.returncode}"
+        assert time.monotonic() < ends, f"{path} has not as many lines"
         time.sleep(0.1)
-    raise AssertionError(f"{path} has not as many lines")
 
 
 def test_captions_survive_a_killed_run_and_killed_workers(photos: Path, tmp_path: Path) -> None:
@@ -58,15 +59,15 @@ def test_captions_survive_a_killed_run_and_killed_workers(photos: Path, tmp_path
     run(*words, "-o", tmp_path / "one.jsonl")
     several = [*words, "-o", tmp_path / "two.jsonl", "--ray", "local"]
     started = subprocess.Popen([DYMU, *map(str, several)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _until(tmp_path / "two.jsonl", 5)
+    _until(tmp_path / "two.jsonl", 5, started)
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
     started = subprocess.Popen([DYMU, *map(str, several)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _until(tmp_path / "two.jsonl", 11)
+    _until(tmp_path / "two.jsonl", 11, started)
     for process in psutil.Process(started.pid).children(recursive=True):
         if "MapWorker" in " ".join(process.cmdline()):
             process.kill()
-    assert started.wait(200) == 0
+    assert started.wait(300) == 0
     one, two = (read(tmp_path / f"{name}.jsonl")[1] for name in ("one", "two"))
     assert len(two) == 29
     assert one == two

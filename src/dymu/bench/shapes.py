@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import msgspec
 from safetensors import safe_open
 
-from dymu.errors import BadBudget
+from dymu.errors import BadBudget, DymuError
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,33 @@ def nearest(recorded: Iterable[T], tokens: int, budget: int | float, pictures: i
             f"merges were recorded at {known} of {full} tokens, none of them near {asked:g}; take one of those."
         )
     return best
+
+
+def check_room(name: str, dtype: torch.dtype) -> None:
+    """Refuse a shape whose weights alone are more than this machine's memory has room for: the system would end us.
+
+    Raises:
+        DymuError: naming both.
+    """
+    import torch
+
+    model = build(config(name), torch.device("meta"), dtype)
+    need, room = sum(weight.nbytes for weight in model.parameters()), _available_bytes()
+    if room is not None and need > room:
+        narrower = ", bfloat16 (--dtype)" if dtype == torch.float32 else ""
+        raise DymuError(
+            f"the weights of {name} take {need / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and "
+            f"{room / 1e9:.1f} GB of memory are available: take a smaller shape{narrower} or a GPU (--device)."
+        )
+
+
+def _available_bytes() -> int | None:
+    """Memory that can still be had; None where the system does not say."""
+    try:
+        said = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        return None
+    return 1024 * int(said[1]) if said else None
 
 
 def build(shape: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:

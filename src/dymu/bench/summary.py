@@ -17,8 +17,12 @@ REALISED = (
     "encoder the untouched time × operations counted"
 )
 """How it is computed, for people."""
-LITTLE = 0.05
+LITTLE = 0.1
 """Part of the untouched time that a floor must save, or nothing could be told apart from noise."""
+
+
+FEWEST_ROUNDS = 3
+"""Of which the quartiles say anything about noise."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Ratio:
 
     @property
     def slower(self) -> bool:
-        """Whether it is slower beyond noise: in three of four rounds, and by the medians."""
+        """Whether it is slower in three of four rounds, and by the medians."""
         return self.low > 1 and self.ratio > 1
 
 
@@ -69,8 +73,8 @@ class Line:
 
     @property
     def slower_in(self) -> list[str]:
-        """The parts in which it is slower than the untouched model, beyond noise."""
-        return [PARTS[part] for part, ratio in self.ratios.items() if ratio.slower]
+        """The parts in which it is slower than the untouched model beyond noise, of which few rounds say nothing."""
+        return [PARTS[part] for part, ratio in self.ratios.items() if ratio.slower and self.rounds >= FEWEST_ROUNDS]
 
 
 @dataclass(frozen=True)

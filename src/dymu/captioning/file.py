@@ -38,6 +38,7 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     prompt: str
     max_new_tokens: Count
     versions: dict[str, str]
+    cache: str = "merged"
 
 
 class Row(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -100,12 +101,14 @@ class CaptionFile:
         self._file.__exit__()
 
     def add(self, row: Row) -> None:
-        """Append a row, and make sure that it is on the disk.
+        """Append a row, and make sure that it is on the disk; one that is there, such as an error, is not repeated.
 
         Raises:
             BadOutput: it cannot be written.
         """
         row = as_written(row)
+        if self.rows.get(row.image) == row:
+            return
         self._file.write(row)
         self.rows[row.image] = row
 

@@ -32,7 +32,7 @@ class Captioner:
         self._model, self._processor, self._handle = model, processor, handle
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
 
-    def header(self, source: str, thresholds: Thresholds | None, unmerge: str) -> Header:
+    def header(self, source: str, thresholds: Thresholds | None, unmerge: str, cache: str = "merged") -> Header:
         """What the captions depend on.
 
         Args:
@@ -52,6 +52,7 @@ class Captioner:
             prompt=self._prompt,
             max_new_tokens=self._max_new_tokens,
             versions=versions("torch", "transformers"),
+            cache=cache,
         )
 
     def __call__(self, batch: Sequence[Source]) -> list[Row]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from dymu.choices import CACHE_FORMS, EACH_ONCE, UNMERGE, CacheForm, Unmerge
 from dymu.cli.errors import BadModel
 from dymu.version import __version__
 
@@ -129,6 +130,12 @@ def check_workers(ray: str | None, workers: int | None) -> None:
         raise typer.BadParameter("--workers is for --ray: add --ray local, or leave it out.")
 
 
+def check_cache(cache: CacheForm, unmerge: Unmerge) -> None:
+    """Refuse a cache of keys that the form does not have."""
+    if cache == "fast" and unmerge in EACH_ONCE:
+        raise typer.BadParameter(f"--cache fast keeps the keys of all tokens, and --unmerge {unmerge} has one of each.")
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or hub name.")]
 DemoOrModel = Annotated[
     str | None,
@@ -153,6 +160,12 @@ ThresholdsName = Annotated[
     typer.Option(metavar="FILE|PATH|ID", help="When to merge: a file, or a folder or hub name that holds one.",
                  show_default="thresholds.json beside the model"),
 ]  # fmt: skip
+UnmergeBy = Annotated[
+    Unmerge, typer.Option(metavar="NAME", help=f"How the model attends to merged tokens: {', '.join(UNMERGE)}.")
+]
+Cache = Annotated[
+    CacheForm, typer.Option(metavar="NAME", help=f"What the KV cache stores: {' or '.join(CACHE_FORMS)}.")
+]
 NewThresholds = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE.json", help="The thresholds file to write.")
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,8 @@ BUDGETS = ["0.15", "0.3"]
 BATCHES = [1]
 PROMPTS_TIMED = ["image-text"]
 BACKEND = ["auto"]
+NAME_WIDTH = 16
+"""Columns for a variant's name, which is longer and would break within words in a narrow terminal."""
 SHOWN = ("report", "evaluated", "loss", "divergence", "tables", "chart", "as_json", "debug")
 """Parameters of a call that measures nothing."""
 
@@ -221,8 +224,11 @@ def _shape(out: Output, name: str, device: str | None, dtype: str | None) -> Any
     from dymu.bench.workload import Shape
 
     where = models.device_named(device)
+    kind = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    if where.type == "cpu":  # a GPU's allocator says so itself
+        shapes.check_room(name, kind)
     with out.during(f"drawing the weights of {name}"):
-        return Shape(name, where, getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16")))
+        return Shape(name, where, kind)
 
 
 def _refuse_untimed(file: Path) -> None:
@@ -270,8 +276,9 @@ def _say(
             for cell in cells:
                 columns = tabulated.header(bench.answer_tokens)
                 filled = table(*columns, title=tabulated.title(cell, bench.full_tokens))
-                for line in tabulated.lines(cell, brief=True):
-                    filled.add_row(*line)
+                filled.columns[0].no_wrap = True
+                for name, *numbers in tabulated.lines(cell, brief=True):
+                    filled.add_row(textwrap.fill(name, NAME_WIDTH), *numbers)
                 yield filled
                 yield from tabulated.realised(cell, rows) + tabulated.left_out(cell) + tabulated.slower(cell)
                 yield ""

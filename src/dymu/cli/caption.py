@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 import dymu
-from dymu.choices import UNMERGE, Unmerge
 from dymu.cli import errors
 from dymu.cli.app import (
     RUN,
+    Cache,
     Debug,
     Device,
     Dtype,
@@ -20,8 +20,10 @@ from dymu.cli.app import (
     Ray,
     Revision,
     ThresholdsName,
+    UnmergeBy,
     Workers,
     app_command,
+    check_cache,
     check_workers,
     parse_budget,
     quieten_transformers,
@@ -52,9 +54,8 @@ def caption(
         typer.Option("--budget", "-b", metavar="N|0.15", parser=parse_budget, show_default="0.30 for the demo model",
                      help="Image tokens to keep on average: a number, or a fraction of all."),
     ] = None,
-    unmerge: Annotated[
-        Unmerge, typer.Option(metavar="NAME", help=f"How the model attends to merged tokens: {', '.join(UNMERGE)}.")
-    ] = "exact",
+    unmerge: UnmergeBy = "exact",
+    cache: Cache = "merged",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of a caption at most.")] = 64,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")] = 8,
     ray: Ray = None,
@@ -67,21 +68,23 @@ def caption(
 ) -> None:  # fmt: skip
     """Ask a model one thing about every image of a folder or a list.
 
-    A run that was stopped goes on where it was. An image that cannot be read gets a line that says why.
+    A run that was stopped goes on where it was. An image that cannot be read gets a line that says why; the next run
+    asks for it again, and of an image with several lines the last counts.
     """
     from dymu.captioning.sources import sources_in
     from dymu.cli import models
 
     out = Output(as_json)
     check_workers(ray, workers)
+    check_cache(cache, unmerge)
     check_writable(output, "captions", (".jsonl",))
     sources, left_out = sources_in(images)
     if left_out:
         out.note(left_out)
-    if model is None and budget is None:
-        budget = models.DEMO_BUDGET
     named = models.named(model or models.demo_model(), revision)
     calibrated = named.thresholds(thresholds)
+    if model is None:
+        budget = models.demo_budget(budget, calibrated)
     calibrated.tokens_for(budget)
     if model is None:
         out.note(models.TOY)
@@ -95,9 +98,9 @@ def caption(
         """The captioner, and what its captions depend on."""
         quieten_transformers()
         loaded = models.load(named, device, dtype)
-        handle = dymu.apply(loaded.model, calibrated, budget=budget, unmerge=unmerge)
+        handle = dymu.apply(loaded.model, calibrated, budget=budget, unmerge=unmerge, cache=cache)
         captioner = captioning.Captioner(loaded.model, loaded.processor, handle, prompt, max_new_tokens)
-        return captioner, captioner.header(where, calibrated, unmerge)
+        return captioner, captioner.header(where, calibrated, unmerge, cache)
 
     with out.during(f"loading {named.name}"):
         captioner, header = build(device if ray is None else "cpu")
@@ -139,5 +142,6 @@ def _like(build: Callable[[], tuple[Any, Any]], header: Any) -> Any:
 
 def _for_people(data: dict[str, Any]) -> Iterator[Any]:
     tokens = f"{data['kept']:,} of {data['original']:,}" if data["original"] else "none"
-    failed = f" ({data['failed']} without)" if data["failed"] else ""
-    yield from facts({"captions": f"{data['images'] - data['failed']:,} images{failed}", "image tokens": tokens})
+    captions = f"{data['images'] - data['failed']:,} of {data['images']:,} images"
+    captions += f"; {data['failed']:,} could not be read" if data["failed"] else ""
+    yield from facts({"captions": captions, "image tokens": tokens})

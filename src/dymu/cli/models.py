@@ -136,6 +136,11 @@ def _demo_folder() -> Path:
     return Path(os.environ.get("DYMU_DEMO_MODEL") or CHECKOUT / "models" / "demo")
 
 
+def demo_budget(budget: float | None, calibrated: Thresholds) -> float | None:
+    """The budget for the demo model: as asked, else the only calibrated one, else `DEMO_BUDGET`."""
+    return DEMO_BUDGET if budget is None and len(calibrated.budgets) > 1 else budget
+
+
 def beyond_the_demo(model: Named, shown: Path) -> bool:
     """Whether the demo model is asked about a picture that is none of its examples."""
     return Path(model.source).resolve() == _demo_folder().resolve() and EXAMPLES not in shown.resolve().parents
@@ -260,8 +265,10 @@ def _source(name: str) -> str:
         return str(path)
     if path.exists():
         raise BadModel(f"{name} is a file: name the folder that holds the model.")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.startswith("models/"):
         raise BadModel(f"{name} does not exist: check the path.")
+    if path.parent.is_dir():
+        raise BadModel(f"{name} does not exist in the folder {path.parent}, which is here: check the path.")
     return name
 
 

@@ -12,13 +12,16 @@ from dymu.cli import errors
 from dymu.cli.app import (
     PICTURES,
     RUN,
+    Cache,
     Debug,
     Device,
     Dtype,
     Json,
     Revision,
     ThresholdsName,
+    UnmergeBy,
     app_command,
+    check_cache,
     parse_budget,
     quieten_transformers,
 )
@@ -48,6 +51,8 @@ def run(
         typer.Option("--budget", "-b", metavar="N|0.15", parser=parse_budget, show_default="0.30 for the demo model",
                      help="Image tokens to keep on average: a number, or a fraction of all."),
     ] = None,
+    unmerge: UnmergeBy = "exact",
+    cache: Cache = "merged",
     compare: Annotated[bool, typer.Option("--compare", help="Ask the untouched model as well, and time both.")] = False,
     time: Annotated[bool, typer.Option("--time", help="Time the model, a few times over.")] = False,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the answer at most.")] = 64,
@@ -77,6 +82,7 @@ def run(
     from dymu.media import images, videos
 
     out, path = Output(as_json), expanded(image)
+    check_cache(cache, unmerge)
     moves = frames is not None or path.is_dir() or videos.is_film(path)
     if draw is not None:
         check_writable(draw, "the picture", MOVING if moves else PICTURES)
@@ -94,10 +100,10 @@ def run(
     for note in picture.notes:
         out.note(f"{image}: {note}")
 
-    if model is None:
-        budget = models.DEMO_BUDGET if budget is None else budget
     named = named or models.named(model or models.demo_model(), revision)
     calibrated = named.thresholds(thresholds)
+    if model is None:
+        budget = models.demo_budget(budget, calibrated)
     calibrated.tokens_for(budget)  # a budget that cannot be had is refused before the model is loaded
     if per_second is not None:
         calibrated.over_time_at(budget, per_second)
@@ -110,7 +116,8 @@ def run(
         from dymu.measure.timing import measure_repeatedly
     with out.during(f"loading {named.name}"):
         loaded = models.load(named, device, dtype)
-    with dymu.apply(loaded.model, calibrated, budget=budget, per_second=per_second) as handle:
+    how: dict[str, Any] = {"budget": budget, "per_second": per_second, "unmerge": unmerge, "cache": cache}
+    with dymu.apply(loaded.model, calibrated, **how) as handle:
         inputs = models.ask(loaded, shown, question, picture.fps if moves else None)
         with out.during("answering"):
             answer, cache_bytes = models.answer(loaded, inputs, max_new_tokens)
@@ -134,6 +141,8 @@ def run(
 
     data |= {
         "budget": budget,
+        "unmerge": unmerge,
+        "cache": cache,
         "model": named.name,
         "thresholds": calibrated.source,
         "notes": list(picture.notes),

@@ -10,17 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from dymu.choices import CACHE_FORMS, EACH_ONCE, IN_VLLM, UNMERGE, CacheForm, Unmerge
+from dymu.choices import IN_VLLM, Unmerge
 from dymu.cli import errors
 from dymu.cli.app import (
     SERVE,
+    Cache,
     Debug,
     Device,
     Dtype,
     Model,
     Revision,
     ThresholdsName,
+    UnmergeBy,
     app_command,
+    check_cache,
     parse_budget,
     quieten_transformers,
 )
@@ -38,12 +41,8 @@ def serve(
     model: Model,
     thresholds: ThresholdsName = None,
     budget: Budget = None,
-    unmerge: Annotated[
-        Unmerge, typer.Option(metavar="NAME", help=f"How the model attends to merged tokens: {', '.join(UNMERGE)}.")
-    ] = "exact",
-    cache: Annotated[
-        CacheForm, typer.Option(metavar="NAME", help=f"What the KV cache stores: {' or '.join(CACHE_FORMS)}.")
-    ] = "merged",
+    unmerge: UnmergeBy = "exact",
+    cache: Cache = "merged",
     host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: any that is free.")] = 8000,
     device: Device = None,
@@ -57,8 +56,7 @@ def serve(
     how many there were, and how many were kept. Images come as data URLs.
     """
     out = Output(False)
-    if cache == "fast" and unmerge in EACH_ONCE:
-        raise typer.BadParameter(f"--cache fast keeps the keys of all tokens, and --unmerge {unmerge} has one of each.")
+    check_cache(cache, unmerge)
     from dymu.cli import models
 
     named = models.named(model, revision)
@@ -150,6 +148,7 @@ def vllm(
     given = {re.split("[=.]", word)[0].replace("_", "-") for word in context.args if word.startswith("--")}
     if taken := sorted(given & plugin.OWN_FLAGS):
         raise typer.BadParameter(f"{' and '.join(taken)} is written by dymu: leave it out.")
+    plugin.check_flags(added, context.args)
     words = ["--host", host, *plugin.words(added, given), *context.args]
     words += ["--revision", revision] if revision else []
     how = "is exact" if unmerge == "exact" else "approximates what the untouched model computes"

