@@ -1,6 +1,7 @@
 #!/bin/sh
 # All that is to be measured on a GPU, each step apart since each takes minutes; results land in benchmarks/results.
 #
+#   sh benchmarks/gpu.sh tests      every family on the GPU against the CPU, and the kernels over pages; needs pytest
 #   sh benchmarks/gpu.sh kernels    compare the Triton kernels with the formula, then time attention alone
 #   sh benchmarks/gpu.sh tiles      time the prefill kernel with many tiles, which is what to choose them from
 #   sh benchmarks/gpu.sh model      LLaVA-1.5-7B's shape as a whole, at 89 and 195 tokens, batches of 1, 8 and 32
@@ -14,6 +15,7 @@ export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 
 case ${1:-} in
+tests) "$python" -m pytest -q tests/test_gpu.py tests/test_paged.py ;;
 kernels) "$python" -m benchmarks.gpu_attention ;;
 tiles) "$python" -m benchmarks.gpu_attention --sweep ;;
 model)
@@ -27,7 +29,7 @@ encoder)
   ;;
 layer) "$python" -m benchmarks.roofline --name roofline_gpu ;;
 *)
-  sed -n '2,10p' "$0"
+  sed -n '2,11p' "$0"
   exit 2
   ;;
 esac

@@ -267,8 +267,6 @@ def _source(name: str) -> str:
         raise BadModel(f"{name} is a file: name the folder that holds the model.")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.startswith("models/"):
         raise BadModel(f"{name} does not exist: check the path.")
-    if path.parent.is_dir():
-        raise BadModel(f"{name} does not exist in the folder {path.parent}, which is here: check the path.")
     return name
 
 
