@@ -529,8 +529,9 @@ def _percent(share: Share) -> str:
 
 FUNCTIONS = (
     kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, encoder,
-    encoder_buckets, encoder_every, tiles, load, bench_gpu, gpu_prefill, gpu_decode, encoder_gpu, layer_prefill, layer_decode, memory, accuracy,
-    accuracy_short, accuracy_by_kind, forms, methods, dynamic, schedules, costs_of_methods, *studies.FUNCTIONS,
+    encoder_buckets, encoder_every, tiles, load, bench_gpu, gpu_prefill, gpu_decode, encoder_gpu,
+    layer_prefill, layer_decode, memory, accuracy, accuracy_short, accuracy_by_kind, forms, methods, dynamic, schedules,
+    costs_of_methods, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 
