@@ -137,7 +137,7 @@ def parts(layer: Layer, images: int, side: int, kept: int, device: torch.device,
         ]  # fmt: skip
         if decoding:
             turned = virtual_keys(key, rows_behind(step.keys[:, : step.turned], entries, key.shape[1]), step.turn)
-            name, fast = "attention, DyMU, fast cache", attend(step, usual_order(turned))
+            name, fast = "attention, DyMU, fast cache", attend(step, torch.cat((usual_order(turned), key), 2))
             pieces.append(Part(phase, name, *cost(new, pairs, (seen + entries) // 2), fast))
         else:
             at = representative.query_at

@@ -31,6 +31,7 @@ from dymu.hooks.cache import ROOM
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.versions import cuts_encoded_images, going_on
 from dymu.reducers import AveragePool, FixedMerge, RandomKeep, ThresholdMerge
+from dymu.unmerging.backends import sdpa
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
 NOTHING_ALIKE = ThresholdMerge((1.0,) * tiny.LAYERS)
@@ -416,9 +417,11 @@ def cache_forms(model: Any) -> list[str]:
     return forms
 
 
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_fast_cache_says_the_same(model, side):
+def test_a_fast_cache_says_the_same(model, side, as_on_a_gpu, monkeypatch):
     """`cache="fast"` also keeps the turned keys and changes no logits, whatever is done to the cache."""
+    monkeypatch.setattr(sdpa, "_counts_calls", lambda _: as_on_a_gpu)
     images = tiny.pictures(4)
     inputs = tiny.inputs(model, four_prompts(model, images), images, side)
     tokens = inputs["input_ids"].shape[1]

@@ -86,10 +86,10 @@ def test_half_precision_is_as_near_as_it_rounds(dtype):
     images = tiny.pictures(4)
     batch = tiny.inputs(model, four_prompts(model, images), images)
     there = copy.deepcopy(model).cuda()
-    for backend in ("sdpa", "triton"):
-        _, expected = answers(there, batch, backend=backend)
+    for chosen in ({"backend": "sdpa"}, {"backend": "triton"}, {"backend": "auto"}, {"cache": "fast"}):
+        _, expected = answers(there, batch, **chosen)
         half = copy.deepcopy(model).to("cuda", dtype)
         cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-        _, logits = answers(half, cast, backend=backend)
+        _, logits = answers(half, cast, **chosen)
         assert torch.isfinite(logits).all()
         assert float((logits[:, 0] - expected[:, 0]).norm() / expected[:, 0].norm()) < 0.1

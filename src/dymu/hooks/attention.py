@@ -143,8 +143,12 @@ class LayerSteps:
         return step if self._last is None or id(module) != self._last[0] else step.only(self._last[1])
 
     def kept(self, module: Any, step: Step, key: Tensor) -> Tensor | None:
-        """See `History.kept`; None where the layer's attention asks for other keys."""
+        """The keys of all virtual tokens, which a fast cache keeps, in the order of the step, see
+        `dymu.unmerging.backends.reference.attend`; None: it does not, or the step has others."""
+        layer = self._history.stored_by
         if not self._history.fast or self._history.plain or self._history.hidden is not None:
+            return None
+        if layer is None or layer.keys is not key:
             return None
         known, (heads, stored) = self._history.keys, key.shape[1:3]
 
@@ -153,7 +157,7 @@ class LayerSteps:
             keys = virtual_keys(key, rows_behind(known.slot[:, : known.turned], stored, heads), turn, channels)
             return usual_order(keys, channels)
 
-        kept = self._history.kept_of(module.layer_idx, turned) if known.turned else None
+        kept: Tensor | None = layer.behind(known.memo, turned) if known.turned else None
         return kept if step.turned < step.keys.shape[1] else None
 
     def _turned(self, rotation: Rotation, size: int, one_way: bool) -> Step:

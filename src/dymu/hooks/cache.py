@@ -27,9 +27,11 @@ from dymu.unmerging.history import ROOM
 
 class Room:
     """Memory in which keys or values grow without a copy of all of them for each token: it has room for `ROOM` entries
-    ahead. With gradients, and where something else stores them in another dtype, they are copied."""
+    ahead. With gradients, and where something else stores them in another dtype, they are copied. Other keys may stand
+    ahead of them in one piece with them."""
 
     def __init__(self) -> None:
+        self._whole: Tensor | None = None
         self._memory: Tensor | None = None
         self._written = 0
 
@@ -42,11 +44,28 @@ class Room:
         entries, memory = stored + new.shape[-2], self._memory
         if memory is None or entries > memory.shape[-2] or not self._ends(stored, before):
             memory = self._memory = new.new_empty(*new.shape[:-2], entries + ROOM, new.shape[-1])
+            self._whole = None
             if stored:
                 memory[..., :stored, :] = before
         memory[..., stored:entries, :] = new
         self._written = entries
         return memory[..., :entries, :]
+
+    def put_ahead(self, others: Tensor, stored: Tensor) -> Tensor:
+        """Move what is stored behind others, both [B, H, any, D], into memory of its own; what is stored, there."""
+        ahead, entries = others.shape[-2], stored.shape[-2]
+        self._whole = stored.new_empty(*stored.shape[:-2], ahead + entries + ROOM, stored.shape[-1])
+        self._whole[..., :ahead, :] = others
+        self._memory, self._written = self._whole[..., ahead:, :], entries
+        self._memory[..., :entries, :] = stored
+        return self._memory[..., :entries, :]
+
+    def whole(self, stored: Tensor) -> Tensor | None:
+        """What was put ahead, and behind it what is stored; None: nothing was, or these are stored elsewhere."""
+        if self._whole is None or self._memory is None or not self._ends(stored.shape[-2], stored):
+            return None
+        ahead = self._whole.shape[-2] - self._memory.shape[-2]
+        return self._whole[..., : ahead + self._written, :]
 
     def _ends(self, stored: int, before: Tensor) -> bool:
         """Whether these are what the memory holds, and more may be written behind them now."""
@@ -80,6 +99,7 @@ class MergedLayer(DynamicLayer):
         super().__init__()
         self.history, self.leads, self.window = history, leads, window
         self._keys, self._values = Room(), Room()
+        self._ahead: object = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -90,7 +110,29 @@ class MergedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = self._keys.after(self.keys, key_states), self._values.after(self.values, value_states)
+        self.history.stored_by = self
         return self.keys, self.values
+
+    def behind(self, known: object, others: Callable[[], Tensor]) -> Tensor:
+        """[B, H, others + entries, D]: the keys behind others, which stay ahead of them while they hold.
+
+        Args:
+            known: what the others are of: they are asked for again where it is another.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat((others(), self.keys), -2)
+        whole = self._keys.whole(self.keys) if self._ahead is known else None
+        if whole is None:
+            self.keys, self._ahead = self._keys.put_ahead(others(), self.keys), known
+            whole = self._keys.whole(self.keys)
+        assert whole is not None
+        return whole
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Of the keys ahead of those stored."""
+        whole = None if self.keys is None else self._keys.whole(self.keys)
+        return 0 if whole is None else whole.nbytes - self.keys.nbytes
 
     def _expect(self, entries: int) -> None:
         stored = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
@@ -222,8 +264,7 @@ def cache_bytes(cache: Cache) -> int:
     if history is None:
         return sum(map(_bytes, cache.layers))
     grows, rest = _sizes(cache, history)
-    kept = sum(keys.numel() * keys.element_size() for keys in history.kept.values())
-    return sum(grows.values()) * history.entries + rest + kept
+    return sum(grows.values()) * history.entries + rest + sum(layer.bytes_ahead for layer in _merged(cache))
 
 
 def untouched_bytes(cache: Cache) -> int:

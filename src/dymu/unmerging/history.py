@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,7 +163,7 @@ class History:
     """What the entries of one cache stand for; shared by its layers.
 
     Args:
-        fast: whether turned keys are kept, see `kept`.
+        fast: whether the cache keeps the keys of tokens that no entry stands at, at their own positions, see `Keys`.
 
     Attributes:
         length: tokens of the full prompt so far.
@@ -178,7 +177,7 @@ class History:
         sizes: what the caller knows of bytes: of an entry of all rows, by the window of the layers, and of the rest.
         remembered: what the caller knows of its tokens beside, by name.
         interrupted: whether something else that the cache remembers is no longer of these tokens.
-        kept: by layer, keys [B, Hkv, E, D] of the tokens that no entry stands at, at their own positions, see `Keys`.
+        stored_by: the layer of the cache that stored keys last.
     """
 
     def __init__(self, fast: bool = False) -> None:
@@ -189,7 +188,7 @@ class History:
         self._pieces: tuple[Tokens, ...] = ()
         self._later = 0
         self._keys: Keys | None = None
-        self.kept = dict[Any, Tensor]()
+        self.stored_by: Any = None
         self.hidden: Tensor | None = None
         self.packed: Packed | None = None
         self.report: Any = None
@@ -263,8 +262,6 @@ class History:
             slot = tokens.group + self.entries
             slot = torch.where(tokens.group < 0, -1, slot) if tokens.padded else slot
             self._pieces, self._keys = (*self._pieces, Tokens(slot, place, represents, turn)), None
-        if not plain:
-            self.kept = {}
         self.length += tokens.tokens
         self.entries += tokens.width
         self.plain = self.plain and plain
@@ -279,12 +276,6 @@ class History:
         self.hidden = hidden
         if hidden is not None:
             self.plain, self.gaps = False, True
-
-    def kept_of(self, layer: Any, turn: Callable[[], Tensor]) -> Tensor:
-        """The turned keys of a layer: computed when it first asks, and where those there are cannot be used now."""
-        if layer not in self.kept or (self.kept[layer].is_inference() and not torch.is_inference_mode_enabled()):
-            self.kept[layer] = turn()
-        return self.kept[layer]
 
     def copy(self) -> History:
         """The history so far, which appending to this one leaves as it is."""
@@ -301,7 +292,6 @@ class History:
             self._pieces = (self.tokens.at(rows),)
             self._keys = None if self._keys is None else self._keys.at(rows)
             self.sizes = None
-            self.kept = {layer: keys[rows.to(keys.device)] for layer, keys in self.kept.items()}
             self.hidden = None if self.hidden is None else self.hidden[rows]
 
     def crop(self, length: int) -> None:
@@ -309,7 +299,7 @@ class History:
         if length >= self.length:
             return
         self._write_later()
-        self._keys, self.kept = None, {}
+        self._keys = None
         self.hidden = None if self.hidden is None else self.hidden[:, :length]
         if length:
             tokens = self.tokens.at((slice(None), slice(length)))

@@ -40,7 +40,8 @@ def attend(
         scaling: factor on the logits.
         window: sliding window in virtual tokens, or None.
         softcap: what logits approach, c tanh(x / c), before the bias; None: they are as they are.
-        kept: see `History.kept`; None: they are not. A backend need not read them.
+        kept: [B, Hkv, Nk, D], the virtual keys, turned and in the usual order of channels; None: they are not kept. A
+            backend need not read them.
 
     Returns:
         [B, Mq, H, D]; 0 for merged tokens past a row's end.

@@ -43,6 +43,8 @@ def attend(
     kept: Tensor | None = None,
 ) -> Tensor:
     """See `dymu.unmerging.backends.reference.attend`."""
+    if kept is not None and step.queries.tokens <= FEW and softcap is None and _counts_calls(query):
+        return step.average(_attend_expanded(query, kept, value, step, scaling, window))
     if step.turned and step.queries.tokens <= FEW:
         return step.average(_attend_few(query, key, value, step, scaling, window, softcap, kept))
     if near_far.applies(step, window, softcap):
@@ -195,20 +197,20 @@ def _attend_few(
     """The same of a few queries, where the weights on all copies of one value are summed before they meet it."""
     batch, shared, entries, size = key.shape
     tokens, turned, direct = step.queries.tokens, step.turned, step.keys.shape[1] - step.turned
-    query, key = at_least_float32(query), at_least_float32(key)
-    if kept is None:
-        kept, turning = _turned_keys(key, step), _virtual_queries(query, step)
-    else:
-        kept, turning = at_least_float32(kept), query
+    query = at_least_float32(query)
     none = query.new_empty(1, 1, 1)
 
     def logits_of(query: Tensor, key: Tensor) -> Tensor:
         query = query.reshape(batch * shared, -1, size)
         return torch.baddbmm(none, query, key.flatten(0, 1).mT, beta=0, alpha=scaling)
 
-    logits = logits_of(turning, kept)
-    if direct:
-        logits = torch.cat((logits, logits_of(query, key)), 2)
+    if kept is not None:
+        logits = logits_of(query, at_least_float32(kept))
+    else:
+        key = at_least_float32(key)
+        logits = logits_of(_virtual_queries(query, step), _turned_keys(key, step))
+        if direct:
+            logits = torch.cat((logits, logits_of(query, key)), 2)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if (mask := _mask_of_few(step, window)) is not None:
@@ -223,6 +225,33 @@ def _attend_few(
     summed = weights[..., turned:] if direct else weights.new_zeros(*weights.shape[:2], entries)
     summed = summed.scatter_add(2, step.once_for_all(("behind", shared, groups), behind), weights[..., :turned])
     return torch.bmm(summed.to(value.dtype), value.flatten(0, 1)).view(batch, -1, tokens, size).transpose(1, 2)
+
+
+def _counts_calls(query: Tensor) -> bool:
+    """Whether a token costs by how many operations it takes: on a GPU in half precision, which waits for them."""
+    return query.is_cuda and query.dtype.itemsize == 2
+
+
+def _attend_expanded(
+    query: Tensor, kept: Tensor, value: Tensor, step: Step, scaling: float, window: int | None
+) -> Tensor:
+    """The same where all keys are kept, in few operations: values are copied to every token, and torch attends."""
+    shared, size = value.shape[1], value.shape[-1]
+
+    def behind() -> Tensor:
+        return step.keys.clamp(min=0)[:, None].expand(-1, shared, -1).flatten(0, 1)[..., None]
+
+    rows = step.once(("values", shared), behind).expand(-1, -1, size)
+    mask = _mask_of_few(step, window)
+    attended = scaled_dot_product_attention(
+        query,
+        kept,
+        value.flatten(0, 1).gather(1, rows).view_as(kept),
+        attn_mask=None if mask is None else step.once((window, "mask", query.dtype), lambda: mask.to(query.dtype)),
+        scale=scaling,
+        enable_gqa=query.shape[1] != shared,
+    )
+    return attended.transpose(1, 2)
 
 
 def _mask_of_few(step: Step, window: int | None) -> Tensor | None:
