@@ -13,7 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+import dymu
 from dymu.captioning.file import read
+from dymu.integrations.on_ray import started
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models" / "demo"
@@ -90,3 +92,11 @@ def _rounded(line: dict[str, Any]) -> dict[str, Any]:
     for answers in filter(None, [line.get("answers")]):
         answers["kl"] = [round(value, 5) for value in answers["kl"]]
     return line
+
+
+def test_nobody_at_the_address_is_said_at_once() -> None:
+    """Ray would wait for minutes."""
+    began = time.monotonic()
+    with pytest.raises(dymu.DymuError, match="no Ray cluster answers at 127"), started("127.0.0.1:1"):
+        pass
+    assert time.monotonic() - began < 20

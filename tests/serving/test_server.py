@@ -1,11 +1,15 @@
 """`dymu vllm`, started as a user does, and asked over HTTP."""
 
+import base64
+import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -26,6 +30,21 @@ def test_an_image_and_a_budget_of_its_own(server: Server) -> None:
         status, text = server.ask(picture(0), "What is this?", budget, 8)
         assert status == 200, text
         assert text.strip()
+
+
+def test_images_of_sixteen_bits_are_not_clipped(server: Server) -> None:
+    grey = np.asarray(Image.open(PHOTOS[0]).convert("L"))
+    texts = []
+    for pixels in (grey, 257 * grey.astype(np.uint16)):
+        packed = io.BytesIO()
+        Image.fromarray(pixels).save(packed, "PNG")
+        image = f"data:image/png;base64,{base64.b64encode(packed.getvalue()).decode()}"
+        texts.append(server.ask(image, "What is this?", 0.3, 8))
+    assert texts[0] == texts[1]
+    white = io.BytesIO()
+    Image.new("L", grey.shape[::-1], 255).save(white, "PNG")
+    image = f"data:image/png;base64,{base64.b64encode(white.getvalue()).decode()}"
+    assert server.ask(image, "What is this?", 0.3, 8) != texts[0]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 
@@ -189,7 +191,7 @@ def test_requests_that_cannot_be_met() -> None:
 
 
 def test_the_hash_of_an_image_holds_what_decides_its_tokens(tmp_path: Path) -> None:
-    """Also where a client names its images itself."""
+    """And not the name that a client gives it, under which it may send another."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.processing import ProcessorInputs
@@ -204,11 +206,32 @@ def test_the_hash_of_an_image_holds_what_decides_its_tokens(tmp_path: Path) -> N
         options = plugin.options(DEMO, thresholds, budget, form)
         config = EngineArgs(str(DEMO), **options).create_model_config()
         processor = MULTIMODAL_REGISTRY.create_processor(config)
-        items = processor.info.parse_mm_data({"image": [load(PHOTOS[0]).image]})
-        for uuids in (None, {"image": ["mine"]}):
-            found.append(processor._get_mm_hashes(ProcessorInputs([], items, uuids))["image"][0])
+        for photo in PHOTOS[:2]:
+            items = processor.info.parse_mm_data({"image": [load(photo).image]})
+            for asked in ({}, {"budget": 48}):
+                keys = [
+                    processor._get_mm_hashes(ProcessorInputs([], items, uuids, asked))["image"][0]
+                    for uuids in (None, {"image": ["mine"]})
+                ]
+                assert keys[0] == keys[1]
+                found.append(keys[0])
     assert len(set(found)) == len(found)
     assert Thresholds.load(DEMO).source
+
+
+def test_images_are_read_as_elsewhere() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    config = EngineArgs(str(DEMO), **plugin.options(DEMO, budget=0.3)).create_model_config()
+    read = MULTIMODAL_REGISTRY.create_processor(config).info.parse_mm_data
+    deep = Image.fromarray(257 * np.arange(256, dtype=np.uint16).reshape(16, 16))
+    (image,) = read({"image": deep})["image"]
+    assert np.asarray(image)[..., 0].ravel().tolist() == list(range(256)), "vLLM by itself would clip it"
+    with pytest.raises(ValueError, match="embeddings of images are not taken"):
+        read({"image": torch.zeros(1, 40, 256)})
+    with pytest.raises(ValueError, match="send the image every time"):
+        read({"image": [None]})
 
 
 def test_no_other_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

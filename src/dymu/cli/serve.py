@@ -147,7 +147,9 @@ def vllm(
         added = plugin.options(named.source, thresholds, budget, unmerge, revision=revision)
     given = {re.split("[=.]", word)[0].replace("_", "-") for word in context.args if word.startswith("--")}
     if taken := sorted(given & plugin.OWN_FLAGS):
-        raise typer.BadParameter(f"{' and '.join(taken)} is written by dymu: leave it out.")
+        raise typer.BadParameter(
+            f"{' and '.join(taken)} is written by dymu, or would undo what it writes: leave it out."
+        )
     plugin.check_flags(added, context.args)
     words = ["--host", host, *plugin.words(added, given), *context.args]
     words += ["--revision", revision] if revision else []

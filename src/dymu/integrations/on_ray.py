@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -37,6 +38,7 @@ def started(address: str) -> Iterator[None]:
         import ray
     except ImportError as error:
         raise DymuError("Ray is not installed: `pip install 'dymu[ray]'`.") from error
+    _check_answers(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     where = {"include_dashboard": False} if address == LOCAL else {"address": address}
     try:
@@ -47,6 +49,21 @@ def started(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would wait for minutes.
+
+    Raises:
+        DymuError: nothing listens at an address with a port.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise DymuError(f"no Ray cluster answers at {address} ({error}): start one, or take --ray local.") from error
 
 
 def workers_for(asked: int | None) -> tuple[int, dict[str, float]]:

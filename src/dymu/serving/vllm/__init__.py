@@ -31,6 +31,7 @@ OWN_FLAGS = frozenset(
     for name in (
         *("hf-overrides", "config", "scheduler-cls", "async-scheduling", "no-async-scheduling", "kv-transfer-config"),
         *("disable-chunked-mm-input", "no-disable-chunked-mm-input", "mm-processor-cache-gb"),
+        *("media-io-kwargs", "mm-processor-kwargs"),
     )
 )
 """Flags of `vllm serve` that would undo what dymu says, or may."""
@@ -126,7 +127,7 @@ def options(
         )
     own["longest"] = front.longest
     # vLLM's own cache takes the images of a prompt that was refused as too long for known to the engine.
-    options: dict[str, Any] = {"mm_processor_cache_gb": 0}
+    options: dict[str, Any] = {"mm_processor_cache_gb": 0, "media_io_kwargs": {"image": {"image_mode": None}}}
     if unmerge in WHOLE:
         # In any other order a merged token would ask before all that it has to see is there.
         options |= {"disable_chunked_mm_input": True, "scheduler_cls": f"{__name__}.scheduler.WholeImages"}

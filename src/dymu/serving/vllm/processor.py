@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -46,6 +48,31 @@ def _decoded(thresholds: str) -> Thresholds:
     return msgspec.json.decode(thresholds.encode(), type=Thresholds)
 
 
+class Parser(MultiModalDataParser):
+    """Reads images as all of dymu does; vLLM would clip those of 16 bits."""
+
+    def _parse_image_data(self, data: Any) -> ImageProcessorItems | None:
+        """Raises: ValueError, where these are no images."""
+        if data is None:
+            return None
+        if self.is_embeddings(data) or isinstance(data, Mapping):
+            raise ValueError("embeddings of images are not taken: send the images.")
+        one = isinstance(data, Image.Image | MediaWithBytes) or getattr(data, "ndim", 0) == 3
+        return ImageProcessorItems([_read(item) for item in ([data] if one else data)])
+
+
+def _read(item: Any) -> Image.Image:
+    item = item.media if isinstance(item, MediaWithBytes) else item
+    if isinstance(item, Blank):
+        return item
+    if item is None:
+        raise ValueError("an image has a name and no content: send the image every time.")
+    try:
+        return media.load(item, "an image").image
+    except DymuError as error:
+        raise ValueError(str(error)) from error
+
+
 class Info(BaseProcessingInfo):
     """What vLLM asks about the images of a model."""
 
@@ -69,6 +96,9 @@ class Info(BaseProcessingInfo):
         config = self.ctx.model_config
         return _front(config.model, config.revision, self.own["thresholds"], self.own["unmerge"], config.dtype)
 
+    def get_data_parser(self) -> Parser:
+        return Parser(expected_hidden_size=None)
+
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
 
@@ -84,6 +114,11 @@ class Dummy(BaseDummyInputsBuilder[Info]):
         blank = Blank()
         blank.im, blank._mode, blank._size = Image.new("RGB", (64, 64)).im, "RGB", (64, 64)
         return {"image": [blank] * mm_counts.get("image", 0)}
+
+
+def _key(ahead: str, image: Image.Image) -> str:
+    shown = f"{ahead} {type(image).__name__} {image.mode} {image.size} "
+    return hashlib.sha256(shown.encode() + image.tobytes()).hexdigest()
 
 
 class Processor(BaseMultiModalProcessor[Info]):
@@ -102,7 +137,7 @@ class Processor(BaseMultiModalProcessor[Info]):
             if all(isinstance(image, Blank) for image in images):
                 shown = [self._blank()] * len(images)
             else:
-                shown = self.info.front([media.load(image, "an image").image for image in images], tokens)
+                shown = self.info.front(images, tokens)
         except DymuError as error:
             raise ValueError(str(error)) from error
         return BatchFeature(
@@ -144,12 +179,11 @@ class Processor(BaseMultiModalProcessor[Info]):
         return made
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """vLLM's keys of cached images and prefixes, and in each what else decides what an image becomes."""
-        digest = self.info.digest
-        return {
-            modality: [hashlib.sha256(f"{digest} {key}".encode()).hexdigest() for key in keys]
-            for modality, keys in super()._get_mm_hashes(inputs).items()
-        }
+        """Keys of cached images and prefixes, of all that decides what an image becomes: vLLM's own would be the name
+        that a client gives an image, whatever the image is."""
+        ahead = json.dumps([self.info.digest, dict(inputs.hf_processor_mm_kwargs)], sort_keys=True, default=str)
+        images = inputs.mm_data_items.get("image", ())
+        return {"image": [_key(ahead, image) for image in images]} if images else {}
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Any
