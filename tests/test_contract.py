@@ -27,7 +27,7 @@ from dymu.choices import CACHE_FORMS, UNMERGE
 from dymu.errors import AlreadyApplied, BadBudget, BadPrompt, DymuError, UnsupportedCache, UnsupportedModel
 from dymu.families import FAMILIES
 from dymu.families.resolve import resolve
-from dymu.hooks.cache import ROOM
+from dymu.hooks.cache import ROOM, cache_bytes
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.versions import cuts_encoded_images, going_on
 from dymu.reducers import AveragePool, FixedMerge, RandomKeep, ThresholdMerge
@@ -415,6 +415,22 @@ def cache_forms(model: Any) -> list[str]:
     assert forms[0] == "merged"
     assert len(forms) == len(CACHE_FORMS) or model.config.text_config.model_type not in tiny.AS_THEY_BEGIN
     return forms
+
+
+def test_a_fast_cache_made_in_inference_mode_goes_on_outside_and_counts_the_same():
+    model = tiny.llava()
+    images = tiny.pictures(4)
+    inputs = tiny.inputs(model, four_prompts(model, images), images)
+    more = torch.arange(3, 11).view(4, 2)
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), 1)
+    with dymu.apply(model, merge=SOME, cache="fast"):
+        with torch.inference_mode():
+            cache = model(**inputs).past_key_values
+            inside = cache_bytes(cache)
+        assert cache_bytes(cache) == inside > sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        found = model(**tiny.going_on(model, more, mask), past_key_values=cache).logits
+        again = model(**inputs).past_key_values
+        tiny.close(found, model(**tiny.going_on(model, more, mask), past_key_values=again).logits)
 
 
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])

@@ -62,10 +62,15 @@ class Room:
 
     def whole(self, stored: Tensor) -> Tensor | None:
         """What was put ahead, and behind it what is stored; None: nothing was, or these are stored elsewhere."""
-        if self._whole is None or self._memory is None or not self._ends(stored.shape[-2], stored):
+        if self._whole is None or not self._ends(stored.shape[-2], stored):
             return None
-        ahead = self._whole.shape[-2] - self._memory.shape[-2]
-        return self._whole[..., : ahead + self._written, :]
+        return self._whole[..., : self.ahead(stored) + self._written, :]
+
+    def ahead(self, stored: Tensor) -> int:
+        """How many entries stand ahead of what is stored, in the same memory."""
+        if self._whole is None or self._memory is None or self._memory.data_ptr() != stored.data_ptr():
+            return 0
+        return self._whole.shape[-2] - self._memory.shape[-2]
 
     def _ends(self, stored: int, before: Tensor) -> bool:
         """Whether these are what the memory holds, and more may be written behind them now."""
@@ -131,8 +136,10 @@ class MergedLayer(DynamicLayer):
     @property
     def bytes_ahead(self) -> int:
         """Of the keys ahead of those stored."""
-        whole = None if self.keys is None else self._keys.whole(self.keys)
-        return 0 if whole is None else whole.nbytes - self.keys.nbytes
+        if self.keys is None or not self.keys.numel():
+            return 0
+        each: int = self.keys.nbytes // self.keys.shape[-2]
+        return self._keys.ahead(self.keys) * each
 
     def _expect(self, entries: int) -> None:
         stored = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
