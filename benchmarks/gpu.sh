@@ -15,7 +15,7 @@ export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 
 case ${1:-} in
-tests) "$python" -m pytest -q tests/test_gpu.py tests/test_paged.py ;;
+tests) TRITON_INTERPRET=0 "$python" -m pytest -q tests/test_gpu.py tests/test_paged.py ;;
 kernels) "$python" -m benchmarks.gpu_attention ;;
 tiles) "$python" -m benchmarks.gpu_attention --sweep ;;
 model)

@@ -531,7 +531,7 @@ def _by_kind(path: Path) -> str:
         [series(summary.row), f"{summary.tokens_mean:.0f}", *(_percent(summary.accuracy[kind]) for kind in kinds)]
         for summary in summaries
     ]
-    return f"{markdown(header, rows)}{_evaluated(EVALUATION)}"
+    return f"{markdown(header, rows)}{_evaluated(path)}"
 
 
 def _percent(share: Share) -> str:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from dymu.merging import layout
 
-if not torch.cuda.is_available():
-    # Before anything imports triton: its kernels run on the CPU here.
-    os.environ["TRITON_INTERPRET"] = "1"
+# Before anything imports triton: its kernels run on the CPU here. With 0, as in benchmarks/gpu.sh, on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Models here are tiny: a second thread costs more than it computes.
 torch.set_num_threads(1)
 # And so are pictures, which come in several buckets all the same.

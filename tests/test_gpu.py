@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ import dymu
 import tiny
 from test_contract import MODELS, SOME, four_prompts, unmergings
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1", reason="sh benchmarks/gpu.sh tests runs it"
+)
 
 ONE_OF_EACH = [model for model in MODELS if any(mark.name == "one_of_each" for mark in model.marks)]
 OFF = 1e-3
@@ -80,8 +83,8 @@ def test_it_can_be_undone_there():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_is_as_near_as_it_rounds(dtype):
-    """DyMU on given merges is as far from float32 as the untouched model is, or nearer than twice that."""
+def test_half_precision_is_near(dtype):
+    """The first token's logits; later ones are of other tokens, where these differ."""
     model = tiny.llava("clip", "qwen2")
     images = tiny.pictures(4)
     batch = tiny.inputs(model, four_prompts(model, images), images)

@@ -228,7 +228,7 @@ def test_images_are_read_as_elsewhere() -> None:
     deep = Image.fromarray(257 * np.arange(256, dtype=np.uint16).reshape(16, 16))
     (image,) = read({"image": deep})["image"]
     assert np.asarray(image)[..., 0].ravel().tolist() == list(range(256)), "vLLM by itself would clip it"
-    with pytest.raises(ValueError, match="embeddings of images are not taken"):
+    with pytest.raises(ValueError, match="embeddings and rows of images are not taken"):
         read({"image": torch.zeros(1, 40, 256)})
     with pytest.raises(ValueError, match="send the image every time"):
         read({"image": [None]})

@@ -122,7 +122,7 @@ def check_room(name: str, dtype: torch.dtype) -> None:
 
 
 def _available_bytes() -> int | None:
-    """Memory that can still be had; None where the system does not say."""
+    """Memory that the machine can still give, whatever a container's limit; None where the system does not say."""
     try:
         said = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
     except OSError:

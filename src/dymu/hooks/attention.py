@@ -148,8 +148,8 @@ class LayerSteps:
         layer = self._history.stored_by
         if not self._history.fast or self._history.plain or self._history.hidden is not None:
             return None
-        if layer is None or layer.keys is not key:
-            return None
+        if layer is None or layer.keys is not key or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None  # with gradients each step has keys of its own
         known, (heads, stored) = self._history.keys, key.shape[1:3]
 
         def turned() -> Tensor:

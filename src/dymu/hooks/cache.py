@@ -84,8 +84,9 @@ class Room:
             and (not memory.is_inference() or torch.is_inference_mode_enabled())
         )
 
-    def __deepcopy__(self, _memo: Any) -> Room:
-        return Room()
+    def __reduce__(self) -> tuple[type[Room], tuple[()]]:
+        """Copies have memory of their own."""
+        return Room, ()
 
 
 class MergedLayer(DynamicLayer):
@@ -115,7 +116,7 @@ class MergedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = self._keys.after(self.keys, key_states), self._values.after(self.values, value_states)
-        self.history.stored_by = self
+        self.history.stored_by = self if self.history.fast else None
         return self.keys, self.values
 
     def behind(self, known: object, others: Callable[[], Tensor]) -> Tensor:
@@ -124,8 +125,6 @@ class MergedLayer(DynamicLayer):
         Args:
             known: what the others are of: they are asked for again where it is another.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.cat((others(), self.keys), -2)
         whole = self._keys.whole(self.keys) if self._ahead is known else None
         if whole is None:
             self.keys, self._ahead = self._keys.put_ahead(others(), self.keys), known
@@ -163,6 +162,7 @@ class MergedLayer(DynamicLayer):
         """Forget all but so many entries."""
         if not entries:
             self.is_initialized, self.keys, self.values = False, None, None
+            self._keys, self._values = Room(), Room()
         elif self.is_initialized:
             self.keys, self.values = self.keys[..., :entries, :], self.values[..., :entries, :]
 

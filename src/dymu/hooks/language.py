@@ -207,7 +207,7 @@ class LanguageHooks:
                     last=None if wanted is None else ([*self.rotations.by_module][-1], wanted),
                 ),
             )
-            history.packed = None
+            history.packed = history.stored_by = None
         except BaseException:
             if rewind is not None:
                 rewind(state.unmerging)

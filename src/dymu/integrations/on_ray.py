@@ -62,7 +62,7 @@ def _check_answers(address: str) -> None:
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise DymuError(f"no Ray cluster answers at {address} ({error}): start one, or take --ray local.") from error
 
 

@@ -177,7 +177,7 @@ class History:
         sizes: what the caller knows of bytes: of an entry of all rows, by the window of the layers, and of the rest.
         remembered: what the caller knows of its tokens beside, by name.
         interrupted: whether something else that the cache remembers is no longer of these tokens.
-        stored_by: the layer of the cache that stored keys last.
+        stored_by: the layer of a fast cache that stored keys last, while a call lasts.
     """
 
     def __init__(self, fast: bool = False) -> None:

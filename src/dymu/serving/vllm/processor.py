@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,8 +57,9 @@ class Parser(MultiModalDataParser):
         if data is None:
             return None
         if self.is_embeddings(data) or isinstance(data, Mapping):
-            raise ValueError("embeddings of images are not taken: send the images.")
-        one = isinstance(data, Image.Image | MediaWithBytes) or getattr(data, "ndim", 0) == 3
+            raise ValueError("embeddings and rows of images are not taken: send the images.")
+        alone = Image.Image | MediaWithBytes | str | os.PathLike | bytes
+        one = isinstance(data, alone) or getattr(data, "ndim", 0) == 3
         return ImageProcessorItems([_read(item) for item in ([data] if one else data)])
 
 

@@ -1,11 +1,15 @@
 """Ways to compute the same attention, all with the signature of `reference.attend`."""
 
+import functools
+import os
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dymu.unmerging.backends import reference, sdpa
 from dymu.unmerging.step import Step
@@ -20,6 +24,8 @@ def _triton(*args: Any, **kwargs: Any) -> Tensor:
     return triton.attend(*args, **kwargs)
 
 
+LARGEST = 256
+"""Channels of a head, beyond which our kernels were not tried."""
 MANY = 4096
 """Virtual queries from which on, where merged tokens ask for all of theirs, torch's kernel on expanded tensors was the
 faster on a GPU (docs/triton.md)."""
@@ -31,15 +37,24 @@ def faster_on_gpu(step: Step) -> str:
     return "triton" if step.turned and not merged < tokens >= MANY else "sdpa"
 
 
+@functools.cache
+def _builds_kernels(device: torch.device) -> bool:
+    """Whether Triton can be expected to work for a device: Ampere or later, and a C compiler for its launchers."""
+    if "triton" not in BACKENDS or device.type != "cuda" or torch.version.cuda is None:
+        return False
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _auto(query: Tensor, key: Tensor, value: Tensor, step: Step, *args: Any, **kwargs: Any) -> Tensor:
-    """`triton` where it was measured to be faster, and `sdpa`."""
+    """`triton` where it was measured to be faster, and `sdpa`; also where what counts operations would not see ours."""
     backend = "sdpa"
     if (
-        query.is_cuda
-        and torch.version.cuda is not None
-        and query.dtype.itemsize == 2
-        and "triton" in BACKENDS
+        query.dtype.itemsize == 2
+        and query.shape[-1] <= LARGEST
+        and _builds_kernels(query.device)
         and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
     ):
         backend = faster_on_gpu(step)
