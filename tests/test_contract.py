@@ -433,6 +433,35 @@ def test_a_fast_cache_made_in_inference_mode_goes_on_outside_and_counts_the_same
         tiny.close(found, model(**tiny.going_on(model, more, mask), past_key_values=again).logits)
 
 
+@pytest.mark.parametrize("form", CACHE_FORMS)
+def test_a_cache_made_in_inference_mode_goes_on_with_gradients(form):
+    torch.set_grad_enabled(True)
+    model = tiny.llava()
+    inputs, one = tiny.inputs(model, tiny.prompt(model, 3, "image", 4), tiny.pictures(1)), torch.tensor([[5]])
+    with dymu.apply(model, merge=SOME, cache=form):
+        with torch.inference_mode():
+            cache = model(**inputs).past_key_values
+            model(input_ids=one, past_key_values=cache)
+        found = model(input_ids=one, past_key_values=cache).logits
+        with torch.no_grad():
+            cache = model(**inputs).past_key_values
+            model(input_ids=one, past_key_values=cache)
+            tiny.close(found, model(input_ids=one, past_key_values=cache).logits)
+
+
+def test_a_fast_cache_may_go_on_in_a_form_that_keeps_no_keys(monkeypatch):
+    monkeypatch.setattr(sdpa, "_counts_calls", lambda _: True)
+    model = tiny.llava()
+    inputs, one = tiny.inputs(model, tiny.prompt(model, 3, "image", 4), tiny.pictures(4)[1:2]), torch.tensor([[5]])
+    logits = []
+    for form in CACHE_FORMS:
+        with dymu.apply(model, merge=SOME, cache=form):
+            cache = model(**inputs).past_key_values
+        with dymu.apply(model, merge=SOME, unmerge="compact"):
+            logits.append(model(input_ids=one, past_key_values=cache).logits)
+    tiny.close(*logits)
+
+
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_fast_cache_says_the_same(model, side, as_on_a_gpu, monkeypatch):

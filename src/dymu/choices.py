@@ -15,8 +15,8 @@ Unmerge = Literal["exact", "representative", "compact", "original", "restore", "
   D is the mean cosine of what t positions rotate by; in the first layer image tokens weigh alike (RESTORE, 2026).
 - `none`: every merged token is one, at consecutive positions, as if the prompt had been that short.
 
-Only `exact` gives a prompt that is prefilled in chunks the logits of the whole: elsewhere a merged token stands once in
-each chunk.
+A chunk that cuts an image, where a prompt is prefilled in chunks, changes the logits in every form: a merged token then
+stands once in each chunk.
 """
 UNMERGE: tuple[Unmerge, ...] = get_args(Unmerge)
 EACH_ONCE: tuple[Unmerge, ...] = ("compact", "original", "restore", "none")

@@ -158,7 +158,7 @@ class LayerSteps:
             return usual_order(keys, channels)
 
         kept: Tensor | None = layer.behind(known.memo, turned) if known.turned else None
-        return kept if step.turned < step.keys.shape[1] else None
+        return kept if step.turned == known.turned and step.turned < step.keys.shape[1] else None
 
     def _turned(self, rotation: Rotation, size: int, one_way: bool) -> Step:
         if one_way and self._step.block is not None:

@@ -81,6 +81,11 @@ class Keys:
         self.memo = dict[Any, Any]()
 
     @property
+    def inference(self) -> bool:
+        """Whether they were made in inference mode, and are of no use for gradients."""
+        return self._slots.is_inference()
+
+    @property
     def slot(self) -> Tensor:
         """int64 [B, E + M], the entry behind each; -1 for none."""
         return self._slots[:, : self.count]
@@ -220,7 +225,7 @@ class History:
         if self.hidden is not None:
             tokens = self.tokens
             return Keys.of(replace(tokens, slot=tokens.slot.masked_fill(self.hidden, -1)), self.entries)
-        if self._keys is None:
+        if self._keys is None or (self._keys.inference and not torch.is_inference_mode_enabled()):
             self._keys = Keys.of(self.tokens, self.entries)
         return self._keys
 
