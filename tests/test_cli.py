@@ -176,7 +176,7 @@ def test_run_unmerges_and_caches_as_asked(dymu_command, folder, photo):
     assert "--unmerge compact has one of each" in err
 
 
-@pytest.mark.parametrize("name", ["models/nope", "here/nope"])
+@pytest.mark.parametrize("name", ["models/nope", "./here/nope"])
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(refused, photo, monkeypatch, tmp_path, name):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
