@@ -153,6 +153,8 @@ def test_what_it_cannot_compute_is_refused(monkeypatch):
     query, key, value = (torch.randn(2, 1, entries, 8) for _ in range(3))
     with pytest.raises(ValueError, match=r"not in float64; choose backend='sdpa'"):
         BACKENDS["triton"](query.double(), key.double(), value.double(), step, 0.3)
+    with pytest.raises(ValueError, match="up to 256 channels"):
+        BACKENDS["triton"](*(x.repeat(1, 1, 1, 512 // x.shape[-1]) for x in (query, key, value)), step, 0.3)
     with torch.enable_grad(), pytest.raises(ValueError, match="no backward pass"):
         BACKENDS["triton"](query.requires_grad_(), key, value, step, 0.3)
     monkeypatch.setattr(backend, "INTERPRETED", False)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dymu.unmerging.backends import sdpa
+from dymu.unmerging.backends import LARGEST, sdpa
 from dymu.unmerging.backends.triton import kernels
 from dymu.unmerging.backends.triton.tables import key_tiles, query_tiles, sorted_keys
 from dymu.unmerging.history import pad_turns
@@ -97,6 +97,11 @@ def _refuse(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"the triton backend computes in {kinds}, not in {str(query.dtype).removeprefix('torch.')}; "
             "choose backend='sdpa'."
+        )
+    if query.shape[-1] > LARGEST:
+        raise ValueError(
+            f"the triton backend was tried on heads of up to {LARGEST} channels, not on {query.shape[-1]}; choose "
+            "backend='sdpa'."
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError(
