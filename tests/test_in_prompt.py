@@ -119,11 +119,39 @@ def test_settling_equals_the_formulas(counts, rounds, over_time, seed):
             torch.testing.assert_close(changed[n], expected.get(n, feature[n]))
 
 
-def slowly_to(item: Item, feature: Tensor, goal: int) -> list[int]:
-    """For every place the first one that it shares a token with, once the most similar tokens of all pictures together
-    have merged to `goal`: in six rounds of the same part, and on where a round could not merge enough."""
+def counts_of(item: Item, video: bool) -> list[int]:
+    """Places of the image, or of each frame."""
+    counts = torch.bincount(item.picture[item.patch], minlength=item.pictures).tolist()
+    return counts if video else [sum(counts)]
+
+
+def counts_of_tokens(item: Item, video: bool) -> list[int]:
+    return (
+        [int(item.leaders[item.patch & (item.picture == number)].unique().numel()) for number in range(item.pictures)]
+        if video
+        else [item.budgeted]
+    )
+
+
+def showing(placed: list[Item], video: bool) -> Shown:
+    of_items = [counts_of(item, True) for item in placed]
+    return Shown(torch.empty(0), ((3, 3),) * 99, single=False, video=video, find_items=lambda: of_items)
+
+
+def slowly_to(item: Item, feature: Tensor, goals: list[int]) -> list[int]:
+    """For every place the first one that it shares a token with, once the most similar tokens of the image, or of each
+    frame, have merged to a goal: in six rounds of the same part, and on where a round could not merge enough."""
+    leader = list(range(len(item.leaders)))
+    for number, goal in enumerate(goals):
+        for places in _slowly_to(item, feature, goal, [number] if item.video else list(range(item.pictures))):
+            for n in places:
+                leader[n] = min(places)
+    return leader
+
+
+def _slowly_to(item: Item, feature: Tensor, goal: int, together: list[int]) -> list[list[int]]:
     pictures: list[list[tuple[list[int], Tensor]]] = []
-    for number in range(item.pictures):
+    for number in together:
         here: dict[int, list[int]] = {}
         for n in range(len(item.leaders)):
             if item.patch[n] and item.picture[n] == number:
@@ -147,30 +175,28 @@ def slowly_to(item: Item, feature: Tensor, goal: int) -> list[int]:
                 mean = sum(len(places) * x for places, x in members) / size
                 left.append(([n for places, _ in members for n in places], mean))
             pictures[k] = left
-    leader = list(range(len(item.leaders)))
-    for places, _ in (token for tokens in pictures for token in tokens):
-        for n in places:
-            leader[n] = min(places)
-    return leader
+    return [places for tokens in pictures for places, _ in tokens]
 
 
 @settings(max_examples=40)
 @given(counts=counts, keep=st.sampled_from([0.83, 0.52, 0.31, 0.11]), video=st.booleans(), seed=st.integers(0, 99))
 def test_tome_in_the_prompt_equals_the_formulas(counts, keep, video, seed):
     placed, features = items(counts, video, seed)
-    shown = Shown(torch.empty(0), ((3, 3),) * 99, single=False, video=video)
-    found, _ = reduce_in_prompt(FixedMerge(keep), placed, features, shown)
-    for item, feature, now in zip(placed, features, found, strict=True):
-        goal = max(round(keep * int(item.patch.sum())), 1)
-        assert now.leaders.tolist() == slowly_to(item, feature, goal)
-        assert now.budgeted <= max(goal, item.pictures)
+    found, merged = reduce_in_prompt(FixedMerge(keep), placed, features, showing(placed, video))
+    for item, feature, now, after in zip(placed, features, found, merged, strict=True):
+        goals = [max(round(keep * count), 1) for count in counts_of(item, video)]
+        pictures = 1 if video else item.pictures
+        if all(had >= goal for had, goal in zip(counts_of_tokens(item, video), goals, strict=True)):
+            assert now.leaders.tolist() == slowly_to(item, feature, goals)
+        assert counts_of_tokens(now, video) == [max(goal, pictures) for goal in goals]
+        for places in (now.leaders == leader for leader in now.leaders[now.patch].unique()):
+            torch.testing.assert_close(after[places], feature[places].mean(0).expand(int(places.sum()), -1))
 
 
 def test_a_tile_of_nan_keeps_its_tokens_and_the_others_merge():
     (item,), (feature,) = items([[9, 9, 9]], False, 4)
     feature[9:18] = torch.nan
-    shown = Shown(torch.empty(0), ((3, 3),) * 99, single=False, video=False)
-    (now,), _ = reduce_in_prompt(FixedMerge(0.4), [item], [feature], shown)
+    (now,), _ = reduce_in_prompt(FixedMerge(0.4), [item], [feature], showing([item], video=False))
     assert torch.equal(now.leaders[9:18], item.leaders[9:18])
     kept = now.leaders[(now.leaders == torch.arange(28)) & item.patch]
     assert len(kept) == max(round(0.4 * 27), len(item.leaders[9:18].unique()) + 2)

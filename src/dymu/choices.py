@@ -32,6 +32,9 @@ CacheForm = Literal["merged", "fast"]
 turned to their positions: (N + M) / 2N of the untouched cache, where `merged` takes M / N."""
 CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
+UNTOUCHED = "untouched"
+"""In place of a budget: nothing merges."""
+
 Schedule = Literal["constant", "linear", "reverse_linear"]
 """How merges spread over the layers of the encoder: evenly, more in early layers, or more in late ones."""
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from dymu.choices import CACHE_FORMS, EACH_ONCE, UNMERGE, CacheForm, Unmerge
+from dymu.choices import CACHE_FORMS, EACH_ONCE, UNMERGE, UNTOUCHED, CacheForm, Unmerge
+from dymu.counts import NOTHING, Budget, Count
 from dymu.errors import AlreadyApplied, BadBudget, DymuError, UnsupportedModel
 from dymu.families.encoders import METHODS, LoneEncoder, parts_of, type_of
 from dymu.families.resolve import Parts
@@ -27,7 +28,7 @@ from dymu.hooks.probe import check_layers
 from dymu.hooks.refusals import warn_of_hooks
 from dymu.hooks.replaced import Around, Method, Replaced, by_thread, config_view, refuse_copy
 from dymu.hooks.vision import VisionHooks
-from dymu.reducers import Reducer, Stage, ThresholdMerge
+from dymu.reducers import Reducer, Stage
 from dymu.report import Report
 from dymu.thresholds import Encoder, Thresholds, beside
 from dymu.unmerging import check_backend
@@ -43,6 +44,8 @@ def apply(
     *,
     budget: int | float | None = None,
     per_second: int | float | None = None,
+    at_most: int | float | None = None,
+    exactly: int | float | None = None,
     merge: Reducer | None = None,
     unmerge: Unmerge = "exact",
     representatives: int = 1,
@@ -64,6 +67,11 @@ def apply(
             keep the same fraction each.
         per_second: average of tokens per second of video. Tokens that stay alike are then kept from frame to frame.
             None: every frame is merged by itself, as in the paper.
+        at_most: tokens that no image, and no frame of a video, goes beyond: of one that keeps more, the most similar
+            ones merge on, and nothing changes for others. A float up to 1 is a fraction of its own. Without a `budget`
+            it is the average, too.
+        exactly: tokens that every image, and every frame of a video, keeps, instead of an average; merges spread over
+            the layers as they were calibrated to.
         merge: another way to have fewer tokens instead of thresholds, such as `FixedMerge(keep=94)`.
         unmerge: of a language model, as are `backend` and `cache`. `exact`: it attends as if no token had been merged
             (VTU, paper section 3.2). `representative`: the same, but each merged token asks once, for one member of its
@@ -124,12 +132,12 @@ def apply(
             raise ValueError("an encoder by itself has no language model: leave unmerge, backend and cache out")
         if merge is not None:
             _check_reducer(merge)
-            if budget is not None or per_second is not None:
+            if any(number is not None for number in (budget, per_second, at_most, exactly)):
                 raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
         handle = Handle(parts, calibrated, merge, unmerge, representatives, check_backend(backend), cache)
         handle._check_fits(parts)
         if merge is None:
-            handle.set_budget(budget, per_second)
+            handle.set_budget(budget, per_second, at_most=at_most, exactly=exactly)
         try:
             handle._install(parts)
             handle._check(parts)
@@ -228,8 +236,7 @@ class Handle:
             self._vision = VisionHooks(parts, self._state, reducer)
             self._language = LanguageHooks(parts, self._state, unmerge, representatives, backend, cache)
             self._generation = GenerationHooks(parts, self._state)
-        self._budget: float | None = None
-        self._per_second: float | None = None
+        self._count = Count()
         self._undo: list[Callable[[], object]] = []
         self._staying = 0
         """How many of these stay while parts are exchanged."""
@@ -245,16 +252,17 @@ class Handle:
 
     @property
     def budget(self) -> float | None:
-        """Average of image tokens per image; set it in tokens or as a fraction, from the next image on.
+        """Average of image tokens per image, or what each keeps exactly; set it in tokens or as a fraction, from the
+        next image on.
 
         Raises:
             BadBudget: on setting, one outside the calibrated range, or any where another reducer merges.
         """
-        return self._budget
+        return self._count.budget if self._count.exactly is None else self._count.exactly
 
     @budget.setter
     def budget(self, budget: int | float | None) -> None:
-        self.set_budget(budget, self._per_second)
+        self._set(self._count.at(budget))
 
     @property
     def per_second(self) -> float | None:
@@ -263,29 +271,103 @@ class Handle:
         Raises:
             BadBudget: on setting, one for which nothing was calibrated.
         """
-        return self._per_second
+        return self._count.per_second
 
     @per_second.setter
     def per_second(self, per_second: int | float | None) -> None:
-        self.set_budget(self._budget, per_second)
+        self._set(replace(self._count, per_second=per_second))
 
-    def set_budget(self, budget: int | float | None, per_second: int | float | None = None) -> None:
-        """Set `budget` and `per_second` together, from the next image or video on.
+    @property
+    def at_most(self) -> int | float | None:
+        """Tokens that no image goes beyond; see `apply`."""
+        return self._count.at_most
+
+    @property
+    def exactly(self) -> int | float | None:
+        """Tokens that every image keeps; see `apply`."""
+        return self._count.exactly
+
+    def set_budget(
+        self,
+        budget: int | float | None = None,
+        per_second: int | float | None = None,
+        *,
+        at_most: int | float | None = None,
+        exactly: int | float | None = None,
+    ) -> None:
+        """Set all counts together, from the next image or video on; see `apply`.
 
         Raises:
             BadBudget: for which nothing was calibrated, or another reducer merges. Nothing has changed then.
         """
+        self._set(Count(budget, per_second, at_most, exactly))
+
+    def _set(self, count: Count) -> None:
+        self._vision.reducer, self._count = self._rule(count)
+
+    def _rule(self, count: Count) -> tuple[Reducer, Count]:
+        """See `Count.rule`."""
         if self._calls.removed:
             raise BadBudget("DyMU was removed from this model; apply it again to set a budget.")
         if self._thresholds is None:
             raise BadBudget("this model merges by a fixed rule, which has no budget; apply thresholds instead.")
         parts = self._parts
-        if per_second is not None and (isinstance(parts, LoneEncoder) or "video" not in parts.placeholders):
+        if count.per_second is not None and (isinstance(parts, LoneEncoder) or "video" not in parts.placeholders):
             raise BadBudget("this model takes no videos, so it has no tokens per second; leave per_second out.")
-        entry = self._thresholds.at(budget)
-        over_time = None if per_second is None else self._thresholds.over_time_at(budget, per_second)
-        self._vision.reducer = ThresholdMerge(entry.thresholds, entry.images, entry.frames, over_time)
-        self._budget, self._per_second = entry.budget, per_second
+        return count.rule(self._thresholds)
+
+    @contextmanager
+    def at(
+        self,
+        budget: Budget | Iterable[Budget] = None,
+        *,
+        at_most: int | float | None = None,
+        exactly: int | float | None = None,
+    ) -> Iterator[None]:
+        """Other counts inside `with`, for calls of this thread; others go on with the handle's.
+
+        `model.generate(..., dymu_budget=...)` does the same for one call.
+
+        Args:
+            budget: in the sense of the handle's: an average under `at_most` as it is set, or what images keep exactly.
+                `untouched`: nothing merges. Several: one for each image of a call, then for each video; None among them
+                is the handle's own. So images of earlier turns can cost less.
+            at_most, exactly: see `apply`; instead of the handle's.
+
+        Raises:
+            BadBudget: see `set_budget`; in a call, more budgets than images, or fewer.
+        """
+        several: list[Budget] | None = None
+        if isinstance(budget, Iterable) and not isinstance(budget, str | bytes):
+            several = list(budget)
+        count = self._count
+        if exactly is not None:
+            if budget is not None:
+                raise BadBudget("give either exactly=, or a budget.")
+            count = Count(exactly=exactly)
+        elif at_most is not None:
+            count = Count(None if count.exactly is not None else count.budget, count.per_second, at_most)
+        if several is None:
+            rules: Reducer | tuple[Reducer, ...] = self._rule_of(budget, count)  # type: ignore[arg-type]
+        else:
+            rules = tuple(self._rule_of(one, count) for one in several)
+        state, before = self._state, self._state.rules
+        try:
+            state.rules = rules
+            yield
+        finally:
+            state.rules = before
+
+    def _rule_of(self, budget: Budget, count: Count) -> Reducer:
+        """For an image with another budget, in the sense of `count`."""
+        if budget == UNTOUCHED:
+            return NOTHING
+        if budget is None and count is self._count:
+            assert self._vision.reducer is not None
+            return self._vision.reducer
+        if isinstance(budget, str):
+            raise BadBudget(f"a budget is a number of tokens, a fraction of them or {UNTOUCHED!r}, not {budget!r}.")
+        return self._rule(count if budget is None else count.at(budget))[0]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -321,11 +403,17 @@ class Handle:
     def __repr__(self) -> str:
         how = "removed" if self._calls.removed else repr(self._vision.reducer)
         if self._thresholds is not None and not self._calls.removed:
-            how = f"budget {self._budget:g}" + (f", {self._per_second:g} per second" if self._per_second else "")
+            how = str(self._count)
         return f"<dymu.Handle of {type(self._parts.model).__name__}: {how}>"
 
     def _run(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:
         """A call of the model: of the outermost one, the parts are those that the model has now."""
+        budget = kwargs.pop("dymu_budget", None)
+        if budget is not None:
+            if not self._state.active:
+                raise BadBudget("DyMU is disabled or removed here, so that dymu_budget says nothing: leave it out.")
+            with self.at(budget):
+                return self._run(around, method, *args, **kwargs)
         if self._state.within_call:
             return self._merging(around, method, *args, **kwargs)
         with self._state.call():
@@ -412,7 +500,7 @@ class Handle:
             self._install_model(parts)
         warn_of_hooks(parts.encoder_attentions, self._calls.warned)
         for module in {id(module): module for module in (parts.model, *_marked(parts))}.values():
-            self._set(module, "__getstate__", refuse_copy)
+            self._put(module, "__getstate__", refuse_copy)
 
     def _install_encoder(self, parts: LoneEncoder) -> None:
         encoder = self._vision
@@ -458,15 +546,15 @@ class Handle:
         choosing = parts.choosing_attention
         views = {id(module.config): config_view(module.config, lambda: NAME) for module in choosing}
         for module in choosing:
-            self._set(module, "config", views[id(module.config)])
+            self._put(module, "config", views[id(module.config)])
         view = config_view(parts.language_model.config, lambda: NAME if state.unmerging else None)
-        self._set(parts.language_model, "config", view)
+        self._put(parts.language_model, "config", view)
         if parts.family.both_ways is not None:  # then the module that holds both halves makes masks
             within = config_view(view, lambda: NAME if state.active else None)
-            self._set(parts.inner, "config", config_view(parts.inner.config, lambda: None, within))
+            self._put(parts.inner, "config", config_view(parts.inner.config, lambda: None, within))
         for name, around in generation.names.items():
             self._within(parts.model, name, around)
-        self._set(parts.language_model, "__getstate__", refuse_copy)
+        self._put(parts.language_model, "__getstate__", refuse_copy)
 
     def _uninstall(self, down_to: int = 0) -> None:
         """Undo everything but the first things, the last first; what an interruption leaves, the next time does."""
@@ -480,13 +568,13 @@ class Handle:
 
     def _call(self, module: nn.Module, name: str, around: Around) -> None:
         """Put `around` a method that callers call."""
-        self._set(module, name, Replaced(getattr(module, name), functools.partial(self._run, around)))
+        self._put(module, name, Replaced(getattr(module, name), functools.partial(self._run, around)))
 
     def _within(self, module: nn.Module, name: str, around: Around) -> None:
         """Put `around` a method that runs within a call."""
-        self._set(module, name, Replaced(getattr(module, name), functools.partial(self._run_within, around)))
+        self._put(module, name, Replaced(getattr(module, name), functools.partial(self._run_within, around)))
 
-    def _set(self, module: nn.Module, name: str, value: object) -> None:
+    def _put(self, module: nn.Module, name: str, value: object) -> None:
         """Set an attribute of this instance, and remember what it was."""
         before = module.__dict__.get(name, _ABSENT)
 

@@ -12,6 +12,7 @@ AYA_VISION = Family(
     unit="config.downsample_factor",
     regroups="projector",
     cuts_images=True,
+    tells_images="last",
     towers=(SIGLIP,),
     decoders=DECODERS,
     limits=(TILES_APART,),

@@ -146,6 +146,10 @@ class Family:
     """Parameters that stand among image features, such as the newline after a row of tiles."""
     cuts_images: bool = False
     """Whether images are cut into tiles."""
+    tells_images: Literal["items", "runs", "first", "last"] = "items"
+    """How a prompt tells its images apart where tiles are items of their own, or all images of a prompt are one item:
+    the placeholders of each are a run; or those of its tiles are, and the whole image comes first or last among them,
+    behind a token that no other tile has. `items`: each is an image."""
     unit: str | None = None
     """Where it stands how many rows and columns of patches become one token, or the part of a side that is left; with
     `{modality}` in it, an argument of `get_image_features` that says so. None: every patch is one."""

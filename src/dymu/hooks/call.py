@@ -20,6 +20,7 @@ from dymu.errors import BadPrompt, DymuError
 from dymu.families.resolve import Modality, Parts
 from dymu.hooks.cache import cache_bytes, history_of, untouched_bytes
 from dymu.item import Item
+from dymu.reducers import ByImage, Reducer, Shown
 from dymu.report import Report
 from dymu.token_map import TokenMap
 from dymu.unmerging import History, leaders_within, place_leaders
@@ -143,6 +144,30 @@ class Prompts:
                 items += self.show(modality, outputs[modality].pooler_output)
         return items
 
+    def images(self, how: str) -> list[int]:
+        """How many placeholders each image has, in order; see `Family.tells_images`.
+
+        Raises:
+            BadPrompt: no ids are known.
+        """
+        if self.ids is None:
+            raise BadPrompt(
+                "prompts of this model say which tiles are one image, and none is known: give input_ids along with the "
+                "images, or a budget for all alike."
+            )
+        lengths = list[int]()
+        for ids, shown in zip(self.ids.tolist(), self.placeholders["image"].tolist(), strict=True):
+            starts = [at for at, there in enumerate(shown) if there and not (at and shown[at - 1])]
+            ahead = [ids[at - 1] if at else None for at in starts]
+            runs = [shown[at:].index(False) if False in shown[at:] else len(shown) - at for at in starts]
+            whole = [how == "runs" or name == ahead[-1 if how == "last" else 0] for name in ahead]
+            first = [True, *whole[:-1]] if how == "last" else whole
+            for begins, run in zip(first, runs, strict=True):
+                if begins:
+                    lengths.append(0)
+                lengths[-1] += run
+        return lengths
+
     def text_of(self, modality: Modality, tokens: Sequence[int]) -> list[Tensor]:
         """The ids int64 [words] of the prompt that shows each item, without placeholders and padding.
 
@@ -229,6 +254,8 @@ class CallState(threading.local):
         mapped: these, then, and
         turns: cosines and sines of their rotary angles, by kind, and
         wanted: int64 [B, k], those of which the last layer's output is asked for; None: all.
+        rules: how images of this thread are reduced, all or each in its own way; None: as the handle says.
+        images: how many images the running call has shown, ahead of its videos.
         last_logits: of how many last tokens the running forward was asked for logits; 0: of all.
     """
 
@@ -237,6 +264,7 @@ class CallState(threading.local):
         self.within_call = False
         self.report: Report | None = None
         self._cache: weakref.ref[Any] | None = None
+        self.rules: Reducer | tuple[Reducer, ...] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -248,7 +276,7 @@ class CallState(threading.local):
         self.mapped: Mapped | None = None
         self.turns: dict[str, tuple[Tensor, Tensor]] = {}
         self.wanted: Tensor | None = None
-        self.last_logits = 0
+        self.last_logits = self.images = 0
         self.mask: Any = None
         self.types: Tensor | None = None
 
@@ -340,6 +368,47 @@ class CallState(threading.local):
             _log.debug("%ss of %s tokens keep %s", modality, original, kept)
         if self.prompts is not None:
             self.prompts.show(modality, features)
+
+    def rule(self, usual: Reducer, shown: Shown) -> Reducer:
+        """How to reduce what a call shows.
+
+        Raises:
+            BadBudget: it does not fit, or there are more budgets than images, or fewer.
+        """
+        rule = usual if self.rules is None else self.rules
+        if isinstance(rule, tuple):
+            videos = (self.asked or Prompts({})).placeholders.get("video")
+            end = None
+            if not shown.video:
+                self.images = len(shown.items)
+                if videos is not None and bool(videos.any()):
+                    end = self.images
+            rule = ByImage(rule[self.images if shown.video else 0 : end])
+        rule.check_shown(shown, range(len(shown.image_tokens)))
+        return rule
+
+    def by_image(self, how: str, counts: Sequence[int]) -> list[list[int]]:
+        """The tokens of pictures, image by image.
+
+        Args:
+            how: see `Family.tells_images`.
+            counts: of each picture.
+
+        Raises:
+            BadPrompt: the prompts are not known, or show other pictures.
+        """
+        lengths = (self.asked or Prompts({})).images(how)
+        left, images = iter(counts), list[list[int]]()
+        for length in lengths:
+            images.append([])
+            while sum(images[-1]) < length:
+                images[-1].append(next(left, length))
+        if list(map(sum, images)) != lengths or next(left, None) is not None:
+            raise BadPrompt(
+                f"the prompts have {sum(lengths)} image placeholders, but the {len(counts)} pictures given need "
+                f"{sum(counts)}: let the model's own processor make both."
+            )
+        return images
 
     def text_of(self, modality: Modality, tokens: Sequence[int]) -> list[Tensor]:
         """See `Prompts.text_of`."""

@@ -107,6 +107,7 @@ class EncoderHooks:
             return locations(items_of(pictures, tokens, _colours(parts, pictures, pixels)), pictures)
 
         shown = Shown(_seen(parts, pictures, pixels), pictures.grids, single=True, video=False, find_location=location)
+        reducer = self._state.rule(reducer, shown)
         where = ""
         if reducer.reduces("in_prompt", shown):
             where = "in the prompt, which an encoder by itself has not"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -178,7 +179,8 @@ class VisionHooks:
                 "sizes, which dymu does not know yet; set its feature layer to one."
             )
         call.seen = seen_by(pictures, self.parts, pixels)
-        run = EncoderRun(self.reducer, max(call.layers), self._shown(call, pictures, pixels), pictures, call.dropped)
+        shown = self._shown(call, pictures, pixels)
+        run = EncoderRun(self._state.rule(self.reducer, shown), max(call.layers), shown, pictures, call.dropped)
         call.run, pixels = run, run.pixels(pixels)
         if named is None:
             args = (pixels, *args[1:])
@@ -275,7 +277,21 @@ class VisionHooks:
             """The items with nothing merged."""
             tokens = MergedTokens.unmerged(pictures.layout(pixels.device)).map
             colours = [torch.zeros(3, *grid, dtype=torch.float32, device=pixels.device) for grid in grids]
-            return trace(parts, call.modality, call.args, call.kwargs, pictures, tokens, colours)
+            within, self._state.encoding = self._state.encoding, None  # the family's code runs on signatures
+            try:
+                return trace(parts, call.modality, call.args, call.kwargs, pictures, tokens, colours)
+            finally:
+                self._state.encoding = within
+
+        def items() -> Sequence[Sequence[int]]:
+            if call.modality == "image" and not parts.family.cuts_images:
+                return [(count - call.dropped + parts.prefix,) for count in map(math.prod, grids)]
+            of_items = [
+                torch.bincount(item.picture[item.patch], minlength=item.pictures).tolist() for item in untouched()
+            ]
+            if call.modality == "video" or parts.family.tells_images == "items":
+                return of_items
+            return self._state.by_image(parts.family.tells_images, [count for item in of_items for count in item])
 
         def text() -> list[Tensor]:
             texts = self._state.text_of(call.modality, [len(item.leaders) for item in untouched()])
@@ -286,6 +302,7 @@ class VisionHooks:
             grids=grids,
             single=call.modality == "image" and not parts.family.cuts_images,
             video=call.modality == "video",
+            find_items=items,
             find_text=text,
             find_location=lambda: locations(untouched(), pictures),
         )

@@ -78,9 +78,9 @@ class PictureTokens:
             goal: int64 [items].
             item: int64 [pictures], the item that each of the pictures belongs to.
         """
-        merged, first = self, self._left(item, len(goal)).clamp(min=1).double()
+        merged, first = self, self.left(item, len(goal)).clamp(min=1).double()
         for number in itertools.count(1):
-            due = merged._left(item, len(goal)) - goal.maximum(
+            due = merged.left(item, len(goal)) - goal.maximum(
                 (first * (goal / first) ** min(number / ROUNDS, 1)).round().long()
             )
             into = most_similar(due, *merged.match(), item)
@@ -90,8 +90,8 @@ class PictureTokens:
             merged = merged.merge(into)
         return merged
 
-    def _left(self, item: Tensor, items: int) -> Tensor:
-        """int64 [items], the tokens left of each."""
+    def left(self, item: Tensor, items: int) -> Tensor:
+        """int64 [items], the tokens left of each, see `merge_to`."""
         length = self.state.layout.length
         return length.new_zeros(items).index_add(0, item, length)
 

@@ -4,6 +4,7 @@ A new one is a file here with a `Reducer`, and a line in `dymu.evaluation.method
 """
 
 from dymu.reducers.average_pool import AveragePool
+from dymu.reducers.by_image import ByImage
 from dymu.reducers.dtome import ThresholdMerge
 from dymu.reducers.encoder_run import EncoderRun
 from dymu.reducers.keep import FixedKeep
@@ -16,6 +17,7 @@ from dymu.reducers.whole_run import WholeRun
 
 __all__ = [
     "AveragePool",
+    "ByImage",
     "Candidates",
     "EncoderRun",
     "FixedKeep",

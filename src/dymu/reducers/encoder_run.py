@@ -201,6 +201,7 @@ class EncoderRun:
         return Tokens(
             features=units[:, self.protected :],
             map=patches,
+            counts=[length - self.protected for length in state.layout.lengths],
             picture=torch.zeros_like(patches.group),
             first=tuple(range(len(units) + 1)),
             shown=self.shown,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -12,20 +13,44 @@ from torch import Tensor
 
 from dymu.choices import Fill
 from dymu.errors import BadBudget
-from dymu.reducers.reducer import Reduced, Reducer, Tokens
+from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.thresholds import number
 
 
-def check_keep(reducer: Any) -> None:
-    """Make `reducer.keep` a number of Python's own.
+def check_keep(reducer: Any, name: str = "keep") -> None:
+    """Make a count of a reducer, such as its `keep`, a number of Python's own.
 
     Raises:
         BadBudget: it is no number, or nothing would be kept.
     """
-    keep = number(reducer.keep, "`keep` is a number of tokens or a fraction of them")
+    keep = number(getattr(reducer, name), f"`{name}` is a number of tokens or a fraction of them")
     if not (keep > 0 and math.isfinite(keep)):
         raise BadBudget(f"cannot keep {keep:g} tokens of an image; keep at least 1.")
-    object.__setattr__(reducer, "keep", keep)  # reducers are frozen
+    object.__setattr__(reducer, name, keep)  # reducers are frozen
+
+
+def check_of_images(shown: Shown, images: Collection[int], keep: int | float, exactly: bool = False) -> None:
+    """Refuse a number of tokens that images, or frames of videos, cannot keep.
+
+    Args:
+        images: see `Shown.image`.
+        keep: tokens of each; a float up to 1 is a fraction.
+        exactly: whether all must keep as many.
+
+    Raises:
+        BadBudget: it is more than one has, or fewer than the pictures (tiles) that one is cut into.
+    """
+    pictures = Counter(shown.image)
+    for image in images:
+        there = shown.image_tokens[image]
+        kept = max(int(in_tokens(keep, there)), 1)
+        if exactly and kept > there:
+            raise BadBudget(f"cannot keep {keep:g} tokens of an image that has {there}; take fewer, or a fraction.")
+        if kept < min(pictures[image], there):
+            raise BadBudget(
+                f"cannot keep {kept} tokens of an image that is cut into {pictures[image]} pictures, each of which "
+                "keeps at least one; take more."
+            )
 
 
 def in_tokens(keep: int | float, tokens: int) -> float:

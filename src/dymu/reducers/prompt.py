@@ -26,6 +26,7 @@ def tokens_of(items: Sequence[Item], features: Sequence[Tensor], shown: Shown) -
     return Tokens(
         features=take(padded, tokens.first()),
         map=tokens,
+        counts=tokens.kept.tolist(),
         picture=pad_sequence([item.picture for item in items], True),
         first=tuple(accumulate((item.pictures for item in items), initial=0)),
         shown=shown,
@@ -61,16 +62,17 @@ def reduce_in_prompt(reducer: Reducer, items: list[Item], features: Any, shown: 
         return items, features
     reduced.check_answers(reducer, "in_prompt", tokens)
     merged = tokens.features_of(reduced)
-    pairs = zip(items, features, tokens.map.group, reduced.map.group, merged, strict=True)
+    places = reduced.map if reduced.of_places else tokens.map.then(reduced.map)
+    pairs = zip(items, features, tokens.map.group, places.group, merged, strict=True)
     changed = [_reduced(*row) for row in pairs]
     after = [feature for _, feature in changed]
     return [item for item, _ in changed], torch.stack(after) if isinstance(features, Tensor) else after
 
 
 def _reduced(item: Item, feature: Tensor, token: Tensor, group: Tensor, merged: Tensor) -> tuple[Item, Tensor]:
-    """One item and its features [..., C], with token n of it now the merged one `group[token[n]]`, or dropped."""
-    token = token[: len(item.leaders)]
-    label = torch.where(token < 0, -1, group[token.clamp(min=0)])
+    """One item and its features [..., C], with the place n of it, if it had a `token`, now of the merged one
+    `group[n]`, or dropped."""
+    token, label = token[: len(item.leaders)], group[: len(item.leaders)]
     leaders = torch.where(token < 0, item.leaders, leaders_of(label[None], len(merged))[0])
     stands = (label >= 0).view(*feature.shape[:-1], 1)
     features = merged[label.clamp(min=0)].view_as(feature).to(feature.dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dymu.errors import BadBudget, BadPrompt
 from dymu.merging import MergedTokens, PictureTokens
@@ -24,7 +26,7 @@ def _unknown() -> NoReturn:
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """What one call shows the encoder. `text` and `location` are computed when they are read.
+    """What one call shows the encoder. `items`, `text` and `location` are computed when they are read.
 
     Attributes:
         pixels: [pictures, 3, height, width], as the processor made them; where pictures have sizes of their own, of
@@ -40,6 +42,7 @@ class Shown:
     grids: tuple[tuple[int, int], ...]
     single: bool
     video: bool
+    find_items: Callable[[], Sequence[Sequence[int]]] | None = field(default=None, repr=False)
     find_text: Callable[[], Sequence[Tensor]] = field(default=_unknown, repr=False)
     find_location: Callable[[], Tensor] = field(default=_unknown, repr=False)
 
@@ -47,6 +50,31 @@ class Shown:
     def counts(self) -> tuple[int, ...]:
         """Patches (units) of every picture."""
         return tuple(rows * columns for rows, columns in self.grids)
+
+    @cached_property
+    def items(self) -> Sequence[Sequence[int]]:
+        """For each image or video of the user's, how many tokens the language model gets of each of its pictures with
+        nothing merged: of the image, its tiles, or its frames. Learned tokens are not counted.
+
+        Raises:
+            BadPrompt: it is not known which tiles are of one image.
+        """
+        return [(count,) for count in self.counts] if self.find_items is None else self.find_items()
+
+    @cached_property
+    def item(self) -> Sequence[int]:
+        """Of each picture, the number of the image or video that it is of."""
+        return [number for number, pictures in enumerate(self.items) for _ in pictures]
+
+    @cached_property
+    def image(self) -> Sequence[int]:
+        """Of each picture, the number of the image that it is of; every frame of a video is one."""
+        return range(len(self.item)) if self.video else self.item
+
+    @cached_property
+    def image_tokens(self) -> Sequence[int]:
+        """Of each `image`, all its tokens that the language model gets with nothing merged."""
+        return [count for pictures in self.items for count in (pictures if self.video else (sum(pictures),))]
 
     @cached_property
     def text(self) -> Sequence[Tensor]:
@@ -130,23 +158,19 @@ class Tokens:
         features: [B, T, C], padded to the longest row.
         map: from the N patches of a picture, or the N tokens of an item in the prompt, to the T tokens; -1 for learned
             and dropped ones.
+        counts: tokens of each row.
         picture: int64 [B, N], which of the row's pictures each of the N shows.
         first: for each row the index of its first picture among all that are shown; then their number.
     """
 
     features: Tensor
     map: TokenMap
+    counts: Sequence[int]
     picture: Tensor
     first: tuple[int, ...]
     shown: Shown
     find_grids: Callable[[], Sequence[Sequence[Tensor]]] = field(repr=False)
     find_location: Callable[[], Tensor] = field(repr=False)
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """Tokens of each row."""
-        counts: list[int] = self.map.kept.tolist()
-        return counts
 
     @cached_property
     def size(self) -> Tensor:
@@ -192,15 +216,73 @@ class Tokens:
         merges = TokenMap(group, count, int(count.max()), padded=True)
         return Reduced(merges, take(self.features, merges.first()))
 
-    def by_picture(self) -> tuple[PictureTokens, Tensor]:
-        """The tokens picture by picture, and their indices int64 [S] among the flattened [B * T] ones."""
+    def by_picture(self) -> tuple[PictureTokens, Tensor, Tensor]:
+        """The tokens picture by picture; their indices int64 [S] among the flattened [B * T] ones; and which of all
+        pictures these are, int64 [pictures that have any]."""
         of_row = torch.tensor(self.first[:-1], device=self.picture.device)[:, None]
         picture = (of_row + self.picture.gather(1, self.map.first()))[self.present]
         index = self.present.flatten().nonzero()[:, 0]
         picture, order = picture.sort(stable=True)
         index = index[order]
         features, size = self.features.flatten(0, 1)[index], self.size.flatten()[index]
-        return PictureTokens.of(features, picture, size), index
+        return PictureTokens.of(features, picture, size), index, picture.unique_consecutive()
+
+    def merge_to(self, goal: Sequence[int], exactly: bool = False) -> Reduced | None:
+        """Merge the most similar tokens of each picture until its image has no more than so many. None: none has.
+
+        More are left where tokens cannot be compared: those of a picture of NaN.
+
+        Args:
+            goal: of each image, see `Shown.image`; no fewer than its pictures.
+            exactly: whether an image that has fewer by now gets as many: what stands for several tokens then stands for
+                them in several parts, with the same features.
+        """
+        if self.shown.single and not exactly and all(count <= most for count, most in zip(self.counts, goal)):
+            return None
+        by_picture, index, pictures = self.by_picture()
+        image = torch.tensor(self.shown.image, device=pictures.device)
+        due = torch.tensor(goal, device=pictures.device)
+        left = by_picture.left(image[pictures], len(goal))
+        merged = None
+        if bool((left > due).any()):
+            merged = self.joined(by_picture.merge_to(due, image[pictures]).group, index)
+        short = left < due
+        if not exactly or not bool(short.any()):
+            return merged
+        rows = [bool(short[image[start:end]].any()) for start, end in pairwise(self.first)]
+        return self.by_row([merged, self._from_places(goal)], [int(row) for row in rows])
+
+    def _from_places(self, goal: Sequence[int]) -> Reduced:
+        """The same from all N, were each a token of its own; those of one token, exactly alike, merge first."""
+        present = self.map.group >= 0
+        count = present.sum(1)
+        group = (present.cumsum(1) - 1).masked_fill(~present, -1)
+        places = TokenMap(group, count, max(int(count.max()), 1), padded=True)
+        features = take(self.map.expand(self.features), places.first())
+        apart = replace(self, features=features, map=places, counts=count.tolist())
+        merged = apart.merge_to(goal)
+        if merged is None:
+            return Reduced(places, apart.features, of_places=True)
+        return Reduced(places.then(merged.map), apart.features_of(merged), of_places=True)
+
+    def by_row(self, answers: Sequence[Reduced | None], chosen: Sequence[int]) -> Reduced | None:
+        """Of each row the chosen one of several answers, of which None reduces nothing."""
+        if all(answers[number] is None for number in chosen):
+            return None
+        places = any(answer is not None and answer.of_places for answer in answers)
+        index = torch.arange(self.map.width, device=self.map.kept.device).where(self.present, -1)
+        same = TokenMap(index, self.map.kept, self.map.width, padded=True)
+        every = [answer or Reduced(same, self.features) for answer in answers]
+        maps = [self.map.then(one.map) if places and not one.of_places else one.map for one in every]
+        row = torch.arange(self.map.batch, device=index.device)
+        answer = torch.tensor(chosen, device=index.device)
+        kept = torch.stack([one.kept for one in maps])[answer, row]
+        width = max(int(kept.max()), 1)
+        merges = TokenMap(torch.stack([one.group for one in maps])[answer, row], kept, width, padded=True)
+        if all(one is None or one.features is None for one in answers):
+            return Reduced(merges)
+        features = [pad(self.features_of(one), (0, 0, 0, max(width - one.map.width, 0)))[:, :width] for one in every]
+        return Reduced(merges, torch.stack(features)[answer, row], places)
 
     def joined(self, group: Tensor, index: Tensor, features: Tensor | None = None) -> Reduced:
         """Join the tokens `index`, see `by_picture`, that have the same group.
@@ -219,7 +301,19 @@ class Tokens:
 
     def then(self, reduced: Reduced) -> Tokens:
         """The tokens that are left."""
-        return replace(self, features=self.features_of(reduced), map=self.map.then(reduced.map))
+        merged = self.map.then(reduced.map)
+        return replace(self, features=self.features_of(reduced), map=merged, counts=merged.kept.tolist())
+
+    def reduced(self, steps: Iterable[Callable[[Tokens], Reduced | None]]) -> Reduced | None:
+        """What is left after some steps, each of which gets what the one before left. None: they reduce nothing."""
+        tokens, total = self, None
+        for step in steps:
+            reduced = step(tokens)
+            if reduced is not None:
+                left = tokens.then(reduced)
+                total = reduced if total is None else Reduced(total.map.then(reduced.map), left.features)
+                tokens = left
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,14 +323,13 @@ class Reduced:
     Attributes:
         map: to the M that are left; -1 for dropped tokens.
         features: [B, M, C] of those; None: the mean of each group, weighed by size.
+        of_places: whether the map is from the N places of each row, see `Tokens.map`, and not from its tokens. Then the
+            features are given.
     """
 
     map: TokenMap
     features: Tensor | None = None
-
-    def after(self, earlier: TokenMap) -> Reduced:
-        """The same for the tokens that `earlier` maps to these."""
-        return Reduced(earlier.then(self.map), self.features)
+    of_places: bool = False
 
     def check_answers(self, reducer: Reducer, stage: Stage, tokens: Tokens) -> None:
         """Refuse what does not fit the tokens that the reducer was asked to reduce.
@@ -246,7 +339,7 @@ class Reduced:
             ValueError: the map or the features are of other shapes.
         """
         name, shape = f"{type(reducer).__name__}.{stage}", tuple(self.map.group.shape)
-        asked = (len(tokens.features), tokens.map.width)
+        asked = (len(tokens.features), tokens.map.tokens if self.of_places else tokens.map.width)
         if shape != asked:
             raise ValueError(f"{name} was asked about tokens {list(asked)} and answered a map of {list(shape)}.")
         expected = (*shape[:1], self.map.width, tokens.features.shape[-1])
@@ -275,6 +368,16 @@ class Reducer:
 
         Raises:
             BadBudget, ValueError, UnsupportedModel: naming what does not fit.
+        """
+
+    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+        """Refuse what a call shows, before any work.
+
+        Args:
+            images: those that are reduced in this way, see `Shown.image`.
+
+        Raises:
+            BadBudget: naming what does not fit.
         """
 
     def reduces(self, stage: Stage, shown: Shown) -> bool:

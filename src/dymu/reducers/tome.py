@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from dymu.choices import SCHEDULES, Schedule
 from dymu.merging import most_similar
-from dymu.reducers.keep import check_keep, in_tokens
+from dymu.reducers.keep import check_keep, check_of_images, in_tokens, kept_of
 from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, Stage, Tokens
-from dymu.schedule import removals
+from dymu.schedule import fewest, removals
 
 
 @dataclass(frozen=True)
 class FixedMerge(Reducer):
     """Plain ToMe: in every layer so many of the most similar tokens merge.
 
-    Where the language model gets other tokens than those of one picture (of tiles, less their padding; shrunk; pooled
-    frames), the most similar ones of each picture merge once more there, until the same part of them is left.
+    What the layers leave beyond the number merges at the end, the most similar tokens first: of windows in which too
+    few have a partner, of tiles, whose padding the language model never gets, of shrunk images and pooled frames.
 
     Args:
-        keep: tokens left of each picture, class token and registers not counted; a float up to 1 is a fraction. An
-            image that is cut into tiles, or a video, is several pictures.
+        keep: tokens left of each image and each frame of a video, class token and registers not counted; a float up to
+            1 is a fraction of its own. An image that is cut into tiles keeps so many in all.
         schedule: how the merges spread over the layers; ToMe's own is `constant`.
         layers: indices of the encoder layers that merge; None: all.
 
     Raises:
-        BadBudget: `keep` is not above 0.
+        BadBudget: `keep` is not above 0; or in use, above what an image has.
         ValueError: `schedule` is unknown, or `layers` is empty or holds a negative index.
     """
 
@@ -56,37 +56,48 @@ class FixedMerge(Reducer):
                 "name some of those."
             )
         if tokens is not None:
-            self._counts(tokens, layers)
+            kept_of(self.keep, tokens)
+
+    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+        check_of_images(shown, images, self.keep, exactly=True)
 
     def reduces(self, stage: Stage, shown: Shown) -> bool:
-        return super().reduces(stage, shown) and not (stage == "in_prompt" and shown.single)
+        if stage in ("after_encoder", "in_prompt"):
+            return (stage == "after_encoder") == shown.single
+        return super().reduces(stage, shown)
 
     def in_layer(self, candidates: Candidates) -> Tensor | None:
-        # What is rounded up here merges in the prompt, where fractions of several pictures add up.
-        whole = round if candidates.shown.single else math.ceil
-        counts = [self._counts(tokens, candidates.layers, whole)[candidates.layer] for tokens in candidates.tokens]
+        shown, layer = candidates.shown, candidates.layer
+        if shown.single:
+            keeps = [self._kept(tokens) for tokens in candidates.tokens]
+        else:  # what is rounded up here merges in the prompt
+            part = [self._kept(tokens) / max(tokens, 1) for tokens in shown.image_tokens]
+            pairs = zip(shown.image, candidates.tokens, strict=True)
+            keeps = [math.ceil(part[image] * tokens) for image, tokens in pairs]
+        counts = [
+            _counts(keep, tokens, candidates.layers, self.schedule, self.layers)[layer]
+            for keep, tokens in zip(keeps, candidates.tokens, strict=True)
+        ]
         if not any(counts):
             return None
         due = torch.tensor(counts, device=candidates.keys.device)
         return most_similar(due, candidates.similarity, candidates.partner, candidates.picture)
 
-    def in_prompt(self, tokens: Tokens) -> Reduced:
-        places = (tokens.map.group >= 0).sum(1).double()
-        patches = torch.tensor([tokens.shown.counts[first] for first in tokens.first[:-1]], device=places.device)
-        kept = torch.tensor([in_tokens(self.keep, count) for count in patches.tolist()], device=places.device)
-        goal = (places * kept / patches).round().long().clamp(min=1)
-        by_picture, index = tokens.by_picture()
-        item = index[by_picture.state.layout.start[:, 0]] // tokens.map.width
-        merged = by_picture.merge_to(goal, item)
-        return tokens.joined(merged.group, index, merged.x.flatten(0, 1))
+    def after_encoder(self, tokens: Tokens) -> Reduced | None:
+        return tokens.merge_to([self._kept(count) for count in tokens.shown.image_tokens])
 
-    def _counts(self, tokens: int, layers: int, whole: Callable[[float], int] = round) -> list[int]:
-        return _counts(whole(in_tokens(self.keep, tokens)), tokens, layers, self.schedule, self.layers)
+    def in_prompt(self, tokens: Tokens) -> Reduced | None:
+        return tokens.merge_to([self._kept(count) for count in tokens.shown.image_tokens], exactly=True)
+
+    def _kept(self, tokens: int) -> int:
+        """Of an image of so many; all of one that has fewer than asked for, which `check_shown` refuses."""
+        return min(max(round(in_tokens(self.keep, tokens)), 1), tokens)
 
 
 @cache
 def _counts(keep: int, tokens: int, layers: int, schedule: Schedule, merging: tuple[int, ...] | None) -> list[int]:
-    """How many of a picture's tokens each layer merges."""
+    """How many of a picture's tokens each layer merges, of those that should; halving them leaves more in some."""
+    keep = max(keep, math.ceil(fewest(tokens, layers if merging is None else len(merging), alike=True)))
     counts: list[int] = []
     left, due = tokens, 0.0
     for removed in removals(tokens, keep, layers, schedule, merging, alike=True):

@@ -9,12 +9,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from PIL import Image
 
+from dymu.choices import UNTOUCHED
 from dymu.errors import BadBudget, BadImage, BadPrompt
 from dymu.media import images
 from dymu.thresholds import Thresholds
 
-UNTOUCHED = "untouched"
-"""A budget of a request that has nothing merge."""
 MOST_IMAGES, MOST_TEXT = 16, 1_000_000
 """Images, and characters, in a request."""
 COLDEST = 0.01

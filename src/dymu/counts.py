@@ -1,0 +1,69 @@
+"""How many tokens images keep, as users ask for it, and the reducer that does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dymu.errors import BadBudget
+from dymu.reducers import FixedMerge, Reducer, ThresholdMerge
+from dymu.thresholds import Thresholds
+
+Budget = int | float | str | None
+"""Tokens, a fraction of all, `untouched` (nothing merges), or what is set anyway."""
+
+NOTHING = ThresholdMerge(())
+"""Merges nothing."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many tokens images keep.
+
+    Args:
+        budget: on average, see `Thresholds.tokens_for`; None: the only calibrated one, or that of `at_most`.
+        per_second: tokens per second of video; None: every frame is merged by itself.
+        at_most: what no image goes beyond; see `ThresholdMerge.at_most`.
+        exactly: what every image keeps, in place of an average; see `FixedMerge.keep`.
+    """
+
+    budget: int | float | None = None
+    per_second: int | float | None = None
+    at_most: int | float | None = None
+    exactly: int | float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("budget", "per_second", "at_most") if getattr(self, name) is not None]
+        if self.exactly is not None and given:
+            raise BadBudget(
+                f"exactly={self.exactly!r} says how much every image keeps: leave {' and '.join(given)} out."
+            )
+
+    def __str__(self) -> str:
+        if self.exactly is not None:
+            return f"exactly {self.exactly:g}"
+        parts = {"budget {:g}": self.budget, "{:g} per second": self.per_second, "at most {:g}": self.at_most}
+        return ", ".join(text.format(value) for text, value in parts.items() if value is not None)
+
+    def at(self, budget: int | float | None) -> Count:
+        """The same in the sense of the number, which is another."""
+        if self.exactly is None:
+            return replace(self, budget=budget)
+        if budget is None:
+            raise BadBudget(f"no budget was given in place of exactly {self.exactly:g}; give one.")
+        return Count(exactly=budget)
+
+    def rule(self, thresholds: Thresholds) -> tuple[Reducer, Count]:
+        """What merges so, and the count with a budget in tokens.
+
+        Raises:
+            BadBudget: nothing was calibrated for it, or it is no number above 0.
+        """
+        if self.exactly is not None:
+            schedule: Any = thresholds.schedule or "reverse_linear"
+            return FixedMerge(self.exactly, schedule, thresholds.merge_layers), self
+        budget = self.at_most if self.budget is None else self.budget
+        entry = thresholds.at(budget)
+        over_time = None if self.per_second is None else thresholds.over_time_at(budget, self.per_second)
+        rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames, over_time, self.at_most)
+        return rule, Count(entry.budget, self.per_second, self.at_most)

@@ -1,0 +1,74 @@
+"""Every image or video of a call reduced in a way of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dymu.errors import BadBudget
+from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, Stage, Tokens
+
+
+@dataclass(frozen=True)
+class ByImage(Reducer):
+    """Of each image or video, in their order, its own rule.
+
+    Args:
+        rules: one for each; none of them acts ahead of the encoder.
+
+    Raises:
+        BadBudget: in use, there are more images or fewer.
+        TypeError: a rule acts ahead of the encoder.
+    """
+
+    rules: tuple[Reducer, ...]
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if type(rule).before_encoder is not Reducer.before_encoder:
+                raise TypeError(f"{type(rule).__name__} acts ahead of the encoder, on all pictures of a call alike")
+
+    def check_fits(self, layers: int, tokens: int | None = None) -> None:
+        for rule in set(self.rules):
+            rule.check_fits(layers, tokens)
+
+    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+        if len(self.rules) != len(shown.items):
+            raise BadBudget(
+                f"{len(self.rules)} budgets were given for {len(shown.items)} {'videos' if shown.video else 'images'}; "
+                "give one for each, images first, or None for those that keep the model's own."
+            )
+        for rule in set(self.rules):
+            pairs = zip(shown.image, shown.item, strict=True)
+            rule.check_shown(shown, {image for image, item in pairs if self.rules[item] == rule})
+
+    def reduces(self, stage: Stage, shown: Shown) -> bool:
+        return any(rule.reduces(stage, shown) for rule in set(self.rules))
+
+    def in_layer(self, candidates: Candidates) -> Tensor | None:
+        item = torch.tensor(candidates.shown.item, device=candidates.keys.device)[candidates.picture]
+        merged = None
+        for rule in dict.fromkeys(self.rules):
+            into = rule.in_layer(candidates) if rule.reduces("in_layer", candidates.shown) else None
+            if into is not None:
+                own = torch.tensor([rule == other for other in self.rules], device=into.device)[item]
+                into = torch.where(own[:, None], into, -1)
+                merged = into if merged is None else torch.maximum(merged, into)
+        return merged
+
+    def after_encoder(self, tokens: Tokens) -> Reduced | None:
+        return self._by_row(tokens, "after_encoder", lambda rule: rule.after_encoder)
+
+    def in_prompt(self, tokens: Tokens) -> Reduced | None:
+        return self._by_row(tokens, "in_prompt", lambda rule: rule.in_prompt)
+
+    def _by_row(
+        self, tokens: Tokens, stage: Stage, method: Callable[[Reducer], Callable[[Tokens], Reduced | None]]
+    ) -> Reduced | None:
+        distinct = list(dict.fromkeys(self.rules))
+        answers = [method(rule)(tokens) if rule.reduces(stage, tokens.shown) else None for rule in distinct]
+        rows = [distinct.index(self.rules[tokens.shown.item[first]]) for first in tokens.first[:-1]]
+        return tokens.by_row(answers, rows)
