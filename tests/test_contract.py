@@ -30,7 +30,7 @@ from dymu.families.resolve import resolve
 from dymu.hooks.cache import ROOM, cache_bytes
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.versions import cuts_encoded_images, going_on
-from dymu.reducers import AveragePool, FixedMerge, RandomKeep, ThresholdMerge
+from dymu.reducers import AveragePool, ByImage, FixedMerge, RandomKeep, ThresholdMerge
 from dymu.unmerging.backends import sdpa
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
@@ -238,6 +238,56 @@ def test_a_lower_budget_keeps_no_more_tokens(model):
     more = handle.last.original[0] < 40
     for few, many in pairwise(kept[::2]):
         assert all(low <= high + more for low, high in zip(few, many, strict=True))
+
+
+def test_no_image_goes_beyond_the_most(model):
+    """What keeps fewer tokens is as it was."""
+    images = tiny.uneven(model, 4)
+    batch = tiny.inputs(model, four_prompts(model, images), images)
+    found = []
+    for at_most in (None, 6):
+        with dymu.apply(model, merge=ThresholdMerge(SOME.thresholds, at_most=at_most)) as handle:
+            model(**batch)
+            found.append(handle.last.items)
+    assert [item.budgeted for item in found[1]] == [min(item.budgeted, 6) for item in found[0]]
+    assert any(item.budgeted > 6 for item in found[0])
+    for before, after in zip(*found, strict=True):
+        if before.budgeted <= 6:
+            assert torch.equal(before.leaders, after.leaders)
+
+
+@pytest.mark.parametrize("keep", [3, 0.4])
+def test_every_image_keeps_exactly_the_number(model, keep):
+    images = tiny.uneven(model, 4)
+    batch = tiny.inputs(model, four_prompts(model, images), images)
+    with dymu.apply(model, merge=FixedMerge(keep, "reverse_linear")) as handle:
+        model(**batch)
+        there = [int(item.patch.sum()) for item in handle.last.items]
+        goal = [keep if keep > 1 else round(keep * count) for count in there]
+        assert [item.budgeted for item in handle.last.items] == goal
+
+
+def test_every_image_may_have_a_rule_of_its_own(model):
+    """What it keeps, and what the model says of it, does not depend on the rules of the others."""
+    few = min(tiny.tokens_per_image(model), 9)
+    rules = (SOME, NOTHING, FixedMerge(few), ThresholdMerge(SOME.thresholds, at_most=5))
+    images = tiny.uneven(model, 4)
+    prompts = four_prompts(model, images)
+    with dymu.apply(model, merge=ByImage(rules)) as handle:
+        together = model(**tiny.inputs(model, prompts, images)).logits
+        items = handle.last.items
+        two = [4, images[0], 3, images[2], 5]
+        with pytest.raises(BadBudget, match="4 budgets were given for 2 images"):
+            model(**tiny.inputs(model, tiny.prompt(model, *two), [images[0], images[2]]))
+    for row, rule in enumerate(rules):
+        with dymu.apply(model, merge=rule) as handle:
+            alone = model(**tiny.inputs(model, prompts[row], images[row : row + 1])).logits[0]
+            assert torch.equal(handle.last.items[0].leaders, items[row].leaders)
+            tiny.close(together[row, -len(alone) :], alone, part=1e-4)
+    with dymu.apply(model, merge=ByImage((rules[0], rules[2]))) as handle:
+        model(**tiny.inputs(model, tiny.prompt(model, *two), [images[0], images[2]]))
+        kept = sum(item.budgeted for item in handle.last.items)
+        assert kept == items[0].budgeted + items[2].budgeted
 
 
 @pytest.mark.parametrize("unmerge", UNMERGE)
@@ -1294,5 +1344,5 @@ def test_rules_that_are_none_are_refused():
         with pytest.raises(BadBudget, match="at least 1"):
             dymu.FixedMerge(keep)
     model = tiny.llava()
-    with dymu.apply(model, merge=dymu.FixedMerge(60)), pytest.raises(BadBudget, match="between"):
+    with dymu.apply(model, merge=dymu.FixedMerge(60)), pytest.raises(BadBudget, match="has 49"):
         model.get_image_features(tiny.pictures(1))

@@ -39,8 +39,8 @@ QUESTION = "What is this?"
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     thresholds = Thresholds.load(DEMO)
-    options = {"budget": 0.3, "unmerge": "exact", "cache": "merged"}
-    served = Served("demo", str(DEMO), thresholds, options, device="cpu", dtype="float32")
+    options = {"unmerge": "exact", "cache": "merged"}
+    served = Served("demo", str(DEMO), thresholds, 0.3, "mean", options, device="cpu", dtype="float32")
     listening = _listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app_of(served), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -242,8 +242,8 @@ def test_the_hub_is_not_reached_for_an_upload():
 def test_thresholds_between_budgets_are_interpolated():
     t = thresholds()
     assert t.per_layer(10) == [0.5, 0.6, 0.7]
-    assert t.per_layer(15) == pytest.approx([0.6, 0.7, 0.85])
-    assert t.per_layer(30) == pytest.approx([0.8, 0.85, 2.0])
+    assert t.per_layer(10 * 2**0.5) == pytest.approx([0.6, 0.7, 0.85])
+    assert t.per_layer(20 * 2**0.5) == pytest.approx([0.8, 0.85, 2.0])
     assert t.per_layer(20 / 49) == pytest.approx([0.7, 0.8, 2.0])
 
 

@@ -32,6 +32,10 @@ CacheForm = Literal["merged", "fast"]
 turned to their positions: (N + M) / 2N of the untouched cache, where `merged` takes M / N."""
 CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
+Counting = Literal["mean", "at-most", "exactly"]
+"""What a number of image tokens says: the mean over images, what none goes beyond, or what every one keeps."""
+COUNTINGS: tuple[Counting, ...] = get_args(Counting)
+
 UNTOUCHED = "untouched"
 """In place of a budget: nothing merges."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dymu.choices import Counting
 from dymu.errors import BadBudget
 from dymu.reducers import FixedMerge, Reducer, ThresholdMerge
 from dymu.thresholds import Thresholds
@@ -25,12 +26,20 @@ class Count:
         per_second: tokens per second of video; None: every frame is merged by itself.
         at_most: what no image goes beyond; see `ThresholdMerge.at_most`.
         exactly: what every image keeps, in place of an average; see `FixedMerge.keep`.
+
+    Raises:
+        BadBudget: `exactly` and something else.
     """
 
     budget: int | float | None = None
     per_second: int | float | None = None
     at_most: int | float | None = None
     exactly: int | float | None = None
+
+    @classmethod
+    def of(cls, counting: Counting, budget: int | float | None) -> Count:
+        """A number in one of the senses that it may have."""
+        return {"mean": cls(budget), "at-most": cls(at_most=budget), "exactly": cls(exactly=budget)}[counting]
 
     def __post_init__(self) -> None:
         given = [name for name in ("budget", "per_second", "at_most") if getattr(self, name) is not None]
@@ -40,30 +49,30 @@ class Count:
             )
 
     def __str__(self) -> str:
-        if self.exactly is not None:
-            return f"exactly {self.exactly:g}"
-        parts = {"budget {:g}": self.budget, "{:g} per second": self.per_second, "at most {:g}": self.at_most}
-        return ", ".join(text.format(value) for text, value in parts.items() if value is not None)
+        named = {"budget {:g}": self.budget, "{:g} per second": self.per_second, "at most {:g}": self.at_most}
+        named |= {"exactly {:g}": self.exactly}
+        return ", ".join(text.format(value) for text, value in named.items() if value is not None)
 
     def at(self, budget: int | float | None) -> Count:
-        """The same in the sense of the number, which is another."""
-        if self.exactly is None:
-            return replace(self, budget=budget)
-        if budget is None:
-            raise BadBudget(f"no budget was given in place of exactly {self.exactly:g}; give one.")
-        return Count(exactly=budget)
+        """The same in the same sense with another number."""
+        if self.exactly is not None:
+            return replace(self, exactly=budget)
+        if self.budget is None and self.at_most is not None:
+            return replace(self, at_most=budget)
+        return replace(self, budget=budget)
 
-    def rule(self, thresholds: Thresholds) -> tuple[Reducer, Count]:
-        """What merges so, and the count with a budget in tokens.
+    def rule(self, thresholds: Thresholds) -> tuple[Reducer, float]:
+        """What merges so, and the number in tokens; of `exactly`, as it was given.
 
         Raises:
             BadBudget: nothing was calibrated for it, or it is no number above 0.
         """
         if self.exactly is not None:
             schedule: Any = thresholds.schedule or "reverse_linear"
-            return FixedMerge(self.exactly, schedule, thresholds.merge_layers), self
+            fixed = FixedMerge(self.exactly, schedule, thresholds.merge_layers)
+            return fixed, fixed.keep
         budget = self.at_most if self.budget is None else self.budget
         entry = thresholds.at(budget)
         over_time = None if self.per_second is None else thresholds.over_time_at(budget, self.per_second)
         rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames, over_time, self.at_most)
-        return rule, Count(entry.budget, self.per_second, self.at_most)
+        return rule, entry.budget

@@ -237,6 +237,7 @@ class Handle:
             self._language = LanguageHooks(parts, self._state, unmerge, representatives, backend, cache)
             self._generation = GenerationHooks(parts, self._state)
         self._count = Count()
+        self._tokens: float | None = None
         self._undo: list[Callable[[], object]] = []
         self._staying = 0
         """How many of these stay while parts are exchanged."""
@@ -258,7 +259,7 @@ class Handle:
         Raises:
             BadBudget: on setting, one outside the calibrated range, or any where another reducer merges.
         """
-        return self._count.budget if self._count.exactly is None else self._count.exactly
+        return self._tokens
 
     @budget.setter
     def budget(self, budget: int | float | None) -> None:
@@ -303,9 +304,10 @@ class Handle:
         self._set(Count(budget, per_second, at_most, exactly))
 
     def _set(self, count: Count) -> None:
-        self._vision.reducer, self._count = self._rule(count)
+        self._vision.reducer, self._tokens = self._rule(count)
+        self._count = count
 
-    def _rule(self, count: Count) -> tuple[Reducer, Count]:
+    def _rule(self, count: Count) -> tuple[Reducer, float]:
         """See `Count.rule`."""
         if self._calls.removed:
             raise BadBudget("DyMU was removed from this model; apply it again to set a budget.")
@@ -403,7 +405,7 @@ class Handle:
     def __repr__(self) -> str:
         how = "removed" if self._calls.removed else repr(self._vision.reducer)
         if self._thresholds is not None and not self._calls.removed:
-            how = str(self._count)
+            how = f"budget {self._tokens:g}" if self._count == Count() else str(self._count)
         return f"<dymu.Handle of {type(self._parts.model).__name__}: {how}>"
 
     def _run(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:

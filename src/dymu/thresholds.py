@@ -26,6 +26,8 @@ VERSION = 2
 FILE_NAME = "thresholds.json"
 """In a model's folder or hub repository."""
 _CHECKPOINTS = (".pth", ".pt")
+CLOSE = 1.3
+"""Ratio of two calibrated budgets between which others may be interpolated, see docs/evidence.md."""
 
 Positive = Annotated[int, msgspec.Meta(gt=0, le=2**53)] | Annotated[float, msgspec.Meta(gt=0)]
 
@@ -182,10 +184,11 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         return min(max(tokens, lowest), highest)
 
     def per_layer(self, budget: int | float | None = None) -> list[float]:
-        """One similarity per merging encoder layer, interpolated between the calibrated budgets around `budget`.
+        """One similarity per merging encoder layer, interpolated over the logarithm of the calibrated budgets around
+        `budget`.
 
-        Calibrated budgets are met; between two that are far apart the average strays, so calibrate for those that
-        matter.
+        Calibrated budgets are met; between two whose ratio is at most `CLOSE` the average strays by some 3 %, between
+        others by more, of which a warning tells.
 
         Raises:
             BadBudget: see `tokens_for`.
@@ -199,10 +202,17 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             BadBudget: see `tokens_for`.
         """
         tokens = self.tokens_for(budget)
-        below, above, part = _around(self.budgets, tokens)
+        below, above, part = _around([math.log(budget) for budget in self.budgets], math.log(tokens))
         lower, upper = self.calibrated[below], self.calibrated[above]
         if lower is upper:
             return upper
+        if upper.budget > CLOSE * lower.budget:
+            warnings.warn(
+                f"a budget of {tokens:g} tokens lies between {lower.budget:g} and {upper.budget:g}, the next that "
+                f"{self} was calibrated for, which is far: images may keep another number on average; calibrate for "
+                "it, or without naming budgets for all.",
+                stacklevel=2,
+            )
 
         def between(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[float, ...]:
             return tuple(_between(*pair, part) for pair in zip(low, high, strict=True))

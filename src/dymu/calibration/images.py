@@ -26,6 +26,9 @@ from dymu.schedule import fewest, layers_to_merge_in, removals
 from dymu.thresholds import Thresholds, number
 from dymu.version import __version__
 
+GRID = (0.05, 0.0625, 0.08, 0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.64, 0.8, 0.9, 0.97, 1.0)
+"""Budgets where none are named, as fractions of all tokens: so close that any other can be had between them."""
+
 TRIES = 4
 """At a budget for images whose tiles are partly padding."""
 
@@ -37,7 +40,7 @@ def calibrate(
     model: nn.Module,
     processor: Any,
     images: Iterable[ImageSource] | ImageSource,
-    budgets: Iterable[int | float] | int | float,
+    budgets: Iterable[int | float] | int | float | None = None,
     *,
     schedule: Schedule = "reverse_linear",
     merge_layers: Iterable[int] | None = None,
@@ -62,7 +65,8 @@ def calibrate(
             takes them; gone through once. What cannot be read is skipped, and named in a warning.
         budgets: image tokens (class token and registers not counted) to keep on average, one number or several; a float
             up to 1 is a fraction of all of them, rounded to whole tokens. Where images have different numbers of tokens
-            (tiles, native resolution), both are of the mean over images, and large ones keep more.
+            (tiles, native resolution), both are of the mean over images, and large ones keep more. None: those of
+            `GRID` that halving tokens in every layer can leave, between which any other is within some 3 %.
         schedule: where to merge: `constant`, `linear` or `reverse_linear` (more in later layers; the paper's choice).
         merge_layers: indices of the encoder layers that merge, at the same budgets; None: all. Fewer merges cost
             less time but each takes more tokens at once, see docs/encoder.md.
@@ -91,7 +95,7 @@ def share(
     model: nn.Module,
     processor: Any,
     images: Iterable[ImageSource] | ImageSource,
-    budgets: Iterable[int | float] | int | float,
+    budgets: Iterable[int | float] | int | float | None,
     together: Together,
     schedule: Schedule = "reverse_linear",
     merge_layers: Iterable[int] | None = None,
@@ -108,10 +112,12 @@ def share(
     """
     several = isinstance(budgets, Iterable) and getattr(budgets, "ndim", 1) > 0
     several = several and not isinstance(budgets, str | bytes | bytearray | memoryview)
-    budgets = [number(budget) for budget in (cast(Iterable[Any], budgets) if several else [budgets])]
+    named: list[int | float] | None = None
+    if budgets is not None:
+        named = [number(budget) for budget in (cast(Iterable[Any], budgets) if several else [budgets])]
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
-    if not budgets or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+    if named == [] or not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError("calibrate needs at least one budget, and a whole number of at least 1 as batch_size")
     parts = parts_of(model)
     prefix, depth = max(parts.prefix, parts.dropped()), max(parts.feature_layers())
@@ -130,7 +136,9 @@ def share(
             return removals(sizes.tokens, keep, depth, schedule, merging_layers)
 
         def possible(sizes: Sizes) -> list[int | float]:
-            targets = sizes.targets(budgets)
+            lowest = fewest(sizes.tokens, len(merging_layers))
+            grid = [part for part in GRID if part * sizes.tokens >= lowest]
+            targets = sizes.targets(grid if named is None else named)
             for target in targets:
                 removed(sizes, sizes.per_picture(target))
             return targets

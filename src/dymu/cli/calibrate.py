@@ -44,12 +44,12 @@ FEW = 32
 def calibrate(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Sample images, or folders of them.")],
-    budget: Annotated[
-        list[float],
-        typer.Option("--budget", "-b", metavar="N|0.15", parser=parse_budget,
-                     help="Image tokens to keep on average: a number, or a fraction of all. Give several."),
-    ],
     output: NewThresholds,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option("--budget", "-b", metavar="N|0.15", parser=parse_budget, show_default="a grid, for any between",
+                     help="Image tokens to keep on average: a number, or a fraction of all. Give several."),
+    ] = None,
     schedule: Annotated[
         Schedule,
         typer.Option(metavar="NAME", help=f"How merges spread over the encoder's layers: {', '.join(SCHEDULES)}."),
@@ -75,16 +75,18 @@ def calibrate(
     named = models.named(model, revision)
     if layers is not None and named.depth is not None:
         layers_to_merge_in(layers, named.depth)
-    named.check_budgets(budget, len(set(layers)) if layers else named.depth or 0)
+    named.check_budgets(budget or (), len(set(layers)) if layers else named.depth or 0)
 
     how: dict[str, Any] = {"schedule": schedule, "merge_layers": layers}
 
     if ray is not None:
         load = functools.partial(_model_and_processor, named, device, dtype)
-        thresholds, data = _save(out, output, lambda: _over_workers(out, ray, workers, load, paths, budget, how))
+        thresholds, data = _save(
+            out, output, lambda: _over_workers(out, ray, workers, load, paths, budget or None, how)
+        )
     else:
         loaded, processor = _loaded(out, named, device, dtype)
-        thresholds, data = _save(out, output, lambda: dymu.calibrate(loaded, processor, paths, budget, **how))
+        thresholds, data = _save(out, output, lambda: dymu.calibrate(loaded, processor, paths, budget or None, **how))
     data |= thresholds_data(thresholds)
     if thresholds.images is not None and thresholds.images < FEW:
         few = f"calibrated on fewer than {FEW} images ({thresholds.images}): others may miss the budget by far; "
@@ -113,7 +115,7 @@ def _over_workers(
     workers: int | None,
     load: Callable[[], tuple[Any, Any]],
     paths: Sequence[Path],
-    budgets: Sequence[float],
+    budgets: Sequence[float] | None,
     how: dict[str, Any],
 ) -> Thresholds:
     """Calibrated by the workers of a Ray cluster."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -23,6 +24,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a terminal's encoding lacks is shown as ?, and never an error
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
         sys.exit(app(prog_name="dymu", standalone_mode=False))
     except UsageError as error:

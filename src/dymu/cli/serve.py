@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dymu.choices import IN_VLLM, Unmerge
+from dymu.choices import IN_VLLM, Counting, Unmerge
 from dymu.cli import errors
 from dymu.cli.app import (
     SERVE,
@@ -35,12 +35,19 @@ Budget = Annotated[
                  help="Image tokens to keep on average, where a request does not say: a number, or a fraction of all."),
 ]  # fmt: skip
 
+CountingBy = Annotated[
+    Counting,
+    typer.Option("--count", metavar="NAME", help="What a budget says: the mean over images (mean), what none goes "
+                 "beyond (at-most), or what every one keeps (exactly)."),
+]  # fmt: skip
+
 
 @app_command(SERVE, "dymu serve llava-hf/llava-1.5-7b-hf --thresholds llava.json -b 96")
 def serve(
     model: Model,
     thresholds: ThresholdsName = None,
     budget: Budget = None,
+    counting: CountingBy = "mean",
     unmerge: UnmergeBy = "exact",
     cache: Cache = "merged",
     host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen.")] = "127.0.0.1",
@@ -52,8 +59,8 @@ def serve(
 ) -> None:
     """Serve a model by transformers' own server: OpenAI's chat API, exact, one request at a time.
 
-    A request may have a field `budget` of its own; "untouched" merges nothing. The answer's `usage.image_tokens` says
-    how many there were, and how many were kept. Images come as data URLs.
+    A request may have a field `budget` of its own, or one for each image; "untouched" merges nothing. The answer's
+    `usage.image_tokens` says how many there were, and how many were kept. Images come as data URLs.
     """
     out = Output(False)
     check_cache(cache, unmerge)
@@ -61,23 +68,31 @@ def serve(
 
     named = models.named(model, revision)
     calibrated = named.thresholds(thresholds)
-    tokens = calibrated.tokens_for(budget)
+    if counting == "mean" or budget is None:
+        budget = calibrated.tokens_for(budget)
     listening = _listen(host, port)
     with out.during("loading torch and transformers"):
         quieten_transformers()
         transformers_server = _server()
         import uvicorn
+
+        from dymu.counts import Count
+
+        count = Count.of(counting, budget)
+        count.rule(calibrated)
     with out.during(f"loading {named.name}"):
         served = transformers_server.Served(
             name=named.name,
             source=named.source + (f"@{revision}" if revision else ""),
             thresholds=calibrated,
-            options={"budget": tokens, "unmerge": unmerge, "cache": cache},
+            budget=budget,
+            counting=counting,
+            options={"unmerge": unmerge, "cache": cache},
             device=str(models.device_named(device)),
             dtype=dtype or "auto",
         )
     where = f"http://{_in_url(host)}:{listening.getsockname()[1]}/v1"
-    out.note(f"serving {named.name} at {where}: unmerge={unmerge}, {tokens:g} image tokens, one request at a time")
+    out.note(f"serving {named.name} at {where}: unmerge={unmerge}, {count}, one request at a time")
     _warn_of_others(out, host)
     config = uvicorn.Config(transformers_server.app_of(served), log_level="warning", limit_concurrency=256)
     uvicorn.Server(config).run(sockets=[listening])
@@ -126,6 +141,7 @@ def vllm(
     model: Model,
     thresholds: ThresholdsName = None,
     budget: Budget = None,
+    counting: CountingBy = "mean",
     unmerge: Annotated[
         Unmerge, typer.Option(metavar="NAME", help=f"How the model attends to merged tokens: {', '.join(IN_VLLM)}.")
     ] = IN_VLLM[0],
@@ -144,7 +160,7 @@ def vllm(
 
     named = models.named(model, revision)
     with out.during("looking at the model"):
-        added = plugin.options(named.source, thresholds, budget, unmerge, revision=revision)
+        added = plugin.options(named.source, thresholds, budget, unmerge, counting=counting, revision=revision)
     given = {re.split("[=.]", word)[0].replace("_", "-") for word in context.args if word.startswith("--")}
     if taken := sorted(given & plugin.OWN_FLAGS):
         raise typer.BadParameter(

@@ -145,16 +145,8 @@ class Prompts:
         return items
 
     def images(self, how: str) -> list[int]:
-        """How many placeholders each image has, in order; see `Family.tells_images`.
-
-        Raises:
-            BadPrompt: no ids are known.
-        """
-        if self.ids is None:
-            raise BadPrompt(
-                "prompts of this model say which tiles are one image, and none is known: give input_ids along with the "
-                "images, or a budget for all alike."
-            )
+        """How many placeholders each image has, in order; see `Family.tells_images`. The ids must be known."""
+        assert self.ids is not None
         lengths = list[int]()
         for ids, shown in zip(self.ids.tolist(), self.placeholders["image"].tolist(), strict=True):
             starts = [at for at, there in enumerate(shown) if there and not (at and shown[at - 1])]
@@ -395,7 +387,7 @@ class CallState(threading.local):
             counts: of each picture.
 
         Raises:
-            BadPrompt: the prompts are not known, or show other pictures.
+            BadPrompt: the prompts show other pictures.
         """
         lengths = (self.asked or Prompts({})).images(how)
         left, images = iter(counts), list[list[int]]()

@@ -283,15 +283,18 @@ class VisionHooks:
             finally:
                 self._state.encoding = within
 
+        how = "items" if call.modality == "video" else parts.family.tells_images
+        by_image = how == "items" or (self._state.asked is not None and self._state.asked.ids is not None)
+
         def items() -> Sequence[Sequence[int]]:
             if call.modality == "image" and not parts.family.cuts_images:
                 return [(count - call.dropped + parts.prefix,) for count in map(math.prod, grids)]
             of_items = [
                 torch.bincount(item.picture[item.patch], minlength=item.pictures).tolist() for item in untouched()
             ]
-            if call.modality == "video" or parts.family.tells_images == "items":
+            if how == "items" or not by_image:
                 return of_items
-            return self._state.by_image(parts.family.tells_images, [count for item in of_items for count in item])
+            return self._state.by_image(how, [count for item in of_items for count in item])
 
         def text() -> list[Tensor]:
             texts = self._state.text_of(call.modality, [len(item.leaders) for item in untouched()])
@@ -302,6 +305,7 @@ class VisionHooks:
             grids=grids,
             single=call.modality == "image" and not parts.family.cuts_images,
             video=call.modality == "video",
+            by_image=by_image,
             find_items=items,
             find_text=text,
             find_location=lambda: locations(untouched(), pictures),

@@ -141,7 +141,7 @@ class _Calibrating:
 def calibrate(
     load: Callable[[], tuple[Any, Any]],
     images: Sequence[Any],
-    budgets: Sequence[int | float],
+    budgets: Sequence[int | float] | None,
     workers: int | None = None,
     *,
     batch_size: int = 8,
@@ -170,7 +170,7 @@ class _Died(DymuError):
 def _calibrated(
     load: Callable[[], tuple[Any, Any]],
     images: Sequence[Any],
-    budgets: Sequence[int | float],
+    budgets: Sequence[int | float] | None,
     workers: int | None,
     batch_size: int,
     options: dict[str, Any],
@@ -190,7 +190,7 @@ def _calibrated(
             _wait([one.ready.remote() for one in actors])
             found = ray.get(
                 [
-                    one.share.remote(own, list(budgets), exchange, worker, options)
+                    one.share.remote(own, None if budgets is None else list(budgets), exchange, worker, options)
                     for worker, (one, own) in enumerate(zip(actors, shares, strict=True))
                 ]
             )

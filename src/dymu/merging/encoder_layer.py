@@ -211,10 +211,12 @@ class MergedTokens:
         metric = similarity_metric(self.units.metric(keys, self.layout))
         return best_partner(metric.reshape(*rows.shape, -1), rows, prefix)
 
-    def merge(self, x: Tensor, into: Tensor, prefix: int, windowed: bool = False) -> tuple[Tensor, MergedTokens]:
+    def merge(
+        self, x: Tensor, into: Tensor, prefix: int, windowed: bool = False, still: Tensor | None = None
+    ) -> tuple[Tensor, MergedTokens]:
         """Merge the A tokens of every row of x, patches as they travel, into their partners, see `merge_step`."""
         rows = self.rows(windowed).units
-        merge_map, after = merge_step(into, rows, prefix)
+        merge_map, after = merge_step(into, rows, prefix, still)
         goal = rows.pack(after.index(merge_map.group)).flatten()
         window = None
         if self.window is not None:

@@ -13,7 +13,7 @@ from dymu.merging.match import a_count, halves
 from dymu.token_map import TokenMap, at_least_float32
 
 
-def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap, Layout]:
+def merge_step(into: Tensor, before: Layout, prefix: int = 0, still: Tensor | None = None) -> tuple[TokenMap, Layout]:
     """Where every token goes when the chosen A tokens join their partners.
 
     The new order is [prefix] [A that did not merge, in rising index] [B].
@@ -22,6 +22,7 @@ def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap,
         into: int64 [B, A], index within B of the partner that each A token merges into; -1: it stays. See `halves`.
         before: the layout of the tokens.
         prefix: leading tokens of each image that never merge.
+        still: bool [B], rows of which none merges and all keep their order, as in a layer that does not merge.
 
     Returns:
         TokenMap from the T tokens to those that remain, and their layout. One host synchronisation.
@@ -36,6 +37,8 @@ def merge_step(into: Tensor, before: Layout, prefix: int = 0) -> tuple[TokenMap,
     group[:, :prefix] = torch.arange(prefix, device=device)
     torch.where(stays, stays.cumsum(1) + (prefix - 1), into + b_start, out=group[:, in_a])
     torch.add(b_start, torch.arange(group[:, in_b].shape[1], device=device), out=group[:, in_b])
+    if still is not None:
+        group = torch.where(still[:, None], torch.arange(tokens, device=device), group)
     if before.packed:
         group.masked_fill_(~before.present, -1)
     after = Layout.of(before.length - (into >= 0).sum(1))

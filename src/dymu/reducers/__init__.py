@@ -10,7 +10,7 @@ from dymu.reducers.encoder_run import EncoderRun
 from dymu.reducers.keep import FixedKeep
 from dymu.reducers.prompt import picture_tokens, reduce_in_prompt, tokens_of
 from dymu.reducers.random_keep import RandomKeep
-from dymu.reducers.reducer import Candidates, Pixels, Reduced, Reducer, Shown, Stage, Tokens
+from dymu.reducers.reducer import Candidates, Pixels, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
 from dymu.reducers.stride import Stride
 from dymu.reducers.tome import FixedMerge
 from dymu.reducers.whole_run import WholeRun
@@ -27,6 +27,7 @@ __all__ = [
     "Reduced",
     "Reducer",
     "Shown",
+    "SomeMerge",
     "Stage",
     "Stride",
     "ThresholdMerge",

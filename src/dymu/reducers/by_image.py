@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dymu.errors import BadBudget
-from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, Stage, Tokens
+from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class ByImage(Reducer):
             rule.check_fits(layers, tokens)
 
     def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+        shown.check_by_image()
         if len(self.rules) != len(shown.items):
             raise BadBudget(
                 f"{len(self.rules)} budgets were given for {len(shown.items)} {'videos' if shown.video else 'images'}; "
@@ -48,16 +48,17 @@ class ByImage(Reducer):
     def reduces(self, stage: Stage, shown: Shown) -> bool:
         return any(rule.reduces(stage, shown) for rule in set(self.rules))
 
-    def in_layer(self, candidates: Candidates) -> Tensor | None:
+    def in_layer(self, candidates: Candidates) -> SomeMerge | None:
         item = torch.tensor(candidates.shown.item, device=candidates.keys.device)[candidates.picture]
-        merged = None
+        some = None
         for rule in dict.fromkeys(self.rules):
             into = rule.in_layer(candidates) if rule.reduces("in_layer", candidates.shown) else None
             if into is not None:
-                own = torch.tensor([rule == other for other in self.rules], device=into.device)[item]
-                into = torch.where(own[:, None], into, -1)
-                merged = into if merged is None else torch.maximum(merged, into)
-        return merged
+                others = torch.tensor([rule != other for other in self.rules], device=item.device)[item]
+                into, still = into if isinstance(into, SomeMerge) else (into, torch.zeros_like(others))
+                merges = SomeMerge(into.masked_fill(others[:, None], -1), still | others)
+                some = merges if some is None else SomeMerge(merges.into.maximum(some.into), merges.still & some.still)
+        return some
 
     def after_encoder(self, tokens: Tokens) -> Reduced | None:
         return self._by_row(tokens, "after_encoder", lambda rule: rule.after_encoder)

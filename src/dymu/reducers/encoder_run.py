@@ -10,7 +10,7 @@ from torch import Tensor
 from dymu.errors import BadPrompt, UnsupportedModel
 from dymu.merging import EncoderLayer, Layout, MergedTokens, Pictures, a_count
 from dymu.merging.encoder_layer import Angles
-from dymu.reducers.reducer import Candidates, Pixels, Reducer, Shown, Tokens
+from dymu.reducers.reducer import Candidates, Pixels, Reducer, Shown, SomeMerge, Tokens
 from dymu.token_map import TokenMap, take
 
 
@@ -82,10 +82,12 @@ class EncoderRun:
             x, keys = layer.attend(x, state, windowed)
             tokens = tuple(length - self.protected for length in self.states[0].layout.lengths)
             candidates = Candidates(index, self.depth, tokens, self.protected, state, x, keys, self.shown, windowed)
-            into = self.reducer.in_layer(candidates)
+            into, still = self.reducer.in_layer(candidates), None
+            if isinstance(into, SomeMerge):
+                into, still = into
             if into is not None:
                 self._check(into, state.rows(windowed).units)
-                x, state = state.merge(x, into, self.protected, windowed)
+                x, state = state.merge(x, into, self.protected, windowed, still)
             x = layer.feed_forward(x)
         if index + 1 == self.depth:
             x, state = self._reduced(x, state)

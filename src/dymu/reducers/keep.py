@@ -39,7 +39,10 @@ def check_of_images(shown: Shown, images: Collection[int], keep: int | float, ex
 
     Raises:
         BadBudget: it is more than one has, or fewer than the pictures (tiles) that one is cut into.
+        BadPrompt: it is a number of tokens, and not known which tiles are of one image.
     """
+    if not (isinstance(keep, float) and keep <= 1):
+        shown.check_by_image()
     pictures = Counter(shown.image)
     for image in images:
         there = shown.image_tokens[image]

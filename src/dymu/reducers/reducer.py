@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,12 +37,15 @@ class Shown:
         single: whether every item is one picture, of which the language model gets all patches; not so for tiles and
             frames.
         video: whether the pictures are frames of videos.
+        by_image: whether it is known which tiles are of one image, by the prompt that shows them. If not, `items` are
+            tiles.
     """
 
     pixels: Tensor | Sequence[Tensor]
     grids: tuple[tuple[int, int], ...]
     single: bool
     video: bool
+    by_image: bool = True
     find_items: Callable[[], Sequence[Sequence[int]]] | None = field(default=None, repr=False)
     find_text: Callable[[], Sequence[Tensor]] = field(default=_unknown, repr=False)
     find_location: Callable[[], Tensor] = field(default=_unknown, repr=False)
@@ -55,11 +59,16 @@ class Shown:
     def items(self) -> Sequence[Sequence[int]]:
         """For each image or video of the user's, how many tokens the language model gets of each of its pictures with
         nothing merged: of the image, its tiles, or its frames. Learned tokens are not counted.
-
-        Raises:
-            BadPrompt: it is not known which tiles are of one image.
         """
         return [(count,) for count in self.counts] if self.find_items is None else self.find_items()
+
+    def check_by_image(self) -> None:
+        """Raises: BadPrompt, where it is not known which tiles are of one image."""
+        if not self.by_image:
+            raise BadPrompt(
+                "prompts of this model say which tiles are one image, and none is known here: give input_ids along "
+                "with the images, or a fraction for all alike."
+            )
 
     @cached_property
     def item(self) -> Sequence[int]:
@@ -146,6 +155,18 @@ class Candidates:
     def picture(self) -> Tensor:
         """int64 [rows], the picture that each row is of."""
         return self.state.picture(self.windowed)
+
+
+class SomeMerge(NamedTuple):
+    """What merges in a layer that does not merge for some rows: what a row is alone must not depend on the others.
+
+    Attributes:
+        into: see `Reducer.in_layer`.
+        still: bool [rows], those for which it does not; of them none merges.
+    """
+
+    into: Tensor
+    still: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +258,7 @@ class Tokens:
             exactly: whether an image that has fewer by now gets as many: what stands for several tokens then stands for
                 them in several parts, with the same features.
         """
-        if self.shown.single and not exactly and all(count <= most for count, most in zip(self.counts, goal)):
+        if self.shown.single and not exactly and all(map(operator.le, self.counts, goal)):
             return None
         by_picture, index, pictures = self.by_picture()
         image = torch.tensor(self.shown.image, device=pictures.device)
@@ -392,7 +413,7 @@ class Reducer:
         """
         return None
 
-    def in_layer(self, candidates: Candidates) -> Tensor | None:
+    def in_layer(self, candidates: Candidates) -> Tensor | SomeMerge | None:
         """int64 [rows, A], the partner (an index within B) that each A token merges into, -1: it stays. None: the layer
         merges nothing."""
         return None

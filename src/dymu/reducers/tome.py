@@ -13,7 +13,7 @@ from torch import Tensor
 from dymu.choices import SCHEDULES, Schedule
 from dymu.merging import most_similar
 from dymu.reducers.keep import check_keep, check_of_images, in_tokens, kept_of
-from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, Stage, Tokens
+from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
 from dymu.schedule import fewest, removals
 
 
@@ -66,7 +66,7 @@ class FixedMerge(Reducer):
             return (stage == "after_encoder") == shown.single
         return super().reduces(stage, shown)
 
-    def in_layer(self, candidates: Candidates) -> Tensor | None:
+    def in_layer(self, candidates: Candidates) -> Tensor | SomeMerge | None:
         shown, layer = candidates.shown, candidates.layer
         if shown.single:
             keeps = [self._kept(tokens) for tokens in candidates.tokens]
@@ -81,7 +81,8 @@ class FixedMerge(Reducer):
         if not any(counts):
             return None
         due = torch.tensor(counts, device=candidates.keys.device)
-        return most_similar(due, candidates.similarity, candidates.partner, candidates.picture)
+        into = most_similar(due, candidates.similarity, candidates.partner, candidates.picture)
+        return into if all(counts) else SomeMerge(into, (due == 0)[candidates.picture])
 
     def after_encoder(self, tokens: Tokens) -> Reduced | None:
         return tokens.merge_to([self._kept(count) for count in tokens.shown.image_tokens])

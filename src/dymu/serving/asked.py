@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from PIL import Image
 
-from dymu.choices import UNTOUCHED
+from dymu.choices import UNTOUCHED, Counting
+from dymu.counts import Count
 from dymu.errors import BadBudget, BadImage, BadPrompt
 from dymu.media import images
 from dymu.thresholds import Thresholds
@@ -34,11 +35,12 @@ HARMLESS: dict[str, tuple[Any, ...] | None] = {
 """Fields beside those of `Asked` that change no answer, with these values, or null; None: with any."""
 
 
-def budget_of(asked: Any, thresholds: Thresholds) -> float | None:
-    """A request's budget in image tokens; None: nothing merges.
+def count_of(asked: Any, thresholds: Thresholds, counting: Counting) -> Count | None:
+    """How many image tokens a request keeps; None: nothing merges.
 
     Args:
         asked: tokens per image, a fraction of all up to 1.0, or "untouched".
+        counting: what the number says.
 
     Raises:
         BadBudget: it is none of these, or outside the calibrated range.
@@ -51,7 +53,9 @@ def budget_of(asked: Any, thresholds: Thresholds) -> float | None:
         )
     if abs(asked) > 2**53:
         raise BadBudget("a budget is a number of image tokens, and no image has so many.")
-    return thresholds.tokens_for(asked)
+    count = Count.of(counting, asked)
+    count.rule(thresholds)
+    return count
 
 
 _Words = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -90,12 +94,12 @@ class Asked(msgspec.Struct):
     """The fields of an OpenAI chat request that are read here.
 
     Attributes:
-        budget: see `budget_of`; None: the server's.
+        budget: see `count_of`; of several images one for each, None the server's; None: the server's for all.
     """
 
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
     model: str | None = None
-    budget: int | float | str | None = None
+    budget: int | float | str | list[int | float | str | None] | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import threading
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from transformers.utils import logging
 import dymu
 from dymu.calibration.samples import arguments_for
 from dymu.choices import Unmerge
+from dymu.counts import Count
 from dymu.errors import BadImage
 from dymu.families.resolve import Parts, resolve
 from dymu.prompting import adds_special_tokens, items_by_prompt, pixels_for, placeholder_of
@@ -116,19 +116,19 @@ class Front:
             module.to("meta")
         return model, parts, handle
 
-    def __call__(self, images: Sequence[Image.Image], budget: float | None) -> list[InPrompt]:
+    def __call__(self, images: Sequence[Image.Image], count: Count | None) -> list[InPrompt]:
         """The images, each as it stands in a prompt; those of late that come again are not encoded again.
 
         Args:
-            budget: in image tokens; None: nothing merges.
+            count: what each keeps; None: nothing merges.
         """
-        keys = [hashlib.sha256(f"{image.mode} {image.size} {budget} ".encode() + image.tobytes()) for image in images]
+        keys = [hashlib.sha256(f"{image.mode} {image.size} {count} ".encode() + image.tobytes()) for image in images]
         by_key = dict(zip((key.digest() for key in keys), images, strict=True))
         with self._lock:
             found = {key: self._kept.pop(key) for key in by_key if key in self._kept}
             missing = [key for key in by_key if key not in found]
             if missing:
-                encoded = self._encoded([by_key[key] for key in missing], budget)
+                encoded = self._encoded([by_key[key] for key in missing], count)
                 found |= dict(zip(missing, encoded, strict=True))
             self._kept |= found  # behind all others
             while sum(one.features.nbytes for one in self._kept.values()) > KEPT_BYTES:
@@ -136,19 +136,22 @@ class Front:
         return [found[key.digest()] for key in keys]
 
     @torch.inference_mode()
-    def _encoded(self, images: Sequence[Image.Image], budget: float | None) -> list[InPrompt]:
+    def _encoded(self, images: Sequence[Image.Image], count: Count | None) -> list[InPrompt]:
         inputs = pixels_for(self.processor, images)
         rows = self._ids(inputs)
         model, parts, handle = self._applied
         arguments = arguments_for(parts, "image", self.processor, inputs)
-        if budget is not None:
-            handle.set_budget(budget)
-        with handle.disabled() if budget is None else contextlib.nullcontext():
-            encoded = parts.inner.get_image_features(**arguments).pooler_output
+        if count is None:
+            with handle.disabled():
+                encoded = parts.inner.get_image_features(**arguments).pooler_output
+        else:
+            handle.set_budget(count.budget, at_most=count.at_most, exactly=count.exactly)
+            prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            encoded = parts.inner.get_image_features(**arguments, **prompts).pooler_output
         features = torch.cat([feature.flatten(0, -2) for feature in encoded])
         grids = arguments.get("image_grid_thw", [None] * len(rows))
         positions = [_positions(parts, row, grid) for row, grid in zip(rows, grids, strict=True)]
-        if budget is None:
+        if count is None:
             leaders = [[torch.arange(row.count(self.image_token))] for row in rows]
         else:
             items = items_by_prompt(model, inputs, handle.last.items)

@@ -7,7 +7,6 @@ stream (`ChatCompletionHandler`), and the thread that generates one request afte
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -26,11 +25,13 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState, Modality
 
 import dymu
+from dymu.choices import UNTOUCHED, Counting
+from dymu.counts import Count
 from dymu.errors import BadPrompt, DymuError
 from dymu.families.resolve import resolve
 from dymu.handle import Handle
 from dymu.prompting import check_question
-from dymu.serving.asked import Asked, budget_of
+from dymu.serving.asked import Asked, count_of
 from dymu.thresholds import Thresholds
 
 TAKEN = ("messages", "max_tokens", "temperature", "top_p", "frequency_penalty", "stop", "stream", "logit_bias")
@@ -51,12 +52,16 @@ class Served:
     Attributes:
         name: which requests give as `model`.
         source: as transformers takes it, a branch or commit behind an @.
-        options: of `dymu.apply`, with a budget.
+        budget: where a request has none.
+        counting: what a budget says.
+        options: of `dymu.apply`.
     """
 
     name: str
     source: str
     thresholds: Thresholds
+    budget: float | None
+    counting: Counting
     options: dict[str, Any]
     device: str
     dtype: str
@@ -93,7 +98,16 @@ class Manager(ModelManager):
 
     def _load_model(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._load_model(*args, **kwargs).eval()
-        self.handle = dymu.apply(model, self._served.thresholds, **self._served.options)
+        served = self._served
+        count = Count.of(served.counting, served.budget)
+        self.handle = dymu.apply(
+            model,
+            served.thresholds,
+            budget=count.budget,
+            at_most=count.at_most,
+            exactly=count.exactly,
+            **served.options,
+        )
         return model
 
     @staticmethod
@@ -104,7 +118,7 @@ class Manager(ModelManager):
 class Answering:
     """The model for one request: it generates with the request's budget, and counts the image tokens."""
 
-    def __init__(self, model: Any, handle: Handle, budget: float | None, seed: int | None) -> None:
+    def __init__(self, model: Any, handle: Handle, budget: Any, seed: int | None) -> None:
         self._model, self._handle, self._budget, self._seed = model, handle, budget, seed
         self.image_tokens: dict[str, int] = {}
 
@@ -116,9 +130,7 @@ class Answering:
         kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer  # by which strings that end an answer are found
         if self._seed is not None:
             torch.manual_seed(self._seed)
-        untouched = self._budget is None
-        if not untouched:
-            self._handle.set_budget(self._budget)
+        untouched = self._budget == UNTOUCHED
         original = int((kwargs["input_ids"] == resolve(self._model).placeholders["image"]).sum())
 
         def count() -> None:
@@ -132,7 +144,7 @@ class Answering:
                 end()
 
             streamer.end = counted_end
-        with self._handle.disabled() if untouched else contextlib.nullcontext():
+        with self._handle.disabled() if untouched else self._handle.at(self._budget):
             generated = self._model.generate(**kwargs)
         count()
         return generated
@@ -181,9 +193,16 @@ class Chat(ChatCompletionHandler):
             known["logit_bias"] = {number: float(bias) for number, bias in asked.logit_bias.items()}
         if asked.max_completion_tokens is not None:  # which older releases leave out
             known["max_tokens"] = asked.max_completion_tokens
-        budget = self._served.options["budget"] if asked.budget is None else asked.budget
-        self._budget = budget_of(budget, self._served.thresholds)
-        self._images = iter(await asyncio.to_thread(asked.images))
+        self._budget = asked.budget
+        for budget in asked.budget if isinstance(asked.budget, list) else [asked.budget]:
+            if budget is not None:
+                count_of(budget, self._served.thresholds, self._served.counting)
+        images = await asyncio.to_thread(asked.images)
+        if isinstance(asked.budget, list) and len(asked.budget) != len(images):
+            raise BadPrompt(
+                f"{len(asked.budget)} budgets were given for {len(images)} images: give one for each, or one for all."
+            )
+        self._images = iter(images)
         return await self.handle_request(known, request_id)
 
     def _streaming(

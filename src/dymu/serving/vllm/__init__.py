@@ -16,7 +16,8 @@ import msgspec
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from dymu.choices import IN_VLLM, Unmerge
+from dymu.choices import IN_VLLM, Counting, Unmerge
+from dymu.counts import Count
 from dymu.errors import DymuError, UnsupportedModel
 from dymu.families import vllm as families
 from dymu.families.resolve import resolve
@@ -87,6 +88,7 @@ def options(
     budget: int | float | None = None,
     unmerge: Unmerge = IN_VLLM[0],
     *,
+    counting: Counting = "mean",
     revision: str | None = None,
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM`, and of its engines, that let it serve a model with merged image tokens.
@@ -96,6 +98,7 @@ def options(
         thresholds: where they are, see `dymu.apply`.
         budget: where a request has none in `mm_processor_kwargs`, see `dymu.apply`.
         unmerge: see `dymu.choices.IN_VLLM`.
+        counting: what a budget says.
 
     Raises:
         UnsupportedModel: of a family that the plug-in does not serve.
@@ -115,9 +118,13 @@ def options(
     with torch.device("meta"):
         parts = resolve(AutoModelForImageTextToText.from_config(config))
     check_fits(calibrated, parts)
+    if counting == "mean" or budget is None:
+        budget = calibrated.tokens_for(budget)
+    Count.of(counting, budget).rule(calibrated)
     own = {
         "thresholds": msgspec.json.encode(calibrated).decode(),
-        "budget": calibrated.tokens_for(budget),
+        "budget": budget,
+        "counting": counting,
         "unmerge": unmerge,
     }
     front = Front(os.fspath(model), calibrated, unmerge, revision=revision)

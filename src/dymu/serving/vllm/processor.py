@@ -27,7 +27,7 @@ from vllm.multimodal.processing import (
 
 from dymu.errors import DymuError
 from dymu.media import images as media
-from dymu.serving.asked import budget_of
+from dymu.serving.asked import count_of
 from dymu.serving.front import Front, InPrompt
 from dymu.serving.vllm import room_for
 from dymu.thresholds import Thresholds
@@ -135,11 +135,11 @@ class Processor(BaseMultiModalProcessor[Info]):
             )
         images = list(hf_data["images"])
         try:
-            tokens = budget_of(budget, self.info.thresholds)
+            count = count_of(budget, self.info.thresholds, self.info.own["counting"])
             if all(isinstance(image, Blank) for image in images):
                 shown = [self._blank()] * len(images)
             else:
-                shown = self.info.front(images, tokens)
+                shown = self.info.front(images, count)
         except DymuError as error:
             raise ValueError(str(error)) from error
         return BatchFeature(
