@@ -138,7 +138,7 @@ def _torchvision() -> Any:
 
 
 def _tokenizer(more: Mapping[str, str]) -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<unk>", *"USER : ASSISTANT what is this ? a red cat".split()]  # noqa: SIM905
+    words = ["<pad>", "<unk>", *"USER : ASSISTANT what is this ? a red cat TILE_GLOBAL".split()]  # noqa: SIM905
     words += [f"word{i}" for i in range(len(words), min(_NAMES.values()))]
     words += [f"<{name}>" for name in sorted(_NAMES, key=_NAMES.__getitem__)]
     assert len(words) == VOCAB

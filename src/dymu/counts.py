@@ -22,7 +22,8 @@ class Count:
     """How many tokens images keep.
 
     Args:
-        budget: on average, see `Thresholds.tokens_for`; None: the only calibrated one, or that of `at_most`.
+        budget: on average, see `Thresholds.tokens_for`; None: the only calibrated one, or the one nearest to
+            `at_most`.
         per_second: tokens per second of video; None: every frame is merged by itself.
         at_most: what no image goes beyond; see `ThresholdMerge.at_most`.
         exactly: what every image keeps, in place of an average; see `FixedMerge.keep`.
@@ -71,7 +72,9 @@ class Count:
             schedule: Any = thresholds.schedule or "reverse_linear"
             fixed = FixedMerge(self.exactly, schedule, thresholds.merge_layers)
             return fixed, fixed.keep
-        budget = self.at_most if self.budget is None else self.budget
+        budget = self.budget
+        if budget is None and self.at_most is not None:
+            budget = thresholds.tokens_for(self.at_most, nearest=True)
         entry = thresholds.at(budget)
         over_time = None if self.per_second is None else thresholds.over_time_at(budget, self.per_second)
         rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames, over_time, self.at_most)

@@ -151,11 +151,14 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         """The calibrated budgets in image tokens, smallest first."""
         return [entry.budget for entry in self.calibrated]
 
-    def tokens_for(self, budget: int | float | None) -> float:
+    def tokens_for(self, budget: int | float | None, nearest: bool = False) -> float:
         """A budget in image tokens: an int or a number above 1 is one already, 0.15 is a fraction of the full count.
 
         Where images have different numbers of tokens (tiles, native resolution), it is the mean over images like those
         of calibration: others keep about the same fraction of theirs.
+
+        Args:
+            nearest: whether one outside the calibrated range is the nearest in it.
 
         Raises:
             BadBudget: outside the calibrated range, or missing where several are calibrated.
@@ -175,7 +178,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             # A fraction was rounded to whole tokens on calibration.
             near = min(self.budgets, key=lambda calibrated: abs(calibrated - tokens))
             tokens = near if abs(near - tokens) <= 0.5 else tokens
-        if not lowest - 0.5 <= tokens <= highest + 0.5:
+        if not (nearest and tokens > 0) and not lowest - 0.5 <= tokens <= highest + 0.5:
             asked = f"a budget of {budget:g} ({tokens:g} image tokens)"
             why = f"is outside {span}, the range of {self}; choose one within"
             if lowest == highest:

@@ -61,15 +61,15 @@ class ByImage(Reducer):
         return some
 
     def after_encoder(self, tokens: Tokens) -> Reduced | None:
-        return self._by_row(tokens, "after_encoder", lambda rule: rule.after_encoder)
+        return self._chosen(tokens, "after_encoder", lambda rule: rule.after_encoder)
 
     def in_prompt(self, tokens: Tokens) -> Reduced | None:
-        return self._by_row(tokens, "in_prompt", lambda rule: rule.in_prompt)
+        return self._chosen(tokens, "in_prompt", lambda rule: rule.in_prompt)
 
-    def _by_row(
+    def _chosen(
         self, tokens: Tokens, stage: Stage, method: Callable[[Reducer], Callable[[Tokens], Reduced | None]]
     ) -> Reduced | None:
         distinct = list(dict.fromkeys(self.rules))
         answers = [method(rule)(tokens) if rule.reduces(stage, tokens.shown) else None for rule in distinct]
-        rows = [distinct.index(self.rules[tokens.shown.item[first]]) for first in tokens.first[:-1]]
-        return tokens.by_row(answers, rows)
+        own = [distinct.index(self.rules[item]) for item in tokens.shown.item]
+        return tokens.chosen(answers, torch.tensor(own, device=tokens.picture.device))

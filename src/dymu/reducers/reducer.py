@@ -6,12 +6,11 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate
 from typing import Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dymu.errors import BadBudget, BadPrompt
 from dymu.merging import MergedTokens, PictureTokens
@@ -240,8 +239,7 @@ class Tokens:
     def by_picture(self) -> tuple[PictureTokens, Tensor, Tensor]:
         """The tokens picture by picture; their indices int64 [S] among the flattened [B * T] ones; and which of all
         pictures these are, int64 [pictures that have any]."""
-        of_row = torch.tensor(self.first[:-1], device=self.picture.device)[:, None]
-        picture = (of_row + self.picture.gather(1, self.map.first()))[self.present]
+        picture = self._pictures.gather(1, self.map.first())[self.present]
         index = self.present.flatten().nonzero()[:, 0]
         picture, order = picture.sort(stable=True)
         index = index[order]
@@ -270,8 +268,7 @@ class Tokens:
         short = left < due
         if not exactly or not bool(short.any()):
             return merged
-        rows = [bool(short[image[start:end]].any()) for start, end in pairwise(self.first)]
-        return self.by_row([merged, self._from_places(goal)], [int(row) for row in rows])
+        return self.chosen([merged, self._from_places(goal)], short[image].long())
 
     def _from_places(self, goal: Sequence[int]) -> Reduced:
         """The same from all N, were each a token of its own; those of one token, exactly alike, merge first."""
@@ -286,24 +283,35 @@ class Tokens:
             return Reduced(places, apart.features, of_places=True)
         return Reduced(places.then(merged.map), apart.features_of(merged), of_places=True)
 
-    def by_row(self, answers: Sequence[Reduced | None], chosen: Sequence[int]) -> Reduced | None:
-        """Of each row the chosen one of several answers, of which None reduces nothing."""
-        if all(answers[number] is None for number in chosen):
+    def chosen(self, answers: Sequence[Reduced | None], of_picture: Tensor) -> Reduced | None:
+        """For the tokens of each picture one of several answers.
+
+        Args:
+            answers: none of which joins tokens of several pictures; None reduces nothing.
+            of_picture: int64 [pictures], the answer for each.
+        """
+        if all(answer is None for answer in answers):
             return None
         places = any(answer is not None and answer.of_places for answer in answers)
         index = torch.arange(self.map.width, device=self.map.kept.device).where(self.present, -1)
         same = TokenMap(index, self.map.kept, self.map.width, padded=True)
         every = [answer or Reduced(same, self.features) for answer in answers]
-        maps = [self.map.then(one.map) if places and not one.of_places else one.map for one in every]
-        row = torch.arange(self.map.batch, device=index.device)
-        answer = torch.tensor(chosen, device=index.device)
-        kept = torch.stack([one.kept for one in maps])[answer, row]
-        width = max(int(kept.max()), 1)
-        merges = TokenMap(torch.stack([one.group for one in maps])[answer, row], kept, width, padded=True)
+        groups = [(self.map.then(one.map) if places and not one.of_places else one.map).group for one in every]
+        picture = self._pictures if places else self._pictures.gather(1, self.map.first())
+        starts = torch.tensor([0, *accumulate(one.map.width for one in every)], device=index.device)
+        answer = of_picture[picture]
+        label = torch.stack(groups).gather(0, answer[None])[0]
+        label = torch.where(label < 0, -1, label + starts[answer])
+        merges = TokenMap.from_leaders(leaders_of(label, int(starts[-1])))
         if all(one is None or one.features is None for one in answers):
             return Reduced(merges)
-        features = [pad(self.features_of(one), (0, 0, 0, max(width - one.map.width, 0)))[:, :width] for one in every]
-        return Reduced(merges, torch.stack(features)[answer, row], places)
+        features = torch.cat([self.features_of(one) for one in every], 1)
+        return Reduced(merges, take(features, label.gather(1, merges.first()).clamp(min=0)), places)
+
+    @cached_property
+    def _pictures(self) -> Tensor:
+        """int64 [B, N], the picture that each of the N shows, among all that are shown."""
+        return torch.tensor(self.first[:-1], device=self.picture.device)[:, None] + self.picture
 
     def joined(self, group: Tensor, index: Tensor, features: Tensor | None = None) -> Reduced:
         """Join the tokens `index`, see `by_picture`, that have the same group.
