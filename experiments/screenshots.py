@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -34,7 +34,7 @@ OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", 
 WINDOWS = ((1280, 800), (1440, 900), (390, 844), (1920, 1080))
 """Widths and heights, in pixels; the third is a phone's."""
 
-LEAST_WORDS = 30
+LEAST_WORDS = 60
 """A screenshot that shows fewer is passed over: nearly empty pages and frames."""
 
 Box = tuple[float, float, float, float]
@@ -106,8 +106,10 @@ FONTS = {
 }
 """What a page that asks for any sans serif, serif or fixed-width font gets: every second manual the second three."""
 
-FONT_PACKAGES = ("dejavu-core", "ebgaramond", "hack", "inconsolata", "lato", "liberation", "open-sans",
-                 "roboto-unhinted")  # fmt: skip
+FONT_PACKAGES = {
+    False: ("dejavu-core", "liberation", "roboto-unhinted"),
+    True: ("ebgaramond", "hack", "inconsolata", "lato", "open-sans"),
+}
 FAMILIES = (
     ("sans-serif", "Arial", "Helvetica", "Verdana", "system-ui"),
     ("serif", "Times New Roman", "Times", "Georgia"),
@@ -171,7 +173,7 @@ def screens(held_out: bool, count: int = 200) -> list[Screen]:
         bar = progress.add_task("screenshots", total=count)
         for k, manual in enumerate(manuals):
             if not all(path.exists() for path in paths[k :: len(manuals)]):
-                _render(manual, paths[k :: len(manuals)], FONTS[held_out][k % 2], lambda: progress.advance(bar))
+                _render(manual, paths[k :: len(manuals)], _fontconfig(held_out, k % 2), lambda: progress.advance(bar))
     return [_read(path) for path in paths]
 
 
@@ -180,8 +182,8 @@ def _read(path: Path) -> Screen:
         return Screen(image.convert("RGB"), [tuple(box) for box in json.loads(path.with_suffix(".json").read_text())])
 
 
-def _render(manual: Manual, paths: list[Path], fonts: tuple[str, ...], done: Any) -> None:
-    """Render screenshots of a manual; `done` is called after each."""
+def _render(manual: Manual, paths: list[Path], fonts: Path, done: Callable[[], None]) -> None:
+    """Render screenshots of a manual with the fonts of a configuration; `done` is called after each."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError as error:
@@ -189,7 +191,7 @@ def _render(manual: Manual, paths: list[Path], fonts: tuple[str, ...], done: Any
     if not CHROMIUM.exists():
         raise DymuError(f"screenshots take Debian's Chromium as {CHROMIUM}: `apt-get install chromium`.")
     with sync_playwright() as driver:
-        environment = {**os.environ, "FONTCONFIG_FILE": str(_fontconfig(fonts))}
+        environment = {**os.environ, "FONTCONFIG_FILE": str(fonts)}
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS, env=environment)
         page = browser.new_context(offline=True, color_scheme="light", locale="en-US").new_page()
         views = _views(page, manual.files())
@@ -217,17 +219,17 @@ def _views(page: Any, files: list[Path]) -> Iterator[tuple[bytes, list[Box]]]:
             yield page.screenshot(animations="disabled"), words
 
 
-def _fontconfig(fonts: tuple[str, ...]) -> Path:
-    """A file that lets Chromium see the pinned fonts alone."""
-    folders = [f"<dir>{debian_folder(f'fonts-{name}')}</dir>" for name in FONT_PACKAGES]
+def _fontconfig(held_out: bool, which: int) -> Path:
+    """A file that lets Chromium see the pinned fonts of a half alone."""
+    folders = [f"<dir>{debian_folder(f'fonts-{name}')}</dir>" for name in FONT_PACKAGES[held_out]]
     aliases = [
         f'<alias binding="same"><family>{family}</family><prefer><family>{font}</family></prefer></alias>'
-        for font, families in zip(fonts, FAMILIES, strict=True)
+        for font, families in zip(FONTS[held_out][which], FAMILIES, strict=True)
         for family in families
     ]
     cache = cache_root("experiments") / "fontconfig"
     cache.mkdir(exist_ok=True)
-    path = cache / f"{fonts[0].replace(' ', '-')}.conf"
+    path = cache / f"{'held-out' if held_out else 'calibration'}-{which}.conf"
     with whole_file(path) as partial:
         body = "".join([*folders, f"<cachedir>{cache}</cachedir>", *aliases])
         partial.write_text(f"<?xml version='1.0'?><fontconfig>{body}</fontconfig>", encoding="utf-8")
