@@ -169,11 +169,12 @@ def screens(held_out: bool, count: int = 200) -> list[Screen]:
     folder = cache_root("experiments") / "screenshots" / ("held-out" if held_out else "calibration")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{manuals[k % len(manuals)].name}-{k // len(manuals):03}.png" for k in range(count)]
-    with Progress(disable=all(path.exists() for path in paths)) as progress:
-        bar = progress.add_task("screenshots", total=count)
-        for k, manual in enumerate(manuals):
-            if not all(path.exists() for path in paths[k :: len(manuals)]):
-                _render(manual, paths[k :: len(manuals)], _fontconfig(held_out, k % 2), lambda: progress.advance(bar))
+    shares = [(k, paths[k :: len(manuals)]) for k in range(len(manuals))]
+    shares = [(k, share) for k, share in shares if not all(path.exists() for path in share)]
+    with Progress(disable=not shares) as progress:
+        bar = progress.add_task("screenshots", total=sum(len(share) for _, share in shares))
+        for k, share in shares:
+            _render(manuals[k], share, _fontconfig(held_out, k % 2), lambda: progress.advance(bar))
     return [_read(path) for path in paths]
 
 
