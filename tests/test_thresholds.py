@@ -76,7 +76,7 @@ def test_files_of_the_older_pairing_are_shown_and_not_applied_behind_a_class_tok
     encoder = msgspec.structs.replace(ENCODER, model_type=model.config.vision_config.model_type)
     thresholds(encoder=encoder).save(path)
     body = json.loads(path.read_text())
-    assert body["version"] == VERSION == 2
+    assert body["version"] == VERSION == 3
     path.write_text(json.dumps({**body, "version": 1}))
     old = Thresholds.load(path)
     assert old.per_layer(10) == [0.5, 0.6, 0.7]

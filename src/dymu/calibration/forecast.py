@@ -13,6 +13,9 @@ from dymu.media.features import NAMES
 FEWEST = 20
 """Images that a fit needs: of fewer, no residual has 95 of 100 below it."""
 
+ROUNDING = 1e-12
+"""A variance, or a squared deviation, that is none."""
+
 RIDGE = 1.0
 """Added to the sum of squares of each standardised feature, which is the number of images."""
 
@@ -39,14 +42,14 @@ def fit(
     full = np.asarray(tokens, dtype=np.float64)
     features = np.column_stack([np.asarray(measured, dtype=np.float64), np.log(full)])
     means, sds = features.mean(0), features.std(0)
-    sds[sds <= 1e-9 * np.maximum(np.abs(means), 1)] = 0.0
+    sds[np.square(sds) <= ROUNDING] = 0.0
     standardised = (features - means) / np.where(sds > 0, sds, np.inf)
     budgets = []
     for budget in sorted(kept):
         part = np.asarray(kept[budget], dtype=np.float64) / full
         intercept, slopes, left_out = ridge(standardised, np.log(part), RIDGE)
         fitted = intercept + standardised @ slopes
-        variance = float(np.square(np.log(part) - np.log(part).mean()).sum())
+        variance = float(np.log(part).var())
         budgets.append(
             BudgetForecast(
                 budget=budget,
@@ -54,7 +57,7 @@ def fit(
                 slopes=tuple(slopes.tolist()),
                 to_mean=math.log((part * full).sum() / (np.exp(fitted) * full).sum()),
                 to_reserve=float(np.sort(left_out)[math.ceil((count + 1) * COVERED) - 1]),
-                r2=1 - float(np.square(left_out).sum()) / variance if variance > 0 else None,
+                r2=1 - float(np.square(left_out).mean()) / variance if variance > ROUNDING else None,
             )
         )
     return Forecasts((*NAMES, LOG_TOKENS), tuple(means.tolist()), tuple(sds.tolist()), tuple(budgets))
