@@ -352,6 +352,7 @@ WRONG: dict[str, list[object]] = {
     **{f"over_time.{name}": ["a", None, True, -1, [1]] for name in ("budget", "per_second", "achieved", "seconds")},
     "over_time.threshold": ["a", None, True, [1]],
     "over_time.videos": ["a", None, True, 0, 1.5],
+    "forecasts": [1, "a", [], {}, {"features": ["a"]}],
     "model": [1, None, []],
     "image_tokens": ["a", True, -1, [1]],
     "images": ["a", True, 1.5, -1],
