@@ -24,7 +24,7 @@ import tiny
 from dymu.calibration.forecast import FEWEST, fit, ridge
 from dymu.calibration.images import share
 from dymu.errors import BadBudget, BadImage, BadThresholds, DymuError
-from dymu.forecast import BudgetForecast, Forecast, Forecasts
+from dymu.forecast import LEAST_SD, BudgetForecast, Forecast, Forecasts
 from dymu.media.features import NAMES, features
 from dymu.schedule import fewest, fewest_of_any
 from dymu.thresholds import Calibrated, Encoder, Thresholds
@@ -152,7 +152,7 @@ def test_a_line_without_noise_is_found() -> None:
         assert math.log(mean) == pytest.approx(log, abs=0.02)
         assert math.log(reserve) == pytest.approx(log, abs=0.02)
     assert made.budgets[0].r2 == pytest.approx(1, abs=1e-3)
-    assert made.sds[-1] == 0
+    assert made.sds[-1] < LEAST_SD
 
 
 def test_the_reserve_covers_new_draws_and_the_mean_is_a_mean() -> None:
@@ -292,6 +292,7 @@ def test_files_of_version_2_are_read_and_hold_none(tmp_path: Path) -> None:
     [
         ({"means": [1.0]}, "one mean, sd and slope"),
         ({"sds": [-1.0] * 8}, "sds"),
+        ({"means": [1e300] * 8}, "means"),
         ({"features": []}, "features"),
         ({"budgets": []}, "budgets"),
         ({"unheard_of": 1}, "unheard_of"),
@@ -348,12 +349,14 @@ def test_between_budgets_logarithms_are_interpolated(budget: float, shown: tuple
     assert low.reserve <= one.reserve <= high.reserve
 
 
-@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.floats(0, 1e6))
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.floats(0, 1e6), st.floats(0, 1e6))
 @settings(deadline=None, max_examples=50)
-def test_whatever_was_fitted_the_answer_stays_within_bounds(intercept: float, slope: float, more: float) -> None:
+def test_whatever_was_fitted_the_answer_stays_within_bounds(
+    intercept: float, slope: float, more: float, sd: float
+) -> None:
     names = (*NAMES, "log_tokens")
     entries = tuple(BudgetForecast(b, intercept, (slope,) * len(names), 0.0, more) for b in BUDGETS)
-    made = Forecasts(names, (0.0,) * len(names), (1.0,) * len(names), entries)
+    made = Forecasts(names, (0.0,) * len(names), (sd,) * len(names), entries)
     told = thresholds(forecasts=made).forecast(picture(0.7), 15)
     assert told.least <= told.expected <= told.most
     assert told.least <= told.reserve <= told.most
@@ -421,6 +424,16 @@ def test_pictures_come_in_every_form_and_bad_ones_are_refused(tmp_path: Path) ->
         made.forecast(image)
     with pytest.raises(BadBudget, match="outside 10 to 40"):
         made.forecast(image, 99)
+
+
+def test_the_demos_thresholds_hold_forecasts() -> None:
+    """Of features that are measured today."""
+    root = Path(__file__).parents[1]
+    demo = Thresholds.load(root / "models/demo")
+    simple, complex_ = (
+        demo.forecast(image, 0.3) for image in (Image.new("RGB", (224, 224)), root / "examples/photo.jpg")
+    )
+    assert 1 <= simple.expected < complex_.expected < complex_.reserve < 256
 
 
 # the command

@@ -18,6 +18,12 @@ COVERED = 0.95
 LOG_TOKENS = "log_tokens"
 """The last feature: the natural logarithm of the tokens of the untouched image."""
 
+LEAST_SD = 1e-6
+"""A feature whose standard deviation is not above it was the same for all, but for rounding."""
+
+Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+"""No logarithm, share or mean of such comes near the ends, and what is computed from them is finite."""
+
 
 class Forecast(msgspec.Struct, frozen=True):
     """Image tokens that a picture will keep, as budgets count them.
@@ -49,10 +55,10 @@ class BudgetForecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     budget: Annotated[float, msgspec.Meta(gt=0)]
-    intercept: float
-    slopes: tuple[float, ...]
-    to_mean: float
-    to_reserve: float
+    intercept: Number
+    slopes: tuple[Number, ...]
+    to_mean: Number
+    to_reserve: Number
     r2: Annotated[float, msgspec.Meta(le=1)] | None = None
 
 
@@ -61,7 +67,7 @@ class Forecasts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         features: names of the features of a picture, see `dymu.media.features`, and `LOG_TOKENS`.
-        means, sds: of each over the calibration images. One that was the same for all (an sd of 0) tells nothing.
+        means, sds: of each over the calibration images. One whose sd is not above `LEAST_SD` tells nothing.
         budgets: one entry per calibrated budget, smallest first.
 
     Raises:
@@ -69,8 +75,8 @@ class Forecasts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     features: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
-    means: tuple[float, ...]
-    sds: tuple[Annotated[float, msgspec.Meta(ge=0)], ...]
+    means: tuple[Number, ...]
+    sds: tuple[Annotated[float, msgspec.Meta(ge=0, le=1e6)], ...]
     budgets: Annotated[tuple[BudgetForecast, ...], msgspec.Meta(min_length=1)]
 
     def __post_init__(self) -> None:
@@ -89,7 +95,7 @@ class Forecasts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 the log of the budget.
         """
         pairs = zip(measured, self.means, self.sds, strict=True)
-        standardised = [(value - mean) / sd if sd > 0 else 0.0 for value, mean, sd in pairs]
+        standardised = [(value - mean) / sd if sd > LEAST_SD else 0.0 for value, mean, sd in pairs]
         lower = max((entry for entry in self.budgets if entry.budget <= budget), key=lambda entry: entry.budget)
         upper = min((entry for entry in self.budgets if entry.budget >= budget), key=lambda entry: entry.budget)
         part = 0.0

@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dymu.forecast import COVERED, LOG_TOKENS, BudgetForecast, Forecasts
+from dymu.forecast import COVERED, LEAST_SD, LOG_TOKENS, BudgetForecast, Forecasts
 from dymu.media.features import NAMES
 
 FEWEST = 20
 """Images that a fit needs: of fewer, no residual has 95 of 100 below it."""
-
-ROUNDING = 1e-12
-"""A variance, or a squared deviation, that is none."""
 
 RIDGE = 1.0
 """Added to the sum of squares of each standardised feature, which is the number of images."""
@@ -42,8 +39,7 @@ def fit(
     full = np.asarray(tokens, dtype=np.float64)
     features = np.column_stack([np.asarray(measured, dtype=np.float64), np.log(full)])
     means, sds = features.mean(0), features.std(0)
-    sds[np.square(sds) <= ROUNDING] = 0.0
-    standardised = (features - means) / np.where(sds > 0, sds, np.inf)
+    standardised = (features - means) / np.where(sds > LEAST_SD, sds, np.inf)
     budgets = []
     for budget in sorted(kept):
         part = np.asarray(kept[budget], dtype=np.float64) / full
@@ -57,7 +53,7 @@ def fit(
                 slopes=tuple(slopes.tolist()),
                 to_mean=math.log((part * full).sum() / (np.exp(fitted) * full).sum()),
                 to_reserve=float(np.sort(left_out)[math.ceil((count + 1) * COVERED) - 1]),
-                r2=1 - float(np.square(left_out).mean()) / variance if variance > ROUNDING else None,
+                r2=1 - float(np.square(left_out).mean()) / variance if variance > LEAST_SD**2 else None,
             )
         )
     return Forecasts((*NAMES, LOG_TOKENS), tuple(means.tolist()), tuple(sds.tolist()), tuple(budgets))
