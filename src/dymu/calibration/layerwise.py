@@ -188,7 +188,9 @@ class Run:
         for index, removed_here in enumerate(removed):
             due += pictures * removed_here  # what earlier layers could not remove is still among it
             edges = joined([batch.similarity.flatten() for batch in batches])
-            threshold, count = threshold_for(edges[edges.isfinite()], round(due) - merged, self._together)
+            threshold, count = NEVER, 0
+            if removed_here:
+                threshold, count = threshold_for(edges[edges.isfinite()], round(due) - merged, self._together)
             thresholds.append(threshold)
             merged += count
             if index + 1 < len(removed):
