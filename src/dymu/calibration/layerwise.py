@@ -189,7 +189,7 @@ class Run:
             due += pictures * removed_here  # what earlier layers could not remove is still among it
             edges = joined([batch.similarity.flatten() for batch in batches])
             threshold, count = NEVER, 0
-            if removed_here:
+            if removed_here > 1e-9:  # of a token; all are to stay
                 threshold, count = threshold_for(edges[edges.isfinite()], round(due) - merged, self._together)
             thresholds.append(threshold)
             merged += count
