@@ -19,6 +19,7 @@ from torch import Tensor
 from dymu.errors import BadPrompt, DymuError
 from dymu.families.resolve import Modality, Parts
 from dymu.hooks.cache import cache_bytes, history_of, untouched_bytes
+from dymu.hooks.focus import InFocus
 from dymu.item import Item
 from dymu.reducers import ByImage, Reducer, Shown
 from dymu.report import Report
@@ -247,6 +248,7 @@ class CallState(threading.local):
         turns: cosines and sines of their rotary angles, by kind, and
         wanted: int64 [B, k], those of which the last layer's output is asked for; None: all.
         rules: how images of this thread are reduced, all or each in its own way; None: as the handle says.
+        focus: what is in focus in them; None: as the handle says.
         images: how many images the running call has shown, ahead of its videos.
         last_logits: of how many last tokens the running forward was asked for logits; 0: of all.
     """
@@ -257,6 +259,7 @@ class CallState(threading.local):
         self.report: Report | None = None
         self._cache: weakref.ref[Any] | None = None
         self.rules: Reducer | tuple[Reducer, ...] | None = None
+        self.focus: InFocus | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -369,15 +372,17 @@ class CallState(threading.local):
         """
         rule = usual if self.rules is None else self.rules
         if isinstance(rule, tuple):
-            videos = (self.asked or Prompts({})).placeholders.get("video")
-            end = None
-            if not shown.video:
-                self.images = len(shown.items)
-                if videos is not None and bool(videos.any()):
-                    end = self.images
-            rule = ByImage(rule[self.images if shown.video else 0 : end])
+            rule = ByImage(rule[self.own(shown)])
         rule.check_shown(shown, range(len(shown.image_tokens)))
         return rule
+
+    def own(self, shown: Shown) -> slice:
+        """Which of what is said of each image of the running call, and then of each video, is of these."""
+        videos = (self.asked or Prompts({})).placeholders.get("video")
+        if shown.video:
+            return slice(self.images, None)
+        self.images = len(shown.items)
+        return slice(self.images if videos is not None and bool(videos.any()) else None)
 
     def by_image(self, how: str, counts: Sequence[int]) -> list[list[int]]:
         """The tokens of pictures, image by image.

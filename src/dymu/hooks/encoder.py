@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import avg_pool2d
 from dymu.errors import BadImage, UnsupportedModel
 from dymu.families.encoders import LoneEncoder
 from dymu.hooks.call import CallState, arguments_of
+from dymu.hooks.focus import InFocus
 from dymu.hooks.refusals import (
     drops_out,
     refuse_attention_weights,
@@ -24,7 +26,7 @@ from dymu.hooks.replaced import Method
 from dymu.hooks.trace import locations
 from dymu.item import Item
 from dymu.merging import MergedTokens, Pictures
-from dymu.reducers import Reducer, Shown, WholeRun
+from dymu.reducers import Focus, Reducer, Shown, WholeRun
 from dymu.token_map import TokenMap, leaders_of
 
 
@@ -39,6 +41,7 @@ class EncoderHooks:
 
     def __init__(self, parts: LoneEncoder, state: CallState, reducer: Reducer | None) -> None:
         self.parts, self.reducer, self._state = parts, reducer, state
+        self.focus: InFocus | None = None
 
     def encode(self, name: str, method: Method, *args: Any, **kwargs: Any) -> Any:
         """The encoder's method `name`, in which tokens merge.
@@ -107,7 +110,10 @@ class EncoderHooks:
             return locations(items_of(pictures, tokens, _colours(parts, pictures, pixels)), pictures)
 
         shown = Shown(_seen(parts, pictures, pixels), pictures.grids, single=True, video=False, find_location=location)
-        reducer = self._state.rule(reducer, shown)
+        reducer, focus = self._state.rule(reducer, shown), self._state.focus or self.focus
+        if focus is not None:
+            grids = focus.grids(shown, self._state.own(shown), pictures, False, parts.patch_sides)
+            reducer, shown = Focus(reducer, focus.inside), replace(shown, focus=grids)
         where = ""
         if reducer.reduces("in_prompt", shown):
             where = "in the prompt, which an encoder by itself has not"

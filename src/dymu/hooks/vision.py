@@ -14,6 +14,7 @@ from torch import Tensor
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import Modality, Parts, find
 from dymu.hooks.call import CallState, Features, Prompts, arguments_of, carry_items
+from dymu.hooks.focus import InFocus
 from dymu.hooks.probe import differ, mixing
 from dymu.hooks.refusals import (
     drops_out,
@@ -29,7 +30,7 @@ from dymu.hooks.replaced import Method
 from dymu.hooks.trace import locations, order_of, pictures_of, pixels_of, seen_by, trace
 from dymu.item import Item
 from dymu.merging import MergedTokens, Pictures
-from dymu.reducers import EncoderRun, Reducer, Shown, reduce_in_prompt
+from dymu.reducers import EncoderRun, Focus, Reducer, Shown, reduce_in_prompt
 from dymu.token_map import take
 
 
@@ -86,6 +87,7 @@ class VisionHooks:
 
     def __init__(self, parts: Parts, state: CallState, reducer: Reducer | None) -> None:
         self.parts, self.reducer, self._state = parts, reducer, state
+        self.focus: InFocus | None = None
         self._proved = False
 
     def into(self, parts: Parts) -> None:
@@ -180,7 +182,12 @@ class VisionHooks:
             )
         call.seen = seen_by(pictures, self.parts, pixels)
         shown = self._shown(call, pictures, pixels)
-        run = EncoderRun(self._state.rule(self.reducer, shown), max(call.layers), shown, pictures, call.dropped)
+        rule, focus = self._state.rule(self.reducer, shown), self._state.focus or self.focus
+        if focus is not None:
+            apart = self.parts.family.tells_images != "items"
+            grids = focus.grids(shown, self._state.own(shown), pictures, apart, self.parts.patch_sides)
+            rule, shown = Focus(rule, focus.inside), replace(shown, focus=grids)
+        run = EncoderRun(rule, max(call.layers), shown, pictures, call.dropped)
         call.run, pixels = run, run.pixels(pixels)
         if named is None:
             args = (pixels, *args[1:])
