@@ -22,22 +22,21 @@ from dymu.files import expanded
 from dymu.hooks.attention import NAME
 from dymu.hooks.call import PIXELS, Calls, CallState, refuse_merged_features
 from dymu.hooks.encoder import EncoderHooks
-from dymu.hooks.focus import InFocus, guarded, spec_of
+from dymu.hooks.focus import InFocus, spec_of
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.language import LanguageHooks
 from dymu.hooks.probe import check_layers
 from dymu.hooks.refusals import warn_of_hooks
 from dymu.hooks.replaced import Around, Method, Replaced, by_thread, config_view, refuse_copy
 from dymu.hooks.vision import VisionHooks
-from dymu.reducers import Reducer, Stage
+from dymu.media import masks
+from dymu.reducers import FixedMerge, Reducer, Stage
 from dymu.report import Report
 from dymu.thresholds import Encoder, Thresholds, beside
 from dymu.unmerging import check_backend
 
 _MARK = "_dymu_handle"
 _ABSENT = object()
-GUARDED = 0.5
-"""The budget by which text merges where it is guarded: at half of all tokens nearly every letter can be told apart."""
 _APPLYING = threading.Lock()
 
 
@@ -82,8 +81,8 @@ def apply(
             `pip install 'dymu[text]'`), `edges`, a box, boxes, points, a mask, or a function from a picture to a mask;
             a list has one for each image of a call. See `dymu.hooks.focus.spec_of`.
         focus_adds: whether tokens in focus never merge, and the others as without focus, so that more are kept.
-        guard: `text`: in pictures with print, its tokens merge as at a budget of half of all tokens, so that more are
-            kept; other pictures are as they were.
+        guard: `text`: pictures of writing and drawings, by a test of their pixels, keep no less than the budget's share
+            of their tokens, and their strokes merge last; other pictures are as they were.
         merge: another way to have fewer tokens instead of thresholds, such as `FixedMerge(keep=94)`.
         unmerge: of a language model, as are `backend` and `cache`. `exact`: it attends as if no token had been merged
             (VTU, paper section 3.2). `representative`: the same, but each merged token asks once, for one member of its
@@ -325,8 +324,19 @@ class Handle:
         self._set(Count(budget, per_second, at_most, exactly))
 
     def _set(self, count: Count) -> None:
-        self._vision.reducer, self._tokens = self._rule(count)
-        self._count = count
+        rule, tokens = self._rule(count)
+        if self._vision.focus is not None and self._vision.focus.least is not None:
+            self._vision.focus = replace(self._vision.focus, least=self._least(count))
+        self._vision.reducer, self._tokens, self._count = rule, tokens, count
+
+    def _least(self, count: Count) -> FixedMerge:
+        """What pictures keep at least that are guarded: the part of their tokens that the budget is of all."""
+        assert self._thresholds is not None
+        if count.exactly is not None:
+            raise BadFocus(
+                f"every image keeps exactly {count.exactly:g} tokens, so that none can keep more; leave guard out."
+            )
+        return count.fixed(self._thresholds)
 
     def _rule(self, count: Count) -> tuple[Reducer, float]:
         """See `Count.rule`."""
@@ -352,7 +362,7 @@ class Handle:
         elif self._thresholds is None:
             raise BadFocus("text is guarded by thresholds, and this model merges by a fixed rule; leave guard out.")
         else:
-            found = InFocus(guarded, Count(GUARDED).rule(self._thresholds)[0])
+            found = InFocus(masks.strokes, least=self._least(self._count))
         self._vision.focus = found
 
     @contextmanager

@@ -26,7 +26,7 @@ from dymu.hooks.replaced import Method
 from dymu.hooks.trace import locations
 from dymu.item import Item
 from dymu.merging import MergedTokens, Pictures
-from dymu.reducers import Focus, Reducer, Shown, WholeRun
+from dymu.reducers import Reducer, Shown, WholeRun
 from dymu.token_map import TokenMap, leaders_of
 
 
@@ -113,7 +113,7 @@ class EncoderHooks:
         reducer, focus = self._state.rule(reducer, shown), self._state.focus or self.focus
         if focus is not None:
             grids = focus.grids(shown, self._state.own(shown), pictures, False, parts.patch_sides)
-            reducer, shown = Focus(reducer, focus.inside), replace(shown, focus=grids)
+            reducer, shown = focus.around(reducer), replace(shown, focus=grids)
         where = ""
         if reducer.reduces("in_prompt", shown):
             where = "in the prompt, which an encoder by itself has not"

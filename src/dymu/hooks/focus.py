@@ -16,7 +16,7 @@ from dymu.errors import BadFocus
 from dymu.files import first_line
 from dymu.media import masks
 from dymu.merging import Pictures
-from dymu.reducers import Reducer, Shown
+from dymu.reducers import FixedMerge, Focus, Guard, Reducer, Shown
 
 LEAST_RANGE = 1.0
 """Of a processor's pixels, whose standard deviation is about 1, from black to white; pictures of less stay pale."""
@@ -26,8 +26,6 @@ Finder = Callable[[Image.Image], Any]
 
 PART = 0.1
 """Of a patch that must be in focus, at least, for the patch to be."""
-DENSE = 0.02
-"""Part of a picture that is print, at least, where text is guarded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +67,6 @@ class Regions:
 
 
 Spec = Finder | Regions | None
-
-
-def guarded(image: Image.Image) -> np.ndarray | None:
-    """Where text is in a picture that has enough of it; None: it has not."""
-    printed = masks.print_like(image) > 0.5
-    if printed.mean() < DENSE:
-        return None
-    return masks.text(image) if masks.detects_text() else printed.astype(np.float32)
 
 
 NAMED: dict[str, Finder] = {"text": masks.text, "edges": masks.edges}
@@ -138,10 +128,16 @@ class InFocus:
     Attributes:
         specs: one for all, or one for each.
         inside: see `Focus`.
+        least: see `Guard`, in place of `Focus`; None: that.
     """
 
     specs: Spec | tuple[Spec, ...]
     inside: Reducer | None = None
+    least: FixedMerge | None = None
+
+    def around(self, rule: Reducer) -> Reducer:
+        """The rule with this in focus."""
+        return Focus(rule, self.inside) if self.least is None else Guard(rule, self.least)
 
     def grids(
         self, shown: Shown, which: slice, pictures: Pictures, apart: bool, patch: tuple[int, int]

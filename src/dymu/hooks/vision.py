@@ -30,7 +30,7 @@ from dymu.hooks.replaced import Method
 from dymu.hooks.trace import locations, order_of, pictures_of, pixels_of, seen_by, trace
 from dymu.item import Item
 from dymu.merging import MergedTokens, Pictures
-from dymu.reducers import EncoderRun, Focus, Reducer, Shown, reduce_in_prompt
+from dymu.reducers import EncoderRun, Reducer, Shown, reduce_in_prompt
 from dymu.token_map import take
 
 
@@ -186,7 +186,7 @@ class VisionHooks:
         if focus is not None:
             apart = self.parts.family.tells_images != "items"
             grids = focus.grids(shown, self._state.own(shown), pictures, apart, self.parts.patch_sides)
-            rule, shown = Focus(rule, focus.inside), replace(shown, focus=grids)
+            rule, shown = focus.around(rule), replace(shown, focus=grids)
         run = EncoderRun(rule, max(call.layers), shown, pictures, call.dropped)
         call.run, pixels = run, run.pixels(pixels)
         if named is None:

@@ -8,6 +8,7 @@ from dymu.reducers.by_image import ByImage
 from dymu.reducers.dtome import ThresholdMerge
 from dymu.reducers.encoder_run import EncoderRun
 from dymu.reducers.focus import Focus
+from dymu.reducers.guard import Guard
 from dymu.reducers.keep import FixedKeep
 from dymu.reducers.prompt import picture_tokens, reduce_in_prompt, tokens_of
 from dymu.reducers.random_keep import RandomKeep
@@ -24,6 +25,7 @@ __all__ = [
     "FixedKeep",
     "FixedMerge",
     "Focus",
+    "Guard",
     "Pixels",
     "RandomKeep",
     "Reduced",
