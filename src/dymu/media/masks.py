@@ -20,9 +20,9 @@ FIELD = 8
 """Rows, and columns, of the fields over which ground is counted, in pixels."""
 GROUND = 0.4
 """Part of the pixels around a stroke that are ground."""
-DENSE = 0.01
-"""Part of a picture's pixels that end a stroke, times the square of the part that is ground: nine in ten pages and
-screenshots have more, also where they are too small to be read, and three in four photos less."""
+DENSE = 0.003
+"""Part of a picture's pixels that end a stroke, times the square of the part that is ground: nearly all pages and
+screenshots have more, also where they are too small to be read; photos that have more keep as many anyway."""
 
 LONGEST = 736
 """Pixels of the longer side of a picture that the detector gets."""
