@@ -1,7 +1,7 @@
-"""What a focus on text gives back of what merging costs reading, by the probe and the pages of `experiments.legibility`.
+"""What a focus on text gives back of what merging costs reading: the probe and the pages of `experiments.legibility`.
 
-`python -m experiments.legibility_focus` merges held-out pages at several budgets: by DToMe; and with as many tokens left
-of every page, with text in focus, which a detector or a test of the pixels finds, or whose patches are known exactly.
+`python -m experiments.legibility_focus` merges held-out pages at several budgets: by DToMe; and with as many tokens
+left of every page, with text in focus, which a detector or a test of the pixels finds, or whose patches are known.
 The detector needs `pip install 'dymu[text]'`.
 """
 
@@ -35,7 +35,8 @@ from experiments.legibility import (
     pages,
     train_probe,
 )
-from scenes import evaluation_pack, training_pack
+from scenes import evaluation_pack
+from training.vlm.base import training_pack
 
 BUDGETS = (0.5, 0.3, 0.2, 0.15, 0.1)
 

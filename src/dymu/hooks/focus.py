@@ -110,7 +110,8 @@ def spec_of(focus: Any) -> Spec:
         boxes = np.empty(0)
     if boxes.ndim != 2 or boxes.shape[1] not in (2, 4):
         raise BadFocus(
-            f"a focus is a box (left, top, right, bottom), points (x, y), a mask, a function or a name, not {focus!r}."
+            "a focus is a box (left, top, right, bottom), points (x, y), a mask, a function or a name, not "
+            f"{' '.join(repr(focus).split())[:80]}."
         )
     boxes = np.concatenate((boxes, boxes), 1) if boxes.shape[1] == 2 else boxes
     if not ((boxes >= 0) & (boxes <= 1)).all() or (boxes[:, :2] > boxes[:, 2:]).any():
