@@ -13,11 +13,11 @@ def test_lines_of_text_are_found_and_nothing_else() -> None:
     draw = ImageDraw.Draw(image)
     for line in range(3):
         draw.text((40, 40 + 40 * line), "a line of some words to be read", fill="black", font_size=24)
-    draw.ellipse((380, 220, 560, 380), fill="darkred")
+    draw.rectangle((0, 250, 600, 400), fill="darkred")
     assert masks.detects_text()
     found = masks.text(image)
     assert found.shape == (400, 600)
-    assert found[40:150, 40:330].mean() > 0.4
-    assert found[200:].mean() < 0.01
+    assert found[40:150, 40:330].mean() > 0.3
+    assert found[180:].mean() == 0
     assert masks.text(Image.new("RGB", (5, 3000), "grey")).shape == (3000, 5)
     assert not masks.text(Image.fromarray(np.zeros((9, 9), np.uint8))).any()
