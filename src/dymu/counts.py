@@ -83,8 +83,8 @@ class Count:
         Raises:
             BadBudget: it is not known how many tokens an image has.
         """
-        full = thresholds.image_tokens or (thresholds.encoder and thresholds.encoder.tokens)
-        if not full:
+        full = thresholds.full
+        if full is None:
             raise BadBudget(f"{thresholds} does not say how many tokens an image has; calibrate with `dymu calibrate`.")
         return _fixed(min(thresholds.tokens_for(self._mean(thresholds)) / full, 1.0), thresholds)
 

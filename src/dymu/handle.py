@@ -21,6 +21,7 @@ from dymu.families.resolve import Parts
 from dymu.files import expanded
 from dymu.hooks.attention import NAME
 from dymu.hooks.call import PIXELS, Calls, CallState, refuse_merged_features
+from dymu.hooks.drift import Drift
 from dymu.hooks.encoder import EncoderHooks
 from dymu.hooks.focus import InFocus, spec_of
 from dymu.hooks.generation import GenerationHooks
@@ -328,6 +329,15 @@ class Handle:
         if self._vision.focus is not None and self._vision.focus.least is not None:
             self._vision.focus = replace(self._vision.focus, least=self._least(count))
         self._vision.reducer, self._tokens, self._count = rule, tokens, count
+        self._calls.drift = self._drift(count)
+
+    def _drift(self, count: Count) -> Drift | None:
+        """None: nothing says how many tokens images keep on average."""
+        if self._thresholds is None or count.exactly is not None or count.at_most is not None:
+            return None
+        full = self._thresholds.full
+        entry = self._thresholds.at(count.budget)
+        return None if full is None else Drift(entry.budget / full, entry.sd and entry.sd / entry.budget)
 
     def _least(self, count: Count) -> FixedMerge:
         """What pictures keep at least that are guarded: the part of their tokens that the budget is of all."""

@@ -174,6 +174,11 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         return ""
 
     @property
+    def full(self) -> float | None:
+        """Tokens of an untouched image, on average over those of calibration; None where a file does not say."""
+        return self.image_tokens or (None if self.encoder is None else float(self.encoder.tokens))
+
+    @property
     def budgets(self) -> list[float]:
         """The calibrated budgets in image tokens, smallest first."""
         return [entry.budget for entry in self.calibrated]

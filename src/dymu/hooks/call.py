@@ -19,9 +19,10 @@ from torch import Tensor
 from dymu.errors import BadPrompt, DymuError
 from dymu.families.resolve import Modality, Parts
 from dymu.hooks.cache import cache_bytes, history_of, untouched_bytes
+from dymu.hooks.drift import Drift
 from dymu.hooks.focus import InFocus
 from dymu.item import Item
-from dymu.reducers import ByImage, Reducer, Shown
+from dymu.reducers import ByImage, EncoderRun, Focus, Guard, Reducer, Shown
 from dymu.report import Report
 from dymu.token_map import TokenMap
 from dymu.unmerging import History, leaders_within, place_leaders
@@ -199,6 +200,7 @@ class Calls:
         removed: whether it was.
         disabled: by thread, how many `handle.disabled()` it is in.
         newest: report of the newest call.
+        drift: of images from the tokens that they were calibrated to keep; None: they were not.
         warned: what was said once and needs no saying again.
     """
 
@@ -208,6 +210,7 @@ class Calls:
         self.closing = self.removed = False
         self.disabled = Counter[int]()
         self.newest = Report()
+        self.drift: Drift | None = None
         self.warned = set[str]()
 
 
@@ -375,6 +378,13 @@ class CallState(threading.local):
             rule = ByImage(rule[self.own(shown)])
         rule.check_shown(shown, range(len(shown.image_tokens)))
         return rule
+
+    def counted(self, run: EncoderRun) -> None:
+        """Report whether images keep as many tokens as they were calibrated to."""
+        usual = self.rules is None and not isinstance(run.reducer, Focus | Guard) and not run.shown.video
+        if self.calls.drift is not None and self.report is not None and usual and run.shown.counts:
+            kept = [length - run.protected for length in run.states[run.depth].layout.lengths]
+            self.report.drift = self.calls.drift.add(kept, run.shown.counts)
 
     def own(self, shown: Shown) -> slice:
         """Which of what is said of each image of the running call, and then of each video, is of these."""

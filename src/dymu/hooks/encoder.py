@@ -87,6 +87,7 @@ class EncoderHooks:
             covered = (rows * height / pixels.shape[-2], columns * width / pixels.shape[-1])
         seen_by_patch = _colours(parts, run.pictures, pixels)
         state.begin_report(items_of(run.pictures, run.map, seen_by_patch, covered, kept))
+        state.counted(run)
         return output
 
     def layer(self, index: int, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -150,6 +150,7 @@ class VisionHooks:
         self._prove(items, output.pooler_output)
         carry_items(output.pooler_output, items)
         state.encoded(modality, items, output.pooler_output)
+        state.counted(run)
         return output.to_tuple() if as_dict is False else output
 
     def _prove(self, items: Sequence[Item], features: Features) -> None:
