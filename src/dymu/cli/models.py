@@ -1,6 +1,7 @@
 """From a folder or a hub name to a model ready to be asked, and from a question to its prompt."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -140,6 +141,16 @@ def _demo_folder() -> Path:
 def demo_budget(budget: float | None, calibrated: Thresholds) -> float | None:
     """The budget for the demo model: as asked, else the only calibrated one, else `DEMO_BUDGET`."""
     return DEMO_BUDGET if budget is None and len(calibrated.budgets) > 1 else budget
+
+
+def some_budgets(calibrated: Thresholds, count: int) -> list[float]:
+    """So many of the calibrated budgets at which anything merges, or all where there are fewer, spread over their
+    range, smallest first."""
+    from dymu.media.frames import spread
+
+    merging = [entry.budget for entry in calibrated.calibrated if min((*entry.thresholds, *entry.images)) <= 1]
+    budgets = merging or calibrated.budgets
+    return [budgets[index] for index in spread([math.log(budget) for budget in budgets], count)]
 
 
 def beyond_the_demo(model: Named, shown: Path) -> bool:
