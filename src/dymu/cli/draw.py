@@ -28,8 +28,6 @@ from dymu.thresholds import Thresholds
 
 COLUMNS = 4
 """Budgets where none are named."""
-LONGEST = 4096
-"""Pixels of the sheet's longer side, at most."""
 
 
 @app_command(RUN, "dymu draw examples/photo.jpg examples/scene.png -o sheet.png")
@@ -80,7 +78,6 @@ def draw(
     budgets = [calibrated.tokens_for(one) for one in budget or _usual(calibrated, layers)]
     with out.during("loading torch and transformers"):
         quieten_transformers()
-        from dymu.media.contact_sheet import contact_sheet
         from dymu.survey import sheet
     with out.during(f"loading {named.name}"):
         loaded = models.load(named, device, dtype)
@@ -90,17 +87,12 @@ def draw(
                 drawn = sheet.by_layer(loaded.model, loaded.processor, calibrated, budgets[0], pictures)
             else:
                 drawn = sheet.by_budget(loaded.model, loaded.processor, calibrated, budgets, pictures)
-            wraps = layers and len(files) == 1
-            picture = contact_sheet(
-                [drawing for row in drawn for drawing, _, _ in row],
-                columns=None if wraps else len(drawn[0]),
-                labels=[
-                    f"{kept} of {original}, {_heading(layers, budgets, index)}"
-                    for row in drawn
-                    for index, (_, kept, original) in enumerate(row)
-                ],
-                longest=LONGEST,
-            )
+            headings = [_heading(layers, budgets, index) for index in range(len(drawn[0]))]
+            labels = [
+                [f"{kept} of {original}, {heading}" for (_, kept, original), heading in zip(row, headings, strict=True)]
+                for row in drawn
+            ]
+            picture = sheet.sheet([[drawing for drawing, _, _ in row] for row in drawn], labels)
     except ValueError as error:  # each patch is found in the image by its colours, and there may be none
         raise errors.BadOutput(f"what merged cannot be drawn: {errors.one_line(error)}.") from error
     write_whole(output, lambda partial: picture.save(partial))
@@ -116,7 +108,6 @@ def draw(
         "budgets": budgets,
         "images": rows,
     }
-    headings = [_heading(layers, budgets, index) for index in range(len(drawn[0]))]
     out.result(data, lambda: _for_people(rows, headings))
     out.wrote(output)
 

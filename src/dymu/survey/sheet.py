@@ -10,6 +10,7 @@ from PIL import Image
 
 from dymu.counts import Count
 from dymu.handle import apply
+from dymu.media.contact_sheet import GAP, contact_sheet
 from dymu.reducers import ThresholdMerge
 from dymu.report import Report
 from dymu.survey.encode import Encoder
@@ -17,6 +18,14 @@ from dymu.thresholds import Thresholds
 
 CELL = 672
 """Pixels of the longer side of a drawing, so that small images are shown as large as others."""
+LONGEST = 4096
+"""Pixels of the longer side of a sheet, at most."""
+NARROWEST = 64
+"""Pixels of the width of a drawing on a sheet, below which nothing can be seen."""
+IN_A_ROW = 5
+"""Drawings of a single row that stay in it."""
+_LABEL = 40
+"""More pixels than a label is high."""
 
 Drawn = tuple[Image.Image, int, int]
 """A drawing, the tokens kept, and all of them."""
@@ -63,6 +72,37 @@ def by_layer(
             for of_image, image in zip(drawn, images, strict=True):
                 of_image.append(_drawn(encoder([image])[0], image))
     return drawn
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[Sequence[str]]) -> Image.Image:
+    """Drawings in rows, all of one width, each with its label right below it; those of a single row in several rows
+    where they are many.
+
+    Args:
+        rows: of equal length. The drawings of a row have one size.
+
+    Raises:
+        ValueError: there is no room for so many.
+    """
+    if len(rows) == 1:
+        columns = len(rows[0]) if len(rows[0]) <= IN_A_ROW else None
+        return contact_sheet(rows[0], columns, labels[0], LONGEST)
+    across = (LONGEST - GAP) // len(rows[0]) - GAP
+    down = (LONGEST - len(rows) * (_LABEL + 2 * GAP)) / sum(row[0].height / row[0].width for row in rows)
+    width = min(CELL, across, int(down))
+    if width < NARROWEST:
+        raise ValueError(f"{len(rows)} rows of {len(rows[0])} do not fit on one sheet: give fewer images or budgets")
+    sheets = []
+    for row, texts in zip(rows, labels, strict=True):
+        height = max(round(row[0].height * width / row[0].width), 1)
+        sized = [drawing.resize((width, height), Image.Resampling.LANCZOS) for drawing in row]
+        sheets.append(contact_sheet(sized, len(row), texts, longest=LONGEST))
+    whole = Image.new("RGB", (sheets[0].width, sum(one.height for one in sheets)), "white")
+    top = 0
+    for one in sheets:
+        whole.paste(one, (0, top))
+        top += one.height
+    return whole
 
 
 def _drawn(report: Report, image: Image.Image) -> Drawn:
