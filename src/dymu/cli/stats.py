@@ -100,7 +100,7 @@ def stats(
                 for some in summary.extremes(SHOWN)
             )
     facts = {
-        "model": named.name,
+        "model": escaped(header.model) or named.name,
         "weights": f"{header.weights}, {header.dtype}",
         "thresholds": f"{calibrated.source} ({header.thresholds})",
         "budgets": ", ".join(f"{one:g}" for one in budgets),

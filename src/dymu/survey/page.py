@@ -16,6 +16,8 @@ from dymu.survey.svg import Chart
 
 THUMBNAIL = 320
 """Pixels of the longer side of a picture."""
+ROOM = 1.06
+"""How far beyond the largest value an axis goes."""
 POINTS = 4000
 """Dots of a chart at most, so that the page stays small."""
 BINS = 32
@@ -51,7 +53,7 @@ svg { width: 100%; height: auto; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--muted); }
 .axis { stroke: var(--muted); } .grid { stroke: var(--line); stroke-width: .7; }
 .bar { fill: var(--accent); } .bar:hover { fill: var(--second); }
-.dots { fill: none; stroke: var(--accent); stroke-width: 3.2; stroke-linecap: round; stroke-opacity: .4; }
+.dots { fill: none; stroke: var(--accent); stroke-width: 3.6; stroke-linecap: round; }
 .mean { stroke: var(--second); stroke-width: 1.5; } .equal { stroke: var(--second); stroke-width: 1.2; }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; }
 pre { background: var(--band); padding: .6rem .8rem; border-radius: .3rem; white-space: pre-wrap; margin: .3rem 0 .8rem; }
@@ -148,7 +150,7 @@ def _costs(summary: Summary) -> str:
         return [
             name,
             f"{costs.mean:,.1f} ± {costs.sd:,.1f}",
-            f"{costs.quantile:,.0f}",
+            f"{costs.quantile:,}",
             f"{costs.least:,}",
             f"{costs.most:,}",
             f"{costs.total:,}",
@@ -173,16 +175,15 @@ def _histogram(at: AtBudget) -> str:
     width = max(-(-high // BINS), 1)
     edges = np.arange(0, high + width, width)
     heights, _ = np.histogram(at.kept, edges)
-    chart = Chart((0, float(edges[-1])), (0, float(heights.max())), "tokens kept", "pictures")
+    chart = Chart((0, float(edges[-1])), (0, float(heights.max()) * ROOM), "tokens kept", "pictures")
     chart.bars(edges.tolist(), heights.tolist())
     chart.vertical(at.costs.mean, f"mean {at.costs.mean:,.1f}", "mean")
     return chart.svg(f"Histogram of tokens kept at a budget of {_number(at.budget)}")
 
 
 def _complexity(summary: Summary, at: AtBudget) -> str:
-    chart = Chart(
-        (0, float(summary.jpeg.max())), (0, float(at.kept.max())), "JPEG bytes per pixel", "tokens kept"
-    )
+    across, up = float(summary.jpeg.max()) * ROOM, float(at.kept.max()) * ROOM
+    chart = Chart((0, across), (0, up), "JPEG bytes per pixel", "tokens kept")
     some = _chosen(len(at.kept))
     chart.points(summary.jpeg[some].tolist(), at.kept[some].tolist())
     return chart.svg(f"Tokens kept at a budget of {_number(at.budget)} against JPEG bytes per pixel")
@@ -212,7 +213,7 @@ def _told(summary: Summary) -> str:
 
 def _expected(at: AtBudget) -> str:
     assert at.told is not None
-    most = float(max(at.kept.max(), at.told.expected.max()))
+    most = float(max(at.kept.max(), at.told.expected.max())) * ROOM
     chart = Chart((0, most), (0, most), "tokens expected", "tokens kept")
     some = _chosen(len(at.kept))
     chart.points(at.told.expected[some].tolist(), at.kept[some].tolist())

@@ -13,8 +13,9 @@ from dymu.evaluation.summary import share
 from dymu.survey.file import Row
 
 MOST = 0.95
-"""The quantile of what pictures cost."""
+"""The part of pictures that keep no more than their quantile."""
 Z = 1.96
+"""The normal quantile of a 95 % interval."""
 FEWEST = 10
 """Pictures below which a correlation says nothing."""
 
@@ -33,18 +34,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class Costs:
-    """Tokens of all pictures: their sum, and of one the mean, standard deviation, least, most and quantile `MOST`."""
+    """Tokens of all pictures: their sum, and of one the mean, standard deviation, least, most and what at least `MOST` of
+    them keep at most."""
 
     total: int
     mean: float
     sd: float
     least: int
-    quantile: float
+    quantile: int
     most: int
 
     @classmethod
     def of(cls, counts: np.ndarray) -> Costs:
-        quantile = float(np.quantile(counts, MOST))
+        quantile = int(np.quantile(counts, MOST, method="inverted_cdf"))
         return cls(
             int(counts.sum()), float(counts.mean()), float(counts.std()), int(counts.min()), quantile, int(counts.max())
         )
@@ -55,7 +57,7 @@ class Costs:
             "mean": round(self.mean, 2),
             "sd": round(self.sd, 2),
             "least": self.least,
-            "quantile_95": round(self.quantile, 1),
+            "quantile_95": self.quantile,
             "most": self.most,
         }
 
