@@ -19,6 +19,8 @@ handle = dymu.apply(model, thresholds, budget=0.3)
 captioner = Captioner(model, processor, handle, "What is this?", max_new_tokens=16)
 
 sources, _ = sources_in(Path(folder))
-rows = caption(lambda batches: map(captioner, batches), captioner.header(folder, thresholds, "exact"), sources, captions)
+rows = caption(
+    lambda batches: map(captioner, batches), captioner.header(folder, thresholds, "exact"), sources, captions
+)
 for row in rows.values():
     print(f"{row.image}: {row.error or row.caption} ({row.kept} of {row.original} image tokens)")

@@ -1,5 +1,5 @@
 """Ask about a video, and draw which patches of its frames merge:
-`python examples/video.py MODEL VIDEO [QUESTION] [SHEET.png]`, with a model that takes videos, which the demo does not."""
+`python examples/video.py MODEL VIDEO [QUESTION] [SHEET.png]`, with a model that takes videos (the demo takes none)."""
 
 import sys
 

@@ -59,8 +59,8 @@ def stats(
 ) -> None:  # fmt: skip
     """Tell how many image tokens pictures keep, what that costs, and which are simple or complex, on one HTML page.
 
-    Only the encoder runs. Counts are written beside the page, into a .jsonl of its name, and a run that was stopped goes
-    on where it was.
+    Only the encoder runs. Counts are written beside the page, into a .jsonl of its name, and a run that was stopped
+    goes on where it was.
     """
     out = Output(as_json)
     check_writable(output, "the page", (".html", ".htm"))

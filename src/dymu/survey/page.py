@@ -48,7 +48,8 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .85rem; line-height: 1.35; margin-top: .2rem; }
 figcaption b { color: var(--ink); font-weight: 600; }
-img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--band); border-radius: .3rem; display: block; }
+img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--band); border-radius: .3rem;
+  display: block; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--muted); }
 .axis { stroke: var(--muted); } .grid { stroke: var(--line); stroke-width: .7; }
@@ -56,7 +57,8 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--muted); }
 .dots { fill: none; stroke: var(--accent); stroke-width: 3.6; stroke-linecap: round; }
 .mean { stroke: var(--second); stroke-width: 1.5; } .equal { stroke: var(--second); stroke-width: 1.2; }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; }
-pre { background: var(--band); padding: .6rem .8rem; border-radius: .3rem; white-space: pre-wrap; margin: .3rem 0 .8rem; }
+pre { background: var(--band); padding: .6rem .8rem; border-radius: .3rem; white-space: pre-wrap;
+  margin: .3rem 0 .8rem; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .15rem 1rem; }
 dd { margin: 0; min-width: 0; }
 ul { padding-left: 1.2rem; }
@@ -100,8 +102,8 @@ def page(summary: Summary, simplest: Sequence[Thumbnail], most_complex: Sequence
         ),
         *_section(
             "Simple and complex pictures",
-            f"At a budget of {_number(summary.shown.budget)}. Every outlined patch is one token for the language model; "
-            "what merged has its mean colour.",
+            f"At a budget of {_number(summary.shown.budget)}. Every outlined patch is one token for the language "
+            "model; what merged has its mean colour.",
             *_pictures("Fewest tokens", simplest),
             *_pictures("Most tokens", most_complex),
         ),

@@ -34,8 +34,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class Costs:
-    """Tokens of all pictures: their sum, and of one the mean, standard deviation, least, most and what at least `MOST` of
-    them keep at most."""
+    """Tokens of all pictures: their sum, and of one the mean, standard deviation, least, most and the quantile `MOST`,
+    which is what one of them keeps."""
 
     total: int
     mean: float
@@ -167,8 +167,8 @@ class Summary:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> Interval | None:
-    """The rank correlation with the interval by Fisher's transformation (Bonett and Wright, 2000); None for few pictures,
-    or where one of the two is always the same."""
+    """The rank correlation with the interval by Fisher's transformation (Bonett and Wright, 2000); None for few
+    pictures, or where one of the two is always the same."""
     count = len(x)
     if count < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
