@@ -54,7 +54,7 @@ svg { width: 100%; height: auto; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--muted); }
 .axis { stroke: var(--muted); } .grid { stroke: var(--line); stroke-width: .7; }
 .bar { fill: var(--accent); } .bar:hover { fill: var(--second); }
-.dots { fill: none; stroke: var(--accent); stroke-width: 3.6; stroke-linecap: round; }
+.dots { fill: none; stroke: var(--accent); stroke-linecap: round; stroke-opacity: .75; }
 .mean { stroke: var(--second); stroke-width: 1.5; } .equal { stroke: var(--second); stroke-width: 1.2; }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; }
 pre { background: var(--band); padding: .6rem .8rem; border-radius: .3rem; white-space: pre-wrap;

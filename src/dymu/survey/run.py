@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -75,7 +76,9 @@ class Counter:
             if sum(image.width * image.height for image in held.values()) > PIXELS:
                 rows += self._counted(held)
                 held = {}
-        return rows + self._counted(held)
+        rows += self._counted(held)
+        _give_memory_back()
+        return rows
 
     def thumbnails(self, pictures: Sequence[tuple[Row, Path]], at: AtBudget) -> list[Thumbnail]:
         """Pictures with what merged at a budget drawn on them, or as they are where that cannot be; those that are gone
@@ -153,6 +156,14 @@ def survey(
                 file.add(row)
             bar.advance(todo, len(rows))
         return [file.rows[source.name] for source in sources]
+
+
+def _give_memory_back() -> None:
+    """Pictures keep numbers of tokens of their own, so that what their layers free leaves gaps of all sizes: where the C
+    library can, have it give these back. Without it 2,000 pictures of the demo model took 2.6 GiB."""
+    trim = getattr(ctypes.pythonapi, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _forecasts(thresholds: Thresholds, budget: float) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 340, 230
-LEFT, RIGHT, TOP, BOTTOM = 40, 12, 22, 38
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 22, 38
 """Margins around what is plotted."""
 
 Range = tuple[float, float]
@@ -41,10 +41,10 @@ class Chart:
             )
 
     def points(self, x: Sequence[float], y: Sequence[float]) -> None:
-        """Dots, the fainter the more they are; as one path, which is a tenth of the bytes of circles."""
-        opacity = min(max(16 / math.sqrt(len(x)), 0.2), 0.8)
+        """Dots, the smaller the more they are; as one path, which is a tenth of the bytes of circles."""
+        width = min(max(70 / math.sqrt(len(x)), 1.3), 4)
         path = "".join(f"M{self._across(a):.1f} {self._down(b):.1f}h0" for a, b in zip(x, y, strict=True))
-        self._marks.append(f'<path class="dots" style="stroke-opacity: {opacity:.2f}" d="{path}"/>')
+        self._marks.append(f'<path class="dots" stroke-width="{width:.1f}" d="{path}"/>')
 
     def line(self, start: tuple[float, float], end: tuple[float, float], kind: str) -> None:
         """A straight line, cut where the panel ends; `kind`: its class in the style sheet."""
