@@ -159,8 +159,8 @@ def survey(
 
 
 def _give_memory_back() -> None:
-    """Pictures keep numbers of tokens of their own, so that what their layers free leaves gaps of all sizes: where the C
-    library can, have it give these back. Without it 2,000 pictures of the demo model took 2.6 GiB."""
+    """Have the C library give freed memory back, where it can: each picture keeps another number of tokens, so that what
+    its layers free leaves gaps of all sizes. Without this, 2,000 pictures of the demo model took 2.6 GiB."""
     trim = getattr(ctypes.pythonapi, "malloc_trim", None)
     if trim is not None:
         trim(0)
