@@ -21,6 +21,8 @@ from dymu.schedule import fewest
 from dymu.thresholds import Thresholds, beside
 
 DEMO_BUDGET = 0.30
+MUCH = 0.85
+"""Part of all image tokens, above which a budget shows little."""
 CHECKOUT = Path(__file__).parents[3]
 EXAMPLES = CHECKOUT / "examples"
 """Pictures of things that the demo model knows."""
@@ -144,12 +146,13 @@ def demo_budget(budget: float | None, calibrated: Thresholds) -> float | None:
 
 
 def some_budgets(calibrated: Thresholds, count: int) -> list[float]:
-    """So many of the calibrated budgets at which anything merges, or all where there are fewer, spread over their
-    range, smallest first."""
+    """So many of the calibrated budgets at which much merges, or all where there are fewer, spread over their range,
+    smallest first."""
     from dymu.media.frames import spread
 
-    merging = [entry.budget for entry in calibrated.calibrated if min((*entry.thresholds, *entry.images)) <= 1]
-    budgets = merging or calibrated.budgets
+    encoder = calibrated.encoder
+    full = calibrated.image_tokens or (encoder.tokens if encoder is not None else math.inf)
+    budgets = [budget for budget in calibrated.budgets if budget <= MUCH * full] or calibrated.budgets
     return [budgets[index] for index in spread([math.log(budget) for budget in budgets], count)]
 
 
