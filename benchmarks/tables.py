@@ -46,7 +46,17 @@ PAGES = tuple(
         "models/vlm/README.md",
         *(
             f"docs/{page}.md"
-            for page in ("how-it-works", "evidence", "speed", "encoder", "memory", "families", "serving", "triton")
+            for page in (
+                "how-it-works",
+                "evidence",
+                "speed",
+                "encoder",
+                "memory",
+                "families",
+                "serving",
+                "triton",
+                "forecast",
+            )
         ),
         *(f"experiments/{page}.md" for page in ("saliency", "legibility")),
     )
@@ -517,6 +527,16 @@ def accuracy_by_kind() -> str:
     return _by_kind(EVALUATION)
 
 
+def forecast_times() -> str:
+    """How long a forecast takes, for a picture that is decoded and for a file."""
+    result = read(RESULTS / "forecast.json")
+    rows = [
+        [f"{row['width']:,} × {row['height']:,}", *(f"{row[name]:.1f} ms" for name in ("features_ms", "from_jpeg_ms"))]
+        for row in result["rows"]
+    ]
+    return markdown(["a photo of so many pixels", "decoded", "from a JPEG file"], rows) + made_by(result)
+
+
 def vlm_accuracy() -> str:
     """The same of the strong model."""
     return _by_kind(VLM)
@@ -542,7 +562,7 @@ FUNCTIONS = (
     kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, encoder,
     encoder_buckets, encoder_every, tiles, load, bench_gpu, gpu_prefill, gpu_decode, encoder_gpu, layer_prefill,
     layer_decode, memory, accuracy, accuracy_short, accuracy_by_kind, vlm_accuracy, forms, methods, dynamic,
-    schedules, costs_of_methods, *studies.FUNCTIONS,
+    schedules, costs_of_methods, forecast_times, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 

@@ -155,6 +155,27 @@ def forms_on_text() -> str:
     return markdown(header, rows) + made_by(result)
 
 
+def forecast() -> str:
+    """How well counts are told beforehand, by what was calibrated on and what is shown."""
+    result = read(RESULTS / "forecast.json")
+    cells: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["calibrated_on"], row["kind"]), {})[row["budget"]] = row
+    budgets = sorted({row["budget"] for row in result["rows"]})
+    rows = [
+        [calibrated_on, kind, *(_told(of_budget[budget]) if budget in of_budget else "" for budget in budgets)]
+        for (calibrated_on, kind), of_budget in sorted(cells.items(), key=lambda item: -len(item[1]))
+    ]
+    header = ["calibrated on", "shown", *(f"{budget} ({budget / result['full_tokens']:.0%})" for budget in budgets)]
+    return markdown(header, rows) + made_by(result)
+
+
+def _told(row: dict[str, Any]) -> str:
+    enough = row["enough"]
+    covered = f"{100 * enough['mean']:.0f} [{100 * enough['low']:.0f}, {100 * enough['high']:.0f}]"
+    return f"{row['r2']:.2f}; {covered}; {row['cost']:.2f} ({row['one_for_all']:.2f})"
+
+
 _KL = {"untouched": "KL(untouched ‖ exact)"}
 
 
@@ -164,5 +185,5 @@ def _nats(cell: dict[str, float]) -> str:
 
 FUNCTIONS = (
     forms_on_demo, forms_on_text, calibration_size, saliency, saliency_schedules, saliency_paired, legibility,
-    legibility_paired,
+    legibility_paired, forecast,
 )  # fmt: skip

@@ -713,6 +713,7 @@ finally:
         ("run --help", 0),
         ("families", 0),
         ("inspect {model}/thresholds.json", 0),
+        ("forecast {photo} --thresholds {model} -b 20", 1),
         ("report {root}/training/results/heldout.jsonl", 0),
         ("run nope.jpg x", 1),
         ("run {photo} x --model nope", 1),
@@ -772,7 +773,18 @@ def test_names_of_backends_are_those_that_there_are():
 def test_help_names_what_to_give_and_an_example(dymu_command):
     code, out, _ = dymu_command("--help")
     assert code == 0
-    commands = ("run", "check", "calibrate", "calibrate-videos", "inspect", "evaluate", "report", "bench", "families")
+    commands = (
+        "run",
+        "check",
+        "calibrate",
+        "calibrate-videos",
+        "inspect",
+        "forecast",
+        "evaluate",
+        "report",
+        "bench",
+        "families",
+    )
     assert all(group in out for group in ("Run and see", "Find thresholds", "Measure", "About"))
     for name in (*commands, "env"):
         assert name in out

@@ -76,7 +76,7 @@ def test_files_of_the_older_pairing_are_shown_and_not_applied_behind_a_class_tok
     encoder = msgspec.structs.replace(ENCODER, model_type=model.config.vision_config.model_type)
     thresholds(encoder=encoder).save(path)
     body = json.loads(path.read_text())
-    assert body["version"] == VERSION == 2
+    assert body["version"] == VERSION == 3
     path.write_text(json.dumps({**body, "version": 1}))
     old = Thresholds.load(path)
     assert old.per_layer(10) == [0.5, 0.6, 0.7]
@@ -352,6 +352,7 @@ WRONG: dict[str, list[object]] = {
     **{f"over_time.{name}": ["a", None, True, -1, [1]] for name in ("budget", "per_second", "achieved", "seconds")},
     "over_time.threshold": ["a", None, True, [1]],
     "over_time.videos": ["a", None, True, 0, 1.5],
+    "forecasts": [1, "a", [], {}, {"features": ["a"]}],
     "model": [1, None, []],
     "image_tokens": ["a", True, -1, [1]],
     "images": ["a", True, 1.5, -1],

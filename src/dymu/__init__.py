@@ -16,6 +16,7 @@ _NAMES = {
         *("DymuError", "UnsupportedCache", "UnsupportedModel"),
     ),
     "evaluation.run": ("evaluate",),
+    "forecast": ("Forecast",),
     "handle": ("Handle", "apply", "handle_of"),
     "reducers": ("FixedMerge", "Reducer"),
     "report": ("Report",),
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
     )
     from dymu.evaluation.run import evaluate
+    from dymu.forecast import Forecast
     from dymu.handle import Handle, apply, handle_of
     from dymu.measure.check import ModelCheck, check
     from dymu.reducers import FixedMerge, Reducer
@@ -59,6 +61,7 @@ __all__ = [
     "BadVideo",
     "DymuError",
     "FixedMerge",
+    "Forecast",
     "Handle",
     "ModelCheck",
     "Reducer",

@@ -24,6 +24,16 @@ def fewest(tokens: float, merging_layers: int, alike: bool = False) -> float:
     return left
 
 
+def fewest_of_any(tokens: int, merging_layers: int) -> int:
+    """The fewest of `tokens` tokens that thresholds leave of any one picture, with or without a class token.
+
+    It lies below `fewest`, which is of the mean: of an odd number up to one more than half may merge.
+    """
+    for _ in range(merging_layers):
+        tokens = max(tokens // 2, 1)
+    return tokens
+
+
 def _most(left: float, first: bool) -> float:
     return left / 2 if first else (left - 1) / 2
 

@@ -17,12 +17,14 @@ from typing import Annotated, Any
 
 import msgspec
 
-from dymu.errors import BadBudget, BadOutput, BadThresholds
+from dymu.errors import BadBudget, BadOutput, BadThresholds, DymuError
 from dymu.files import Count, decoded, escaped, expanded, first_line, whole_file
+from dymu.forecast import Forecast, Forecasts
+from dymu.schedule import fewest_of_any
 
 FORMAT = "dymu-thresholds"
-VERSION = 2
-"""1 counted pairs from behind class token and registers; 2 counts from the first token."""
+VERSION = 3
+"""1 counted pairs from behind class token and registers; 2 counts from the first token; 3 may hold forecasts."""
 FILE_NAME = "thresholds.json"
 """In a model's folder or hub repository."""
 _CHECKPOINTS = (".pth", ".pt")
@@ -102,6 +104,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         schedule: how merges spread over the layers.
         merge_layers: indices of the encoder layers that merge; None: all of them.
         over_time: one entry per budget and tokens per second, see `dymu.calibrate_videos`.
+        forecasts: what tells of a picture how many tokens it will keep, see `forecast`; None: too few images for it.
         model: the model's name or path at calibration.
         image_tokens: tokens of an untouched image, on average over the calibration images, where images are cut into
             tiles or have sizes of their own; None: every image is one picture, and all have as many.
@@ -111,7 +114,8 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         version: of the file format; files of an older one keep theirs.
 
     Raises:
-        ValueError: two entries of one budget, entries of different lengths, or `merge_layers` that no threshold is for.
+        ValueError: two entries of one budget, entries of different lengths, `merge_layers` that no threshold is for,
+            or forecasts for other budgets.
     """
 
     calibrated: Annotated[tuple[Calibrated, ...], msgspec.Meta(min_length=1)]
@@ -119,6 +123,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
     schedule: str = ""
     merge_layers: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] | None = None
     over_time: tuple[OverTime, ...] = ()
+    forecasts: Forecasts | None = None
     model: str = ""
     image_tokens: Positive | None = None
     images: Count | None = None
@@ -140,6 +145,8 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             raise ValueError("every budget in `calibrated` needs one threshold per merging layer")
         if max(self.merge_layers or (0,)) >= max(depths):
             raise ValueError(f"`merge_layers` are {list(self.merge_layers or ())}, not some of 0 to {max(depths) - 1}")
+        if self.forecasts is not None and [entry.budget for entry in self.forecasts.budgets] != self.budgets:
+            raise ValueError("`forecasts` need one entry for every budget in `calibrated`")
 
     @cached_property
     def source(self) -> str:
@@ -226,6 +233,66 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             images=between(lower.images, upper.images),
             frames=between(lower.frames, upper.frames),
         )
+
+    def forecast(self, image: Any, budget: int | float | None = None, *, tokens: Any = None) -> Forecast:
+        """How many image tokens a picture will keep, told from its pixels before any encoder runs.
+
+        Tokens are those that budgets count: newlines and other tokens that stand for themselves come on top.
+
+        Args:
+            image: a path, an image of Pillow, an array, bytes or a row of a data set, as `dymu.media.images.load` takes
+                it.
+            budget: see `tokens_for`; between two calibrated budgets the forecasts are interpolated.
+            tokens: image tokens of this picture with nothing merged, or the model's processor, which counts them.
+                Needed where images differ in that (tiles, native resolution).
+
+        Raises:
+            BadImage: the picture cannot be read.
+            BadBudget: see `tokens_for`.
+            BadThresholds: they hold no forecasts, or such of another version of dymu.
+            DymuError: `tokens` are missing, or neither a number above 0 nor a processor that counts.
+        """
+        from dymu.media.features import NAMES, features
+        from dymu.media.images import load
+
+        again = "calibrate again with at least 20 images (dymu calibrate)"
+        if self.forecasts is None:
+            raise BadThresholds(f"{self} holds no forecasts of what a picture keeps; {again}.")
+        if self.forecasts.features[:-1] != NAMES:
+            raise BadThresholds(f"{self} holds forecasts from features that this dymu does not measure; {again}.")
+        entry = self.at(budget)
+        pixels = load(image).image
+        most = self._untouched(tokens, pixels.size)
+        merging = sum(threshold <= 1 for threshold in (*entry.thresholds, *entry.images))
+        if self.image_tokens is None:
+            least = fewest_of_any(most, merging)
+        else:  # of its tiles and windows nothing is known here
+            least = 1 if merging else most
+        mean, reserve = self.forecasts.at((*features(pixels), math.log(most)), entry.budget)
+        return Forecast(
+            expected=min(max(mean * most, float(least)), float(most)),
+            reserve=min(max(math.ceil(reserve * most), least), most),
+            least=least,
+            most=most,
+        )
+
+    def _untouched(self, tokens: Any, size: tuple[int, int]) -> int:
+        """Tokens of a picture of a size (width, height) with nothing merged, see `forecast`."""
+        if tokens is None and self.image_tokens is None and self.encoder is not None:
+            return self.encoder.tokens
+        if tokens is None:
+            raise DymuError(
+                f"by {self} images differ in how many tokens they have: give tokens=, those of this one or the model's "
+                "processor, which counts them."
+            )
+        if count := getattr(tokens, "_get_num_multimodal_tokens", None):
+            (tokens,) = count(image_sizes=[size[::-1]])["num_image_tokens"]
+        if isinstance(tokens, bool) or not isinstance(tokens, numbers.Integral) or tokens < 1:
+            raise DymuError(
+                f"tokens are a whole number of at least 1, or a processor of transformers that counts those of an "
+                f"image, not {tokens!r}."
+            )
+        return int(tokens)
 
     def over_time_at(self, budget: int | float | None, per_second: int | float) -> float:
         """The similarity over time for so many tokens per second, at a calibrated budget; interpolated between those

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dymu.calibration import forecast
 from dymu.calibration.layerwise import Batch, Run, Sizes, summed_up
 from dymu.calibration.quantile import Alone, Together
 from dymu.calibration.samples import ImageSource, Samples, processor_of, transform_of, why_none
@@ -55,6 +56,9 @@ def calibrate(
     schedule asks for, they merge, and all go on to layer l + 1. So each budget is met on these images but for ties,
     and on others of their kind but for chance. It costs one forward pass of the merging layers per budget, of which
     the embedding and the first attention are shared; up to four where images are cut into tiles that hold padding.
+
+    Of 20 images or more it also fits what tells, from the pixels of a picture alone, how many tokens it will keep: see
+    `Thresholds.forecast`.
 
     Args:
         model: a transformers model of a described family, or a vision encoder by itself, with or without DyMU applied;
@@ -159,6 +163,7 @@ def share(
         slots = [batch.slots for batch in batches]
         if len(merging) > 1 or not sizes.plain:
             spare = [tuple(spill.slot(slot.capacity_bytes) for slot in of_batch) for of_batch in slots]
+        kept_of: dict[float, list[int]] = {}
         calibrated = []
         for target in merging:
             aim = sizes.per_picture(target)
@@ -182,8 +187,11 @@ def share(
                 with Spill(memory_limit_bytes) as room:
                     images_rounds, kept, frames_rounds = run.in_prompt(target, ended, thresholds[-1], sizes, room)
             calibrated.append(summed_up(target, thresholds, kept, images_rounds, frames_rounds))
+            kept_of[target] = kept
         if len(merging) < len(targets):
             calibrated.append(sizes.untouched(depth))
+            kept_of[calibrated[-1].budget] = sizes.counts
+        measured = together.gather([image.features for batch in batches for image in batch.images])
 
     found = Thresholds(
         calibrated=tuple(calibrated),
@@ -192,6 +200,7 @@ def share(
         merge_layers=None if merge_layers is None else merging_layers,
         model=name_of(model),
         image_tokens=None if sizes.alike and not parts.cuts_images else sizes.full,
+        forecasts=forecast.fit(measured, sizes.counts, kept_of),
         images=used,
         skipped=tuple(skipped),
         created=datetime.now(UTC).date().isoformat(),

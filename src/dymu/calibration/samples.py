@@ -24,6 +24,7 @@ from dymu.files import expanded, first_line
 from dymu.hooks import encoder
 from dymu.hooks.refusals import refuse_absent_patches, refuse_late_windows
 from dymu.hooks.trace import StandIn, pictures_of
+from dymu.media.features import features
 from dymu.media.images import in_folder, load
 from dymu.merging import Pictures
 from dymu.merging.encoder_layer import Angles
@@ -35,11 +36,12 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model's `get_image_features`, or the encoder itself, takes for one image, with `shape_only` pixels, and
-    the pictures that the encoder gets of it."""
+    """One image: what the model's `get_image_features`, or the encoder itself, takes for it, with `shape_only` pixels;
+    the pictures that the encoder gets of it; and what its own pixels are like, see `dymu.media.features`."""
 
     kwargs: dict[str, Any]
     pictures: Pictures
+    features: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -334,7 +336,7 @@ class Samples:
         kwargs["pixel_values"] = shape_only(*pixels.shape, device=pixels.device)
         windowed = [window is not None for window in windows] * (max(parts.feature_layers()) // len(windows))
         return Embedded(
-            images=[Inputs({key: _without_memory(value) for key, value in kwargs.items()}, pictures)],
+            images=[Inputs({key: _without_memory(value) for key, value in kwargs.items()}, pictures, features(image))],
             pictures=pictures,
             x=x,
             angles=others.get(parts.tower_kind.angles or ""),

@@ -14,6 +14,7 @@ from dymu.cli.check import check  # noqa: F401, isort: skip
 from dymu.cli.serve import serve, vllm  # noqa: F401, isort: skip
 from dymu.cli.caption import caption  # noqa: F401, isort: skip
 from dymu.cli.calibrate import calibrate, calibrate_videos  # noqa: F401, isort: skip
+from dymu.cli.forecast import forecast  # noqa: F401, isort: skip
 from dymu.cli.evaluate import evaluate, report  # noqa: F401, isort: skip
 from dymu.cli.bench import bench  # noqa: F401, isort: skip
 from dymu.cli.show import env, families, inspect  # noqa: F401, isort: skip

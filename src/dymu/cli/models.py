@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -177,18 +178,36 @@ def load(model: Named, device: str | None = None, dtype: str | None = None) -> L
         dtype: of the weights, by torch's name; None: as they are stored.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     where = device_named(device)
-    try:
-        processor = AutoProcessor.from_pretrained(model.source, revision=model.revision)
+    loaded_processor = processor(model)
+    with _said_of(model):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model.source, revision=model.revision, dtype=getattr(torch, dtype) if dtype else "auto"
         )
+    return Loaded(loaded.to(where).eval(), loaded_processor)
+
+
+def processor(model: Named) -> Any:
+    """Its processor alone."""
+    from transformers import AutoProcessor
+
+    with _said_of(model):
+        return AutoProcessor.from_pretrained(model.source, revision=model.revision)
+
+
+@contextmanager
+def _said_of(model: Named) -> Iterator[None]:
+    """Turns whatever loading raises into one sentence."""
+    try:
+        yield
     except (MemoryError, DymuError):
         raise
     except Exception as error:  # safetensors, tokenizers, json and the hub each raise their own
         if "torchvision" in str(error).lower():
+            import torch
+
             release = ".".join(torch.__version__.split(".")[:2])
             raise BadModel(
                 f"the processor of {model.name} needs torchvision, which is not installed, or not for this torch: "
@@ -197,7 +216,6 @@ def load(model: Named, device: str | None = None, dtype: str | None = None) -> L
         if isinstance(error, ImportError):
             raise BadModel(f"{model.name} needs a package that is missing ({one_line(error)}): install it.") from error
         raise _not_loaded(model.name, error) from error
-    return Loaded(loaded.to(where).eval(), processor)
 
 
 def device_named(device: str | None) -> Any:

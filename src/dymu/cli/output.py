@@ -191,6 +191,7 @@ def thresholds_for_people(data: dict[str, Any]) -> Iterator[Any]:
             "calibrated on": "not said"
             if data["images"] is None
             else f"{data['images']} images ({len(data['skipped'])} skipped)",
+            "forecasts": _about_forecasts(data["forecasts"]),
             "created": f"{data['created'] or 'not said'}, by dymu {data['dymu'] or '(not said)'}",
         }
     )
@@ -210,6 +211,14 @@ def thresholds_for_people(data: dict[str, Any]) -> Iterator[Any]:
     if data["over_time"]:
         yield ""
         yield from over_time_for_people(data["over_time"])
+
+
+def _about_forecasts(forecasts: dict[str, Any] | None) -> str:
+    """How well the counts of images left out of the fit were told, in words."""
+    if forecasts is None:
+        return "none"
+    known = [entry["r2"] for entry in forecasts["budgets"] if entry["r2"] is not None]
+    return f"R² {min(known):.2f} to {max(known):.2f} on images left out" if known else "every image keeps all"
 
 
 def over_time_for_people(entries: Sequence[dict[str, Any]]) -> Iterator[Any]:

@@ -283,24 +283,38 @@ def _prepare(image: Image.Image, name: str) -> LoadedImage:
     if isinstance(orientation, int) and orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
         notes.append("turned upright as its metadata says")
+    plain, remarks = _in_rgb(image, kind, name)
+    notes += remarks
+    plain.info.clear()  # or somebody turns it again, as the EXIF block says
+    return LoadedImage(plain, tuple(notes))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any size in RGB, as `load` makes it; a copy.
+
+    Raises:
+        BadImage: its colour mode is not known.
+    """
+    return _in_rgb(image, image.format, "this image")[0]
+
+
+def _in_rgb(image: Image.Image, kind: str | None, name: str) -> tuple[Image.Image, list[str]]:
+    """A copy in RGB, and notes on what was done."""
+    notes: list[str] = []
     if image.mode in _DEEP_MODES or image.mode.startswith("I;16"):
-        image, remarks = _scaled_to_8_bits(image, kind)
-        notes += remarks
+        image, notes = _scaled_to_8_bits(image, kind)
     elif image.has_transparency_data:
         image, seen = _on_white(image)
-        if seen:
-            notes.append("its transparent parts laid on white")
+        notes = ["its transparent parts laid on white"] * seen
     elif image.mode == "CMYK":
-        notes.append("converted from CMYK to RGB")
+        notes = ["converted from CMYK to RGB"]
     try:
         # A fresh copy: the caller's image is left alone and nothing of the file stays open.
-        plain = image.convert("RGB").copy()
+        return image.convert("RGB").copy(), notes
     except ValueError as error:
         raise BadImage(
             f"{name} has the colour mode {image.mode}, which cannot be converted: convert it to RGB first."
         ) from error
-    plain.info.clear()  # or somebody turns it again, as the EXIF block says
-    return LoadedImage(plain, tuple(notes))
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
