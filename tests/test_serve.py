@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
-from dymu.cli.serve import _listen
+from dymu.cli.serve import listen
 from dymu.errors import DymuError
 from dymu.media.images import load
 from dymu.prompting import generate, inputs_for
@@ -41,7 +41,7 @@ def url() -> Iterator[str]:
     thresholds = Thresholds.load(DEMO)
     options = {"unmerge": "exact", "cache": "merged"}
     served = Served("demo", str(DEMO), thresholds, 0.3, "mean", options, device="cpu", dtype="float32")
-    listening = _listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app_of(served), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -283,6 +283,6 @@ def test_vllm_with_room_for_no_image(
 
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(DymuError, match="choose another"):
-        _listen("127.0.0.1", taken.getsockname()[1])
+        listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(DymuError, match="cannot listen"):
-        _listen("no.such.host.invalid", 0)
+        listen("no.such.host.invalid", 0)

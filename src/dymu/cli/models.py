@@ -144,7 +144,12 @@ def demo_budget(budget: float | None, calibrated: Thresholds) -> float | None:
 
 def beyond_the_demo(model: Named, shown: Path) -> bool:
     """Whether the demo model is asked about a picture that is none of its examples."""
-    return Path(model.source).resolve() == _demo_folder().resolve() and EXAMPLES not in shown.resolve().parents
+    return is_the_demo(model) and EXAMPLES not in shown.resolve().parents
+
+
+def is_the_demo(model: Named) -> bool:
+    """Whether it is the demo model."""
+    return Path(model.source).resolve() == _demo_folder().resolve()
 
 
 def named(name: str, revision: str | None = None) -> Named:

@@ -242,18 +242,14 @@ def ask(
         raise DymuError("boxes on the picture cannot be kept from merging yet: take them away.")
     model, processor, handle = subject.model, subject.processor, subject.handle
     picture = look(subject, loaded, name)
-    asked = Asked(
-        picture, question, budget, forecast(subject, picture, budget), shown=as_jpeg_url(loaded.image, SHOWN)
-    )
+    asked = Asked(picture, question, budget, forecast(subject, picture, budget), shown=as_jpeg_url(loaded.image, SHOWN))
     inputs = inputs_for(model, processor, [([loaded.image], question)])
     check_length(model, inputs, "the picture")
     merged, report, watching = _merged(subject, inputs, budget)
     prompt = inputs["input_ids"].shape[1]
     groups = groups_of(report, watching, loaded.image, SHOWN)
     original = sum(report.original)
-    asked = replace(
-        asked, merged=merged, original=original, groups=groups, promise=promise(model, report, prompt)
-    )
+    asked = replace(asked, merged=merged, original=original, groups=groups, promise=promise(model, report, prompt))
     yield asked
     with handle.disabled():
         answer, stored = answered(model, processor, inputs)

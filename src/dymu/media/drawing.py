@@ -152,9 +152,7 @@ def likeness(image: Image.Image, fit: Fit, seen: Pixels) -> float:
     return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
 
 
-def recognise(
-    image: Image.Image, seen: Pixels, covered: tuple[float, float] = (1.0, 1.0)
-) -> tuple[Image.Image, Fit]:
+def recognise(image: Image.Image, seen: Pixels, covered: tuple[float, float] = (1.0, 1.0)) -> tuple[Image.Image, Fit]:
     """The RGB image and the way in which it was fitted; see `draw`, and what that raises."""
     pictures = [load(image).image]
     if image.mode != "RGB" or image.getexif():  # processors may convert in other ways, and do not turn pictures
