@@ -67,18 +67,18 @@ def demo(
     calibrated = named.thresholds(thresholds)
     at_first = _at_first(calibrated, budget)
     listening = listen(host, port)
-    with out.during("loading torch, transformers and Gradio"), tempfile.TemporaryDirectory(prefix="dymu-demo-") as kept:
+    with tempfile.TemporaryDirectory(prefix="dymu-demo-") as kept:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
         os.environ["GRADIO_TEMP_DIR"] = kept  # what visitors upload, until the page ends
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        quieten_transformers()
-        import uvicorn
+        with out.during("loading torch, transformers and Gradio"):
+            quieten_transformers()
+            import uvicorn
 
-        import dymu
-        from dymu.demo.asked import Subject
-        from dymu.demo.page import page
-        from dymu.demo.server import app_of
-
+            import dymu
+            from dymu.demo.asked import Subject
+            from dymu.demo.page import page
+            from dymu.demo.server import app_of
         with out.during(f"loading {named.name}"):
             loaded = models.load(named, device, dtype)
         # The dial goes through all budgets, and its words say that those between are interpolated.

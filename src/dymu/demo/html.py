@@ -84,7 +84,7 @@ def asked(subject: Subject, now: Asked, running: str = "") -> str:
     parts = [status(running) if running else '<p class="dymu-status dymu-done" role="status">Done.</p>']
     merged, untouched = now.merged, now.untouched
     if merged is not None:
-        parts.append(counts(now.original, merged.tokens, now.forecast))
+        parts.append(counts(now.original, merged.tokens, now.budget, now.forecast))
         parts.append(
             answers(None if untouched is None else untouched.answer, merged.answer, now.original, merged.tokens)
         )
@@ -102,17 +102,18 @@ def asked(subject: Subject, now: Asked, running: str = "") -> str:
 
 
 def section(title: str, inside: str) -> str:
-    return f'<section class="dymu-section"><h3>{text(title)}</h3>{inside}</section>'
+    return f'<section class="dymu-section"><h2>{text(title)}</h2>{inside}</section>'
 
 
-def counts(original: int, kept: int, told: Forecast | None = None) -> str:
+def counts(original: int, kept: int, budget: float | None = None, told: Forecast | None = None) -> str:
     """N → M."""
     forecast = "" if told is None else f" The forecast was {told.expected:.0f}, and {told.reserve:,} in reserve."
+    at = "" if budget is None else f", at a budget of {budget:g} on average"
     return (
         f'<div class="dymu-counts"><div class="dymu-big"><strong>{original:,}</strong> image tokens '
         f'<span aria-hidden="true">→</span><span class="dymu-aside">became</span> <strong>{kept:,}</strong></div>'
         f"{_meter(kept / max(original, 1), kept / max(original, 1))}"
-        f"<p>The language model reads {kept / max(original, 1):.0%} of them.{forecast}</p></div>"
+        f"<p>The language model reads {kept / max(original, 1):.0%} of them{at}.{forecast}</p></div>"
     )
 
 
@@ -125,10 +126,11 @@ def answers(untouched: str | None, merged: str, original: int, kept: int) -> str
         told = "Both answers are the same." if not differing else f"{differing} words differ, marked in both."
         told = told.replace("1 words differ", "1 word differs")
     cards = [
-        f'<div class="dymu-card"><h4>{title}</h4><p class="dymu-answer">{answer or "<em>(nothing)</em>"}</p></div>'
+        f'<div class="dymu-card"><h3>{title}</h3><p class="dymu-answer">{answer or "<em>(nothing)</em>"}</p></div>'
         for title, answer in zip((f"Untouched, {original:,} tokens", f"Merged, {kept:,} tokens"), marked, strict=True)
     ]
-    return f'<div class="dymu-answers">{"".join(cards)}</div><p class="dymu-told">{told}</p>'
+    title = '<h2 class="dymu-aside">Answers</h2>'
+    return f'{title}<div class="dymu-answers">{"".join(cards)}</div><p class="dymu-told">{told}</p>'
 
 
 def marked_words(before: str, after: str) -> tuple[str, str, int]:
@@ -154,7 +156,7 @@ def copyable(call: str, data: dict[str, Any]) -> str:
 
 def _copied(title: str, words: str) -> str:
     return (
-        f'<div class="dymu-copied"><div class="dymu-row"><h4>{title}</h4>'
+        f'<div class="dymu-copied"><div class="dymu-row"><h3>{title}</h3>'
         f'<button type="button" class="dymu-copy" aria-label="Copy: {title}">Copy</button></div>'
         f'<pre tabindex="0" role="region" aria-label="{title}"><code>{text(words)}</code></pre></div>'
     )
@@ -170,14 +172,17 @@ def drawn(groups: Groups, shown: str, name: str) -> str:
     several = [group for group in groups.groups if group.size > 1]
     single = len(groups.groups) - len(several)
     label = f"{len(groups.groups)} groups on {name}. Arrow keys go from group to group, the largest first."
-    lines = "".join(f"<li>{text(_sentence(about(group)))}.</li>" for group in several[:12])
-    return (
+    lines = "".join(f"<li>{text(_sentence(about(group)))}.</li>" for group in several[:8])
+    figure = (
         f'<figure class="dymu-figure"><svg class="dymu-groups" viewBox="0 0 {width} {height}" role="group" '
         f'aria-label="{text(label)}"><image href="{shown}" width="{width}" height="{height}" '
         f'preserveAspectRatio="none"/>{shapes}</svg><p class="dymu-tip" aria-hidden="true"></p>'
-        f"<figcaption>{len(several)} groups of several patches, filled with their mean colour, and {single} patches "
-        "that stand for themselves. Point at a group, or tab to the picture and use the arrow keys.</figcaption>"
-        f"<details><summary>The largest groups in words</summary><ol>{lines}</ol></details></figure>"
+        "<figcaption>Point at a group, or tab to the picture and use the arrow keys.</figcaption></figure>"
+    )
+    return (
+        f'<div class="dymu-split">{figure}<div class="dymu-words"><p>{len(several)} groups of several patches, filled '
+        f"with their mean colour, and {single} patches that stand for themselves. The largest groups:</p>"
+        f"<ol>{lines}</ol></div></div>"
     )
 
 
@@ -277,7 +282,7 @@ def _bars(title: str, bars: Sequence[tuple[str, float, str]], full: float) -> st
     lines = "".join(
         f'<tr><th scope="row">{name}</th><td class="dymu-track"><span aria-hidden="true" '
         f'class="dymu-bar {kinds.get(name, "dymu-measured")}" style="width:{100 * value / longest:.1f}%"></span></td>'
-        f'<td class="dymu-number">{said}</td><td class="dymu-number">{value / full if full else 0:.2f}</td></tr>'
+        f'<td class="dymu-number">{said}</td><td class="dymu-number">× {value / full if full else 0:.2f}</td></tr>'
         for name, value, said in bars
     )
     head = '<tr class="dymu-aside"><th scope="col">way</th><td></td><th scope="col">cost</th><th scope="col">part</th></tr>'

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,17 @@ def _several(payload: Any) -> list[Upload]:
     return [upload for file in files if (upload := _uploaded(file)) is not None]
 
 
-async def _no_addresses(path: str | None) -> str | None:
-    """In place of what fetches files by their addresses: a visitor could have the server ask anybody."""
-    if path is not None and "://" in path:
-        raise gr.Error("addresses are not followed: upload the file itself.")
-    return path
-
-
 def _receiving(component: Any, read: Callable[[Any], Any]) -> Any:
-    component.preprocess = read
-    component.async_move_resource_to_block_cache = _no_addresses
+    """A component that takes files as they are, and none by its address: a visitor could have the server ask anybody."""
+    keep = component.async_move_resource_to_block_cache
+
+    async def keep_files(path: str | None) -> str | None:
+        if path is not None and "://" in path:
+            raise gr.Error("addresses are not followed: upload the file itself.")
+        kept: str | None = await keep(path)
+        return kept
+
+    component.preprocess, component.async_move_resource_to_block_cache = read, keep_files
     return component
 
 
@@ -195,10 +197,10 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
     plot = gr.HTML(elem_id="dymu-plot")
 
     quietly = {"api_visibility": "private", "show_progress": "hidden", "concurrency_id": "look", "concurrency_limit": 4}
-    picture.change(lambda *given: _look(subject, *given), [picture, dial], [looked, told], **quietly)
-    dial.change(lambda *given: _forecast(subject, *given), [looked, dial], told, trigger_mode="always_last", **quietly)
+    picture.change(partial(_look, subject), [picture, dial], [looked, told], **quietly)
+    dial.change(partial(_forecast, subject), [looked, dial], told, trigger_mode="always_last", **quietly)
     gr.on(
-        [button.click, question.submit], lambda *given: _ask(subject, *given),
+        [button.click, question.submit], partial(_ask, subject),
         [picture, question, dial, history, boxes], [shown, plot, history],
         concurrency_id="model", concurrency_limit=1, api_visibility="private", show_progress="minimal",
         show_progress_on=[shown], trigger_mode="once",
@@ -296,7 +298,7 @@ def _video_tab(subject: Subject) -> None:
             button = gr.Button("Ask about the video", variant="primary")
     shown = gr.HTML()
     gr.on(
-        [button.click, question.submit], lambda *given: _ask_video(subject, *given), [film, question, frames, dial],
+        [button.click, question.submit], partial(_ask_video, subject), [film, question, frames, dial],
         shown, concurrency_id="model", concurrency_limit=1, api_visibility="private", show_progress="minimal",
     )  # fmt: skip
 
@@ -364,7 +366,7 @@ def _turns_tab(subject: Subject, examples: Sequence[Path]) -> None:
                 anew = gr.Button("Begin anew", min_width=120)
     shown = gr.HTML()
     gr.on(
-        [button.click, question.submit], lambda *given: _say(subject, *given),
+        [button.click, question.submit], partial(_say, subject),
         [picture, question, dial, share, before], [shown, before],
         concurrency_id="model", concurrency_limit=1, api_visibility="private", show_progress="minimal",
         show_progress_on=[shown],

@@ -30,7 +30,7 @@ class Series:
     Attributes:
         colour: as CSS writes it; empty: the page's accent.
         line: whether they are joined.
-        hollow: whether they are rings.
+        hollow: whether they are rings, and what joins them is dotted.
         level: whether the only dot is a line across all x.
     """
 
@@ -74,15 +74,16 @@ def plot(title: str, x_label: str, y_label: str, series: Sequence[Series], from_
     for one in series:
         drawn.append(_drawn(one, at_x, at_y))
     said = f"{title}. " + "; ".join(f"{one.name}: {len(one.dots)}" for one in series)
-    legend = "".join(
-        f'<li><span class="dymu-key{" dymu-ring" if one.hollow else ""}" style="{_style(one)}"></span>{text(one.name)}</li>'
-        for one in series
-        if one.dots
-    )
+    keys = "".join(f"<li>{_key(one)}{text(one.name)}</li>" for one in series if one.dots)
     return (
-        f'<figure class="dymu-figure dymu-plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(said)}">'
-        f'{"".join(drawn)}</svg><ul class="dymu-legend">{legend}</ul></figure>'
+        f'<figure class="dymu-figure dymu-plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{text(said)}">{"".join(drawn)}</svg><ul class="dymu-legend">{keys}</ul></figure>'
     )
+
+
+def _key(one: Series) -> str:
+    kind = " dymu-dash" if one.level else " dymu-ring" if one.hollow else ""
+    return f'<span class="dymu-key{kind}" style="{_style(one)}"></span>'
 
 
 def _drawn(one: Series, at_x: object, at_y: object) -> str:
@@ -94,7 +95,8 @@ def _drawn(one: Series, at_x: object, at_y: object) -> str:
         parts.append(f'<line class="dymu-line dymu-level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     elif one.line and len(one.dots) > 1:
         points = " ".join(f"{at_x(dot.x):.1f},{at_y(dot.y):.1f}" for dot in one.dots)
-        parts.append(f'<polyline class="dymu-line" points="{points}"/>')
+        dotted = " dymu-dotted" if one.hollow else ""
+        parts.append(f'<polyline class="dymu-line{dotted}" points="{points}"/>')
     for dot in () if one.level else one.dots:
         if dot.low is not None and dot.high is not None:
             parts.append(
@@ -103,8 +105,8 @@ def _drawn(one: Series, at_x: object, at_y: object) -> str:
             )
         kind = "dymu-dot dymu-hollow" if one.hollow else "dymu-dot"
         parts.append(
-            f'<circle class="{kind}" cx="{at_x(dot.x):.1f}" cy="{at_y(dot.y):.1f}" r="5"><title>{text(dot.about)}</title>'
-            "</circle>"
+            f'<circle class="{kind}" cx="{at_x(dot.x):.1f}" cy="{at_y(dot.y):.1f}" r="5">'
+            f"<title>{text(dot.about)}</title></circle>"
         )
     return f'<g style="{_style(one)}">{"".join(parts)}</g>'
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dymu.demo import html, plots
-from dymu.errors import BadImage, DymuError
+from dymu.errors import DymuError
 from dymu.evaluation.methods import METHODS, UNTOUCHED
 from dymu.evaluation.results import Results
 from dymu.evaluation.summary import ALL, RowSummary, summarise
@@ -41,7 +41,7 @@ def _of_file(path: Path, name: str) -> str:
     except OSError as error:
         raise BadResults(f"{name} is not here any more: choose it again.") from error
     if size > MOST_BYTES:
-        raise BadImage(
+        raise BadResults(
             f"{name} has more than the {MOST_BYTES // 2**20} MiB that this page reads: show it with dymu report."
         )
     results = Results.load(path)
@@ -85,5 +85,6 @@ def chart(summaries: list[RowSummary]) -> str:
             dots.append(plots.Dot(row.tokens_mean, 100 * share.mean, about, 100 * share.low, 100 * share.high))
         method = METHODS[rows[0].row.method]
         level = rows[0].row == UNTOUCHED
-        drawn.append(plots.Series(name, dots, "" if level else method.colour, line=True, level=level))
+        colour, plain = "" if level else method.colour, rows[0].row.unmerge == "none"
+        drawn.append(plots.Series(name, dots, colour, line=True, hollow=plain and not level, level=level))
     return plots.plot("Right answers against image tokens", "image tokens, mean", "right answers, %", drawn, False)

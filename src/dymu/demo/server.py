@@ -5,34 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 
 from dymu.demo.page import look_of_the_page
 
 LARGEST_UPLOAD = "100mb"
-HEADERS = {
+HEADERS = [
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
     # Whatever a library may come to ask for, the browser asks this server alone.
-    "Content-Security-Policy": (
-        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-        "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-        "connect-src 'self' data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    (
+        b"content-security-policy",
+        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        b"img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+        b"connect-src 'self' data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
     ),
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+]
 
 
-def app_of(blocks: gr.Blocks) -> FastAPI:
+def app_of(blocks: gr.Blocks) -> Any:
     """The app that serves the page at /."""
-    app = FastAPI(title="dymu demo", openapi_url=None)
-
-    @app.middleware("http")
-    async def _headers(request: Request, go_on: Any) -> Any:
-        response = await go_on(request)
-        response.headers.update(HEADERS)
-        return response
-
-    return gr.mount_gradio_app(
-        app, blocks, "/", footer_links=[], run_history=False, show_error=False, max_file_size=LARGEST_UPLOAD,
-        ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, **look_of_the_page(),
+    app = gr.mount_gradio_app(
+        FastAPI(title="dymu demo", openapi_url=None), blocks, "/", footer_links=[], run_history=False,
+        show_error=False, max_file_size=LARGEST_UPLOAD, ssr_mode=False, enable_monitoring=False, pwa=False,
+        mcp_server=False, **look_of_the_page(),
     )  # fmt: skip
+
+    async def with_headers(scope: Any, receive: Any, send: Any) -> None:
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                given = {name.lower() for name, _ in message["headers"]}
+                added = [(name, value) for name, value in HEADERS if name not in given]
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    return with_headers
