@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 collect_ignore_glob = [] if find_spec("playwright") and find_spec("gradio") else ["test_*.py"]
 
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 
 

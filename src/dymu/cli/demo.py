@@ -24,6 +24,7 @@ from dymu.cli.app import (
 )
 from dymu.cli.output import Output
 from dymu.cli.serve import in_url, listen, warn_of_others
+from dymu.errors import DymuError
 
 SAMPLES = ("photo.jpg", "pyramid.jpg", "scene.png")
 
@@ -112,5 +113,5 @@ def _at_first(calibrated: Any, budget: float | None) -> float:
         return float(calibrated.tokens_for(budget))
     try:
         return float(calibrated.tokens_for(models.DEMO_BUDGET))
-    except errors.DymuError:
+    except DymuError:
         return float(calibrated.budgets[len(calibrated.budgets) // 2])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image
 from dymu.demo.groups import Groups, Watching, groups_of
 from dymu.errors import BadImage, BadPrompt, BadThresholds, DymuError
 from dymu.families.resolve import resolve
+from dymu.files import shortened
 from dymu.forecast import Forecast
 from dymu.handle import Handle
 from dymu.hooks.cache import cache_bytes
@@ -32,7 +35,9 @@ Box = tuple[float, float, float, float]
 """Left, top, right and bottom, in widths and heights of the picture."""
 
 FOCUS = False
-"""Whether boxes on the picture may say where fewer tokens merge. The library cannot do it yet."""
+"""Whether the page lets visitors draw boxes in which fewer tokens merge. The library cannot do it yet; once it can,
+`_merged` takes them."""
+MOST_BOXES = 16
 
 MAX_PIXELS = 50_000_000
 """Of a picture on the page; several visitors may decode one at a time."""
@@ -224,6 +229,29 @@ def check_asked(subject: Subject, question: str) -> str:
     return question
 
 
+def boxes_of(words: str) -> list[Box]:
+    """One box a line: left, top, right and bottom, from 0 to 1.
+
+    Raises:
+        BadPrompt: a line is none, or there are too many.
+    """
+    boxes = list[Box]()
+    for line in filter(None, map(str.strip, words.splitlines())):
+        try:
+            left, top, right, bottom = (float(part) for part in re.split(r"[,\s]+", line))
+        except ValueError:
+            left = top = right = bottom = math.nan
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise BadPrompt(
+                f"{shortened(line)!r} is no box: write left, top, right and bottom in parts of the picture, such as "
+                "0.1, 0.2, 0.5, 0.6."
+            )
+        boxes.append((left, top, right, bottom))
+    if len(boxes) > MOST_BOXES:
+        raise BadPrompt(f"{len(boxes)} boxes are more than {MOST_BOXES}: take some away.")
+    return boxes
+
+
 def ask(
     subject: Subject, loaded: images.LoadedImage, name: str, question: str, budget: float, boxes: Sequence[Box] = ()
 ) -> Iterator[Asked]:
@@ -238,14 +266,12 @@ def ask(
         DymuError: it cannot be asked so.
     """
     question = check_asked(subject, question)
-    if boxes:
-        raise DymuError("boxes on the picture cannot be kept from merging yet: take them away.")
     model, processor, handle = subject.model, subject.processor, subject.handle
     picture = look(subject, loaded, name)
     asked = Asked(picture, question, budget, forecast(subject, picture, budget), shown=as_jpeg_url(loaded.image, SHOWN))
     inputs = inputs_for(model, processor, [([loaded.image], question)])
     check_length(model, inputs, "the picture")
-    merged, report, watching = _merged(subject, inputs, budget)
+    merged, report, watching = _merged(subject, inputs, budget, boxes)
     prompt = inputs["input_ids"].shape[1]
     groups = groups_of(report, watching, loaded.image, SHOWN)
     original = sum(report.original)
@@ -266,8 +292,12 @@ def ask(
     )
 
 
-def _merged(subject: Subject, inputs: dict[str, Any], budget: float) -> tuple[Side, Report, Watching]:
+def _merged(
+    subject: Subject, inputs: dict[str, Any], budget: float, boxes: Sequence[Box]
+) -> tuple[Side, Report, Watching]:
     """The answer with merged tokens."""
+    if boxes:
+        raise DymuError("tokens cannot be told to merge less in some boxes yet: take the boxes away.")
     handle = subject.handle
     with handle.at(budget), Watching.of(handle) as watching:
         answer, stored = answered(subject.model, subject.processor, inputs)
@@ -291,7 +321,7 @@ def promise(model: Any, report: Report, prompt: int) -> Promise:
     entering = sum(item.shown[0, 0].numel() * item.pictures for item in report.items)
     left = [entering, *map(sum, report.layers)]
     # Half of a layer, its attention, comes ahead of the merge; layers that are not read do not run.
-    through = sum(before + after for before, after in zip(left, left[1:], strict=False)) / 2
+    through = sum(before + after for before, after in pairwise(left)) / 2
     language = parts.language_model
     weights = sum(parameter.nbytes for parameter in language.parameters())
     return Promise(

@@ -9,16 +9,13 @@ from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
+from dymu.demo.asked import Asked, Promise, Subject, as_json, command
 from dymu.demo.groups import IN_PROMPT, Group, Groups
 from dymu.forecast import Forecast
 from dymu.measure.times import Times
 
-from dymu.demo.asked import Asked, Promise, Subject, as_json, command  # isort: skip
-
 _TEMPLATE = {ord("$"): "&#36;", ord("{"): "&#123;", ord("}"): "&#125;", ord("`"): "&#96;"}
 """What Gradio's own templates would read."""
-MOST_WORDS = 400
-"""Of an answer, for which the words that differ are marked."""
 
 
 def text(value: object) -> str:
@@ -120,14 +117,15 @@ def counts(original: int, kept: int, budget: float | None = None, told: Forecast
 def answers(untouched: str | None, merged: str, original: int, kept: int) -> str:
     """Both answers, the words in which they differ marked."""
     if untouched is None:
-        marked, told = (text("…"), text(merged)), "The untouched model is still answering."
+        before, after, told = "…", text(merged), "The untouched model is still answering."
     else:
-        *marked, differing = marked_words(untouched, merged)
-        told = "Both answers are the same." if not differing else f"{differing} words differ, marked in both."
-        told = told.replace("1 words differ", "1 word differs")
+        before, after, differing = marked_words(untouched, merged)
+        told = {0: "Both answers are the same.", 1: "One word differs, marked in both."}.get(
+            differing, f"{differing} words differ, marked in both."
+        )
     cards = [
         f'<div class="dymu-card"><h3>{title}</h3><p class="dymu-answer">{answer or "<em>(nothing)</em>"}</p></div>'
-        for title, answer in zip((f"Untouched, {original:,} tokens", f"Merged, {kept:,} tokens"), marked, strict=True)
+        for title, answer in ((f"Untouched, {original:,} tokens", before), (f"Merged, {kept:,} tokens", after))
     ]
     title = '<h2 class="dymu-aside">Answers</h2>'
     return f'{title}<div class="dymu-answers">{"".join(cards)}</div><p class="dymu-told">{told}</p>'
@@ -135,7 +133,7 @@ def answers(untouched: str | None, merged: str, original: int, kept: int) -> str
 
 def marked_words(before: str, after: str) -> tuple[str, str, int]:
     """Two texts as HTML, words of the first alone in <del> and of the second alone in <ins>; and how many these are."""
-    first, second = (re.findall(r"\S+", words)[:MOST_WORDS] for words in (before, after))
+    first, second = (words.split() for words in (before, after))
     left, right, differing = list[str](), list[str](), 0
     for what, a, b, c, d in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
         ours, theirs = text(" ".join(first[a:b])), text(" ".join(second[c:d]))
@@ -261,11 +259,10 @@ def costs(
             rows.append(_bars(title, [(name, value, f"{value:.1f} ms") for name, value in bars], before))
     else:
         rows.append(hint("Times come last: each way is run a few times in turn."))
-    if stored[0] is not None and stored[1] is not None:
-        bars_of_cache = [
-            (name, float(size), _size(size)) for name, size in zip(("untouched", "merged"), stored, strict=True)
-        ]
-        rows.append(_bars("KV cache", bars_of_cache, float(stored[0])))
+    all_bytes, fewer_bytes = stored
+    if all_bytes is not None and fewer_bytes is not None:
+        sizes = (("untouched", all_bytes), ("merged", fewer_bytes))
+        rows.append(_bars("KV cache", [(name, size, _size(size)) for name, size in sizes], all_bytes))
     note = (
         "Promised: the untouched time, times the part of the tokens that are left in the encoder's layers and in the "
         "prompt, and of the bytes read for one more token. On a small model most of the time is spent on other things "
@@ -285,7 +282,8 @@ def _bars(title: str, bars: Sequence[tuple[str, float, str]], full: float) -> st
         f'<td class="dymu-number">{said}</td><td class="dymu-number">× {value / full if full else 0:.2f}</td></tr>'
         for name, value, said in bars
     )
-    head = '<tr class="dymu-aside"><th scope="col">way</th><td></td><th scope="col">cost</th><th scope="col">part</th></tr>'
+    names = "".join(f'<th scope="col">{name}</th>' for name in ("way", "bar", "cost", "part"))
+    head = f'<tr class="dymu-aside">{names}</tr>'
     return (
         f'<table class="dymu-bars"><caption>{text(title)}</caption><thead>{head}</thead><tbody>{lines}</tbody></table>'
     )
@@ -295,21 +293,19 @@ def _size(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
 
 
-def table(caption: str, header: Sequence[str], lines: Sequence[Sequence[object]], hidden: bool = False) -> str:
+def table(caption: str, header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     """A table that scrolls by itself where it is too wide."""
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in header)
     body = "".join(
-        "<tr>"
-        + "".join(
-            f'<th scope="row">{text(cell)}</th>' if index == 0 else f"<td>{text(cell)}</td>"
-            for index, cell in enumerate(line)
-        )
-        + "</tr>"
-        for line in lines
+        "<tr>" + _cell(line[0], 'th scope="row"', "th") + "".join(map(_cell, line[1:])) + "</tr>" for line in lines
     )
-    kind = ' class="dymu-aside"' if hidden else ""
     return (
         f'<div class="dymu-scroll" tabindex="0" role="region" aria-label="{text(caption)}">'
-        f'<table class="dymu-table"><caption{kind}>{text(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f'<table class="dymu-table"><caption>{text(caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _cell(value: object, begin: str = "td", end: str = "td") -> str:
+    number = ' class="dymu-number"' if re.match(r"[-+–\d]", str(value)) else ""
+    return f"<{begin}{number}>{text(value)}</{end}>"

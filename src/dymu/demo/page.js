@@ -55,4 +55,50 @@
     }
     setTimeout(() => (button.textContent = "Copy"), 1500);
   });
+
+  // Boxes, where the page takes them: a drag on the picture writes a line of parts of it.
+  let drag = null;
+  const partOf = (event, image) => {
+    // The picture fits into its element as a whole.
+    const box = image.getBoundingClientRect();
+    const scale = Math.min(box.width / image.naturalWidth, box.height / image.naturalHeight);
+    const [wide, high] = [image.naturalWidth * scale, image.naturalHeight * scale];
+    const within = (value) => Math.min(Math.max(value, 0), 1);
+    return [
+      within((event.clientX - box.left - (box.width - wide) / 2) / wide),
+      within((event.clientY - box.top - (box.height - high) / 2) / high),
+    ];
+  };
+  document.addEventListener("pointerdown", (event) => {
+    const image = event.target instanceof Element && event.target.closest("#dymu-picture img");
+    if (!image || !document.querySelector("#dymu-boxes textarea")) return;
+    event.preventDefault();
+    const frame = document.createElement("div");
+    frame.className = "dymu-drag";
+    document.body.append(frame);
+    drag = { image, frame, from: [event.clientX, event.clientY], part: partOf(event, image) };
+  });
+  document.addEventListener("pointermove", (event) => {
+    if (!drag) return;
+    const [x, y] = drag.from;
+    Object.assign(drag.frame.style, {
+      left: `${Math.min(x, event.clientX)}px`,
+      top: `${Math.min(y, event.clientY)}px`,
+      width: `${Math.abs(event.clientX - x)}px`,
+      height: `${Math.abs(event.clientY - y)}px`,
+    });
+  });
+  document.addEventListener("pointerup", (event) => {
+    if (!drag) return;
+    const { image, part, frame } = drag;
+    drag = null;
+    frame.remove();
+    const [x, y] = partOf(event, image);
+    const box = [Math.min(x, part[0]), Math.min(y, part[1]), Math.max(x, part[0]), Math.max(y, part[1])];
+    if (box[2] - box[0] < 0.01 || box[3] - box[1] < 0.01) return;
+    const lines = document.querySelector("#dymu-boxes textarea");
+    const line = box.map((value) => value.toFixed(3)).join(", ");
+    lines.value = [lines.value.trim(), line].filter(Boolean).join("\n");
+    lines.dispatchEvent(new Event("input", { bubbles: true }));
+  });
 })();

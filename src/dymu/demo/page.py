@@ -13,12 +13,13 @@ import gradio as gr
 
 from dymu.demo import asked as asking
 from dymu.demo import html, plots, results, turns, videos
-from dymu.demo.asked import Asked, Box, Picture, Subject
+from dymu.demo.asked import Asked, Picture, Subject
 from dymu.errors import BadImage, BadVideo, DymuError
 from dymu.media import videos as films
 
 HERE = Path(__file__).parent
 QUESTION = "What is this?"
+NO_PICTURE_YET = "Choose a picture, and the forecast of its tokens stands here before anything runs."
 MOST_WAITING = 32
 """Visitors' questions at a time; more are asked to come again."""
 MOST_REMEMBERED = 200
@@ -89,9 +90,10 @@ def _top(subject: Subject) -> str:
     tokens = "" if subject.tokens is None else f" One picture is {subject.tokens:,.0f} tokens to it."
     toy = f' <span class="dymu-toy">{html.text(TOY)}</span>' if subject.toy else ""
     return (
-        '<header class="dymu-top"><h1>dymu</h1><p>A vision-language model reads every picture as the same, large number '
-        "of tokens. dymu merges those that are alike, so that simple pictures cost less. Ask with all tokens and with "
-        f"few, and see what changes.</p><p>Model: <strong>{html.text(subject.title)}</strong>.{tokens}{toy}</p></header>"
+        '<header class="dymu-top"><h1>dymu</h1><p>A vision-language model reads every picture as the same, large '
+        "number of tokens. dymu merges those that are alike, so that simple pictures cost less. Ask with all tokens "
+        "and with few, and see what changes.</p>"
+        f"<p>Model: <strong>{html.text(subject.title)}</strong>.{tokens}{toy}</p></header>"
     )
 
 
@@ -113,7 +115,9 @@ def _several(payload: Any) -> list[Upload]:
 
 
 def _receiving(component: Any, read: Callable[[Any], Any]) -> Any:
-    """A component that takes files as they are, and none by its address: a visitor could have the server ask anybody."""
+    """A component that takes files as they are, and none by its address: the server would ask whomever a visitor
+    names.
+    """
     keep = component.async_move_resource_to_block_cache
 
     async def keep_files(path: str | None) -> str | None:
@@ -145,6 +149,10 @@ def _samples(picture: Any, examples: Sequence[Path]) -> None:
             )
 
 
+def _question(words: str, name: str) -> Any:
+    return gr.Textbox(words, label="Question", lines=1, max_lines=4, max_length=asking.MOST_CHARACTERS, elem_id=name)
+
+
 def _constant(value: Any) -> Callable[[], Any]:
     return lambda: value
 
@@ -174,30 +182,26 @@ def _said(error: Exception) -> str:
 
 
 def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
-    looked, history, boxes = gr.State(None), gr.State([]), gr.State([])
+    looked, history = gr.State(None), gr.State([])
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
             picture = _picture_input("Your picture", "dymu-picture")
             _samples(picture, examples)
+            boxes = gr.Textbox(
+                label="Boxes in which fewer tokens merge", lines=2, max_lines=4, elem_id="dymu-boxes",
+                visible=asking.FOCUS, placeholder="Draw on the picture, or write left, top, right, bottom from 0 to 1",
+            )  # fmt: skip
         with gr.Column(scale=6, min_width=300):
-            question = gr.Textbox(
-                QUESTION,
-                label="Question",
-                lines=1,
-                max_lines=4,
-                max_length=asking.MOST_CHARACTERS,
-                elem_id="dymu-question",
-            )
+            question = _question(QUESTION, "dymu-question")
             dial = _dial(subject, "Budget: image tokens to keep on average,", "dymu-dial")
-            told = gr.HTML(
-                html.hint("Choose a picture, and the forecast of its tokens stands here before anything runs.")
-            )
+            told = gr.HTML(html.hint(NO_PICTURE_YET))
             button = gr.Button("Ask with all tokens and with few", variant="primary", elem_id="dymu-ask")
     shown = gr.HTML(elem_id="dymu-shown")
     plot = gr.HTML(elem_id="dymu-plot")
 
     quietly = {"api_visibility": "private", "show_progress": "hidden", "concurrency_id": "look", "concurrency_limit": 4}
-    picture.change(partial(_look, subject), [picture, dial], [looked, told], **quietly)
+    seen = picture.change(partial(_look, subject), picture, [looked, told], **quietly)
+    seen.then(partial(_forecast, subject), [looked, dial], told, **quietly)
     dial.change(partial(_forecast, subject), [looked, dial], told, trigger_mode="always_last", **quietly)
     gr.on(
         [button.click, question.submit], partial(_ask, subject),
@@ -207,14 +211,17 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
     )  # fmt: skip
 
 
-def _look(subject: Subject, upload: Upload | None, budget: float) -> tuple[Picture | None, str]:
+def _look(subject: Subject, upload: Upload | None) -> Iterator[tuple[Picture | None, str]]:
+    """What a forecast needs of the picture; ahead of that nothing, so that none is told of the one before."""
     if upload is None:
-        return None, html.hint("Choose a picture, and the forecast of its tokens stands here before anything runs.")
+        yield None, html.hint(NO_PICTURE_YET)
+        return
+    yield None, html.status("Looking at the picture…")
     try:
-        picture = asking.look(subject, asking.load(upload.path, upload.name), upload.name)
-        return picture, _forecast(subject, picture, budget)
+        loaded = asking.load(upload.path, upload.name)
+        yield asking.look(subject, loaded, upload.name), gr.skip()
     except Exception as error:
-        return None, _said(error)
+        yield None, _said(error)
 
 
 def _forecast(subject: Subject, picture: Picture | None, budget: float) -> Any:
@@ -227,7 +234,7 @@ def _forecast(subject: Subject, picture: Picture | None, budget: float) -> Any:
 
 
 def _ask(
-    subject: Subject, upload: Upload | None, question: str, budget: float, history: list[Seen], boxes: list[Box]
+    subject: Subject, upload: Upload | None, question: str, budget: float, history: list[Seen], boxes: str
 ) -> Iterator[tuple[Any, Any, Any]]:
     """All that the page shows of a question, as it becomes known."""
     now: Asked | None = None
@@ -236,7 +243,7 @@ def _ask(
             raise BadImage("there is no picture yet: drop one, paste one, or choose a sample.")
         yield html.status("Asking with merged tokens…"), gr.skip(), gr.skip()
         loaded = asking.load(upload.path, upload.name)
-        for now in asking.ask(subject, loaded, upload.name, question, budget, boxes):
+        for now in asking.ask(subject, loaded, upload.name, question, budget, asking.boxes_of(boxes)):
             running = "Asking the untouched model…" if now.untouched is None else "Measuring both, a few times in turn…"
             yield html.asked(subject, now, "" if now.repeats else running), gr.skip(), gr.skip()
     except Exception as error:
@@ -292,7 +299,7 @@ def _video_tab(subject: Subject) -> None:
         with gr.Column(scale=5, min_width=300):
             film = _receiving(gr.File(label="A video, or an animated GIF or WebP", elem_id="dymu-film"), _uploaded)
         with gr.Column(scale=6, min_width=300):
-            question = gr.Textbox("What happens?", label="Question", max_length=asking.MOST_CHARACTERS)
+            question = _question("What happens?", "dymu-film-question")
             frames = gr.Slider(1, videos.MOST_FRAMES, 8, step=1, label="Frames, spread over its length", buttons=[])
             dial = _dial(subject, "Budget: image tokens to keep of each frame on average,", "dymu-film-dial")
             button = gr.Button("Ask about the video", variant="primary")
@@ -347,8 +354,8 @@ def _turns_tab(subject: Subject, examples: Sequence[Path]) -> None:
     before = gr.State([])
     gr.HTML(
         html.hint(
-            "Each turn adds a picture, as when an agent looks at screen after screen. Pictures of earlier turns stay in "
-            "the prompt, and get smaller budgets."
+            "Each turn adds a picture, as when an agent looks at screen after screen. Pictures of earlier turns stay "
+            "in the prompt, and get smaller budgets."
         )
     )
     with gr.Row(equal_height=False):
@@ -356,7 +363,7 @@ def _turns_tab(subject: Subject, examples: Sequence[Path]) -> None:
             picture = _picture_input("The next screen", "dymu-screen")
             _samples(picture, examples)
         with gr.Column(scale=6, min_width=300):
-            question = gr.Textbox(QUESTION, label="Question", max_length=asking.MOST_CHARACTERS)
+            question = _question(QUESTION, "dymu-turn-question")
             dial = _dial(subject, "Budget of the newest picture,", "dymu-turn-dial")
             share = gr.Slider(
                 0.1, 1.0, 0.5, step=0.05, label="An earlier picture gets this part of the next one's budget", buttons=[]

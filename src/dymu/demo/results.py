@@ -24,7 +24,7 @@ def page(files: list[tuple[str, str]]) -> str:
     """
     if len(files) > MOST_FILES:
         return html.error(f"{len(files)} files are more than the {MOST_FILES} that this page shows: choose fewer.")
-    return "".join(_section(path, name) for path, name in files)
+    return f'<div class="dymu-result">{"".join(_section(path, name) for path, name in files)}</div>'
 
 
 def _section(path: str, name: str) -> str:
