@@ -39,7 +39,9 @@ def hint(sentence: str) -> str:
 
 
 def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]
+    """With a capital at the beginning, unless a file's name stands there."""
+    named = re.search(r"[./\\\d]", words.split(" ")[0])
+    return words if named else words[:1].upper() + words[1:]
 
 
 # --- ahead of the model ---
