@@ -234,7 +234,7 @@ def _forecast(subject: Subject, picture: Picture | None, budget: float) -> Any:
 
 
 def _ask(
-    subject: Subject, upload: Upload | None, question: str, budget: float, history: list[Seen], boxes: str
+    subject: Subject, upload: Upload | None, question: str, budget: float, history: list[Seen], boxes: str | None
 ) -> Iterator[tuple[Any, Any, Any]]:
     """All that the page shows of a question, as it becomes known."""
     now: Asked | None = None
@@ -243,7 +243,7 @@ def _ask(
             raise BadImage("there is no picture yet: drop one, paste one, or choose a sample.")
         yield html.status("Asking with merged tokens…"), gr.skip(), gr.skip()
         loaded = asking.load(upload.path, upload.name)
-        for now in asking.ask(subject, loaded, upload.name, question, budget, asking.boxes_of(boxes)):
+        for now in asking.ask(subject, loaded, upload.name, question, budget, asking.boxes_of(boxes or "")):
             running = "Asking the untouched model…" if now.untouched is None else "Measuring both, a few times in turn…"
             yield html.asked(subject, now, "" if now.repeats else running), gr.skip(), gr.skip()
     except Exception as error:
@@ -301,7 +301,7 @@ def _video_tab(subject: Subject) -> None:
         with gr.Column(scale=6, min_width=300):
             question = _question("What happens?", "dymu-film-question")
             frames = gr.Slider(1, videos.MOST_FRAMES, 8, step=1, label="Frames, spread over its length", buttons=[])
-            dial = _dial(subject, "Budget: image tokens to keep of each frame on average,", "dymu-film-dial")
+            dial = _dial(subject, "Budget of an image, of which each frame keeps its part,", "dymu-film-dial")
             button = gr.Button("Ask about the video", variant="primary")
     shown = gr.HTML()
     gr.on(

@@ -222,4 +222,6 @@ def _outline(pixels: Pixels, labels: Labels) -> NDArray[np.uint8]:
 
 
 def _dilated(mask: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
+    if width == 1:  # by which Pillow 12.3 divides by zero, and ends the process
+        return mask > 0
     return np.asarray(Image.fromarray(mask * 255).filter(ImageFilter.MaxFilter(width))) > 0
