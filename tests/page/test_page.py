@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +325,33 @@ def test_fits_and_is_accessible(visit: Visit, width: int, scheme: str) -> None:
         else:
             page.get_by_role("tab", name=tab).click()
         check(tab)
+
+
+@pytest.mark.parametrize("path", ["{root}/docs/merged.png", "{root}/models/demo/config.json", "{other}/a.png"])
+def test_a_request_cannot_have_the_server_read_for_it(url: str, path: str) -> None:
+    """Neither files of this machine nor addresses, by a request as no browser sends it."""
+    asked: list[str] = []
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+
+    other = HTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    named = path.format(root=ROOT, other=f"http://127.0.0.1:{other.server_port}").replace(
+        "examples", "scenes/../examples"
+    )
+    with urllib.request.urlopen(f"{url}/config") as answer:
+        events = json.load(answer)["dependencies"]
+    (look,) = [event for event in events if len(event["inputs"]) == 1 and len(event["outputs"]) == 2]
+    file = {"path": named, "url": None, "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [file], "fn_index": look["id"], "session_hash": "no-browser"}).encode()
+    request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=20).close()
+    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=no-browser", timeout=20) as said:
+        for line in said:
+            if b"process_completed" in line:
+                break
+    other.shutdown()
+    assert b"was not uploaded here" in line
+    assert not asked

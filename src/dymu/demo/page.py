@@ -114,15 +114,18 @@ def _several(payload: Any) -> list[Upload]:
     return [upload for file in files if (upload := _uploaded(file)) is not None]
 
 
-def _receiving(component: Any, read: Callable[[Any], Any]) -> Any:
-    """A component that takes files as they are, and none by its address: the server would ask whomever a visitor
-    names.
+def _receiving(component: Any, read: Callable[[Any], Any], own: Sequence[Path] = ()) -> Any:
+    """A component that takes files which visitors upload, as they are.
+
+    A request may name any path or address instead, and Gradio, where it is mounted in an app, would have the server
+    read that: of these only what is the page's own is taken.
     """
-    keep = component.async_move_resource_to_block_cache
+    keep, folder = component.async_move_resource_to_block_cache, Path(component.GRADIO_CACHE).resolve()
+    known = {str(path) for path in own}
 
     async def keep_files(path: str | None) -> str | None:
-        if path is not None and "://" in path:
-            raise gr.Error("addresses are not followed: upload the file itself.")
+        if path is not None and path not in known and not Path(path).resolve().is_relative_to(folder):
+            raise gr.Error("the file was not uploaded here: choose it again.")
         kept: str | None = await keep(path)
         return kept
 
@@ -130,12 +133,12 @@ def _receiving(component: Any, read: Callable[[Any], Any]) -> Any:
     return component
 
 
-def _picture_input(label: str, name: str) -> Any:
+def _picture_input(label: str, name: str, examples: Sequence[Path]) -> Any:
     picture = gr.Image(
         label=label, type="filepath", sources=["upload", "clipboard"], height=300, buttons=[], elem_id=name,
         placeholder="Drop a picture here, paste one, or choose a file",
     )  # fmt: skip
-    return _receiving(picture, _uploaded)
+    return _receiving(picture, _uploaded, examples)
 
 
 def _samples(picture: Any, examples: Sequence[Path]) -> None:
@@ -185,7 +188,7 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
     looked, history = gr.State(None), gr.State([])
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
-            picture = _picture_input("Your picture", "dymu-picture")
+            picture = _picture_input("Your picture", "dymu-picture", examples)
             _samples(picture, examples)
             boxes = gr.Textbox(
                 label="Boxes in which fewer tokens merge", lines=2, max_lines=4, elem_id="dymu-boxes",
@@ -360,7 +363,7 @@ def _turns_tab(subject: Subject, examples: Sequence[Path]) -> None:
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
-            picture = _picture_input("The next screen", "dymu-screen")
+            picture = _picture_input("The next screen", "dymu-screen", examples)
             _samples(picture, examples)
         with gr.Column(scale=6, min_width=300):
             question = _question(QUESTION, "dymu-turn-question")
