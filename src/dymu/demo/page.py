@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ MOST_WAITING = 32
 MOST_REMEMBERED = 200
 """Pictures of a visitor in the plot."""
 TOY = "This model is a toy: it knows some two hundred things, and says something wrong of all others."
+_LOOKING = threading.BoundedSemaphore(4)
+"""So many visitors' pictures are decoded at a time."""
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +37,14 @@ class Upload:
 
     path: str
     name: str
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A picture of this visitor's that forecasts can be told of."""
+
+    upload: Upload
+    picture: Picture
 
 
 @dataclass(frozen=True)
@@ -202,10 +213,11 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
     shown = gr.HTML(elem_id="dymu-shown")
     plot = gr.HTML(elem_id="dymu-plot")
 
-    quietly = {"api_visibility": "private", "show_progress": "hidden", "concurrency_id": "look", "concurrency_limit": 4}
+    # Not over the queue: Gradio's client loses what joins it in the moment in which another event ends.
+    quietly = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
     seen = picture.change(partial(_look, subject), picture, [looked, told], **quietly)
-    seen.then(partial(_forecast, subject), [looked, dial], told, **quietly)
-    dial.change(partial(_forecast, subject), [looked, dial], told, trigger_mode="always_last", **quietly)
+    seen.then(partial(_forecast, subject), [picture, looked, dial], told, **quietly)
+    dial.change(partial(_forecast, subject), [picture, looked, dial], told, trigger_mode="always_last", **quietly)
     gr.on(
         [button.click, question.submit], partial(_ask, subject),
         [picture, question, dial, history, boxes], [shown, plot, history],
@@ -214,23 +226,24 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
     )  # fmt: skip
 
 
-def _look(subject: Subject, upload: Upload | None) -> Iterator[tuple[Picture | None, str]]:
-    """What a forecast needs of the picture; ahead of that nothing, so that none is told of the one before."""
+def _look(subject: Subject, upload: Upload | None) -> tuple[Looked | None, Any]:
+    """What a forecast needs of the picture, or why there is none."""
     if upload is None:
-        yield None, html.hint(NO_PICTURE_YET)
-        return
-    yield None, html.status("Looking at the picture…")
+        return None, html.hint(NO_PICTURE_YET)
     try:
-        loaded = asking.load(upload.path, upload.name)
-        yield asking.look(subject, loaded, upload.name), gr.skip()
+        with _LOOKING:
+            loaded = asking.load(upload.path, upload.name)
+            return Looked(upload, asking.look(subject, loaded, upload.name)), gr.skip()
     except Exception as error:
-        yield None, _said(error)
+        return None, _said(error)
 
 
-def _forecast(subject: Subject, picture: Picture | None, budget: float) -> Any:
-    if picture is None:
+def _forecast(subject: Subject, upload: Upload | None, looked: Looked | None, budget: float) -> Any:
+    """Of the picture that is shown, once it was looked at."""
+    if looked is None or looked.upload != upload:
         return gr.skip()
     try:
+        picture = looked.picture
         return html.forecast(asking.forecast(subject, picture, budget), subject.tokens, picture.notes)
     except Exception as error:
         return _said(error)
@@ -447,4 +460,4 @@ def _results_tab(result_files: Sequence[Path]) -> None:
         except Exception as error:
             return _said(error)
 
-    files.change(show, files, shown, api_visibility="private", concurrency_id="look", show_progress="minimal")
+    files.change(show, files, shown, api_visibility="private", queue=False, show_progress="minimal")
