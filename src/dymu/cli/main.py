@@ -11,6 +11,7 @@ from dymu.cli.app import UsageError, app
 
 from dymu.cli.run import run  # noqa: F401, isort: skip
 from dymu.cli.draw import draw  # noqa: F401, isort: skip
+from dymu.cli.demo import demo  # noqa: F401, isort: skip
 from dymu.cli.check import check  # noqa: F401, isort: skip
 from dymu.cli.serve import serve, vllm  # noqa: F401, isort: skip
 from dymu.cli.caption import caption  # noqa: F401, isort: skip

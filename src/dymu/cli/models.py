@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from dymu.cli.errors import BadModel, one_line
-from dymu.errors import BadBudget, BadPrompt, DymuError, UnsupportedModel
+from dymu.errors import BadBudget, DymuError, UnsupportedModel
 from dymu.families import FAMILIES
 from dymu.files import expanded
 from dymu.schedule import fewest
@@ -131,7 +131,7 @@ def demo_model() -> str:
         if "DYMU_DEMO_MODEL" in os.environ:
             where = f"DYMU_DEMO_MODEL names {folder}, which holds no model"
         raise BadModel(
-            f"{where}: say which model to use, dymu run with --model, other commands as their first argument."
+            f"{where}: say which model to use, dymu run and dymu demo with --model, other commands as their first argument."
         )
     return str(folder)
 
@@ -158,7 +158,12 @@ def some_budgets(calibrated: Thresholds, count: int) -> list[float]:
 
 def beyond_the_demo(model: Named, shown: Path) -> bool:
     """Whether the demo model is asked about a picture that is none of its examples."""
-    return Path(model.source).resolve() == _demo_folder().resolve() and EXAMPLES not in shown.resolve().parents
+    return is_the_demo(model) and EXAMPLES not in shown.resolve().parents
+
+
+def is_the_demo(model: Named) -> bool:
+    """Whether it is the demo model."""
+    return Path(model.source).resolve() == _demo_folder().resolve()
 
 
 def named(name: str, revision: str | None = None) -> Named:
@@ -257,7 +262,7 @@ def _not_loaded(name: str, error: Exception) -> BadModel:
 def ask(loaded: Loaded, shown: Any, question: str, fps: float | None = None) -> dict[str, Any]:
     """What the model takes for one image, or the frames of a video (so many per second), and one question."""
     from dymu.families.resolve import resolve
-    from dymu.prompting import inputs_for, video_inputs_for
+    from dymu.prompting import check_length, inputs_for, video_inputs_for
 
     if not isinstance(shown, list):
         what, inputs = "the image", inputs_for(loaded.model, loaded.processor, [([shown], question)])
@@ -266,13 +271,7 @@ def ask(loaded: Loaded, shown: Any, question: str, fps: float | None = None) -> 
         inputs = video_inputs_for(loaded.model, loaded.processor, shown, question, fps)
     else:
         raise BadModel(NO_VIDEOS)
-    tokens = inputs["input_ids"].shape[1]
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", tokens)
-    if tokens > limit:
-        raise BadPrompt(
-            f"{what} and the question make a prompt of {tokens:,} tokens, more than the {limit:,} that the language "
-            "model was made for: take a smaller image, or fewer frames with --frames."
-        )
+    check_length(loaded.model, inputs, what)
     return inputs
 
 

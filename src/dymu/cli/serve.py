@@ -70,7 +70,7 @@ def serve(
     calibrated = named.thresholds(thresholds)
     if counting == "mean" or budget is None:
         budget = calibrated.tokens_for(budget)
-    listening = _listen(host, port)
+    listening = listen(host, port)
     with out.during("loading torch and transformers"):
         quieten_transformers()
         transformers_server = _server()
@@ -91,9 +91,9 @@ def serve(
             device=str(models.device_named(device)),
             dtype=dtype or "auto",
         )
-    where = f"http://{_in_url(host)}:{listening.getsockname()[1]}/v1"
+    where = f"http://{in_url(host)}:{listening.getsockname()[1]}/v1"
     out.note(f"serving {named.name} at {where}: unmerge={unmerge}, {count}, one request at a time")
-    _warn_of_others(out, host)
+    warn_of_others(out, host)
     config = uvicorn.Config(transformers_server.app_of(served), log_level="warning", limit_concurrency=256)
     uvicorn.Server(config).run(sockets=[listening])
 
@@ -107,7 +107,7 @@ def _server() -> Any:
     return transformers_server
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; before anything is loaded, since it may be taken."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -118,11 +118,11 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _in_url(host: str) -> str:
+def in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _warn_of_others(out: Output, host: str) -> None:
+def warn_of_others(out: Output, host: str) -> None:
     try:
         alone = ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -171,5 +171,5 @@ def vllm(
     words += ["--revision", revision] if revision else []
     how = "is exact" if unmerge == "exact" else "approximates what the untouched model computes"
     out.note(f"vLLM serves {named.name} with merged image tokens; unmerge={unmerge} {how}")
-    _warn_of_others(out, host)
+    warn_of_others(out, host)
     os.execv(sys.executable, [sys.executable, "-m", *plugin.program(named.source), *words])

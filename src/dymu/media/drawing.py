@@ -63,7 +63,7 @@ def draw(image: Image.Image, group: Labels, seen: Pixels, covered: tuple[float, 
         BadImage: the image cannot be used at all.
         ValueError: it is not the one that was seen.
     """
-    picture, fit = _recognise(image, seen, covered)
+    picture, fit = recognise(image, seen, covered)
     longer = max(picture.size)
     scale = min(max(longer, SHORTEST), LONGEST) / longer
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
@@ -152,8 +152,8 @@ def likeness(image: Image.Image, fit: Fit, seen: Pixels) -> float:
     return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
 
 
-def _recognise(image: Image.Image, seen: Pixels, covered: tuple[float, float]) -> tuple[Image.Image, Fit]:
-    """The RGB image and the way in which it was fitted."""
+def recognise(image: Image.Image, seen: Pixels, covered: tuple[float, float] = (1.0, 1.0)) -> tuple[Image.Image, Fit]:
+    """The RGB image and the way in which it was fitted; see `draw`, and what that raises."""
     pictures = [load(image).image]
     if image.mode != "RGB" or image.getexif():  # processors may convert in other ways, and do not turn pictures
         pictures.append(image.convert("RGB"))
@@ -222,4 +222,6 @@ def _outline(pixels: Pixels, labels: Labels) -> NDArray[np.uint8]:
 
 
 def _dilated(mask: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
+    if width == 1:  # by which Pillow 12.3 divides by zero, and ends the process
+        return mask > 0
     return np.asarray(Image.fromarray(mask * 255).filter(ImageFilter.MaxFilter(width))) > 0
