@@ -263,7 +263,7 @@ def test_run_refuses_models_it_cannot_use(refused, folder, photo, asked, tmp_pat
     assert "config.json" in refused("run", photo, "what ?", "--model", tmp_path)
     monkeypatch.setenv("DYMU_DEMO_MODEL", str(tmp_path / "nothing"))
     for command in (("run", photo, "what ?"), ("evaluate", "-t", asked, "-o", tmp_path / "r.jsonl")):
-        assert "dymu run and dymu demo with --model, other commands as their first argument" in refused(*command)
+        assert "with --model (dymu run, dymu demo) or as the first argument" in refused(*command)
 
 
 def test_run_refuses_a_damaged_model(refused, folder, photo, tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dymu.choices import Counting
-from dymu.errors import BadBudget
+from dymu.choices import SCHEDULES, Counting
+from dymu.errors import BadBudget, BadThresholds
 from dymu.reducers import FixedMerge, Reducer, ThresholdMerge
 from dymu.thresholds import Thresholds
 
@@ -48,6 +48,10 @@ class Count:
             raise BadBudget(
                 f"exactly={self.exactly!r} says how much every image keeps: leave {' and '.join(given)} out."
             )
+        for name in ("at_most", "exactly"):
+            value = getattr(self, name)
+            if isinstance(value, float) and value > 1 and not value.is_integer():
+                raise BadBudget(f"{name}={value:g} is neither a whole number of tokens nor a fraction of all.")
 
     def __str__(self) -> str:
         named = {"budget {:g}": self.budget, "{:g} per second": self.per_second, "at most {:g}": self.at_most}
@@ -66,35 +70,30 @@ class Count:
         """What merges so, and the number in tokens; of `exactly`, as it was given.
 
         Raises:
-            BadBudget: nothing was calibrated for it, or it is no number above 0.
+            BadBudget: nothing was calibrated for it, or it is no number above 0, or above what an image has.
+            BadThresholds: it is not known how merges spread over the layers.
         """
         if self.exactly is not None:
-            fixed = _fixed(self.exactly, thresholds)
+            fixed, one_size = _fixed(self.exactly, thresholds), thresholds.image_tokens is None
+            if one_size and thresholds.full is not None and fixed.keep > thresholds.full:
+                raise BadBudget(
+                    f"cannot keep {fixed.keep:g} tokens of images that have {thresholds.full:g}; take fewer."
+                )
             return fixed, fixed.keep
-        budget = self._mean(thresholds)
+        budget = self.budget
+        if budget is None and self.at_most is not None:
+            budget = thresholds.tokens_for(self.at_most, nearest=True)
         entry = thresholds.at(budget)
         over_time = None if self.per_second is None else thresholds.over_time_at(budget, self.per_second)
-        rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames, over_time, self.at_most)
-        return rule, entry.budget
-
-    def fixed(self, thresholds: Thresholds) -> FixedMerge:
-        """What keeps of every image the part of its tokens that the mean is of all.
-
-        Raises:
-            BadBudget: it is not known how many tokens an image has.
-        """
         full = thresholds.full
-        if full is None:
-            raise BadBudget(f"{thresholds} does not say how many tokens an image has; calibrate with `dymu calibrate`.")
-        return _fixed(min(thresholds.tokens_for(self._mean(thresholds)) / full, 1.0), thresholds)
-
-    def _mean(self, thresholds: Thresholds) -> int | float | None:
-        if self.budget is None and self.at_most is not None:
-            return thresholds.tokens_for(self.at_most, nearest=True)
-        return self.budget
+        share = None if full is None else _fixed(min(entry.budget / full, 1.0), thresholds)
+        rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames, over_time, self.at_most, share)
+        return rule, entry.budget
 
 
 def _fixed(keep: int | float, thresholds: Thresholds) -> FixedMerge:
     """What keeps so many, by merges that spread over the layers as they were calibrated to."""
     schedule: Any = thresholds.schedule or "reverse_linear"
+    if schedule not in SCHEDULES:
+        raise BadThresholds(f"{thresholds} names the schedule {schedule!r}, which is unknown; calibrate again.")
     return FixedMerge(keep, schedule, thresholds.merge_layers)

@@ -31,7 +31,7 @@ from dymu.hooks.refusals import warn_of_hooks
 from dymu.hooks.replaced import Around, Method, Replaced, by_thread, config_view, refuse_copy
 from dymu.hooks.vision import VisionHooks
 from dymu.media import masks
-from dymu.reducers import FixedMerge, Reducer, Stage
+from dymu.reducers import Reducer, Stage
 from dymu.report import Report
 from dymu.thresholds import Encoder, Thresholds, beside
 from dymu.unmerging import check_backend
@@ -77,10 +77,12 @@ def apply(
             ones merge on, and nothing changes for others. A float up to 1 is a fraction of its own. Without a `budget`
             it is the average, too.
         exactly: tokens that every image, and every frame of a video, keeps, instead of an average; merges spread over
-            the layers as they were calibrated to.
+            the layers as they were calibrated to. Pictures with NaN or infinities, whose tokens cannot be compared,
+            keep more, also than `at_most`.
         focus: where in the picture tokens merge last, so that others merge in their place: `text` (by a detector,
             `pip install 'dymu[text]'`), `edges`, a box, boxes, points, a mask, or a function from a picture to a mask;
             a list has one for each image of a call. See `dymu.hooks.focus.spec_of`.
+            Pictures with something in focus keep the budget's share of their tokens.
         focus_adds: whether tokens in focus never merge, and the others as without focus, so that more are kept.
         guard: `text`: pictures of writing and drawings, by a test of their pixels, keep no less than the budget's share
             of their tokens, and their strokes merge last; other pictures are as they were.
@@ -216,13 +218,6 @@ def check_fits(thresholds: Thresholds, parts: Parts | LoneEncoder) -> None:
     thresholds.check_fits(encoder_of(parts), parts.cuts_images, max(parts.prefix, parts.dropped()))
 
 
-def _in_focus(focus: Any, inside: Reducer | None) -> InFocus | None:
-    """See `apply`."""
-    if isinstance(focus, list):
-        return InFocus(tuple(map(spec_of, focus)), inside)
-    return None if focus is None else InFocus(spec_of(focus), inside)
-
-
 def _marked(parts: Parts | LoneEncoder) -> tuple[nn.Module, ...]:
     """The modules that know the handle, so that none is changed twice."""
     return (parts.tower,) if isinstance(parts, LoneEncoder) else (parts.inner, parts.tower)
@@ -326,8 +321,6 @@ class Handle:
 
     def _set(self, count: Count) -> None:
         rule, tokens = self._rule(count)
-        if self._vision.focus is not None and self._vision.focus.least is not None:
-            self._vision.focus = replace(self._vision.focus, least=self._least(count))
         self._vision.reducer, self._tokens, self._count = rule, tokens, count
         self._calls.drift = self._drift(count)
 
@@ -338,15 +331,6 @@ class Handle:
         full = self._thresholds.full
         entry = self._thresholds.at(count.budget)
         return None if full is None else Drift(entry.budget / full, entry.sd and entry.sd / entry.budget)
-
-    def _least(self, count: Count) -> FixedMerge:
-        """What pictures keep at least that are guarded: the part of their tokens that the budget is of all."""
-        assert self._thresholds is not None
-        if count.exactly is not None:
-            raise BadFocus(
-                f"every image keeps exactly {count.exactly:g} tokens, so that none can keep more; leave guard out."
-            )
-        return count.fixed(self._thresholds)
 
     def _rule(self, count: Count) -> tuple[Reducer, float]:
         """See `Count.rule`."""
@@ -359,6 +343,19 @@ class Handle:
             raise BadBudget("this model takes no videos, so it has no tokens per second; leave per_second out.")
         return count.rule(self._thresholds)
 
+    def _in_focus(self, focus: Any, adds: bool) -> InFocus | None:
+        """See `apply`."""
+        if self._calls.removed:
+            raise BadFocus("DyMU was removed from this model; apply it again to set a focus.")
+        if focus is None and adds:
+            raise BadFocus("focus_adds says nothing without a focus; give one, or leave it out.")
+        if focus is not None and not getattr(self._vision.reducer, "focuses", False):
+            raise BadFocus(f"{type(self._vision.reducer).__name__} knows no focus; take thresholds, or FixedMerge.")
+        inside = NOTHING if adds else None
+        if isinstance(focus, list):
+            return InFocus(tuple(map(spec_of, focus)), inside)
+        return None if focus is None else InFocus(spec_of(focus), inside)
+
     def set_focus(self, focus: Any = None, *, adds: bool = False, guard: Literal["text"] | None = None) -> None:
         """Set what is in focus, from the next image on; see `apply`.
 
@@ -366,13 +363,20 @@ class Handle:
             BadFocus: it is no part of a picture, or both a focus and a guard are given. Nothing has changed then.
         """
         if guard is None:
-            found = _in_focus(focus, NOTHING if adds else None)
+            found = self._in_focus(focus, adds)
         elif guard != "text" or focus is not None or adds:
             raise BadFocus('guard= takes "text" alone, without focus and focus_adds; give one of them.')
         elif self._thresholds is None:
             raise BadFocus("text is guarded by thresholds, and this model merges by a fixed rule; leave guard out.")
         else:
-            found = InFocus(masks.strokes, least=self._least(self._count))
+            if self._count.exactly is not None:
+                raise BadFocus(
+                    f"every image keeps exactly {self._count.exactly:g} tokens, so that none can keep more; leave "
+                    "guard out."
+                )
+            if self._thresholds.full is None:
+                raise BadFocus(f"{self._thresholds} does not say how many tokens an image has; calibrate again.")
+            found = InFocus(masks.strokes, guards=True)
         self._vision.focus = found
 
     @contextmanager
@@ -399,8 +403,10 @@ class Handle:
             BadFocus: see `set_focus`; in a call, more of them than images, or fewer.
             BadBudget: see `set_budget`; in a call, more budgets than images, or fewer.
         """
+        if self._calls.removed:
+            raise BadBudget("DyMU was removed from this model; apply it again to set a budget or a focus.")
         several: list[Budget] | None = None
-        if isinstance(budget, Iterable) and not isinstance(budget, str | bytes):
+        if isinstance(budget, Iterable) and not isinstance(budget, str | bytes) and getattr(budget, "ndim", 1) > 0:
             several = list(budget)
         count = self._count
         if exactly is not None:
@@ -408,13 +414,16 @@ class Handle:
                 raise BadBudget("give either exactly=, or a budget.")
             count = Count(exactly=exactly)
         elif at_most is not None:
-            count = Count(None if count.exactly is not None else count.budget, count.per_second, at_most)
+            if budget == UNTOUCHED:
+                raise BadBudget("give either a cap, or a budget of 'untouched'.")
+            mean = self._tokens if count.exactly is None else None
+            count = Count(mean, count.per_second, at_most)
         if several is None:
             rules: Reducer | tuple[Reducer, ...] = self._rule_of(budget, count)  # type: ignore[arg-type]
         else:
             rules = tuple(self._rule_of(one, count) for one in several)
         state, before = self._state, (self._state.rules, self._state.focus)
-        found = _in_focus(focus, NOTHING if focus_adds else None)
+        found = self._in_focus(focus, focus_adds)
         try:
             state.rules = state.rules if budget is at_most is exactly is None else rules
             state.focus = found or state.focus
@@ -431,7 +440,10 @@ class Handle:
             return self._vision.reducer
         if isinstance(budget, str):
             raise BadBudget(f"a budget is a number of tokens, a fraction of them or {UNTOUCHED!r}, not {budget!r}.")
-        return self._rule(count if budget is None else count.at(budget))[0]
+        if budget is None:
+            return self._rule(count)[0]
+        capped = count.at_most is not None and count is not self._count
+        return self._rule(replace(count, budget=budget) if capped else count.at(budget))[0]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -477,6 +489,12 @@ class Handle:
             if not self._state.active:
                 raise BadBudget(
                     "DyMU is disabled or removed here, so that dymu_budget and dymu_focus say nothing: leave them out."
+                )
+            asks = isinstance(self._parts, Parts) and around in (self._forward, self._generation.generate)
+            if asks and len(args) < 2 and all(kwargs.get(name) is None for name in PIXELS):
+                raise BadBudget(
+                    "no pictures come with this call, so that dymu_budget and dymu_focus say nothing: give them along "
+                    "with pixel_values, or to the call that encodes the pictures."
                 )
             with self.at(budget, focus=focus):
                 return self._run(around, method, *args, **kwargs)

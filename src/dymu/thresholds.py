@@ -30,7 +30,9 @@ FILE_NAME = "thresholds.json"
 """In a model's folder or hub repository."""
 _CHECKPOINTS = (".pth", ".pt")
 CLOSE = 1.3
-"""Ratio of two calibrated budgets between which others may be interpolated, see docs/evidence.md."""
+"""Ratio of two calibrated budgets between which others may be interpolated, see docs/counts.md."""
+FEW = 4
+"""Tokens between two budgets that are close whatever their ratio: they are whole numbers."""
 
 Positive = Annotated[int, msgspec.Meta(gt=0, le=2**53)] | Annotated[float, msgspec.Meta(gt=0)]
 
@@ -156,6 +158,9 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             falling = [entry.budget, *(dial.budget for dial in entry.dial)]
             if any(lower >= upper for upper, lower in pairwise(falling)):
                 raise ValueError(f"the dial of the budget {entry.budget:g} does not fall")
+            marks = [min(entry.thresholds[-1], 1.0) if entry.thresholds else 1.0, *(d.threshold for d in entry.dial)]
+            if entry.dial and any(not -2 <= lower <= upper for upper, lower in pairwise(marks)):
+                raise ValueError(f"the thresholds on the dial of the budget {entry.budget:g} do not fall")
         for lower, upper in pairwise(in_order):
             if lower.budget == upper.budget:
                 raise ValueError(f"two entries in `calibrated` have the budget {upper.budget:g}")
@@ -243,7 +248,10 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             return upper
         if upper.dial and tokens >= upper.dial[-1].budget:
             return _on_dial(upper, tokens)
-        if upper.budget > CLOSE * lower.budget:
+        if upper.dial:
+            upper = _on_dial(upper, upper.dial[-1].budget)
+            _, _, part = _around([math.log(lower.budget), math.log(upper.budget)], math.log(tokens))
+        if upper.budget - lower.budget > max((CLOSE - 1) * lower.budget, FEW):
             warnings.warn(
                 f"a budget of {tokens:g} tokens lies between {lower.budget:g} and {upper.budget:g}, the next that "
                 f"{self} was calibrated for, which is far: images may keep another number on average; calibrate for "

@@ -143,7 +143,7 @@ def share(
 
         def possible(sizes: Sizes) -> list[int | float]:
             lowest = fewest(sizes.tokens, len(merging_layers))
-            grid = [part for part in GRID if part * sizes.tokens >= lowest]
+            grid = [part for part in GRID if sizes.per_picture(round(part * sizes.full)) >= lowest]
             targets = sizes.targets(grid if named is None else named)
             for target in targets:
                 removed(sizes, sizes.per_picture(target))
@@ -203,13 +203,14 @@ def share(
             kept_of[calibrated[-1].budget] = sizes.counts
         measured = together.gather([image.features for batch in batches for image in batch.images])
 
+    one_size = parts.tower_kind.arrangement == "batch" and parts.tower_kind.shapes is None
     found = Thresholds(
         calibrated=tuple(calibrated),
         encoder=encoder_of(parts, round(sizes.tokens)),
         schedule=schedule,
         merge_layers=None if merge_layers is None else merging_layers,
         model=name_of(model),
-        image_tokens=None if sizes.alike and not parts.cuts_images else sizes.full,
+        image_tokens=None if sizes.alike and not parts.cuts_images and one_size else sizes.full,
         forecasts=forecast.fit(measured, sizes.counts, kept_of),
         images=used,
         skipped=tuple(skipped),

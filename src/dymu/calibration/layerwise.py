@@ -223,7 +223,7 @@ class Run:
         edges = joined([batch.similarity.flatten() for batch in batches])
         edges = edges[edges.isfinite()]
         there, merging = (self._total([count]) for count in (len(edges), int((edges > entry.thresholds[-1]).sum())))
-        dials, before = list[Dial](), entry.achieved
+        dials, before = list[Dial](), min(entry.achieved, entry.budget)
         for step in range(1, STEPS + 1):
             budget = entry.achieved * (lowest / entry.achieved) ** (step / STEPS)
             count = merging + math.ceil((entry.achieved - budget) * len(sizes.counts) - 1e-6)

@@ -130,9 +130,7 @@ def demo_model() -> str:
         where = "the demo model comes with the repository, and this dymu was installed without it"
         if "DYMU_DEMO_MODEL" in os.environ:
             where = f"DYMU_DEMO_MODEL names {folder}, which holds no model"
-        raise BadModel(
-            f"{where}: say which model to use, dymu run and dymu demo with --model, other commands as their first argument."
-        )
+        raise BadModel(f"{where}: say which model to use, with --model (dymu run, dymu demo) or as the first argument.")
     return str(folder)
 
 

@@ -16,7 +16,7 @@ from dymu.errors import BadFocus
 from dymu.files import first_line
 from dymu.media import masks
 from dymu.merging import Pictures
-from dymu.reducers import FixedMerge, Focus, Guard, Reducer, Shown
+from dymu.reducers import Focus, Guard, Reducer, Shown
 
 LEAST_RANGE = 1.0
 """Of a processor's pixels, whose standard deviation is about 1, from black to white; pictures of less stay pale."""
@@ -129,16 +129,16 @@ class InFocus:
     Attributes:
         specs: one for all, or one for each.
         inside: see `Focus`.
-        least: see `Guard`, in place of `Focus`; None: that.
+        guards: whether pictures with something in focus keep no less than their share, see `Guard`.
     """
 
     specs: Spec | tuple[Spec, ...]
     inside: Reducer | None = None
-    least: FixedMerge | None = None
+    guards: bool = False
 
     def around(self, rule: Reducer) -> Reducer:
         """The rule with this in focus."""
-        return Focus(rule, self.inside) if self.least is None else Guard(rule, self.least)
+        return Guard(rule) if self.guards else Focus(rule, self.inside)
 
     def grids(
         self, shown: Shown, which: slice, pictures: Pictures, apart: bool, patch: tuple[int, int]

@@ -7,12 +7,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import ClassVar
 
 from torch import Tensor
 
 from dymu.merging import above
 from dymu.reducers.keep import check_keep, check_of_images, in_tokens
 from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, Stage, Tokens
+from dymu.reducers.tome import FixedMerge
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ThresholdMerge(Reducer):
         over_time: similarity above which tokens of neighbouring frames of a video join; None: frames stay apart.
         at_most: tokens that an image, or a frame of a video, keeps at most; a float up to 1 is a fraction of its own.
             Where more are left of one, its most similar ones merge on at the end, and nothing changes for others.
+        share: what merges to the part of each picture that the thresholds keep of all; for pictures with something in
+            focus, or guarded.
 
     Raises:
         BadBudget: `at_most` is not above 0; or in use, below the tiles of an image.
@@ -38,6 +42,8 @@ class ThresholdMerge(Reducer):
     frames: tuple[float, ...] = ()
     over_time: float | None = None
     at_most: int | float | None = None
+    share: FixedMerge | None = None
+    focuses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("thresholds", "images", "frames"):

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dymu.merging import focus_last
+from dymu.merging.match import AHEAD, most_similar
+from dymu.reducers.by_image import ByImage
 from dymu.reducers.reducer import Candidates, Pixels, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
+from dymu.reducers.tome import FixedMerge
 from dymu.token_map import TokenMap
 
 
 @dataclass(frozen=True)
-class Focus(Reducer):
-    """Another rule, but for tokens in focus, see `Shown.focus`.
-
-    A merge is in focus if one of its two tokens is, and a merged token if one of its patches is. Behind the layers,
-    too, what is in focus merges last.
-
-    Args:
-        rule: how many tokens merge, and outside the focus which.
-        inside: which merge in focus. None: what is left to merge when all outside that could has, so that a picture
-            keeps as many tokens as without focus.
-    """
+class Around(Reducer):
+    """Another rule, which is asked first."""
 
     rule: Reducer
-    inside: Reducer | None = None
+    focuses: ClassVar[bool] = True
 
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         self.rule.check_fits(layers, tokens)
@@ -41,6 +35,45 @@ class Focus(Reducer):
     def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap] | None:
         return self.rule.before_encoder(pixels)
 
+    def after_encoder(self, tokens: Tokens) -> Reduced | None:
+        return self.rule.after_encoder(tokens)
+
+    def in_prompt(self, tokens: Tokens) -> Reduced | None:
+        return self.rule.in_prompt(tokens)
+
+    def shares(self, shown: Shown) -> list[FixedMerge | None]:
+        """Of each picture what merges it to its share, see `ThresholdMerge.share`."""
+        if isinstance(self.rule, ByImage):
+            return [getattr(self.rule.rules[item], "share", None) for item in shown.item]
+        return [getattr(self.rule, "share", None)] * len(shown.grids)
+
+    def beyond_share(self, candidates: Candidates) -> Tensor:
+        """int64 [pictures], by how many tokens each is above its share of the plan; -1 where it has none."""
+        shares, left = self.shares(candidates.shown), candidates.state.layout.lengths
+        plans = {repr(share): share.planned(candidates) for share in shares if share is not None}
+        beyond = []
+        for number, (share, tokens) in enumerate(zip(shares, candidates.tokens, strict=True)):
+            planned = 0 if share is None else sum(plans[repr(share)][number][: candidates.layer + 1])
+            above = left[number] - candidates.prefix - (tokens - planned)
+            beyond.append(-1 if share is None else max(above, 0))
+        return torch.tensor(beyond, device=candidates.keys.device)
+
+
+@dataclass(frozen=True)
+class Focus(Around):
+    """Another rule, but for tokens in focus, see `Shown.focus`.
+
+    A merge is in focus if one of its two tokens is, and a merged token if one of its patches is. Behind the layers,
+    too, what is in focus merges last.
+
+    Args:
+        rule: how many tokens merge, and outside the focus which.
+        inside: which merge in focus. None: what is left to merge when all outside that could has; and pictures with
+            something in focus merge to their share of tokens, where the rule says it.
+    """
+
+    inside: Reducer | None = None
+
     def in_layer(self, candidates: Candidates) -> Tensor | SomeMerge | None:
         answer = self.rule.in_layer(candidates)
         if answer is None or candidates.focus is None:
@@ -48,15 +81,25 @@ class Focus(Reducer):
         into, still = answer if isinstance(answer, SomeMerge) else (answer, None)
         focused = candidates.focused
         if self.inside is None:
-            into = focus_last(into, candidates.similarity, candidates.partner, candidates.picture, focused)
+            due, beyond = merges_of(into, candidates), self.beyond_share(candidates)
+            due = torch.where(candidates.focus.any(1) & (beyond >= 0), beyond, due)
+            into = focus_last(due, candidates)
         else:
             inner = self.inside.in_layer(candidates)
             assert not isinstance(inner, SomeMerge)
             into = torch.where(focused & (into >= 0), torch.full_like(into, -1) if inner is None else inner, into)
         return into if still is None else SomeMerge(into, still)
 
-    def after_encoder(self, tokens: Tokens) -> Reduced | None:
-        return self.rule.after_encoder(tokens)
 
-    def in_prompt(self, tokens: Tokens) -> Reduced | None:
-        return self.rule.in_prompt(tokens)
+def merges_of(into: Tensor, candidates: Candidates) -> Tensor:
+    """int64 [pictures], how many tokens of each merge."""
+    pictures = candidates.state.layout.batch
+    return torch.zeros(pictures, dtype=torch.long, device=into.device).index_add(
+        0, candidates.picture, (into >= 0).sum(1)
+    )
+
+
+def focus_last(due: Tensor, candidates: Candidates) -> Tensor:
+    """So many merges of each picture, of tokens out of focus first, and of these the most similar."""
+    similarity = candidates.similarity - AHEAD * candidates.focused
+    return most_similar(due, similarity, candidates.partner, candidates.picture)

@@ -1,64 +1,54 @@
-"""Guard: pictures with something in focus keep a part of their tokens, whatever they look like."""
+"""Guard: pictures with something in focus keep no less than their share of tokens, whatever they look like."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dymu.merging.match import AHEAD, most_similar
-from dymu.reducers.reducer import Candidates, Pixels, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
-from dymu.reducers.tome import FixedMerge
-from dymu.token_map import TokenMap
+from dymu.reducers.focus import Around, focus_last, merges_of
+from dymu.reducers.reducer import Candidates, Reduced, SomeMerge, Tokens
 
 
 @dataclass(frozen=True)
-class Guard(Reducer):
-    """Another rule, but of pictures with something in focus no layer merges more than leaves what `least` leaves.
+class Guard(Around):
+    """Another rule, but where it would leave less of a picture with something in focus than its share.
 
-    In these, what is in focus merges last, see `Focus`. Merges behind the layers are the rule's.
+    There as many merge as leave the share, and what is in focus merges last.
 
     Args:
-        rule: which tokens merge in other pictures.
-        least: what these keep at least.
+        rule: which tokens merge, and what each picture's share is, see `ThresholdMerge.share`.
     """
-
-    rule: Reducer
-    least: FixedMerge
-
-    def check_fits(self, layers: int, tokens: int | None = None) -> None:
-        self.rule.check_fits(layers, tokens)
-
-    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
-        self.rule.check_shown(shown, images)
-
-    def reduces(self, stage: Stage, shown: Shown) -> bool:
-        return self.rule.reduces(stage, shown)
-
-    def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap] | None:
-        return self.rule.before_encoder(pixels)
 
     def in_layer(self, candidates: Candidates) -> Tensor | SomeMerge | None:
         answer = self.rule.in_layer(candidates)
         if answer is None or candidates.focus is None:
             return answer
         into, still = answer if isinstance(answer, SomeMerge) else (answer, None)
-        picture, left = candidates.picture, candidates.state.layout.length - candidates.prefix
-        due = torch.zeros_like(left).index_add(0, picture, (into >= 0).sum(1))
-        plans = self.least.planned(candidates)
-        leaves = [
-            tokens - sum(plan[: candidates.layer + 1]) for tokens, plan in zip(candidates.tokens, plans, strict=True)
-        ]
-        most = (left - torch.tensor(leaves, device=left.device)).clamp(min=0)
-        due = torch.where(candidates.focus.any(1), due.minimum(most), due)
-        similarity = candidates.similarity - AHEAD * candidates.focused
-        into = most_similar(due, similarity, candidates.partner, picture)
+        due, most = merges_of(into, candidates), self.beyond_share(candidates)
+        less = candidates.focus.any(1) & (most >= 0) & (due > most)
+        guarded = focus_last(torch.where(less, most, 0), candidates)
+        into = torch.where(less[candidates.picture, None], guarded, into)
         return into if still is None else SomeMerge(into, still)
 
-    def after_encoder(self, tokens: Tokens) -> Reduced | None:
-        return self.rule.after_encoder(tokens)
-
     def in_prompt(self, tokens: Tokens) -> Reduced | None:
-        return self.rule.in_prompt(tokens)
+        reduced = self.rule.in_prompt(tokens)
+        if reduced is None or tokens.focus is None:
+            return reduced
+        shown, shares = tokens.shown, self.shares(tokens.shown)
+        of_image = dict(zip(shown.image, shares, strict=True))
+        goal = [
+            0 if (share := of_image[image]) is None else share.kept_of(count)
+            for image, count in enumerate(shown.image_tokens)
+        ]
+        by_picture, _, pictures = tokens.then(reduced).by_picture()
+        image = torch.tensor(shown.image, device=pictures.device)
+        less = by_picture.left(image[pictures], len(goal)) < torch.tensor(goal, device=image.device)
+        focus = torch.tensor([bool(grid.any()) for grid in shown.focus or ()], device=image.device)
+        in_focus = torch.zeros_like(less).index_put((image,), focus, accumulate=True)
+        if not bool((less & in_focus).any()):
+            return reduced
+        return tokens.chosen(
+            [reduced, tokens.merge_to([max(count, 1) for count in goal])], (less & in_focus)[image].long()
+        )

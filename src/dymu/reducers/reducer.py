@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal, NamedTuple, NoReturn
+from typing import ClassVar, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -402,7 +402,12 @@ class Reducer:
     """A way to have fewer tokens. It takes part in one stage or several; what it does not define leaves tokens alone.
 
     Every picture, and every item, is reduced by itself: what a row gets must not depend on the others.
+
+    Attributes:
+        focuses: whether it merges in layers, so that what is in focus can merge last; see `Shown.focus`.
     """
+
+    focuses: ClassVar[bool] = False
 
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         """Refuse an encoder, before any work.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class FixedMerge(Reducer):
     keep: int | float
     schedule: Schedule = "constant"
     layers: tuple[int, ...] | None = None
+    focuses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep(self)
@@ -78,9 +80,9 @@ class FixedMerge(Reducer):
         """For each picture, how many tokens every layer merges."""
         shown = candidates.shown
         if shown.single:
-            keeps = [self._kept(tokens) for tokens in candidates.tokens]
+            keeps = [self.kept_of(tokens) for tokens in candidates.tokens]
         else:  # what is rounded up here merges in the prompt
-            part = [self._kept(tokens) / max(tokens, 1) for tokens in shown.image_tokens]
+            part = [self.kept_of(tokens) / max(tokens, 1) for tokens in shown.image_tokens]
             pairs = zip(shown.image, candidates.tokens, strict=True)
             keeps = [math.ceil(part[image] * tokens) for image, tokens in pairs]
         return [
@@ -89,12 +91,12 @@ class FixedMerge(Reducer):
         ]
 
     def after_encoder(self, tokens: Tokens) -> Reduced | None:
-        return tokens.merge_to([self._kept(count) for count in tokens.shown.image_tokens])
+        return tokens.merge_to([self.kept_of(count) for count in tokens.shown.image_tokens])
 
     def in_prompt(self, tokens: Tokens) -> Reduced | None:
-        return tokens.merge_to([self._kept(count) for count in tokens.shown.image_tokens], exactly=True)
+        return tokens.merge_to([self.kept_of(count) for count in tokens.shown.image_tokens], exactly=True)
 
-    def _kept(self, tokens: int) -> int:
+    def kept_of(self, tokens: int) -> int:
         """Of an image of so many; all of one that has fewer than asked for, which `check_shown` refuses."""
         return min(max(round(in_tokens(self.keep, tokens)), 1), tokens)
 

@@ -122,7 +122,7 @@ class Front:
         Args:
             count: what each keeps; None: nothing merges.
         """
-        keys = [hashlib.sha256(f"{image.mode} {image.size} {count} ".encode() + image.tobytes()) for image in images]
+        keys = [hashlib.sha256(f"{image.mode} {image.size} {count!r} ".encode() + image.tobytes()) for image in images]
         by_key = dict(zip((key.digest() for key in keys), images, strict=True))
         with self._lock:
             found = {key: self._kept.pop(key) for key in by_key if key in self._kept}
