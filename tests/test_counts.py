@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -130,6 +131,31 @@ def test_numbers_are_meant_as_the_handles(model):
     with dymu.apply(model, TWO, exactly=20) as handle:
         tiny.answer(model, **three(model), dymu_budget=[7, None, "untouched"])
         assert kept(handle) == [7, 20, 49]
+
+
+def test_one_token_is_not_all_of_them(model):
+    with dymu.apply(model, TWO, exactly=9) as handle:
+        for budgets, counts in (([1, 1.0, 9], [1, 49, 9]), ([1.0, 1, 9], [49, 1, 9])):
+            model(**three(model), dymu_budget=budgets)
+            assert kept(handle) == counts
+
+
+def test_a_cap_for_a_moment(model):
+    """With the budget that is given, or the handle's."""
+    with dymu.apply(model, TWO, budget=17, at_most=40) as handle:
+        model(**three(model))
+        both = kept(handle)
+        handle.set_budget(at_most=15)
+        with handle.at(17, at_most=40):
+            model(**three(model))
+            assert kept(handle) == both
+        handle.set_budget(17)
+        with handle.at(at_most=40):
+            model(**three(model))
+            assert kept(handle) == both
+        for number in (torch.tensor(14), np.array(14), np.int64(14)):
+            with handle.at(number):
+                model(**three(model))
 
 
 def test_images_come_ahead_of_videos():
@@ -313,6 +339,15 @@ def test_what_cannot_be_is_refused_and_changes_nothing(model):
             model(**inputs, dymu_budget=14)
         with pytest.raises(BadBudget, match="either exactly=, or a budget"), handle.at(14, exactly=9):
             pass
+        with (
+            pytest.raises(BadBudget, match="either a cap, or a budget of 'untouched'"),
+            handle.at("untouched", at_most=9),
+        ):
+            pass
+        with pytest.raises(BadBudget, match="neither a whole number of tokens nor a fraction"), handle.at(exactly=13.5):
+            pass
+        with pytest.raises(BadBudget, match="no pictures come with this call"):
+            tiny.answer(model, **tiny.inputs(model, tiny.prompt(model, 5)), dymu_budget=[14, 15])
         model(**inputs)
         assert kept(handle) == usual
     with dymu.apply(model, merge=dymu.FixedMerge(9)), pytest.raises(BadBudget, match="fixed rule"):

@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw
 
 import dymu
 import tiny
-from dymu.errors import BadBudget, BadFocus
+from dymu.errors import BadFocus
 from dymu.hooks.focus import Regions, spec_of
 from dymu.media import masks
 from dymu.merging import focus_last, in_focus
-from dymu.reducers import FixedMerge, ThresholdMerge
+from dymu.reducers import AveragePool, FixedMerge, ThresholdMerge
 from dymu.thresholds import Calibrated, Encoder, Thresholds
 from test_contract import MODELS, SOME, four_prompts
 
@@ -213,7 +213,7 @@ def page(letters: int = 60) -> Image.Image:
 def test_writing_keeps_the_budgets_share_and_other_pictures_are_as_they_were():
     model = tiny.llava(layer=-1)
     thresholds = Thresholds((Calibrated(14, (0.2,) * tiny.LAYERS), Calibrated(20, (0.3,) * tiny.LAYERS)))
-    with pytest.raises(BadBudget, match="does not say how many tokens"):
+    with pytest.raises(BadFocus, match="does not say how many tokens"):
         dymu.apply(model, thresholds, budget=20, guard="text")
     assert model.__dict__.get("_dymu_handle") is None
     config = model.config.vision_config
@@ -239,6 +239,19 @@ def test_writing_keeps_the_budgets_share_and_other_pictures_are_as_they_were():
         assert handle.last.kept[0] < 20
         assert guarded == [20, handle.last.kept[1]]
         assert lower == [14, usual[1]]
+        handle.set_focus(guard="text")
+        with handle.at(14):
+            model.get_image_features(both)
+            assert handle.last.kept == lower
+        with handle.at([14, 20]):
+            model.get_image_features(both)
+            assert handle.last.kept == [14, guarded[1]]
+        handle.set_focus(focus=(0.0, 0.0, 1.0, 0.5))
+        model.get_image_features(both)
+        assert handle.last.kept == [20, 20]
+        with handle.at([14, None]):
+            model.get_image_features(both)
+            assert handle.last.kept == [14, 20]
         handle.set_budget(exactly=9)
         with pytest.raises(BadFocus, match="exactly 9 tokens, so that none can keep more"):
             handle.set_focus(guard="text")
@@ -293,6 +306,8 @@ def test_what_is_no_part_of_a_picture(model, focus, says):
 
 def test_what_cannot_be_in_focus_is_refused_in_the_call(model):
     inputs = tiny.inputs(model, tiny.prompt(model, 4, "image", 5), tiny.pictures(1))
+    with pytest.raises(BadFocus, match="AveragePool knows no focus"):
+        dymu.apply(model, merge=AveragePool(0.3), focus=HALF)
     with dymu.apply(model, merge=SOME) as handle:
         model(**inputs)
         usual = handle.last.kept
@@ -308,6 +323,8 @@ def test_what_cannot_be_in_focus_is_refused_in_the_call(model):
         ):
             with pytest.raises(BadFocus, match=says), handle.at(focus=focus):
                 model(**inputs)
+        with pytest.raises(BadFocus, match="says nothing without a focus"):
+            handle.set_focus(adds=True)
         with pytest.raises(BadFocus, match="alone, without focus"):
             handle.set_focus(HALF, guard="text")
         with pytest.raises(BadFocus, match="merges by a fixed rule"):
