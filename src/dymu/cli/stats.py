@@ -28,7 +28,7 @@ from dymu.cli.output import Output, check_writable, table, write_text
 from dymu.files import escaped, expanded
 
 BUDGETS = 3
-"""Where none are named: each costs a pass of the encoder, some 3 minutes for 2,000 small pictures on two cores."""
+"""Where none are named: each costs a pass of the encoder, for 2,000 small pictures some 4 minutes of one core."""
 SHOWN = 6
 """Simplest pictures on the page, and as many of the most complex ones."""
 FAILURES = 5

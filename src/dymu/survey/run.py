@@ -160,7 +160,8 @@ def survey(
 
 def _give_memory_back() -> None:
     """Have the C library give freed memory back, where it can: each picture keeps another number of tokens, so what
-    its layers free leaves gaps of all sizes. Without this, 2,000 pictures of the demo model took 2.6 GiB."""
+    its layers free leaves gaps of all sizes. 2,000 pictures of the demo model took 2.5 GiB without this, and 1.7 with.
+    """
     trim = getattr(ctypes.pythonapi, "malloc_trim", None)
     if trim is not None:
         trim(0)
