@@ -103,7 +103,7 @@ def demo(
             out.note(models.TOY)
         warn_of_others(out, host)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        config = uvicorn.Config(app, log_level="warning", limit_concurrency=256)
+        config = uvicorn.Config(app, log_level="warning", limit_concurrency=256, timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[listening])
 
 

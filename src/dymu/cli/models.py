@@ -128,7 +128,8 @@ def demo_model() -> str:
         if "DYMU_DEMO_MODEL" in os.environ:
             where = f"DYMU_DEMO_MODEL names {folder}, which holds no model"
         raise BadModel(
-            f"{where}: say which model to use, dymu run and dymu demo with --model, other commands as their first argument."
+            f"{where}: say which model to use, dymu run and dymu demo with --model, other commands as their first "
+            "argument."
         )
     return str(folder)
 

@@ -149,9 +149,9 @@ def marked_words(before: str, after: str) -> tuple[str, str, int]:
     return " ".join(filter(None, left)), " ".join(filter(None, right)), differing
 
 
-def copyable(call: str, data: dict[str, Any]) -> str:
-    """A command, and the JSON that it gives, each with a button that copies it."""
-    return _copied("Command", call) + _copied("JSON", json.dumps(data, indent=1, ensure_ascii=False))
+def copyable(call: str, data: dict[str, Any], kind: str = "Command") -> str:
+    """A command, or another call, and the JSON that it gives, each with a button that copies it."""
+    return _copied(kind, call) + _copied("JSON", json.dumps(data, indent=1, ensure_ascii=False))
 
 
 def _copied(title: str, words: str) -> str:
@@ -176,7 +176,9 @@ def drawn(groups: Groups, shown: str, name: str) -> str:
     figure = (
         f'<figure class="dymu-figure"><svg class="dymu-groups" viewBox="0 0 {width} {height}" role="group" '
         f'aria-label="{text(label)}"><image href="{shown}" width="{width}" height="{height}" '
-        f'preserveAspectRatio="none"/>{shapes}</svg><p class="dymu-tip" aria-hidden="true"></p>'
+        f'preserveAspectRatio="none"/>{shapes}'
+        f'<path class="dymu-mark dymu-mark-under"/><path class="dymu-mark"/></svg>'
+        '<p class="dymu-tip" aria-hidden="true"></p>'
         "<figcaption>Point at a group, or tab to the picture and use the arrow keys.</figcaption></figure>"
     )
     return (

@@ -8,13 +8,18 @@
     const box = figure.getBoundingClientRect();
     tip.textContent = group.getAttribute("aria-label");
     tip.classList.add("dymu-told-now");
+    const outline = group.querySelector(".dymu-edge").getAttribute("d");
+    for (const mark of figure.querySelectorAll(".dymu-mark")) mark.setAttribute("d", outline); // above its neighbours
     const left = Math.min(Math.max(x - box.left, tip.offsetWidth / 2), box.width - tip.offsetWidth / 2);
     tip.style.left = `${left}px`;
     tip.style.top = `${y - box.top - tip.offsetHeight - 14}px`;
   };
   const hush = (node) => {
     const group = groupOf(node);
-    if (group) group.closest("figure").querySelector(".dymu-tip").classList.remove("dymu-told-now");
+    if (!group) return;
+    const figure = group.closest("figure");
+    figure.querySelector(".dymu-tip").classList.remove("dymu-told-now");
+    for (const mark of figure.querySelectorAll(".dymu-mark")) mark.removeAttribute("d");
   };
 
   document.addEventListener("pointermove", (event) => {

@@ -415,14 +415,14 @@ def _say(
 
 def _conversation(subject: Subject, now: turns.Conversation) -> str:
     lines = [
-        [str(number), turn.name, turn.question, f"{budget:.0f}", kept, full]
+        [str(number), turn.name, kept, full, f"{budget:.4g}", turn.question]
         for number, (turn, budget, kept, full) in enumerate(
             zip(now.turns, now.budgets, now.kept, now.original, strict=False), 1
         )
     ]
     original = sum(now.original)
-    lines.append(["all", "", "", f"{sum(now.budgets):.0f}", now.merged.tokens, original])
-    header = ["turn", "picture", "question", "budget", "tokens with dymu", "tokens without"]
+    lines.append(["all", "", now.merged.tokens, original, f"{sum(now.budgets):.4g}", ""])
+    header = ["turn", "picture", "with dymu", "without", "budget", "question"]
     untouched = None if now.untouched is None else now.untouched.answer
     parts = [
         html.status("Asking the untouched model…") if now.untouched is None else "",
@@ -433,7 +433,8 @@ def _conversation(subject: Subject, now: turns.Conversation) -> str:
     if now.untouched is not None:
         parts.append(
             html.section(
-                "The same in Python", html.copyable(turns.as_python(subject, now), turns.as_json(subject, now))
+                "The same in Python",
+                html.copyable(turns.as_python(subject, now), turns.as_json(subject, now), "Python"),
             )
         )
     return f'<div class="dymu-result">{"".join(parts)}</div>'
