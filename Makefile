@@ -23,7 +23,7 @@ QUESTION ?= What is this?
 BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
-CODE := src scenes tests training benchmarks experiments
+CODE := src scenes tests training benchmarks experiments examples
 
 .DELETE_ON_ERROR:
 .PHONY: demo setup test test-serving test-page contract encoders check format-check lint types imports format clean

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import Dinov2Model, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dymu.families.resolve import resolve
+from dymu.hooks.focus import InFocus
 from dymu.merging import EncoderLayer, Pictures
 from dymu.reducers import EncoderRun, Reducer, Shown
 from dymu.token_map import TokenMap
@@ -41,11 +42,15 @@ class Tower:
         parts = resolve(vlm)
         return cls(model, parts.encoder_layers[: max(parts.feature_layers())], vlm)
 
-    def merged(self, pixels: Tensor, reducer: Reducer) -> tuple[Tensor, TokenMap]:
+    def merged(self, pixels: Tensor, reducer: Reducer, focus: InFocus | None = None) -> tuple[Tensor, TokenMap]:
         """Merged features [1, M, C] of the class token and an image [1, 3, height, width], and their map."""
         rows, columns = (side // PATCH for side in pixels.shape[-2:])
         shown = Shown(pixels, ((rows, columns),), single=True, video=False)
-        run = EncoderRun(reducer, len(self.layers), shown, Pictures(shown.grids, prefix=1))
+        pictures = Pictures(shown.grids, prefix=1)
+        if focus is not None:
+            grids = focus.grids(shown, slice(None), pictures, False, (PATCH, PATCH))
+            reducer, shown = focus.around(reducer), replace(shown, focus=grids)
+        run = EncoderRun(reducer, len(self.layers), shown, pictures)
         hidden = self.model.embeddings(run.pixels(pixels))
         for index, layer in enumerate(self.layers):
             hidden = run.layer(index, layer, hidden)

@@ -26,6 +26,7 @@ from dymu.forecast import COVERED
 from dymu.thresholds import Thresholds
 from experiments import RESULTS
 from experiments.legibility import pages
+from experiments.screenshots import HELD_OUT, screenshots
 from scenes import evaluation_pack
 from scenes.composed import Composed, calibration_images
 from training.assets import photos
@@ -86,7 +87,17 @@ def text(count: int) -> Kind:
     return Kind(calibration, heldout, count)
 
 
-KINDS: dict[str, Callable[[int], Kind]] = {"photos": crops, "scenes": scenes, "pages of text": text}
+def screens(count: int) -> Kind:
+    """Of manuals; a manual is either calibrated on or held out."""
+    return Kind(screenshots(False, count), screenshots(True, count), len(HELD_OUT))
+
+
+KINDS: dict[str, Callable[[int], Kind]] = {
+    "photos": crops,
+    "scenes": scenes,
+    "pages of text": text,
+    "screenshots": screens,
+}
 """By name, what makes so many pictures to calibrate on and as many held out."""
 
 

@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy, pad
 import dymu
 from benchmarks import record
 from dymu.choices import Schedule
+from dymu.hooks.focus import InFocus
 from dymu.reducers import AveragePool, FixedMerge, Reducer, ThresholdMerge
 from dymu.token_map import TokenMap
 from experiments import RESULTS
@@ -133,9 +134,9 @@ class Network:
         states = self.tower.model(normalised([shown.image]), output_hidden_states=True).hidden_states
         return states[FEATURE_LAYER][:, 1:]
 
-    def merged(self, shown: Page, reducer: Reducer) -> tuple[Tensor, TokenMap]:
+    def merged(self, shown: Page, reducer: Reducer, focus: InFocus | None = None) -> tuple[Tensor, TokenMap]:
         """Features [1, patches, C], reduced and copied back, and what merged (the class token with it)."""
-        hidden, merges = self.tower.merged(normalised([shown.image]), reducer)
+        hidden, merges = self.tower.merged(normalised([shown.image]), reducer, focus)
         return merges.expand(hidden)[:, 1:], merges
 
 
@@ -236,10 +237,13 @@ class Setting:
             self._add(row, how(features), tokens, shown)
         return row
 
-    def merged(self, row: Row, reducer: Reducer) -> Row:
-        """Merge in the encoder, or pool what it gives."""
-        for shown in track(self.pages, f"{row.method} {row.budget}"):
-            features, merges = self.network.merged(shown, reducer)
+    def merged(self, row: Row, reducer: Reducer | Sequence[Reducer], focus: Sequence[InFocus] | None = None) -> Row:
+        """Merge in the encoder, by one rule for all pages or one for each, or pool what it gives."""
+        rules = reducer if isinstance(reducer, Sequence) else [reducer] * len(self.pages)
+        focuses = [None] * len(self.pages) if focus is None else focus
+        shown_by = zip(track(self.pages, f"{row.method} {row.budget}"), rules, focuses, strict=True)
+        for shown, rule, where in shown_by:
+            features, merges = self.network.merged(shown, rule, where)
             self._add(row, features, int(merges.kept) - 1, shown)
         return row
 

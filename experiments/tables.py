@@ -170,10 +170,62 @@ def forecast() -> str:
     return markdown(header, rows) + made_by(result)
 
 
+def _percent(cell: dict[str, float]) -> str:
+    return f"{100 * cell['mean']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+
+
 def _told(row: dict[str, Any]) -> str:
-    enough = row["enough"]
-    covered = f"{100 * enough['mean']:.0f} [{100 * enough['low']:.0f}, {100 * enough['high']:.0f}]"
-    return f"{row['r2']:.2f}; {covered}; {row['cost']:.2f} ({row['one_for_all']:.2f})"
+    return f"{row['r2']:.2f}; {_percent(row['enough'])}; {row['cost']:.2f} ({row['one_for_all']:.2f})"
+
+
+def dial() -> str:
+    """How well budgets between calibrated ones are met, and how often a lower one keeps more."""
+    result = read(RESULTS / "dial.json")
+    steps = list(next(iter(result["kinds"].values()))["lower_keeps_more"])
+    rows = []
+    for kind, found in result["kinds"].items():
+        strays = [100 * abs(part) for part in found["between_less_chance"]]
+        on_dial = [stray for stray, dials in zip(strays, found["dials"][1:], strict=True) if dials]
+        chance = [100 * (part - 1) for part in found["kept_over_budget"]]
+        rows.append(
+            [
+                kind,
+                f"{sum(chance) / len(chance):+.1f} ({min(chance):+.1f} to {max(chance):+.1f})",
+                f"{sum(strays) / len(strays):.1f}, at most {max(strays):.1f}",
+                f"{sum(on_dial) / len(on_dial):.1f}, at most {max(on_dial):.1f}",
+                *(f"{100 * found['lower_keeps_more'][step]:.1f}" for step in steps),
+            ]
+        )
+    header = ["held-out pictures", "on the grid: kept beside the budget, %", "halfway between: beside that, %"]
+    header += ["of these on a dial", *(f"a lower budget keeps more, {step} apart, %" for step in steps)]
+    return markdown(header, rows) + made_by(result)
+
+
+def guard() -> str:
+    """What pictures of every kind keep with text guarded, and without."""
+    result = read(RESULTS / "guard.json")
+    rows = []
+    for row in result["rows"]:
+        agreement = _percent(row["photos_same_answer"])
+        kept = (f"{row['kept'][kind]:.0f} (least {row['least'][kind]})" for kind in row["kept"])
+        rows.append([str(row["budget"]), row["guard"] or "–", *kept, agreement])
+    header = ["budget", "guard", *result["rows"][0]["kept"], "photos: same answer as untouched, %"]
+    return markdown(header, rows) + made_by(result)
+
+
+def legibility_focus() -> str:
+    """Letters that are read with a focus on text, at as many tokens of every page."""
+    result = read(RESULTS / "legibility_focus.json")
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"][1:]))
+    budgets = sorted({row["budget"] for row in result["rows"][1:]}, reverse=True)
+    cells = {(row["method"], row["budget"]): row for row in result["rows"]}
+    lines = []
+    for method in methods:
+        of_budgets = (cells[method, budget] for budget in budgets)
+        lines.append([method, *(f"{_percent(row['letters'])} at {row['tokens']:.0f}" for row in of_budgets)])
+    everything = _percent(result["rows"][0]["letters"])
+    header = [f"letters read, % (all tokens: {everything})", *(f"{b / result['full_tokens']:.0%}" for b in budgets)]
+    return markdown(header, lines) + made_by(result)
 
 
 _KL = {"untouched": "KL(untouched ‖ exact)"}
@@ -185,5 +237,5 @@ def _nats(cell: dict[str, float]) -> str:
 
 FUNCTIONS = (
     forms_on_demo, forms_on_text, calibration_size, saliency, saliency_schedules, saliency_paired, legibility,
-    legibility_paired, forecast,
+    legibility_paired, forecast, dial, guard, legibility_focus,
 )  # fmt: skip

@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
@@ -142,6 +143,40 @@ def test_budgets_are_met_and_inference_repeats_them(
     assert thresholds.calibrated[-1].thresholds == (NEVER,) * tiny.LAYERS
 
 
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
+def test_any_budget_between_is_met(tower: str, processor: CLIPImageProcessorPil, images: list[Image.Image]) -> None:
+    """On the calibration images; and a lower one on the same dial never has an image keep more, seen or unseen."""
+    model = tiny.llava(tower, layer=-1)
+    thresholds = dymu.calibrate(model, processor, images, progress=False)
+    lowest, highest = thresholds.budgets[0], thresholds.budgets[-1]
+    assert (lowest, highest) == (min(n for n in (4, 5, 6) if n in thresholds.budgets), tiny.PATCHES)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    unseen = processor(images=tiny.photos(12, seed=9), return_tensors="pt")["pixel_values"]
+    before = None
+    for budget in np.geomspace(highest, lowest, 40):
+        counts = kept(model, thresholds, float(budget), pixels)
+        upper = next(entry for entry in thresholds.calibrated if entry.budget >= budget - 1e-9)
+        on_dial = upper.dial and budget >= upper.dial[-1].budget
+        mean = sum(counts) / COUNT
+        if on_dial:
+            marks = [upper.budget, *(dial.budget for dial in upper.dial)]
+            assert max(mark for mark in marks if mark <= budget + 1e-9) - 1e-9 <= mean
+            assert mean <= min(mark for mark in marks if mark >= budget - 1e-9) + 1e-9
+        else:
+            assert mean == pytest.approx(budget, rel=0.1)
+        new = kept(model, thresholds, float(budget), unseen)
+        if before is not None and before[0] == upper.budget and on_dial:
+            assert all(lower <= higher for lower, higher in zip(counts + new, before[1], strict=True))
+        before = upper.budget, counts + new
+
+
+def test_no_dial_where_something_merges_behind_the_last_layer(processor, images) -> None:
+    early = dymu.calibrate(tiny.llava("clip", layer=-1), processor, images, [16, 20], merge_layers=[0, 1, 2])
+    assert not any(entry.dial for entry in early.calibrated)
+    one = dymu.calibrate(tiny.llava("clip", layer=-1), processor, images, [20], progress=False)
+    assert one.calibrated[0].dial == ()
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("tower", tiny.TOWERS)
 def test_equals_a_slow_reference(
@@ -193,7 +228,7 @@ def test_budgets_do_not_disturb_one_another(processor: CLIPImageProcessorPil, im
     model = tiny.llava("dinov2", layer=-1)
     together = dymu.calibrate(model, processor, images, [8, 16, 32], progress=False).calibrated
     alone = [dymu.calibrate(model, processor, images, [n], progress=False).calibrated[0] for n in (8, 16, 32)]
-    assert list(together) == alone
+    assert [replace(entry, dial=()) for entry in together] == alone
 
 
 def test_runs_only_the_layers_whose_features_are_read(
@@ -466,7 +501,7 @@ def test_budgets_may_be_one_number(processor, images) -> None:
     for budgets in (20, 20.0, np.int64(20), np.array(20), torch.tensor(20), (20,), iter([20])):
         assert dymu.calibrate(model, processor, images, budgets, progress=False).budgets == [20]
     assert dymu.calibrate(model, processor, images, 0.5, progress=False).budgets == [24]
-    for budgets in ("20", None, float("nan"), float("inf")):
+    for budgets in ("20", [None], float("nan"), float("inf")):
         with pytest.raises(dymu.BadBudget):
             dymu.calibrate(model, processor, images, budgets, progress=False)
 

@@ -748,6 +748,12 @@ finally:
         ("evaluate {model} --task {task} -b 20 -o r.jsonl --timed 1152921504606846976", 2),
         ("evaluate {model} --task {task} -b 20 -o r.jsonl --batch-size 1152921504606846976", 2),
         ("check nosuch", 1),
+        ("draw {photo} nosuch.png -o sheet.png --model {model}", 1),
+        ("draw {photo} -o sheet.png --model {model} -b 500", 1),
+        ("draw {photo} -o sheet.txt --model {model}", 1),
+        ("stats nosuch -o s.html --model {model}", 1),
+        ("stats {photo} -o s.html --model {model} -b 500", 1),
+        ("stats {photo} -o s.pdf --model {model}", 1),
     ],
 )
 def test_quick_checks_come_first(folder, photo, asked, tmp_path, arguments, code):
@@ -780,6 +786,8 @@ def test_help_names_what_to_give_and_an_example(dymu_command):
         "calibrate-videos",
         "inspect",
         "forecast",
+        "draw",
+        "stats",
         "evaluate",
         "report",
         "bench",

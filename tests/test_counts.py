@@ -250,6 +250,35 @@ def test_numbers_hold_for_images_of_any_size(whole):
             assert counts[-1] > expected[-1] + 1
 
 
+def test_images_of_another_kind_are_told(caplog):
+    """Once, when enough were shown; what is asked otherwise does not count."""
+    model = tiny.llava("clip", layer=-1)
+    samples = tiny.photos(12)
+    thresholds = dymu.calibrate(model, tiny.processor(), samples, [15], progress=False)
+    same = tiny.processor()(images=samples, return_tensors="pt")["pixel_values"]
+    noise = torch.randn(12, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(0))
+    with dymu.apply(model, thresholds) as handle:
+        for _ in range(6):
+            model.get_image_features(same)
+            assert handle.last.drift == pytest.approx(1)
+        assert not caplog.records
+        handle.budget = 15
+        for _ in range(6):
+            model.get_image_features(noise)
+        assert handle.last.drift == pytest.approx(sum(handle.last.kept) / 12 / 15)
+        assert handle.last.drift > 1.3
+        assert [record.message for record in caplog.records] == [
+            f"the 60 pictures since the budget was set keep {handle.last.drift:.2f} times what those of calibration "
+            "kept: they are of another kind; calibrate on pictures like these."
+        ]
+        with handle.at("untouched"):
+            model.get_image_features(noise)
+            assert handle.last.drift is None
+        with handle.at(focus=(0, 0, 0.5, 0.5)):
+            model.get_image_features(noise)
+            assert handle.last.drift is None
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
+from dymu.choices import Counting
 from dymu.cli.serve import listen
 from dymu.errors import DymuError
 from dymu.media.images import load
@@ -38,9 +39,15 @@ QUESTION = "What is this?"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
+    with served_at(0.3, "mean") as address:
+        yield address
+
+
+@contextlib.contextmanager
+def served_at(budget: float, counting: Counting) -> Iterator[str]:
     thresholds = Thresholds.load(DEMO)
     options = {"unmerge": "exact", "cache": "merged"}
-    served = Served("demo", str(DEMO), thresholds, 0.3, "mean", options, device="cpu", dtype="float32")
+    served = Served("demo", str(DEMO), thresholds, budget, counting, options, device="cpu", dtype="float32")
     listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app_of(served), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -136,6 +143,36 @@ def test_strings_that_end_an_answer(url: str, photo: Image.Image, expected: dict
     status, answer = posted(url, body_for([data_url(photo)], **fields))
     assert status == 200, answer
     assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_budget_for_each_image(url: str, photo: Image.Image, expected: dict[Any, tuple[str, int]]) -> None:
+    images = [data_url(photo)] * 3
+    status, answer = posted(url, body_for(images, budget=[0.15, None, "untouched"]))
+    assert status == 200, answer
+    assert answer["usage"]["image_tokens"]["kept"] == expected[0.15][1] + expected[0.3][1] + 256
+    status, answer = posted(url, body_for(images, budget=[0.15, 0.3]))
+    assert (status, answer["error"]["message"]) == (
+        400,
+        "2 budgets were given for 3 images: give one for each, or one for all.",
+    )
+    status, answer = posted(url, body_for(images, budget=[0.15, 0.3, "all"]))
+    assert status == 400
+    assert "'untouched', not 'all'" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("counting", ["at-most", "exactly"])
+def test_what_a_budget_says(counting: Counting, photo: Image.Image, expected: dict[Any, tuple[str, int]]) -> None:
+    mean = expected[0.15][1]
+    with served_at(20, counting) as url:
+        for fields, least, most in (({}, 20, 20), ({"budget": 38}, mean, 38), ({"budget": [9, 31]}, 40, 40)):
+            images = [data_url(photo)] * (2 if isinstance(fields.get("budget"), list) else 1)
+            status, answer = posted(url, body_for(images, **fields))
+            assert status == 200, answer
+            kept = answer["usage"]["image_tokens"]["kept"]
+            assert kept == most if counting == "exactly" else min(least, 20) <= kept <= most
+        status, answer = posted(url, body_for([data_url(photo)], budget=300 if counting == "exactly" else 0))
+        assert status == 400, answer
+        assert ("has 256" if counting == "exactly" else "outside 13 to 256") in answer["error"]["message"]
 
 
 def test_text_alone_and_two_images(url: str, photo: Image.Image) -> None:

@@ -53,58 +53,59 @@ EMOJI = Package(
 )
 
 
-def _debian(name: str, version: str, sha256: str) -> Package:
+def debian(name: str, version: str, sha256: str) -> Package:
+    """A pinned Debian package."""
     file = f"{name}_{version.replace(':', '%3a')}_all.deb"
     return Package(file, sha256, ("apt-get", "download", f"{name}={version}"))
 
 
 DEBIAN = {
-    "openclipart-svg": _debian(
+    "openclipart-svg": debian(
         "openclipart-svg", "1:0.18+dfsg-19", "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5"
     ),
-    "wamerican": _debian(
+    "wamerican": debian(
         "wamerican", "2020.12.07-2", "c8f8e2b2ad0d37bfdd41f0e40f1e4c8e5f907467d768a1d3698b164e9617f0b4"
     ),
-    "fonts-cabin": _debian("fonts-cabin", "1.5-3", "3a7a7d6057956273b1afa22534383896e2901bcb98439033d8e7852223365238"),
-    "fonts-cantarell": _debian(
+    "fonts-cabin": debian("fonts-cabin", "1.5-3", "3a7a7d6057956273b1afa22534383896e2901bcb98439033d8e7852223365238"),
+    "fonts-cantarell": debian(
         "fonts-cantarell", "0.303.1-1", "8fdf5687d9e2ce70456664519025a6b48fbaaadbc5b1cfbf8b09f72c2dc5f09b"
     ),
-    "fonts-comfortaa": _debian(
+    "fonts-comfortaa": debian(
         "fonts-comfortaa", "3.001-3", "33c65e81b201177a56e6528f7ea5fd6b19f2db0bb6f4f95346b9483691851929"
     ),
-    "fonts-courier-prime": _debian(
+    "fonts-courier-prime": debian(
         "fonts-courier-prime", "0+git20190115-3", "6f827dd190446abbf83972f01e3f0db2c980e73bd6fb85b56d9d9a8f1755149f"
     ),
-    "fonts-dejavu-core": _debian(
+    "fonts-dejavu-core": debian(
         "fonts-dejavu-core", "2.37-6", "8892669e51aab4dc56682c8e39d8ddb7d70fad83c369344e1e240bf3ca22bb76"
     ),
-    "fonts-dosis": _debian("fonts-dosis", "1.7-3", "5e830fdfeeec1e34fe0909c3374fd209351f3398bbf20bbb486f9e5069e075f3"),
-    "fonts-ebgaramond": _debian(
+    "fonts-dosis": debian("fonts-dosis", "1.7-3", "5e830fdfeeec1e34fe0909c3374fd209351f3398bbf20bbb486f9e5069e075f3"),
+    "fonts-ebgaramond": debian(
         "fonts-ebgaramond",
         "0.016+git20210310.42d4f9f2-1",
         "2780e32df19b909823425b3e21c2f2f2a1717bbdd96f33fc59a252a308903fa2",
     ),
-    "fonts-hack": _debian("fonts-hack", "3.003-3", "ee85559100f4657f7214f23462cf43100d233858f468e3efa0c0a8500f2b7382"),
-    "fonts-inconsolata": _debian(
+    "fonts-hack": debian("fonts-hack", "3.003-3", "ee85559100f4657f7214f23462cf43100d233858f468e3efa0c0a8500f2b7382"),
+    "fonts-inconsolata": debian(
         "fonts-inconsolata", "001.010-6", "bb5015c631cd47aa7d9d6e0ecd101f0e1234300f935e7719ea32ed9b640f0ac4"
     ),
-    "fonts-junction": _debian(
+    "fonts-junction": debian(
         "fonts-junction", "20110525.18de841-1.1", "de4fcf631587812696a6939764c1ec4c005a848749a4e11dde39fd5b3060c6dd"
     ),
-    "fonts-lato": _debian("fonts-lato", "2.0-2.1", "86f50af146a7df9eca4e69f0262e73e708908435ebfa833df797adfa08843bc5"),
-    "fonts-liberation": _debian(
+    "fonts-lato": debian("fonts-lato", "2.0-2.1", "86f50af146a7df9eca4e69f0262e73e708908435ebfa833df797adfa08843bc5"),
+    "fonts-liberation": debian(
         "fonts-liberation", "1:1.07.4-11", "efd381517f958b01969343634ffcbdd60056be7779af84c6f53a005090430204"
     ),
-    "fonts-open-sans": _debian(
+    "fonts-open-sans": debian(
         "fonts-open-sans", "1.11-2", "ed8c4258af6c23e5105fa18940544f060f3c9664fbe881f25130fe0c65bc1485"
     ),
-    "fonts-quicksand": _debian(
+    "fonts-quicksand": debian(
         "fonts-quicksand", "0.2016-2.1", "1175e5c64f116887b37ec3c8faea1f411bdef356580bc22298c3c9da75fac120"
     ),
-    "fonts-roboto-unhinted": _debian(
+    "fonts-roboto-unhinted": debian(
         "fonts-roboto-unhinted", "2:0~20170802-3", "f89cf7d8a589489daecf750031ec50456ab3e648d49ff544f0f08753268fbd91"
     ),
-    "fonts-vollkorn": _debian(
+    "fonts-vollkorn": debian(
         "fonts-vollkorn", "4.105-2", "0c7039de3ede6c96727829635c5b10a536114029cbddf98e14716578d936307f"
     ),
 }
@@ -139,11 +140,11 @@ def fetch(package: Package) -> Path:
     return path
 
 
-def _once(name: str, unpack: Callable[[Path], None]) -> Path:
+def _once(name: str, unpack: Callable[[Path], None], root: Path | None = None) -> Path:
     """Unpack into a scratch folder, then rename: a folder that exists is complete."""
-    target = cache_root() / name
+    target = (root or cache_root()) / name
     if not target.exists():
-        scratch = cache_root() / f"{name}.partial"
+        scratch = target.with_name(f"{name}.partial")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         unpack(scratch)
@@ -196,10 +197,10 @@ def photos_folder() -> Path:
     return _once("photos", unpack) / "files" / "gcompris" / "src" / "activities"
 
 
-def debian_folder(name: str) -> Path:
-    """The unpacked Debian package of this name, a key of ``DEBIAN``."""
+def debian_folder(name: str, package: Package | None = None, root: Path | None = None) -> Path:
+    """A Debian package, by default one of `DEBIAN`, unpacked under `root`, by default the cache."""
 
     def unpack(folder: Path) -> None:
-        subprocess.run(["dpkg-deb", "-x", str(fetch(DEBIAN[name])), str(folder)], check=True)
+        subprocess.run(["dpkg-deb", "-x", str(fetch(package or DEBIAN[name])), str(folder)], check=True)
 
-    return _once(name, unpack)
+    return _once(name, unpack, root)

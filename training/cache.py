@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 
-def cache_root() -> Path:
+def cache_root(of: str = "training") -> Path:
     """The cache directory; ``DYMU_CACHE`` moves it."""
-    root = Path(os.environ.get("DYMU_CACHE", Path.home() / ".cache" / "dymu")) / "training"
+    root = Path(os.environ.get("DYMU_CACHE", Path.home() / ".cache" / "dymu")) / of
     root.mkdir(parents=True, exist_ok=True)
     return root

@@ -69,13 +69,32 @@ class Count:
             BadBudget: nothing was calibrated for it, or it is no number above 0.
         """
         if self.exactly is not None:
-            schedule: Any = thresholds.schedule or "reverse_linear"
-            fixed = FixedMerge(self.exactly, schedule, thresholds.merge_layers)
+            fixed = _fixed(self.exactly, thresholds)
             return fixed, fixed.keep
-        budget = self.budget
-        if budget is None and self.at_most is not None:
-            budget = thresholds.tokens_for(self.at_most, nearest=True)
+        budget = self._mean(thresholds)
         entry = thresholds.at(budget)
         over_time = None if self.per_second is None else thresholds.over_time_at(budget, self.per_second)
         rule = ThresholdMerge(entry.thresholds, entry.images, entry.frames, over_time, self.at_most)
         return rule, entry.budget
+
+    def fixed(self, thresholds: Thresholds) -> FixedMerge:
+        """What keeps of every image the part of its tokens that the mean is of all.
+
+        Raises:
+            BadBudget: it is not known how many tokens an image has.
+        """
+        full = thresholds.full
+        if full is None:
+            raise BadBudget(f"{thresholds} does not say how many tokens an image has; calibrate with `dymu calibrate`.")
+        return _fixed(min(thresholds.tokens_for(self._mean(thresholds)) / full, 1.0), thresholds)
+
+    def _mean(self, thresholds: Thresholds) -> int | float | None:
+        if self.budget is None and self.at_most is not None:
+            return thresholds.tokens_for(self.at_most, nearest=True)
+        return self.budget
+
+
+def _fixed(keep: int | float, thresholds: Thresholds) -> FixedMerge:
+    """What keeps so many, by merges that spread over the layers as they were calibrated to."""
+    schedule: Any = thresholds.schedule or "reverse_linear"
+    return FixedMerge(keep, schedule, thresholds.merge_layers)

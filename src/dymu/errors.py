@@ -21,6 +21,10 @@ class BadBudget(DymuError):
     """A budget that the thresholds were not calibrated for."""
 
 
+class BadFocus(DymuError):
+    """What is to be in focus is no part of a picture, or is not known there."""
+
+
 class BadImage(DymuError):
     """An image that cannot be read or used."""
 

@@ -8,27 +8,30 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from dymu.choices import CACHE_FORMS, EACH_ONCE, UNMERGE, UNTOUCHED, CacheForm, Unmerge
 from dymu.counts import NOTHING, Budget, Count
-from dymu.errors import AlreadyApplied, BadBudget, DymuError, UnsupportedModel
+from dymu.errors import AlreadyApplied, BadBudget, BadFocus, DymuError, UnsupportedModel
 from dymu.families.encoders import METHODS, LoneEncoder, parts_of, type_of
 from dymu.families.resolve import Parts
 from dymu.files import expanded
 from dymu.hooks.attention import NAME
 from dymu.hooks.call import PIXELS, Calls, CallState, refuse_merged_features
+from dymu.hooks.drift import Drift
 from dymu.hooks.encoder import EncoderHooks
+from dymu.hooks.focus import InFocus, spec_of
 from dymu.hooks.generation import GenerationHooks
 from dymu.hooks.language import LanguageHooks
 from dymu.hooks.probe import check_layers
 from dymu.hooks.refusals import warn_of_hooks
 from dymu.hooks.replaced import Around, Method, Replaced, by_thread, config_view, refuse_copy
 from dymu.hooks.vision import VisionHooks
-from dymu.reducers import Reducer, Stage
+from dymu.media import masks
+from dymu.reducers import FixedMerge, Reducer, Stage
 from dymu.report import Report
 from dymu.thresholds import Encoder, Thresholds, beside
 from dymu.unmerging import check_backend
@@ -46,6 +49,9 @@ def apply(
     per_second: int | float | None = None,
     at_most: int | float | None = None,
     exactly: int | float | None = None,
+    focus: Any = None,
+    focus_adds: bool = False,
+    guard: Literal["text"] | None = None,
     merge: Reducer | None = None,
     unmerge: Unmerge = "exact",
     representatives: int = 1,
@@ -72,6 +78,12 @@ def apply(
             it is the average, too.
         exactly: tokens that every image, and every frame of a video, keeps, instead of an average; merges spread over
             the layers as they were calibrated to.
+        focus: where in the picture tokens merge last, so that others merge in their place: `text` (by a detector,
+            `pip install 'dymu[text]'`), `edges`, a box, boxes, points, a mask, or a function from a picture to a mask;
+            a list has one for each image of a call. See `dymu.hooks.focus.spec_of`.
+        focus_adds: whether tokens in focus never merge, and the others as without focus, so that more are kept.
+        guard: `text`: pictures of writing and drawings, by a test of their pixels, keep no less than the budget's share
+            of their tokens, and their strokes merge last; other pictures are as they were.
         merge: another way to have fewer tokens instead of thresholds, such as `FixedMerge(keep=94)`.
         unmerge: of a language model, as are `backend` and `cache`. `exact`: it attends as if no token had been merged
             (VTU, paper section 3.2). `representative`: the same, but each merged token asks once, for one member of its
@@ -93,6 +105,7 @@ def apply(
             it reads image features that no layer made.
         AlreadyApplied: DyMU is applied to this model already.
         BadThresholds, BadBudget: the thresholds or the budget do not fit.
+        BadFocus: what is in focus is no part of a picture.
         ValueError: an unknown `unmerge`, `backend` or `cache`, or any of them for an encoder by itself, a reducer that
             does not fit the encoder, both `thresholds` and `merge`, or `cache="fast"` with an `unmerge` that shows
             each merged token once.
@@ -138,6 +151,7 @@ def apply(
         handle._check_fits(parts)
         if merge is None:
             handle.set_budget(budget, per_second, at_most=at_most, exactly=exactly)
+        handle.set_focus(focus, adds=focus_adds, guard=guard)
         try:
             handle._install(parts)
             handle._check(parts)
@@ -200,6 +214,13 @@ def encoder_of(parts: Parts | LoneEncoder, tokens: int = 0) -> Encoder:
 def check_fits(thresholds: Thresholds, parts: Parts | LoneEncoder) -> None:
     """Raises: BadThresholds, where they are not for these parts."""
     thresholds.check_fits(encoder_of(parts), parts.cuts_images, max(parts.prefix, parts.dropped()))
+
+
+def _in_focus(focus: Any, inside: Reducer | None) -> InFocus | None:
+    """See `apply`."""
+    if isinstance(focus, list):
+        return InFocus(tuple(map(spec_of, focus)), inside)
+    return None if focus is None else InFocus(spec_of(focus), inside)
 
 
 def _marked(parts: Parts | LoneEncoder) -> tuple[nn.Module, ...]:
@@ -304,8 +325,28 @@ class Handle:
         self._set(Count(budget, per_second, at_most, exactly))
 
     def _set(self, count: Count) -> None:
-        self._vision.reducer, self._tokens = self._rule(count)
-        self._count = count
+        rule, tokens = self._rule(count)
+        if self._vision.focus is not None and self._vision.focus.least is not None:
+            self._vision.focus = replace(self._vision.focus, least=self._least(count))
+        self._vision.reducer, self._tokens, self._count = rule, tokens, count
+        self._calls.drift = self._drift(count)
+
+    def _drift(self, count: Count) -> Drift | None:
+        """None: nothing says how many tokens images keep on average."""
+        if self._thresholds is None or count.exactly is not None or count.at_most is not None:
+            return None
+        full = self._thresholds.full
+        entry = self._thresholds.at(count.budget)
+        return None if full is None else Drift(entry.budget / full, entry.sd and entry.sd / entry.budget)
+
+    def _least(self, count: Count) -> FixedMerge:
+        """What pictures keep at least that are guarded: the part of their tokens that the budget is of all."""
+        assert self._thresholds is not None
+        if count.exactly is not None:
+            raise BadFocus(
+                f"every image keeps exactly {count.exactly:g} tokens, so that none can keep more; leave guard out."
+            )
+        return count.fixed(self._thresholds)
 
     def _rule(self, count: Count) -> tuple[Reducer, float]:
         """See `Count.rule`."""
@@ -318,6 +359,22 @@ class Handle:
             raise BadBudget("this model takes no videos, so it has no tokens per second; leave per_second out.")
         return count.rule(self._thresholds)
 
+    def set_focus(self, focus: Any = None, *, adds: bool = False, guard: Literal["text"] | None = None) -> None:
+        """Set what is in focus, from the next image on; see `apply`.
+
+        Raises:
+            BadFocus: it is no part of a picture, or both a focus and a guard are given. Nothing has changed then.
+        """
+        if guard is None:
+            found = _in_focus(focus, NOTHING if adds else None)
+        elif guard != "text" or focus is not None or adds:
+            raise BadFocus('guard= takes "text" alone, without focus and focus_adds; give one of them.')
+        elif self._thresholds is None:
+            raise BadFocus("text is guarded by thresholds, and this model merges by a fixed rule; leave guard out.")
+        else:
+            found = InFocus(masks.strokes, least=self._least(self._count))
+        self._vision.focus = found
+
     @contextmanager
     def at(
         self,
@@ -325,18 +382,21 @@ class Handle:
         *,
         at_most: int | float | None = None,
         exactly: int | float | None = None,
+        focus: Any = None,
+        focus_adds: bool = False,
     ) -> Iterator[None]:
-        """Other counts inside `with`, for calls of this thread; others go on with the handle's.
+        """Other counts, or another focus, inside `with`, for calls of this thread; others go on with the handle's.
 
-        `model.generate(..., dymu_budget=...)` does the same for one call.
+        `model.generate(..., dymu_budget=..., dymu_focus=...)` does the same for one call.
 
         Args:
             budget: in the sense of the handle's: an average under `at_most` as it is set, or what images keep exactly.
                 `untouched`: nothing merges. Several: one for each image of a call, then for each video; None among them
                 is the handle's own. So images of earlier turns can cost less.
-            at_most, exactly: see `apply`; instead of the handle's.
+            at_most, exactly, focus, focus_adds: see `apply`; instead of the handle's.
 
         Raises:
+            BadFocus: see `set_focus`; in a call, more of them than images, or fewer.
             BadBudget: see `set_budget`; in a call, more budgets than images, or fewer.
         """
         several: list[Budget] | None = None
@@ -353,12 +413,14 @@ class Handle:
             rules: Reducer | tuple[Reducer, ...] = self._rule_of(budget, count)  # type: ignore[arg-type]
         else:
             rules = tuple(self._rule_of(one, count) for one in several)
-        state, before = self._state, self._state.rules
+        state, before = self._state, (self._state.rules, self._state.focus)
+        found = _in_focus(focus, NOTHING if focus_adds else None)
         try:
-            state.rules = rules
+            state.rules = state.rules if budget is at_most is exactly is None else rules
+            state.focus = found or state.focus
             yield
         finally:
-            state.rules = before
+            state.rules, state.focus = before
 
     def _rule_of(self, budget: Budget, count: Count) -> Reducer:
         """For an image with another budget, in the sense of `count`."""
@@ -410,11 +472,13 @@ class Handle:
 
     def _run(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:
         """A call of the model: of the outermost one, the parts are those that the model has now."""
-        budget = kwargs.pop("dymu_budget", None)
-        if budget is not None:
+        budget, focus = kwargs.pop("dymu_budget", None), kwargs.pop("dymu_focus", None)
+        if budget is not None or focus is not None:
             if not self._state.active:
-                raise BadBudget("DyMU is disabled or removed here, so that dymu_budget says nothing: leave it out.")
-            with self.at(budget):
+                raise BadBudget(
+                    "DyMU is disabled or removed here, so that dymu_budget and dymu_focus say nothing: leave them out."
+                )
+            with self.at(budget, focus=focus):
                 return self._run(around, method, *args, **kwargs)
         if self._state.within_call:
             return self._merging(around, method, *args, **kwargs)

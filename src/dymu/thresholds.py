@@ -24,7 +24,8 @@ from dymu.schedule import fewest_of_any
 
 FORMAT = "dymu-thresholds"
 VERSION = 3
-"""1 counted pairs from behind class token and registers; 2 counts from the first token; 3 may hold forecasts."""
+"""1 counted pairs from behind class token and registers; 2 counts from the first token; 3 may hold forecasts and
+dials."""
 FILE_NAME = "thresholds.json"
 """In a model's folder or hub repository."""
 _CHECKPOINTS = (".pth", ".pt")
@@ -55,6 +56,18 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     unit: Count = 1
 
 
+class Dial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A lower budget that is met where only the last layer merges more.
+
+    Attributes:
+        budget: image tokens that the calibration images kept on average.
+        threshold: the last layer's.
+    """
+
+    budget: Positive
+    threshold: float
+
+
 class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Thresholds for one budget, and what they did to the calibration images.
 
@@ -64,6 +77,8 @@ class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         achieved, sd, min, max: image tokens that the calibration images kept; None where a file does not say.
         images, frames: the same per round of merging where an image, or a frame of a video, stands in the prompt; see
             `dymu.merging.in_prompt`. Empty where the family needs none.
+        dial: budgets below this one, falling. Between them a lower budget never has an image keep more, since what
+            reaches the last layer is the same. Empty where something merges behind the last layer.
     """
 
     budget: Positive
@@ -74,6 +89,7 @@ class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max: Count | None = None
     images: tuple[float, ...] = ()
     frames: tuple[float, ...] = ()
+    dial: tuple[Dial, ...] = ()
 
 
 class OverTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,6 +152,10 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         in_order = tuple(sorted(self.calibrated, key=lambda entry: entry.budget))
         msgspec.structs.force_setattr(self, "calibrated", in_order)
         depths = {len(entry.thresholds) for entry in in_order}
+        for entry in in_order:
+            falling = [entry.budget, *(dial.budget for dial in entry.dial)]
+            if any(lower >= upper for upper, lower in pairwise(falling)):
+                raise ValueError(f"the dial of the budget {entry.budget:g} does not fall")
         for lower, upper in pairwise(in_order):
             if lower.budget == upper.budget:
                 raise ValueError(f"two entries in `calibrated` have the budget {upper.budget:g}")
@@ -152,6 +172,11 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
     def source(self) -> str:
         """The file or repository they were loaded from, for messages; copied with them, neither saved nor compared."""
         return ""
+
+    @property
+    def full(self) -> float | None:
+        """Tokens of an untouched image, on average over those of calibration; None where a file does not say."""
+        return self.image_tokens or (None if self.encoder is None else float(self.encoder.tokens))
 
     @property
     def budgets(self) -> list[float]:
@@ -194,11 +219,11 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         return min(max(tokens, lowest), highest)
 
     def per_layer(self, budget: int | float | None = None) -> list[float]:
-        """One similarity per merging encoder layer, interpolated over the logarithm of the calibrated budgets around
-        `budget`.
+        """One similarity per merging encoder layer.
 
-        Calibrated budgets are met; between two whose ratio is at most `CLOSE` the average strays by some 3 %, between
-        others by more, of which a warning tells.
+        Calibrated budgets are met, and so are those on the dial of the next higher one. Others are interpolated over
+        the logarithm of the budgets around: between two whose ratio is at most `CLOSE` the average strays by some 3 %,
+        between others by more, of which a warning tells.
 
         Raises:
             BadBudget: see `tokens_for`.
@@ -216,6 +241,8 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
         lower, upper = self.calibrated[below], self.calibrated[above]
         if lower is upper:
             return upper
+        if upper.dial and tokens >= upper.dial[-1].budget:
+            return _on_dial(upper, tokens)
         if upper.budget > CLOSE * lower.budget:
             warnings.warn(
                 f"a budget of {tokens:g} tokens lies between {lower.budget:g} and {upper.budget:g}, the next that "
@@ -563,6 +590,15 @@ def _from_json(source: Path) -> Thresholds:
             f"{source} has format version {header.version}, this dymu reads up to {VERSION}; update dymu."
         )
     return decoded(text, Thresholds, BadThresholds, f"{source} misstates something", again)
+
+
+def _on_dial(entry: Calibrated, tokens: float) -> Calibrated:
+    """The entry with the threshold of its last layer for so many tokens."""
+    *before, last = entry.thresholds
+    rising = [*reversed(entry.dial), Dial(entry.budget, last)]
+    below, above, part = _around([dial.budget for dial in rising], tokens)
+    threshold = _between(rising[below].threshold, rising[above].threshold, part)
+    return Calibrated(tokens, (*before, threshold), images=entry.images, frames=entry.frames)
 
 
 def _around(marks: Sequence[float], value: float) -> tuple[int, int, float]:

@@ -127,6 +127,10 @@ class TokenMap:
         total = embedding_bag(order, flat, begins, mode="sum", include_last_offset=True)
         return total.view(self.batch, bags, *rest)[:, : self.width]
 
+    def any(self, original: Tensor) -> Tensor:
+        """Whether any of each group is so: bool [B, N] -> [B, M]."""
+        return self.sum(original.float()[..., None])[..., 0] > 0
+
     def average(self, original: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean of each group: [B, N, ...] -> [B, M, ...], summed in float32 or wider; rows past `kept` are 0.
 

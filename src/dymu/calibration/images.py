@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from dymu.calibration import forecast
@@ -24,10 +26,10 @@ from dymu.families.resolve import Parts
 from dymu.handle import encoder_of, name_of
 from dymu.measure.progress import Bar
 from dymu.schedule import fewest, layers_to_merge_in, removals
-from dymu.thresholds import Thresholds, number
+from dymu.thresholds import CLOSE, Thresholds, number
 from dymu.version import __version__
 
-GRID = (0.05, 0.0625, 0.08, 0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.64, 0.8, 0.9, 0.97, 1.0)
+GRID = (0.05, 0.0625, 0.08, 0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.64, 0.8, 1.0)
 """Budgets where none are named, as fractions of all tokens: so close that any other can be had between them."""
 
 TRIES = 4
@@ -159,7 +161,10 @@ def share(
         sizes = run.sizes(batches, together)
         targets = possible(sizes)
 
-        merging = [target for target in targets if target < sizes.full]
+        # Where the last layer merges, and nothing behind it, it alone makes the difference to the next budget.
+        dials = merging_layers[-1] == depth - 1 and not sizes.mixes and not sizes.videos
+        lowest = {upper: max(lower, upper / CLOSE) for lower, upper in pairwise(targets)} if dials else {}
+        merging = [target for target in targets if target < sizes.full or target in lowest]
         slots = [batch.slots for batch in batches]
         if len(merging) > 1 or not sizes.plain:
             spare = [tuple(spill.slot(slot.capacity_bytes) for slot in of_batch) for of_batch in slots]
@@ -186,7 +191,12 @@ def share(
             if sizes.mixes or sizes.videos:
                 with Spill(memory_limit_bytes) as room:
                     images_rounds, kept, frames_rounds = run.in_prompt(target, ended, thresholds[-1], sizes, room)
-            calibrated.append(summed_up(target, thresholds, kept, images_rounds, frames_rounds))
+            entry = summed_up(target, thresholds, kept, images_rounds, frames_rounds)
+            if target == sizes.full:
+                entry = sizes.untouched(depth)
+            if target in lowest:
+                entry = replace(entry, dial=run.dial(ended, entry, lowest[target], sizes))
+            calibrated.append(entry)
             kept_of[target] = kept
         if len(merging) < len(targets):
             calibrated.append(sizes.untouched(depth))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,8 +21,12 @@ from dymu.hooks.trace import features_of, trace
 from dymu.item import Item
 from dymu.merging import ROUNDS, MergedTokens, Pictures, above
 from dymu.reducers import picture_tokens
-from dymu.thresholds import Calibrated
+from dymu.thresholds import Calibrated, Dial
 from dymu.token_map import TokenMap
+
+STEPS = 8
+"""Of the dial from one budget to the next: of the default ones two neighbours are 3 % apart, and what is between them
+stays between them."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,9 @@ class Run:
         for index, removed_here in enumerate(removed):
             due += pictures * removed_here  # what earlier layers could not remove is still among it
             edges = joined([batch.similarity.flatten() for batch in batches])
-            threshold, count = threshold_for(edges[edges.isfinite()], round(due) - merged, self._together)
+            threshold, count = NEVER, 0
+            if removed_here > 1e-9:  # of a token; all are to stay
+                threshold, count = threshold_for(edges[edges.isfinite()], round(due) - merged, self._together)
             thresholds.append(threshold)
             merged += count
             if index + 1 < len(removed):
@@ -205,6 +212,31 @@ class Run:
             return self._together.gather([length - self._prefix for lengths in merged for length in lengths])
         traced = (self.items(batch, self._merged(batch, threshold)[1].map) for batch in batches)
         return self._together.gather([_budgeted(items) for of_images in traced for items in of_images])
+
+    def dial(self, batches: Sequence[Batch], entry: Calibrated, lowest: float, sizes: Sizes) -> tuple[Dial, ...]:
+        """Budgets of the entry down to the lowest at which only the last layer merges more, as far as it can.
+
+        Args:
+            batches: ahead of the last merging, see `thresholds`.
+        """
+        assert entry.achieved is not None
+        edges = joined([batch.similarity.flatten() for batch in batches])
+        edges = edges[edges.isfinite()]
+        there, merging = (self._total([count]) for count in (len(edges), int((edges > entry.thresholds[-1]).sum())))
+        dials, before = list[Dial](), entry.achieved
+        for step in range(1, STEPS + 1):
+            budget = entry.achieved * (lowest / entry.achieved) ** (step / STEPS)
+            count = merging + math.ceil((entry.achieved - budget) * len(sizes.counts) - 1e-6)
+            if count > there:
+                break
+            threshold, count = threshold_for(edges, count, self._together)
+            kept = entry.achieved - (count - merging) / len(sizes.counts)
+            if not sizes.plain:
+                kept = sum(counts := self.kept(batches, threshold, sizes)) / len(counts)
+            if kept < before:
+                dials.append(Dial(kept, threshold))
+                before = kept
+        return tuple(dials)
 
     def _total(self, numbers: Iterable[int]) -> int:
         """The sum over all workers."""

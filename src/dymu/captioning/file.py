@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import msgspec
 
-from dymu.files import Count, decoded
-from dymu.measure.lines import LineFile, as_written, lines_of
-from dymu.measure.results import BadResults, check_same_run
+from dymu.files import Count
+from dymu.measure.rows import RowFile, read_rows
 
 FORMAT: Literal[1] = 1
-CHANGING = ("date",)
-"""Header fields that may differ between a run and its continuation."""
+PROGRAM = "dymu caption"
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,68 +63,13 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             raise ValueError("it needs a `caption` or an `error`")
 
 
-class CaptionFile:
-    """A file of captions that rows are appended to; a context, in which no other process may write it.
-
-    Args:
-        path: created if it does not exist; else continued.
-
-    Attributes:
-        rows: by image; those with an error are asked for again.
-
-    Raises:
-        BadResults: the file belongs to another run, is damaged, or another process is writing it.
-        BadOutput: it cannot be written.
-    """
+class CaptionFile(RowFile[Header, Row]):
+    """A file of captions, see `RowFile`; images whose row has an error are asked for again."""
 
     def __init__(self, path: Path, header: Header) -> None:
-        header = as_written(header)
-        self.rows: dict[str, Row] = {}
-        self._file = LineFile(path, "dymu caption")
-        try:
-            if self._file.empty:
-                self._file.write(header)
-            else:
-                before, self.rows = read(path)
-                check_same_run(path, header, before, {*Header.__struct_fields__} - {*CHANGING})
-                self._file.cut()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.__exit__()
-
-    def add(self, row: Row) -> None:
-        """Append a row, and make sure that it is on the disk; one that is there, such as an error, is not repeated.
-
-        Raises:
-            BadOutput: it cannot be written.
-        """
-        row = as_written(row)
-        if self.rows.get(row.image) == row:
-            return
-        self._file.write(row)
-        self.rows[row.image] = row
+        super().__init__(path, header, Row, PROGRAM)
 
 
 def read(path: Path) -> tuple[Header, dict[str, Row]]:
-    """The header and the rows by image; an incomplete last line is left out.
-
-    Raises:
-        BadResults: it is no file of captions, or damaged: which line, which field, and why.
-    """
-    first, *others = lines_of(path) or [b""]
-    what = f"{path} is no file of captions of this version of dymu caption"
-    header = decoded(first, Header, BadResults, what, "name one that it wrote.")
-    rows: dict[str, Row] = {}
-    for number, text in enumerate(others, 2):
-        damaged = f"line {number} of {path} is damaged"
-        row = decoded(text, Row, BadResults, damaged, "delete it, and dymu caption asks for that image again.")
-        if row.image in rows and rows[row.image].error is None:
-            raise BadResults(f"{damaged} (an earlier line is of the same image, {row.image}); delete one of them.")
-        rows[row.image] = row
-    return header, rows
+    """The header and the rows by image, see `read_rows`."""
+    return read_rows(path, Header, Row, PROGRAM)

@@ -11,11 +11,13 @@ from dymu.cli.app import UsageError, app
 
 from dymu.cli.run import run  # noqa: F401, isort: skip
 from dymu.cli.demo import demo  # noqa: F401, isort: skip
+from dymu.cli.draw import draw  # noqa: F401, isort: skip
 from dymu.cli.check import check  # noqa: F401, isort: skip
 from dymu.cli.serve import serve, vllm  # noqa: F401, isort: skip
 from dymu.cli.caption import caption  # noqa: F401, isort: skip
 from dymu.cli.calibrate import calibrate, calibrate_videos  # noqa: F401, isort: skip
 from dymu.cli.forecast import forecast  # noqa: F401, isort: skip
+from dymu.cli.stats import stats  # noqa: F401, isort: skip
 from dymu.cli.evaluate import evaluate, report  # noqa: F401, isort: skip
 from dymu.cli.bench import bench  # noqa: F401, isort: skip
 from dymu.cli.show import env, families, inspect  # noqa: F401, isort: skip

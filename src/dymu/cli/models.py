@@ -1,6 +1,7 @@
 """From a folder or a hub name to a model ready to be asked, and from a question to its prompt."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,8 @@ from dymu.schedule import fewest
 from dymu.thresholds import Thresholds, beside
 
 DEMO_BUDGET = 0.30
+MUCH = 0.85
+"""Part of all image tokens, above which a budget shows little."""
 CHECKOUT = Path(__file__).parents[3]
 EXAMPLES = CHECKOUT / "examples"
 """Pictures of things that the demo model knows."""
@@ -141,6 +144,17 @@ def _demo_folder() -> Path:
 def demo_budget(budget: float | None, calibrated: Thresholds) -> float | None:
     """The budget for the demo model: as asked, else the only calibrated one, else `DEMO_BUDGET`."""
     return DEMO_BUDGET if budget is None and len(calibrated.budgets) > 1 else budget
+
+
+def some_budgets(calibrated: Thresholds, count: int) -> list[float]:
+    """So many of the calibrated budgets at which much merges, or all where there are fewer, spread over their range,
+    smallest first."""
+    from dymu.media.frames import spread
+
+    encoder = calibrated.encoder
+    full = calibrated.image_tokens or (encoder.tokens if encoder is not None else math.inf)
+    budgets = [budget for budget in calibrated.budgets if budget <= MUCH * full] or calibrated.budgets
+    return [budgets[index] for index in spread([math.log(budget) for budget in budgets], count)]
 
 
 def beyond_the_demo(model: Named, shown: Path) -> bool:

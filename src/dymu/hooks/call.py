@@ -19,8 +19,10 @@ from torch import Tensor
 from dymu.errors import BadPrompt, DymuError
 from dymu.families.resolve import Modality, Parts
 from dymu.hooks.cache import cache_bytes, history_of, untouched_bytes
+from dymu.hooks.drift import Drift
+from dymu.hooks.focus import InFocus
 from dymu.item import Item
-from dymu.reducers import ByImage, Reducer, Shown
+from dymu.reducers import ByImage, EncoderRun, Focus, Guard, Reducer, Shown
 from dymu.report import Report
 from dymu.token_map import TokenMap
 from dymu.unmerging import History, leaders_within, place_leaders
@@ -198,6 +200,7 @@ class Calls:
         removed: whether it was.
         disabled: by thread, how many `handle.disabled()` it is in.
         newest: report of the newest call.
+        drift: of images from the tokens that they were calibrated to keep; None: they were not.
         warned: what was said once and needs no saying again.
     """
 
@@ -207,6 +210,7 @@ class Calls:
         self.closing = self.removed = False
         self.disabled = Counter[int]()
         self.newest = Report()
+        self.drift: Drift | None = None
         self.warned = set[str]()
 
 
@@ -247,6 +251,7 @@ class CallState(threading.local):
         turns: cosines and sines of their rotary angles, by kind, and
         wanted: int64 [B, k], those of which the last layer's output is asked for; None: all.
         rules: how images of this thread are reduced, all or each in its own way; None: as the handle says.
+        focus: what is in focus in them; None: as the handle says.
         images: how many images the running call has shown, ahead of its videos.
         last_logits: of how many last tokens the running forward was asked for logits; 0: of all.
     """
@@ -257,6 +262,7 @@ class CallState(threading.local):
         self.report: Report | None = None
         self._cache: weakref.ref[Any] | None = None
         self.rules: Reducer | tuple[Reducer, ...] | None = None
+        self.focus: InFocus | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -369,15 +375,24 @@ class CallState(threading.local):
         """
         rule = usual if self.rules is None else self.rules
         if isinstance(rule, tuple):
-            videos = (self.asked or Prompts({})).placeholders.get("video")
-            end = None
-            if not shown.video:
-                self.images = len(shown.items)
-                if videos is not None and bool(videos.any()):
-                    end = self.images
-            rule = ByImage(rule[self.images if shown.video else 0 : end])
+            rule = ByImage(rule[self.own(shown)])
         rule.check_shown(shown, range(len(shown.image_tokens)))
         return rule
+
+    def counted(self, run: EncoderRun) -> None:
+        """Report whether images keep as many tokens as they were calibrated to."""
+        usual = self.rules is None and not isinstance(run.reducer, Focus | Guard) and not run.shown.video
+        if self.calls.drift is not None and self.report is not None and usual and run.shown.counts:
+            kept = [length - run.protected for length in run.states[run.depth].layout.lengths]
+            self.report.drift = self.calls.drift.add(kept, run.shown.counts)
+
+    def own(self, shown: Shown) -> slice:
+        """Which of what is said of each image of the running call, and then of each video, is of these."""
+        videos = (self.asked or Prompts({})).placeholders.get("video")
+        if shown.video:
+            return slice(self.images, None)
+        self.images = len(shown.items)
+        return slice(self.images if videos is not None and bool(videos.any()) else None)
 
     def by_image(self, how: str, counts: Sequence[int]) -> list[list[int]]:
         """The tokens of pictures, image by image.

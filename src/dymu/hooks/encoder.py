@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import avg_pool2d
 from dymu.errors import BadImage, UnsupportedModel
 from dymu.families.encoders import LoneEncoder
 from dymu.hooks.call import CallState, arguments_of
+from dymu.hooks.focus import InFocus
 from dymu.hooks.refusals import (
     drops_out,
     refuse_attention_weights,
@@ -39,6 +41,7 @@ class EncoderHooks:
 
     def __init__(self, parts: LoneEncoder, state: CallState, reducer: Reducer | None) -> None:
         self.parts, self.reducer, self._state = parts, reducer, state
+        self.focus: InFocus | None = None
 
     def encode(self, name: str, method: Method, *args: Any, **kwargs: Any) -> Any:
         """The encoder's method `name`, in which tokens merge.
@@ -84,6 +87,7 @@ class EncoderHooks:
             covered = (rows * height / pixels.shape[-2], columns * width / pixels.shape[-1])
         seen_by_patch = _colours(parts, run.pictures, pixels)
         state.begin_report(items_of(run.pictures, run.map, seen_by_patch, covered, kept))
+        state.counted(run)
         return output
 
     def layer(self, index: int, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +111,10 @@ class EncoderHooks:
             return locations(items_of(pictures, tokens, _colours(parts, pictures, pixels)), pictures)
 
         shown = Shown(_seen(parts, pictures, pixels), pictures.grids, single=True, video=False, find_location=location)
-        reducer = self._state.rule(reducer, shown)
+        reducer, focus = self._state.rule(reducer, shown), self._state.focus or self.focus
+        if focus is not None:
+            grids = focus.grids(shown, self._state.own(shown), pictures, False, parts.patch_sides)
+            reducer, shown = focus.around(reducer), replace(shown, focus=grids)
         where = ""
         if reducer.reduces("in_prompt", shown):
             where = "in the prompt, which an encoder by itself has not"

@@ -14,6 +14,7 @@ from torch import Tensor
 from dymu.errors import UnsupportedModel
 from dymu.families.resolve import Modality, Parts, find
 from dymu.hooks.call import CallState, Features, Prompts, arguments_of, carry_items
+from dymu.hooks.focus import InFocus
 from dymu.hooks.probe import differ, mixing
 from dymu.hooks.refusals import (
     drops_out,
@@ -86,6 +87,7 @@ class VisionHooks:
 
     def __init__(self, parts: Parts, state: CallState, reducer: Reducer | None) -> None:
         self.parts, self.reducer, self._state = parts, reducer, state
+        self.focus: InFocus | None = None
         self._proved = False
 
     def into(self, parts: Parts) -> None:
@@ -148,6 +150,7 @@ class VisionHooks:
         self._prove(items, output.pooler_output)
         carry_items(output.pooler_output, items)
         state.encoded(modality, items, output.pooler_output)
+        state.counted(run)
         return output.to_tuple() if as_dict is False else output
 
     def _prove(self, items: Sequence[Item], features: Features) -> None:
@@ -180,7 +183,12 @@ class VisionHooks:
             )
         call.seen = seen_by(pictures, self.parts, pixels)
         shown = self._shown(call, pictures, pixels)
-        run = EncoderRun(self._state.rule(self.reducer, shown), max(call.layers), shown, pictures, call.dropped)
+        rule, focus = self._state.rule(self.reducer, shown), self._state.focus or self.focus
+        if focus is not None:
+            apart = self.parts.family.tells_images != "items"
+            grids = focus.grids(shown, self._state.own(shown), pictures, apart, self.parts.patch_sides)
+            rule, shown = focus.around(rule), replace(shown, focus=grids)
+        run = EncoderRun(rule, max(call.layers), shown, pictures, call.dropped)
         call.run, pixels = run, run.pixels(pixels)
         if named is None:
             args = (pixels, *args[1:])

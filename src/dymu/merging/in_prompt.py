@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from dymu.merging.encoder_layer import MergedTokens
 from dymu.merging.layout import Layout
-from dymu.merging.match import above, best_partner, most_similar
+from dymu.merging.match import AHEAD, above, best_partner, focus_last, in_focus, most_similar
 from dymu.token_map import TokenMap, at_least_float32
 
 ROUNDS = 6
@@ -32,19 +32,24 @@ class PictureTokens:
     Attributes:
         x: float32 or wider, the tokens in the state's layout; a row for each picture that has any.
         state: the map from the tokens of the first round, and how many originals each stands for.
+        focus: bool [pictures, tokens of the first round], those that merge last; None: none is ahead of another.
     """
 
     x: Tensor
     state: MergedTokens
+    focus: Tensor | None = None
 
     @classmethod
-    def of(cls, features: Tensor, picture: Tensor, size: Tensor) -> PictureTokens:
-        """Of tokens [S, C], the picture int64 [S] that each shows, in rising order, and their sizes float32 [S]."""
+    def of(cls, features: Tensor, picture: Tensor, size: Tensor, focus: Tensor | None = None) -> PictureTokens:
+        """Of tokens [S, C], the picture int64 [S] that each shows, in rising order, their sizes float32 [S], and bool
+        [S] whether each is in focus."""
         length = torch.unique_consecutive(picture, return_counts=True)[1]
         layout = Layout.of(length)
         group = layout.present.cumsum(1).sub(1).masked_fill(~layout.present, -1)
         state = MergedTokens(TokenMap(group, length, layout.longest, layout.packed), layout, size.view(layout.shape))
-        return cls(at_least_float32(features).unflatten(0, layout.shape), state)
+        if focus is not None:
+            focus = layout.pad(focus.view(layout.shape)) & layout.present
+        return cls(at_least_float32(features).unflatten(0, layout.shape), state, focus)
 
     @property
     def group(self) -> Tensor:
@@ -66,8 +71,18 @@ class PictureTokens:
         merged = self
         for threshold in thresholds:
             if threshold <= 1:
-                merged = merged.merge(above(threshold, *merged.match()))
+                similarity, partner = merged.match()
+                into = above(threshold, similarity, partner)
+                if merged.focus is not None:
+                    picture = torch.arange(len(into), device=into.device)
+                    into = focus_last(into, similarity, partner, picture, merged._focused(partner))
+                merged = merged.merge(into)
         return merged
+
+    def _focused(self, partner: Tensor) -> Tensor:
+        """See `in_focus`."""
+        assert self.focus is not None
+        return in_focus(self.state.map.any(self.focus), partner)
 
     def merge_to(self, goal: Tensor, item: Tensor) -> PictureTokens:
         """Merge the most similar tokens of each item until so many are left, the same part of them in each round.
@@ -83,7 +98,10 @@ class PictureTokens:
             due = merged.left(item, len(goal)) - goal.maximum(
                 (first * (goal / first) ** min(number / ROUNDS, 1)).round().long()
             )
-            into = most_similar(due, *merged.match(), item)
+            similarity, partner = merged.match()
+            if merged.focus is not None:
+                similarity = similarity - AHEAD * merged._focused(partner)
+            into = most_similar(due, similarity, partner, item)
             if number >= ROUNDS and not bool((into >= 0).any()):
                 break
             # Also where nothing merges, since it brings the tokens into the order that a picture beside others has.

@@ -81,6 +81,36 @@ def above(threshold: float, similarity: Tensor, partner: Tensor) -> Tensor:
     return torch.where(similarity > threshold, partner, -1)
 
 
+AHEAD = 4.0
+"""More than any two cosines differ."""
+
+
+def in_focus(focus: Tensor, partner: Tensor, prefix: int = 0) -> Tensor:
+    """bool [B, A]: of each A token whether it, or its partner, is in focus.
+
+    Args:
+        focus: bool [B, T], the tokens that are.
+        partner: int64 [B, A], see `best_partner`.
+    """
+    in_a, in_b = halves(prefix)
+    if focus[:, in_b].shape[1] == 0:
+        return focus[:, in_a]
+    return focus[:, in_a] | focus[:, in_b].gather(1, partner)
+
+
+def focus_last(into: Tensor, similarity: Tensor, partner: Tensor, item: Tensor, focused: Tensor) -> Tensor:
+    """As many merges of each item as `into` has, of A tokens out of focus first, and of these the most similar.
+
+    Args:
+        into: int64 [rows, A], see `above`.
+        similarity, partner: of the A tokens, see `best_partner`.
+        item: int64 [rows], the item that each row belongs to.
+        focused: bool [rows, A], see `in_focus`.
+    """
+    due = item.new_zeros(int(item.max()) + 1).index_add(0, item, (into >= 0).sum(1))
+    return most_similar(due, similarity - AHEAD * focused, partner, item)
+
+
 def most_similar(due: Tensor, similarity: Tensor, partner: Tensor, item: Tensor) -> Tensor:
     """Merge the most similar A tokens of each item; of equals, the first. Those that cannot be compared stay.
 

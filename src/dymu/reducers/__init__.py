@@ -7,6 +7,8 @@ from dymu.reducers.average_pool import AveragePool
 from dymu.reducers.by_image import ByImage
 from dymu.reducers.dtome import ThresholdMerge
 from dymu.reducers.encoder_run import EncoderRun
+from dymu.reducers.focus import Focus
+from dymu.reducers.guard import Guard
 from dymu.reducers.keep import FixedKeep
 from dymu.reducers.prompt import picture_tokens, reduce_in_prompt, tokens_of
 from dymu.reducers.random_keep import RandomKeep
@@ -22,6 +24,8 @@ __all__ = [
     "EncoderRun",
     "FixedKeep",
     "FixedMerge",
+    "Focus",
+    "Guard",
     "Pixels",
     "RandomKeep",
     "Reduced",

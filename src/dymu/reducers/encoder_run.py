@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from dymu.errors import BadPrompt, UnsupportedModel
 from dymu.merging import EncoderLayer, Layout, MergedTokens, Pictures, a_count
@@ -81,7 +84,9 @@ class EncoderRun:
         if index < self.depth:
             x, keys = layer.attend(x, state, windowed)
             tokens = tuple(length - self.protected for length in self.states[0].layout.lengths)
-            candidates = Candidates(index, self.depth, tokens, self.protected, state, x, keys, self.shown, windowed)
+            candidates = Candidates(
+                index, self.depth, tokens, self.protected, state, x, keys, self.shown, windowed, self._focus
+            )
             into, still = self.reducer.in_layer(candidates), None
             if isinstance(into, SomeMerge):
                 into, still = into
@@ -188,6 +193,16 @@ class EncoderRun:
         left = MergedTokens(state.map.then(merges), layout, units=state.units)
         return state.units.spread(layout.pack(units), layout), left
 
+    @cached_property
+    def _focus(self) -> Tensor | None:
+        """bool [pictures, T], of the tokens ahead of the first layer, in the order of the layers."""
+        if self.shown.focus is None:
+            return None
+        device = self.states[0].map.group.device
+        units = torch.cat([grid.flatten() for grid in self.shown.focus]).to(device)
+        of_pictures = self.pictures.by_layers(units).split(self.shown.counts)
+        return pad(pad_sequence(list(of_pictures), True, False), (self.prefix, 0), value=False)
+
     def _finished(self, units: Tensor, state: MergedTokens) -> Tokens:
         patches = state.map.drop(self.protected)
         missing = self.protected - self.prefix
@@ -209,4 +224,5 @@ class EncoderRun:
             shown=self.shown,
             find_grids=grids,
             find_location=lambda: self.shown.location[:, missing:],
+            focus=None if self._focus is None else self._focus[:, self.protected :],
         )

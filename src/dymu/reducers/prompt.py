@@ -22,17 +22,35 @@ def tokens_of(items: Sequence[Item], features: Sequence[Tensor], shown: Shown) -
     # Learned and dropped tokens take no part.
     parts = [torch.where(item.patch & (item.leaders >= 0), item.leaders, -1) for item in items]
     tokens = TokenMap.from_leaders(pad_sequence(parts, True, -1))
+    first = tuple(accumulate((item.pictures for item in items), initial=0))
+    focus = None
+    if shown.focus is not None:
+        of_items = [_focused(item, shown.focus[begin:]) for item, begin in zip(items, first, strict=False)]
+        focus = pad_sequence(of_items, True, False)
     padded = pad_sequence([feature.flatten(0, -2) for feature in features], True)
     return Tokens(
         features=take(padded, tokens.first()),
         map=tokens,
         counts=tokens.kept.tolist(),
         picture=pad_sequence([item.picture for item in items], True),
-        first=tuple(accumulate((item.pictures for item in items), initial=0)),
+        first=first,
         shown=shown,
         find_grids=lambda: [item.grids for item in items],
         find_location=lambda: pad_sequence([item.location for item in items], True, torch.nan),
+        focus=focus,
     )
+
+
+def _focused(item: Item, focus: Sequence[Tensor]) -> Tensor:
+    """bool [N], whether each token of an item shows a patch in the focus of its pictures."""
+    found = torch.zeros_like(item.patch)
+    for number in range(item.pictures):
+        own, grid = item.patch & (item.picture == number), focus[number].to(found.device)
+        row, column = (
+            at.round().long().clamp(0, size - 1) for at, size in zip(item.at[own].mT, grid.shape, strict=True)
+        )
+        found[own] = grid[row, column]
+    return found
 
 
 def picture_tokens(items: Sequence[Item], features: Sequence[Tensor]) -> PictureTokens:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dymu.errors import BadBudget, BadPrompt
-from dymu.merging import MergedTokens, PictureTokens
+from dymu.merging import MergedTokens, PictureTokens, in_focus
 from dymu.token_map import TokenMap, leaders_of, take
 
 Stage = Literal["before_encoder", "in_layer", "after_encoder", "in_prompt"]
@@ -36,6 +36,8 @@ class Shown:
         single: whether every item is one picture, of which the language model gets all patches; not so for tiles and
             frames.
         video: whether the pictures are frames of videos.
+        focus: of every picture bool [rows, columns], the patches (units) that merge last, or by a rule of their own;
+            None: none is ahead of another.
         by_image: whether it is known which tiles are of one image, by the prompt that shows them. If not, `items` are
             tiles.
     """
@@ -45,6 +47,7 @@ class Shown:
     single: bool
     video: bool
     by_image: bool = True
+    focus: Sequence[Tensor] | None = field(default=None, repr=False)
     find_items: Callable[[], Sequence[Sequence[int]]] | None = field(default=None, repr=False)
     find_text: Callable[[], Sequence[Tensor]] = field(default=_unknown, repr=False)
     find_location: Callable[[], Tensor] = field(default=_unknown, repr=False)
@@ -123,6 +126,7 @@ class Candidates:
         x: the patches of the tokens, as they travel, with C channels.
         keys: [..., H, D], the keys of the layer's attention, likewise.
         windowed: whether the layer attends, and tokens merge, within windows.
+        focus: bool [pictures, T], of the tokens ahead of the first layer; see `Shown.focus`.
     """
 
     layer: int
@@ -134,6 +138,7 @@ class Candidates:
     keys: Tensor
     shown: Shown
     windowed: bool = False
+    focus: Tensor | None = None
 
     @cached_property
     def _matches(self) -> tuple[Tensor, Tensor]:
@@ -154,6 +159,14 @@ class Candidates:
     def picture(self) -> Tensor:
         """int64 [rows], the picture that each row is of."""
         return self.state.picture(self.windowed)
+
+    @cached_property
+    def focused(self) -> Tensor:
+        """bool [rows, A], whether each A token or its partner is in focus."""
+        assert self.focus is not None
+        rows = self.state.rows(self.windowed).units
+        now = rows.pad(self.state.layout.pack(self.state.map.any(self.focus)).view(rows.shape))
+        return in_focus(now, self.partner, self.prefix)
 
 
 class SomeMerge(NamedTuple):
@@ -181,6 +194,7 @@ class Tokens:
         counts: tokens of each row.
         picture: int64 [B, N], which of the row's pictures each of the N shows.
         first: for each row the index of its first picture among all that are shown; then their number.
+        focus: bool [B, N], see `Shown.focus`.
     """
 
     features: Tensor
@@ -191,6 +205,7 @@ class Tokens:
     shown: Shown
     find_grids: Callable[[], Sequence[Sequence[Tensor]]] = field(repr=False)
     find_location: Callable[[], Tensor] = field(repr=False)
+    focus: Tensor | None = None
 
     @cached_property
     def size(self) -> Tensor:
@@ -244,7 +259,8 @@ class Tokens:
         picture, order = picture.sort(stable=True)
         index = index[order]
         features, size = self.features.flatten(0, 1)[index], self.size.flatten()[index]
-        return PictureTokens.of(features, picture, size), index, picture.unique_consecutive()
+        focus = None if self.focus is None else self.map.any(self.focus).flatten()[index]
+        return PictureTokens.of(features, picture, size, focus), index, picture.unique_consecutive()
 
     def merge_to(self, goal: Sequence[int], exactly: bool = False) -> Reduced | None:
         """Merge the most similar tokens of each picture until its image has no more than so many. None: none has.

@@ -67,22 +67,26 @@ class FixedMerge(Reducer):
         return super().reduces(stage, shown)
 
     def in_layer(self, candidates: Candidates) -> Tensor | SomeMerge | None:
-        shown, layer = candidates.shown, candidates.layer
+        counts = [planned[candidates.layer] for planned in self.planned(candidates)]
+        if not any(counts):
+            return None
+        due = torch.tensor(counts, device=candidates.keys.device)
+        into = most_similar(due, candidates.similarity, candidates.partner, candidates.picture)
+        return into if all(counts) else SomeMerge(into, (due == 0)[candidates.picture])
+
+    def planned(self, candidates: Candidates) -> list[list[int]]:
+        """For each picture, how many tokens every layer merges."""
+        shown = candidates.shown
         if shown.single:
             keeps = [self._kept(tokens) for tokens in candidates.tokens]
         else:  # what is rounded up here merges in the prompt
             part = [self._kept(tokens) / max(tokens, 1) for tokens in shown.image_tokens]
             pairs = zip(shown.image, candidates.tokens, strict=True)
             keeps = [math.ceil(part[image] * tokens) for image, tokens in pairs]
-        counts = [
-            _counts(keep, tokens, candidates.layers, self.schedule, self.layers)[layer]
+        return [
+            _counts(keep, tokens, candidates.layers, self.schedule, self.layers)
             for keep, tokens in zip(keeps, candidates.tokens, strict=True)
         ]
-        if not any(counts):
-            return None
-        due = torch.tensor(counts, device=candidates.keys.device)
-        into = most_similar(due, candidates.similarity, candidates.partner, candidates.picture)
-        return into if all(counts) else SomeMerge(into, (due == 0)[candidates.picture])
 
     def after_encoder(self, tokens: Tokens) -> Reduced | None:
         return tokens.merge_to([self._kept(count) for count in tokens.shown.image_tokens])
