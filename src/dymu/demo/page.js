@@ -76,7 +76,7 @@
   };
   document.addEventListener("pointerdown", (event) => {
     const image = event.target instanceof Element && event.target.closest("#dymu-picture img");
-    if (!image || !document.querySelector("#dymu-boxes textarea")) return;
+    if (!image || !document.querySelector("#dymu-boxes :is(textarea, input)")) return;
     event.preventDefault();
     const frame = document.createElement("div");
     frame.className = "dymu-drag";
@@ -101,7 +101,7 @@
     const [x, y] = partOf(event, image);
     const box = [Math.min(x, part[0]), Math.min(y, part[1]), Math.max(x, part[0]), Math.max(y, part[1])];
     if (box[2] - box[0] < 0.01 || box[3] - box[1] < 0.01) return;
-    const lines = document.querySelector("#dymu-boxes textarea");
+    const lines = document.querySelector("#dymu-boxes :is(textarea, input)");
     const line = box.map((value) => value.toFixed(3)).join(", ");
     lines.value = [lines.value.trim(), line].filter(Boolean).join("\n");
     lines.dispatchEvent(new Event("input", { bubbles: true }));

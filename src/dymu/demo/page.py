@@ -202,8 +202,8 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
             picture = _picture_input("Your picture", "dymu-picture", examples)
             _samples(picture, examples)
             boxes = gr.Textbox(
-                label="Boxes in which fewer tokens merge", lines=2, max_lines=4, elem_id="dymu-boxes",
-                visible=asking.FOCUS, placeholder="Draw on the picture, or write left, top, right, bottom from 0 to 1",
+                label="Focus: boxes in which tokens merge last", lines=1, max_lines=4, elem_id="dymu-boxes",
+                placeholder="Drag on the picture, or write left, top, right, bottom from 0 to 1",
             )  # fmt: skip
         with gr.Column(scale=6, min_width=300):
             question = _question(QUESTION, "dymu-question")
@@ -215,7 +215,7 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
 
     # Not over the queue: Gradio's client loses what joins it in the moment in which another event ends.
     quietly = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-    seen = picture.change(partial(_look, subject), picture, [looked, told], **quietly)
+    seen = picture.change(partial(_look, subject), picture, [looked, told, boxes], **quietly)
     seen.then(partial(_forecast, subject), [picture, looked, dial], told, **quietly)
     dial.change(partial(_forecast, subject), [picture, looked, dial], told, trigger_mode="always_last", **quietly)
     gr.on(
@@ -226,16 +226,16 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
     )  # fmt: skip
 
 
-def _look(subject: Subject, upload: Upload | None) -> tuple[Looked | None, Any]:
-    """What a forecast needs of the picture, or why there is none."""
+def _look(subject: Subject, upload: Upload | None) -> tuple[Looked | None, Any, str]:
+    """What a forecast needs of the picture, or why there is none; and no boxes, which were on another."""
     if upload is None:
-        return None, html.hint(NO_PICTURE_YET)
+        return None, html.hint(NO_PICTURE_YET), ""
     try:
         with _LOOKING:
             loaded = asking.load(upload.path, upload.name)
-            return Looked(upload, asking.look(subject, loaded, upload.name)), gr.skip()
+            return Looked(upload, asking.look(subject, loaded, upload.name)), gr.skip(), ""
     except Exception as error:
-        return None, _said(error)
+        return None, _said(error), ""
 
 
 def _forecast(subject: Subject, upload: Upload | None, looked: Looked | None, budget: float) -> Any:
@@ -250,7 +250,7 @@ def _forecast(subject: Subject, upload: Upload | None, looked: Looked | None, bu
 
 
 def _ask(
-    subject: Subject, upload: Upload | None, question: str, budget: float, history: list[Seen], boxes: str | None
+    subject: Subject, upload: Upload | None, question: str, budget: float, history: list[Seen], boxes: str
 ) -> Iterator[tuple[Any, Any, Any]]:
     """All that the page shows of a question, as it becomes known."""
     now: Asked | None = None
@@ -259,7 +259,7 @@ def _ask(
             raise BadImage("there is no picture yet: drop one, paste one, or choose a sample.")
         yield html.status("Asking with merged tokens…"), gr.skip(), gr.skip()
         loaded = asking.load(upload.path, upload.name)
-        for now in asking.ask(subject, loaded, upload.name, question, budget, asking.boxes_of(boxes or "")):
+        for now in asking.ask(subject, loaded, upload.name, question, budget, asking.boxes_of(boxes)):
             running = "Asking the untouched model…" if now.untouched is None else "Measuring both, a few times in turn…"
             yield html.asked(subject, now, "" if now.repeats else running), gr.skip(), gr.skip()
     except Exception as error:
