@@ -173,11 +173,12 @@ def _constant(value: Any) -> Callable[[], Any]:
 
 def _dial(subject: Subject, label: str, name: str) -> Any:
     low, high = subject.span
-    calibrated = ", ".join(f"{budget:g}" for budget in subject.thresholds.budgets)
+    budgets = subject.thresholds.budgets
+    calibrated = f"{len(budgets)} budgets" if len(budgets) > 6 else ", ".join(f"{budget:g}" for budget in budgets)
     of = "" if subject.tokens is None else f" of {subject.tokens:,.0f}"
     return gr.Slider(
         minimum=low, maximum=high if high > low else low + 1, value=subject.budget, step=1 if high - low >= 20 else 0.1,
-        label=f"{label}{of}", info=f"Calibrated at {calibrated}; between them it is interpolated.", buttons=[],
+        label=f"{label}{of}", info=f"Calibrated at {calibrated}, and interpolated between them.", buttons=[],
         interactive=high > low, elem_id=name,
     )  # fmt: skip
 
