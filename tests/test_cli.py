@@ -781,7 +781,6 @@ def test_help_names_what_to_give_and_an_example(dymu_command):
     assert code == 0
     commands = (
         "run",
-        "demo",
         "check",
         "calibrate",
         "calibrate-videos",

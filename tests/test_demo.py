@@ -23,8 +23,8 @@ from dymu.cli import main
 from dymu.demo import asked as asking
 from dymu.demo import html, plots, results, turns, videos
 from dymu.demo.asked import Asked, Subject
-from dymu.demo.groups import IN_PROMPT, Group, Watching, groups_of
-from dymu.errors import BadImage, BadPrompt, BadVideo, DymuError
+from dymu.demo.groups import IN_PROMPT, Group, Groups, Watching, groups_of
+from dymu.errors import BadImage, BadPrompt, BadVideo
 from dymu.media.frames import LoadedVideo
 from dymu.media.images import load
 from dymu.prompting import generate, inputs_for
@@ -185,10 +185,19 @@ def test_boxes() -> None:
             asking.boxes_of(words)
 
 
-def test_boxes_are_never_ignored(subject: Subject) -> None:
-    assert not asking.FOCUS
-    with pytest.raises(DymuError, match="boxes"):
-        next(asking.ask(subject, asking.load(SCENE, "scene.png"), "scene.png", QUESTION, 77, [(0, 0, 0.5, 0.5)]))
+def test_tokens_in_boxes_merge_last(subject: Subject, answered: list[Asked]) -> None:
+    box = (0.5, 0.0, 1.0, 0.5)
+    *_, last = asking.ask(subject, asking.load(PHOTO, "photo.jpg"), "photo.jpg", QUESTION, 38, [box])
+
+    def inside(groups: Groups | None) -> int:
+        assert groups is not None
+        return sum(bool(((group.cells[:, 0] < 8) & (group.cells[:, 1] >= 8)).any()) for group in groups.groups)
+
+    assert inside(last.groups) > inside(answered[0].groups)
+    assert asking.as_json(subject, last)["focus"] == [list(box)]
+    page = html.asked(subject, last)
+    assert "focus=[(0.5, 0.0, 1.0, 0.5)]" in page
+    assert page.count("dymu-box") == 1
 
 
 # --- the command and the JSON ---

@@ -234,6 +234,22 @@ def test_groups_by_pointer_and_keys(visit: Visit) -> None:
     assert tip.inner_text() == second.get_attribute("aria-label")
 
 
+def test_a_box_drawn_on_the_picture_is_in_focus(visit: Visit) -> None:
+    page = visit()
+    choose(page, PHOTO)
+    forecast(page)
+    box = page.locator("#dymu-picture img").bounding_box()
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.3 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.7 * box["height"], steps=4)
+    page.mouse.up()
+    data = ask(page)
+    assert data["focus"] == [pytest.approx([0.4, 0.3, 0.6, 0.7], abs=0.02)]
+    assert page.locator("#dymu-shown .dymu-box").count() == 1
+    page.get_by_role("button", name="scene").locator("visible=true").click()
+    page.wait_for_function("() => document.querySelector('#dymu-boxes :is(textarea, input)').value === ''")
+
+
 def test_copies(visit: Visit) -> None:
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     choose(page, PHOTO)
@@ -254,12 +270,12 @@ def test_turns_give_earlier_pictures_less(visit: Visit) -> None:
         page.get_by_text("The same in Python").wait_for()
         if path == PHOTO:
             alone = int(
-                page.locator("tr", has_text="photo.jpg").locator("visible=true").locator("td").nth(3).inner_text()
+                page.locator("tr", has_text="photo.jpg").locator("visible=true").locator("td").nth(1).inner_text()
             )
             page.get_by_role("button", name="Remove").or_(page.get_by_label("Clear")).locator("visible=true").click()
     page.locator("tr", has_text="scene.png").locator("visible=true").wait_for()
     page.get_by_text("dymu_budget=[38.5, 77]").wait_for()
-    earlier = int(page.locator("tr", has_text="photo.jpg").locator("visible=true").locator("td").nth(3).inner_text())
+    earlier = int(page.locator("tr", has_text="photo.jpg").locator("visible=true").locator("td").nth(1).inner_text())
     assert earlier < alone
 
 
@@ -338,12 +354,10 @@ def test_a_request_cannot_have_the_server_read_for_it(url: str, path: str) -> No
 
     other = HTTPServer(("127.0.0.1", 0), Other)
     threading.Thread(target=other.serve_forever, daemon=True).start()
-    named = path.format(root=ROOT, other=f"http://127.0.0.1:{other.server_port}").replace(
-        "examples", "scenes/../examples"
-    )
+    named = path.format(root=ROOT, other=f"http://127.0.0.1:{other.server_port}")
     with urllib.request.urlopen(f"{url}/config") as answer:
         events = json.load(answer)["dependencies"]
-    (look,) = [event for event in events if len(event["inputs"]) == 1 and len(event["outputs"]) == 2]
+    (look,) = [event for event in events if len(event["inputs"]) == 1 and len(event["outputs"]) == 3]
     file = {"path": named, "url": None, "meta": {"_type": "gradio.FileData"}}
     body = json.dumps({"data": [file], "fn_index": look["id"], "session_hash": "no-browser"}).encode()
     request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, {"Content-Type": "application/json"})

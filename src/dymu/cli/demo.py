@@ -2,8 +2,11 @@
 
 import logging
 import os
+import signal
+import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,8 +106,10 @@ def demo(
             out.note(models.TOY)
         warn_of_others(out, host)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        config = uvicorn.Config(app, log_level="warning", limit_concurrency=256)
-        uvicorn.Server(config).run(sockets=[listening])
+        config = uvicorn.Config(app, log_level="warning", limit_concurrency=256, timeout_graceful_shutdown=2)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was uploaded is removed then, too
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 def _at_first(calibrated: Any, budget: float | None) -> float:

@@ -17,7 +17,7 @@ import msgspec
 from PIL import Image
 
 from dymu.demo.groups import Groups, Watching, groups_of
-from dymu.errors import BadImage, BadPrompt, BadThresholds, DymuError
+from dymu.errors import BadImage, BadPrompt, BadThresholds
 from dymu.families.resolve import resolve
 from dymu.files import shortened
 from dymu.forecast import Forecast
@@ -34,9 +34,6 @@ from dymu.thresholds import Thresholds
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom, in widths and heights of the picture."""
 
-FOCUS = False
-"""Whether the page lets visitors draw boxes in which fewer tokens merge. The library cannot do it yet; once it can,
-`_merged` takes them."""
 MOST_BOXES = 16
 
 MAX_PIXELS = 50_000_000
@@ -142,6 +139,8 @@ class Asked:
     Attributes:
         original: image tokens with nothing merged.
         repeats: how often each way was timed.
+        shown: a data URL of the picture.
+        boxes: where tokens merge last.
     """
 
     picture: Picture
@@ -155,6 +154,7 @@ class Asked:
     untouched: Side | None = None
     repeats: int = 0
     shown: str = ""
+    boxes: tuple[Box, ...] = ()
 
 
 def load(path: str | Path, name: str) -> images.LoadedImage:
@@ -260,7 +260,7 @@ def ask(
     Between two answers no state of the library is held, so that each may be made in another thread.
 
     Args:
-        boxes: where fewer tokens merge.
+        boxes: where tokens merge last, so that others merge in their place.
 
     Raises:
         DymuError: it cannot be asked so.
@@ -268,7 +268,8 @@ def ask(
     question = check_asked(subject, question)
     model, processor, handle = subject.model, subject.processor, subject.handle
     picture = look(subject, loaded, name)
-    asked = Asked(picture, question, budget, forecast(subject, picture, budget), shown=as_jpeg_url(loaded.image, SHOWN))
+    told, shown = forecast(subject, picture, budget), as_jpeg_url(loaded.image, SHOWN)
+    asked = Asked(picture, question, budget, told, shown=shown, boxes=tuple(boxes))
     inputs = inputs_for(model, processor, [([loaded.image], question)])
     check_length(model, inputs, "the picture")
     merged, report, watching = _merged(subject, inputs, budget, boxes)
@@ -281,7 +282,7 @@ def ask(
         answer, stored = answered(model, processor, inputs)
     asked = replace(asked, untouched=Side(answer, original, stored))
     yield asked
-    with handle.at(budget):
+    with handle.at(budget, focus=list(boxes) or None):
         runs, full_runs = measure_repeatedly(model, inputs, handle, repeats=REPEATS, limit_s=LIMIT_S)
     assert asked.untouched is not None
     yield replace(
@@ -296,10 +297,8 @@ def _merged(
     subject: Subject, inputs: dict[str, Any], budget: float, boxes: Sequence[Box]
 ) -> tuple[Side, Report, Watching]:
     """The answer with merged tokens."""
-    if boxes:
-        raise DymuError("tokens cannot be told to merge less in some boxes yet: take the boxes away.")
     handle = subject.handle
-    with handle.at(budget), Watching.of(handle) as watching:
+    with handle.at(budget, focus=list(boxes) or None), Watching.of(handle) as watching:
         answer, stored = answered(subject.model, subject.processor, inputs)
         report = handle.last
     return Side(answer, sum(report.kept), stored), report, watching
@@ -345,6 +344,14 @@ def command(subject: Subject, picture: str, question: str, budget: float, *more:
     return shlex.join([*words, picture, question, *options])
 
 
+def as_python(asked: Asked) -> str:
+    """What the library does the same with; `dymu run` takes no boxes."""
+    return (
+        f"with handle.at({asked.budget:g}, focus={[*asked.boxes]}):\n"
+        f"    model.generate(**inputs, max_new_tokens={MAX_NEW_TOKENS})"
+    )
+
+
 def as_json(subject: Subject, asked: Asked) -> dict[str, Any]:
     """What `dymu run --compare --json` gives, and the forecast."""
     merged, untouched = asked.merged, asked.untouched
@@ -362,6 +369,7 @@ def as_json(subject: Subject, asked: Asked) -> dict[str, Any]:
         "model": subject.title,
         "thresholds": subject.thresholds.source,
         "notes": list(asked.picture.notes),
+        **({"focus": [list(box) for box in asked.boxes]} if asked.boxes else {}),
         "forecast": None if asked.forecast is None else msgspec.to_builtins(asked.forecast),
     }
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from dymu.demo.asked import Asked, Promise, Subject, as_json, command
+from dymu.demo.asked import Asked, Box, Promise, Subject, as_json, as_python, command
 from dymu.demo.groups import IN_PROMPT, Group, Groups
 from dymu.forecast import Forecast
 from dymu.measure.times import Times
@@ -88,15 +88,19 @@ def asked(subject: Subject, now: Asked, running: str = "") -> str:
             answers(None if untouched is None else untouched.answer, merged.answer, now.original, merged.tokens)
         )
         if now.groups is not None:
-            parts.append(section("What merged", drawn(now.groups, now.shown, now.picture.name)))
+            parts.append(section("What merged", drawn(now.groups, now.shown, now.picture.name, now.boxes)))
         else:
             parts.append(section("What merged", hint("This model's tokens are no grid that could be drawn.")))
         if untouched is not None and now.promise is not None:
             sides = (untouched.times, merged.times), (untouched.cache_bytes, merged.cache_bytes)
             parts.append(section("Time and memory", costs(now.promise, *sides, now.repeats)))
     if not running:
-        call = command(subject, now.picture.name, now.question, now.budget, "--compare", "--draw", "merged.png")
-        parts.append(section("The same on the command line", copyable(call, as_json(subject, now))))
+        data = as_json(subject, now)
+        if now.boxes:
+            parts.append(section("The same in Python", copyable(as_python(now), data, "Python")))
+        else:
+            call = command(subject, now.picture.name, now.question, now.budget, "--compare", "--draw", "merged.png")
+            parts.append(section("The same on the command line", copyable(call, data)))
     return f'<div class="dymu-result">{"".join(parts)}</div>'
 
 
@@ -149,9 +153,9 @@ def marked_words(before: str, after: str) -> tuple[str, str, int]:
     return " ".join(filter(None, left)), " ".join(filter(None, right)), differing
 
 
-def copyable(call: str, data: dict[str, Any]) -> str:
-    """A command, and the JSON that it gives, each with a button that copies it."""
-    return _copied("Command", call) + _copied("JSON", json.dumps(data, indent=1, ensure_ascii=False))
+def copyable(call: str, data: dict[str, Any], kind: str = "Command") -> str:
+    """A command, or another call, and the JSON that it gives, each with a button that copies it."""
+    return _copied(kind, call) + _copied("JSON", json.dumps(data, indent=1, ensure_ascii=False))
 
 
 def _copied(title: str, words: str) -> str:
@@ -165,10 +169,15 @@ def _copied(title: str, words: str) -> str:
 # --- groups on the picture ---
 
 
-def drawn(groups: Groups, shown: str, name: str) -> str:
+def drawn(groups: Groups, shown: str, name: str, boxes: Sequence[Box] = ()) -> str:
     """The picture with its groups: each says its size and layer where a pointer is on it, or the focus."""
     width, height = groups.size
     shapes = "".join(_shape(number, group, groups) for number, group in enumerate(groups.groups))
+    framed = "".join(
+        f'<rect class="dymu-box" x="{left * width:.1f}" y="{top * height:.1f}" width="{(right - left) * width:.1f}" '
+        f'height="{(bottom - top) * height:.1f}"/>'
+        for left, top, right, bottom in boxes
+    )
     several = [group for group in groups.groups if group.size > 1]
     single = len(groups.groups) - len(several)
     label = f"{len(groups.groups)} groups on {name}. Arrow keys go from group to group, the largest first."
@@ -176,7 +185,9 @@ def drawn(groups: Groups, shown: str, name: str) -> str:
     figure = (
         f'<figure class="dymu-figure"><svg class="dymu-groups" viewBox="0 0 {width} {height}" role="group" '
         f'aria-label="{text(label)}"><image href="{shown}" width="{width}" height="{height}" '
-        f'preserveAspectRatio="none"/>{shapes}</svg><p class="dymu-tip" aria-hidden="true"></p>'
+        f'preserveAspectRatio="none"/>{shapes}{framed}'
+        f'<path class="dymu-mark dymu-mark-under"/><path class="dymu-mark"/></svg>'
+        '<p class="dymu-tip" aria-hidden="true"></p>'
         "<figcaption>Point at a group, or tab to the picture and use the arrow keys.</figcaption></figure>"
     )
     return (

@@ -8,13 +8,18 @@
     const box = figure.getBoundingClientRect();
     tip.textContent = group.getAttribute("aria-label");
     tip.classList.add("dymu-told-now");
+    const outline = group.querySelector(".dymu-edge").getAttribute("d");
+    for (const mark of figure.querySelectorAll(".dymu-mark")) mark.setAttribute("d", outline); // above its neighbours
     const left = Math.min(Math.max(x - box.left, tip.offsetWidth / 2), box.width - tip.offsetWidth / 2);
     tip.style.left = `${left}px`;
     tip.style.top = `${y - box.top - tip.offsetHeight - 14}px`;
   };
   const hush = (node) => {
     const group = groupOf(node);
-    if (group) group.closest("figure").querySelector(".dymu-tip").classList.remove("dymu-told-now");
+    if (!group) return;
+    const figure = group.closest("figure");
+    figure.querySelector(".dymu-tip").classList.remove("dymu-told-now");
+    for (const mark of figure.querySelectorAll(".dymu-mark")) mark.removeAttribute("d");
   };
 
   document.addEventListener("pointermove", (event) => {
@@ -71,7 +76,7 @@
   };
   document.addEventListener("pointerdown", (event) => {
     const image = event.target instanceof Element && event.target.closest("#dymu-picture img");
-    if (!image || !document.querySelector("#dymu-boxes textarea")) return;
+    if (!image || !document.querySelector("#dymu-boxes :is(textarea, input)")) return;
     event.preventDefault();
     const frame = document.createElement("div");
     frame.className = "dymu-drag";
@@ -96,7 +101,7 @@
     const [x, y] = partOf(event, image);
     const box = [Math.min(x, part[0]), Math.min(y, part[1]), Math.max(x, part[0]), Math.max(y, part[1])];
     if (box[2] - box[0] < 0.01 || box[3] - box[1] < 0.01) return;
-    const lines = document.querySelector("#dymu-boxes textarea");
+    const lines = document.querySelector("#dymu-boxes :is(textarea, input)");
     const line = box.map((value) => value.toFixed(3)).join(", ");
     lines.value = [lines.value.trim(), line].filter(Boolean).join("\n");
     lines.dispatchEvent(new Event("input", { bubbles: true }));

@@ -173,11 +173,12 @@ def _constant(value: Any) -> Callable[[], Any]:
 
 def _dial(subject: Subject, label: str, name: str) -> Any:
     low, high = subject.span
-    calibrated = ", ".join(f"{budget:g}" for budget in subject.thresholds.budgets)
+    budgets = subject.thresholds.budgets
+    calibrated = f"{len(budgets)} budgets" if len(budgets) > 6 else ", ".join(f"{budget:g}" for budget in budgets)
     of = "" if subject.tokens is None else f" of {subject.tokens:,.0f}"
     return gr.Slider(
         minimum=low, maximum=high if high > low else low + 1, value=subject.budget, step=1 if high - low >= 20 else 0.1,
-        label=f"{label}{of}", info=f"Calibrated at {calibrated}; between them it is interpolated.", buttons=[],
+        label=f"{label}{of}", info=f"Calibrated at {calibrated}, and interpolated between them.", buttons=[],
         interactive=high > low, elem_id=name,
     )  # fmt: skip
 
@@ -202,8 +203,8 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
             picture = _picture_input("Your picture", "dymu-picture", examples)
             _samples(picture, examples)
             boxes = gr.Textbox(
-                label="Boxes in which fewer tokens merge", lines=2, max_lines=4, elem_id="dymu-boxes",
-                visible=asking.FOCUS, placeholder="Draw on the picture, or write left, top, right, bottom from 0 to 1",
+                label="Focus: boxes in which tokens merge last", lines=1, max_lines=4, elem_id="dymu-boxes",
+                placeholder="Drag on the picture, or write left, top, right, bottom from 0 to 1",
             )  # fmt: skip
         with gr.Column(scale=6, min_width=300):
             question = _question(QUESTION, "dymu-question")
@@ -215,7 +216,7 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
 
     # Not over the queue: Gradio's client loses what joins it in the moment in which another event ends.
     quietly = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-    seen = picture.change(partial(_look, subject), picture, [looked, told], **quietly)
+    seen = picture.change(partial(_look, subject), picture, [looked, told, boxes], **quietly)
     seen.then(partial(_forecast, subject), [picture, looked, dial], told, **quietly)
     dial.change(partial(_forecast, subject), [picture, looked, dial], told, trigger_mode="always_last", **quietly)
     gr.on(
@@ -226,16 +227,16 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
     )  # fmt: skip
 
 
-def _look(subject: Subject, upload: Upload | None) -> tuple[Looked | None, Any]:
-    """What a forecast needs of the picture, or why there is none."""
+def _look(subject: Subject, upload: Upload | None) -> tuple[Looked | None, Any, str]:
+    """What a forecast needs of the picture, or why there is none; and no boxes, which were on another."""
     if upload is None:
-        return None, html.hint(NO_PICTURE_YET)
+        return None, html.hint(NO_PICTURE_YET), ""
     try:
         with _LOOKING:
             loaded = asking.load(upload.path, upload.name)
-            return Looked(upload, asking.look(subject, loaded, upload.name)), gr.skip()
+            return Looked(upload, asking.look(subject, loaded, upload.name)), gr.skip(), ""
     except Exception as error:
-        return None, _said(error)
+        return None, _said(error), ""
 
 
 def _forecast(subject: Subject, upload: Upload | None, looked: Looked | None, budget: float) -> Any:
@@ -250,7 +251,7 @@ def _forecast(subject: Subject, upload: Upload | None, looked: Looked | None, bu
 
 
 def _ask(
-    subject: Subject, upload: Upload | None, question: str, budget: float, history: list[Seen], boxes: str | None
+    subject: Subject, upload: Upload | None, question: str, budget: float, history: list[Seen], boxes: str
 ) -> Iterator[tuple[Any, Any, Any]]:
     """All that the page shows of a question, as it becomes known."""
     now: Asked | None = None
@@ -259,7 +260,7 @@ def _ask(
             raise BadImage("there is no picture yet: drop one, paste one, or choose a sample.")
         yield html.status("Asking with merged tokens…"), gr.skip(), gr.skip()
         loaded = asking.load(upload.path, upload.name)
-        for now in asking.ask(subject, loaded, upload.name, question, budget, asking.boxes_of(boxes or "")):
+        for now in asking.ask(subject, loaded, upload.name, question, budget, asking.boxes_of(boxes)):
             running = "Asking the untouched model…" if now.untouched is None else "Measuring both, a few times in turn…"
             yield html.asked(subject, now, "" if now.repeats else running), gr.skip(), gr.skip()
     except Exception as error:
@@ -415,14 +416,14 @@ def _say(
 
 def _conversation(subject: Subject, now: turns.Conversation) -> str:
     lines = [
-        [str(number), turn.name, turn.question, f"{budget:.0f}", kept, full]
+        [str(number), turn.name, kept, full, f"{budget:.4g}", turn.question]
         for number, (turn, budget, kept, full) in enumerate(
             zip(now.turns, now.budgets, now.kept, now.original, strict=False), 1
         )
     ]
     original = sum(now.original)
-    lines.append(["all", "", "", f"{sum(now.budgets):.0f}", now.merged.tokens, original])
-    header = ["turn", "picture", "question", "budget", "tokens with dymu", "tokens without"]
+    lines.append(["all", "", now.merged.tokens, original, f"{sum(now.budgets):.4g}", ""])
+    header = ["turn", "picture", "with dymu", "without", "budget", "question"]
     untouched = None if now.untouched is None else now.untouched.answer
     parts = [
         html.status("Asking the untouched model…") if now.untouched is None else "",
@@ -433,7 +434,8 @@ def _conversation(subject: Subject, now: turns.Conversation) -> str:
     if now.untouched is not None:
         parts.append(
             html.section(
-                "The same in Python", html.copyable(turns.as_python(subject, now), turns.as_json(subject, now))
+                "The same in Python",
+                html.copyable(turns.as_python(subject, now), turns.as_json(subject, now), "Python"),
             )
         )
     return f'<div class="dymu-result">{"".join(parts)}</div>'

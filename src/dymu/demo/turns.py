@@ -127,7 +127,9 @@ def as_python(subject: Subject, now: Conversation) -> str:
     listed = ", ".join(f"{budget:g}" for budget in now.budgets)
     images = ", ".join(f"Image.open({turn.name!r})" for turn in now.turns)
     return (
-        f"inputs = processor(images=[{images}], text=prompt, return_tensors='pt')\n"
+        f"images = [{images}]\n"
+        f"prompt = {prompt(subject.processor, now.turns)!r}\n"
+        "inputs = processor(images=images, text=prompt, return_tensors='pt')\n"
         f"model.generate(**inputs, dymu_budget=[{listed}], max_new_tokens={MAX_NEW_TOKENS})"
     )
 
