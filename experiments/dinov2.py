@@ -48,7 +48,7 @@ class Tower:
         shown = Shown(pixels, ((rows, columns),), single=True, video=False)
         pictures = Pictures(shown.grids, prefix=1)
         if focus is not None:
-            grids = focus.grids(shown, slice(None), pictures, False, (PATCH, PATCH))
+            grids = focus.grids(shown, lambda _: slice(None), pictures, False, (PATCH, PATCH))
             reducer, shown = focus.around(reducer), replace(shown, focus=grids)
         run = EncoderRun(reducer, len(self.layers), shown, pictures)
         hidden = self.model.embeddings(run.pixels(pixels))

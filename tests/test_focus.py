@@ -221,7 +221,7 @@ def test_writing_keeps_the_budgets_share_and_other_pictures_are_as_they_were():
         config.model_type, tiny.LAYERS, tiny.LAYERS, config.hidden_size, config.num_attention_heads, tiny.PATCHES
     )
     thresholds = Thresholds(thresholds.calibrated, encoder=encoder)
-    written = torch.from_numpy(np.asarray(page(12).crop((0, 0, 28, 28)))).permute(2, 0, 1).float()[None] / 64 - 2
+    written = torch.from_numpy(np.array(page(12).crop((0, 0, 28, 28)))).permute(2, 0, 1).float()[None] / 64 - 2
     plain = torch.linspace(-1, 1, tiny.SIDE).expand(1, 3, tiny.SIDE, -1)
     both = torch.cat((written, plain))
     with dymu.apply(model, thresholds, budget=20, guard="text") as handle:

@@ -479,7 +479,7 @@ class Handle:
     def __repr__(self) -> str:
         how = "removed" if self._calls.removed else repr(self._vision.reducer)
         if self._thresholds is not None and not self._calls.removed:
-            how = f"budget {self._tokens:g}" if self._count == Count() else str(self._count)
+            how = str(self._count if self._count.exactly is not None else replace(self._count, budget=self._tokens))
         return f"<dymu.Handle of {type(self._parts.model).__name__}: {how}>"
 
     def _run(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:

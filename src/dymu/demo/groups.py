@@ -49,7 +49,7 @@ class Watching(Reducer):
         finally:
             state.rules = before
 
-    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
         self.rule.check_shown(shown, images)
 
     def reduces(self, stage: Stage, shown: Shown) -> bool:

@@ -155,7 +155,7 @@ class Prompts:
             ahead = [ids[at - 1] if at else None for at in starts]
             runs = [shown[at:].index(False) if False in shown[at:] else len(shown) - at for at in starts]
             whole = [how == "runs" or name == ahead[-1 if how == "last" else 0] for name in ahead]
-            first = [True, *whole[:-1]] if how == "last" else whole
+            first = [True, *whole][: len(whole)] if how == "last" else whole
             for begins, run in zip(first, runs, strict=True):
                 if begins:
                     lengths.append(0)
@@ -376,7 +376,7 @@ class CallState(threading.local):
         rule = usual if self.rules is None else self.rules
         if isinstance(rule, tuple):
             rule = ByImage(rule[self.own(shown)])
-        rule.check_shown(shown, range(len(shown.image_tokens)))
+        rule.check_shown(shown)
         return rule
 
     def counted(self, run: EncoderRun) -> None:

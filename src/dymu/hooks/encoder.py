@@ -113,7 +113,7 @@ class EncoderHooks:
         shown = Shown(_seen(parts, pictures, pixels), pictures.grids, single=True, video=False, find_location=location)
         reducer, focus = self._state.rule(reducer, shown), self._state.focus or self.focus
         if focus is not None:
-            grids = focus.grids(shown, self._state.own(shown), pictures, False, parts.patch_sides)
+            grids = focus.grids(shown, self._state.own, pictures, False, parts.patch_sides)
             reducer, shown = focus.around(reducer), replace(shown, focus=grids)
         where = ""
         if reducer.reduces("in_prompt", shown):

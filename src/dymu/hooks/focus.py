@@ -141,12 +141,12 @@ class InFocus:
         return Guard(rule) if self.guards else Focus(rule, self.inside)
 
     def grids(
-        self, shown: Shown, which: slice, pictures: Pictures, apart: bool, patch: tuple[int, int]
+        self, shown: Shown, which: Callable[[Shown], slice], pictures: Pictures, apart: bool, patch: tuple[int, int]
     ) -> list[Tensor] | None:
         """Of every picture bool [rows, columns] of its units; None: nothing is in focus.
 
         Args:
-            which: of the specs, if there is one for each image, those of these.
+            which: of the specs, if there is one for each image, those of what is shown.
             pictures: that are shown.
             apart: whether the location of a tile's patches is that in the tile.
             patch: rows and columns of a patch, in pixels.
@@ -156,7 +156,7 @@ class InFocus:
         """
         if isinstance(self.specs, tuple):
             shown.check_by_image()
-            own = self.specs[which]
+            own = self.specs[which(shown)]
             if len(own) != len(shown.items):
                 raise BadFocus(
                     f"{len(own)} focuses were given for {len(shown.items)} {'videos' if shown.video else 'images'}; "

@@ -186,7 +186,7 @@ class VisionHooks:
         rule, focus = self._state.rule(self.reducer, shown), self._state.focus or self.focus
         if focus is not None:
             apart = self.parts.family.tells_images != "items"
-            grids = focus.grids(shown, self._state.own(shown), pictures, apart, self.parts.patch_sides)
+            grids = focus.grids(shown, self._state.own, pictures, apart, self.parts.patch_sides)
             rule, shown = focus.around(rule), replace(shown, focus=grids)
         run = EncoderRun(rule, max(call.layers), shown, pictures, call.dropped)
         call.run, pixels = run, run.pixels(pixels)

@@ -37,7 +37,7 @@ class ByImage(Reducer):
         for rule in self.rules:
             rule.check_fits(layers, tokens)
 
-    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
         shown.check_by_image()
         if len(self.rules) != len(shown.items):
             raise BadBudget(

@@ -54,7 +54,7 @@ class ThresholdMerge(Reducer):
         if self.at_most is not None:
             check_keep(self, "at_most")
 
-    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
         if self.at_most is not None:
             check_of_images(shown, images, self.at_most)
 

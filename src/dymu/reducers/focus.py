@@ -26,7 +26,7 @@ class Around(Reducer):
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         self.rule.check_fits(layers, tokens)
 
-    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
         self.rule.check_shown(shown, images)
 
     def reduces(self, stage: Stage, shown: Shown) -> bool:

@@ -29,11 +29,11 @@ def check_keep(reducer: Any, name: str = "keep") -> None:
     object.__setattr__(reducer, name, keep)  # reducers are frozen
 
 
-def check_of_images(shown: Shown, images: Collection[int], keep: int | float, exactly: bool = False) -> None:
-    """Refuse a number of tokens that images, or frames of videos, cannot keep.
+def check_of_images(shown: Shown, images: Collection[int] | None, keep: int | float, exactly: bool = False) -> None:
+    """Refuse a number of tokens that images, or frames of videos, cannot keep; a fraction any can, but for rounding.
 
     Args:
-        images: see `Shown.image`.
+        images: see `Shown.image`; None: all.
         keep: tokens of each; a float up to 1 is a fraction.
         exactly: whether all must keep as many.
 
@@ -41,12 +41,12 @@ def check_of_images(shown: Shown, images: Collection[int], keep: int | float, ex
         BadBudget: it is more than one has, or fewer than the pictures (tiles) that one is cut into.
         BadPrompt: it is a number of tokens, and not known which tiles are of one image.
     """
-    if not (isinstance(keep, float) and keep <= 1):
-        shown.check_by_image()
+    if is_part(keep):
+        return
+    shown.check_by_image()
     pictures = Counter(shown.image)
-    for image in images:
-        there = shown.image_tokens[image]
-        kept = max(int(in_tokens(keep, there)), 1)
+    for image in range(len(shown.image_tokens)) if images is None else images:
+        there, kept = shown.image_tokens[image], int(keep)
         if exactly and kept > there:
             raise BadBudget(f"cannot keep {keep:g} tokens of an image that has {there}; take fewer, or a fraction.")
         if kept < min(pictures[image], there):
@@ -58,7 +58,12 @@ def check_of_images(shown: Shown, images: Collection[int], keep: int | float, ex
 
 def in_tokens(keep: int | float, tokens: int) -> float:
     """`keep` in tokens: a float up to 1 is a fraction of `tokens`."""
-    return keep * tokens if isinstance(keep, float) and keep <= 1 else keep
+    return keep * tokens if is_part(keep) else keep
+
+
+def is_part(keep: int | float) -> bool:
+    """Whether it is a fraction."""
+    return isinstance(keep, float) and keep <= 1
 
 
 def kept_of(keep: int | float, tokens: int) -> int:

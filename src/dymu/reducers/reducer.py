@@ -420,11 +420,11 @@ class Reducer:
             BadBudget, ValueError, UnsupportedModel: naming what does not fit.
         """
 
-    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
         """Refuse what a call shows, before any work.
 
         Args:
-            images: those that are reduced in this way, see `Shown.image`.
+            images: those that are reduced in this way, see `Shown.image`; None: all.
 
         Raises:
             BadBudget: naming what does not fit.

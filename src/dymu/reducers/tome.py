@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dymu.choices import SCHEDULES, Schedule
 from dymu.merging import most_similar
-from dymu.reducers.keep import check_keep, check_of_images, in_tokens, kept_of
+from dymu.reducers.keep import check_keep, check_of_images, in_tokens, is_part, kept_of
 from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
 from dymu.schedule import fewest, removals
 
@@ -60,7 +60,7 @@ class FixedMerge(Reducer):
         if tokens is not None:
             kept_of(self.keep, tokens)
 
-    def check_shown(self, shown: Shown, images: Collection[int]) -> None:
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
         check_of_images(shown, images, self.keep, exactly=True)
 
     def reduces(self, stage: Stage, shown: Shown) -> bool:
@@ -82,9 +82,11 @@ class FixedMerge(Reducer):
         if shown.single:
             keeps = [self.kept_of(tokens) for tokens in candidates.tokens]
         else:  # what is rounded up here merges in the prompt
-            part = [self.kept_of(tokens) / max(tokens, 1) for tokens in shown.image_tokens]
-            pairs = zip(shown.image, candidates.tokens, strict=True)
-            keeps = [math.ceil(part[image] * tokens) for image, tokens in pairs]
+            parts = [self.keep] * len(candidates.tokens)
+            if not is_part(self.keep):
+                part = [self.kept_of(tokens) / max(tokens, 1) for tokens in shown.image_tokens]
+                parts = [part[image] for image in shown.image]
+            keeps = [math.ceil(part * tokens) for part, tokens in zip(parts, candidates.tokens, strict=True)]
         return [
             _counts(keep, tokens, candidates.layers, self.schedule, self.layers)
             for keep, tokens in zip(keeps, candidates.tokens, strict=True)
