@@ -801,14 +801,20 @@ def test_tome_keeps_its_number_of_what_the_language_model_gets(model, keep):
     videos = [] if model.config.model_type == "llava_next" else [Video(1, 1), Video(6, 2)]
     with dymu.apply(model, merge=FixedMerge(keep)) as handle:
         if keep == 9:
-            with pytest.raises(BadBudget, match="pictures, each of which keeps at least one"):
-                model(**scene(model, [(2, shots.pop(), 3)]))
-            shots.pop()
+            del shots[3:]  # which have more tiles
         for row in [*([shot] for shot in [*shots, *videos]), shots[1:3]]:
             model(**scene(model, [(2, *row, 3)]))
             for item in handle.last.items:
                 for fresh, there in zip(*counted(item), strict=True):
                     assert fresh == (keep if keep > 1 else max(round(keep * there), 1))
+
+
+def test_fewer_tokens_than_tiles_are_refused(model):
+    with (
+        dymu.apply(model, merge=FixedMerge(1)),
+        pytest.raises(BadBudget, match="cut into [0-9]+ pictures, each of which keeps at least one"),
+    ):
+        model(**scene(model, [(2, Photo(77, 500, 5), 3)]))
 
 
 @pytest.mark.parametrize("part", [0.1, 0.3, 1.0])
