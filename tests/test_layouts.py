@@ -812,7 +812,7 @@ def test_tome_keeps_its_number_of_what_the_language_model_gets(model, keep):
 def test_fewer_tokens_than_tiles_are_refused(model):
     with (
         dymu.apply(model, merge=FixedMerge(1)),
-        pytest.raises(BadBudget, match="cut into [0-9]+ pictures, each of which keeps at least one"),
+        pytest.raises(BadBudget, match=r"cut into [0-9]+ pictures, each of which keeps at least one"),
     ):
         model(**scene(model, [(2, Photo(77, 500, 5), 3)]))
 
