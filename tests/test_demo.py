@@ -187,17 +187,21 @@ def test_boxes() -> None:
 
 def test_tokens_in_boxes_merge_last(subject: Subject, answered: list[Asked]) -> None:
     box = (0.5, 0.0, 1.0, 0.5)
-    *_, last = asking.ask(subject, asking.load(PHOTO, "photo.jpg"), "photo.jpg", QUESTION, 38, [box])
+    other = (0.0, 0.75, 0.25, 1.0)
+    *_, last = asking.ask(subject, asking.load(PHOTO, "photo.jpg"), "photo.jpg", QUESTION, 38, [box, other])
 
     def inside(groups: Groups | None) -> int:
         assert groups is not None
         return sum(bool(((group.cells[:, 0] < 8) & (group.cells[:, 1] >= 8)).any()) for group in groups.groups)
 
     assert inside(last.groups) > inside(answered[0].groups)
-    assert asking.as_json(subject, last)["focus"] == [list(box)]
+    assert last.merged is not None
+    assert last.forecast is not None
+    assert last.merged.tokens == last.forecast.expected == last.forecast.reserve == 38
+    assert asking.as_json(subject, last)["focus"] == [list(box), list(other)]
     page = html.asked(subject, last)
-    assert "focus=[(0.5, 0.0, 1.0, 0.5)]" in page
-    assert page.count("dymu-box") == 1
+    assert "focus=((0.5, 0.0, 1.0, 0.5), (0.0, 0.75, 0.25, 1.0))" in page
+    assert page.count("dymu-box") == 2
 
 
 # --- the command and the JSON ---

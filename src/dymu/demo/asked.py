@@ -202,16 +202,23 @@ def _untouched(subject: Subject, image: Image.Image) -> int | None:
     return int((pixels_for(subject.processor, [image])["input_ids"] == token).sum())
 
 
-def forecast(subject: Subject, picture: Picture, budget: float) -> Forecast | None:
+def forecast(subject: Subject, picture: Picture, budget: float, boxes: bool = False) -> Forecast | None:
     """How many image tokens a picture will keep; None: the thresholds do not tell.
+
+    Args:
+        boxes: whether something is in focus, so that it keeps the budget's share.
 
     Raises:
         BadBudget: it is outside the calibrated range.
     """
     try:
-        return subject.thresholds.forecast(picture.small, budget, tokens=picture.tokens)
+        told = subject.thresholds.forecast(picture.small, budget, tokens=picture.tokens)
     except BadThresholds:
         return None
+    if not boxes or not subject.thresholds.full:
+        return told
+    share = max(round(told.most * budget / subject.thresholds.full), 1)
+    return Forecast(share, share, share, share)
 
 
 def check_asked(subject: Subject, question: str) -> str:
@@ -268,7 +275,7 @@ def ask(
     question = check_asked(subject, question)
     model, processor, handle = subject.model, subject.processor, subject.handle
     picture = look(subject, loaded, name)
-    told, shown = forecast(subject, picture, budget), as_jpeg_url(loaded.image, SHOWN)
+    told, shown = forecast(subject, picture, budget, bool(boxes)), as_jpeg_url(loaded.image, SHOWN)
     asked = Asked(picture, question, budget, told, shown=shown, boxes=tuple(boxes))
     inputs = inputs_for(model, processor, [([loaded.image], question)])
     check_length(model, inputs, "the picture")
@@ -282,7 +289,7 @@ def ask(
         answer, stored = answered(model, processor, inputs)
     asked = replace(asked, untouched=Side(answer, original, stored))
     yield asked
-    with handle.at(budget, focus=list(boxes) or None):
+    with handle.at(budget, focus=tuple(boxes) or None):
         runs, full_runs = measure_repeatedly(model, inputs, handle, repeats=REPEATS, limit_s=LIMIT_S)
     assert asked.untouched is not None
     yield replace(
@@ -298,7 +305,7 @@ def _merged(
 ) -> tuple[Side, Report, Watching]:
     """The answer with merged tokens."""
     handle = subject.handle
-    with handle.at(budget, focus=list(boxes) or None), Watching.of(handle) as watching:
+    with handle.at(budget, focus=tuple(boxes) or None), Watching.of(handle) as watching:
         answer, stored = answered(subject.model, subject.processor, inputs)
         report = handle.last
     return Side(answer, sum(report.kept), stored), report, watching
@@ -347,7 +354,7 @@ def command(subject: Subject, picture: str, question: str, budget: float, *more:
 def as_python(asked: Asked) -> str:
     """What the library does the same with; `dymu run` takes no boxes."""
     return (
-        f"with handle.at({asked.budget:g}, focus={[*asked.boxes]}):\n"
+        f"with handle.at({asked.budget:g}, focus={asked.boxes}):\n"
         f"    model.generate(**inputs, max_new_tokens={MAX_NEW_TOKENS})"
     )
 

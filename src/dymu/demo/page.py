@@ -217,8 +217,11 @@ def _ask_tab(subject: Subject, examples: Sequence[Path]) -> None:
     # Not over the queue: Gradio's client loses what joins it in the moment in which another event ends.
     quietly = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
     seen = picture.change(partial(_look, subject), picture, [looked, told, boxes], **quietly)
-    seen.then(partial(_forecast, subject), [picture, looked, dial], told, **quietly)
-    dial.change(partial(_forecast, subject), [picture, looked, dial], told, trigger_mode="always_last", **quietly)
+    seen.then(partial(_forecast, subject), [picture, looked, dial, boxes], told, **quietly)
+    for changed in (dial, boxes):
+        changed.change(
+            partial(_forecast, subject), [picture, looked, dial, boxes], told, trigger_mode="always_last", **quietly
+        )
     gr.on(
         [button.click, question.submit], partial(_ask, subject),
         [picture, question, dial, history, boxes], [shown, plot, history],
@@ -239,13 +242,15 @@ def _look(subject: Subject, upload: Upload | None) -> tuple[Looked | None, Any, 
         return None, _said(error), ""
 
 
-def _forecast(subject: Subject, upload: Upload | None, looked: Looked | None, budget: float) -> Any:
+def _forecast(subject: Subject, upload: Upload | None, looked: Looked | None, budget: float, boxes: str) -> Any:
     """Of the picture that is shown, once it was looked at."""
     if looked is None or looked.upload != upload:
         return gr.skip()
     try:
         picture = looked.picture
-        return html.forecast(asking.forecast(subject, picture, budget), subject.tokens, picture.notes)
+        return html.forecast(
+            asking.forecast(subject, picture, budget, bool(boxes.strip())), subject.tokens, picture.notes
+        )
     except Exception as error:
         return _said(error)
 
