@@ -14,7 +14,7 @@ from torch import Tensor
 from dymu.handle import Handle
 from dymu.item import Item
 from dymu.media.drawing import recognise
-from dymu.reducers import Candidates, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
+from dymu.reducers import Candidates, FixedMerge, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
 from dymu.report import Report
 from dymu.token_map import TokenMap
 
@@ -48,6 +48,11 @@ class Watching(Reducer):
             yield watching
         finally:
             state.rules = before
+
+    @property
+    def share(self) -> FixedMerge | None:
+        """See `ThresholdMerge.share`."""
+        return getattr(self.rule, "share", None)
 
     def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
         self.rule.check_shown(shown, images)
