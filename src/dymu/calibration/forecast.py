@@ -36,13 +36,16 @@ def fit(
     count = len(tokens)
     if count < FEWEST:
         return None
-    full = np.asarray(tokens, dtype=np.float64)
-    features = np.column_stack([np.asarray(measured, dtype=np.float64), np.log(full)])
+    counts = np.column_stack([tokens, *(kept[budget] for budget in sorted(kept))]).astype(np.float64)
+    everything = np.column_stack([np.asarray(measured, dtype=np.float64), counts])
+    order = np.lexsort(everything.T)  # sums in one order, whichever worker has which image
+    full = counts[order, 0]
+    features = np.column_stack([everything[order, : len(NAMES)], np.log(full)])
     means, sds = features.mean(0), features.std(0)
     standardised = (features - means) / np.where(sds > LEAST_SD, sds, np.inf)
     budgets = []
-    for budget in sorted(kept):
-        part = np.asarray(kept[budget], dtype=np.float64) / full
+    for column, budget in enumerate(sorted(kept), 1):
+        part = counts[order, column] / full
         intercept, slopes, left_out = ridge(standardised, np.log(part), RIDGE)
         fitted = intercept + standardised @ slopes
         variance = float(np.log(part).var())
