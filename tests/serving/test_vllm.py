@@ -18,6 +18,7 @@ import dymu
 from dymu.choices import IN_VLLM
 from dymu.media.images import load
 from dymu.serving import vllm as plugin
+from dymu.serving.asked import count_of
 from dymu.thresholds import Thresholds
 
 ROOT = Path(__file__).parents[2]
@@ -199,11 +200,14 @@ def test_the_hash_of_an_image_holds_what_decides_its_tokens(tmp_path: Path) -> N
     other = json.loads((DEMO / "thresholds.json").read_text())
     for entry in other["calibrated"]:
         entry["thresholds"] = [value - 0.01 for value in entry["thresholds"]]
+        entry["dial"] = []
     (tmp_path / "other.json").write_text(json.dumps(other))
     found = []
-    for thresholds, budget, form in ((DEMO, 0.3, "original"), (tmp_path / "other.json", 0.3, "original"),
-                                     (DEMO, 0.15, "original"), (DEMO, 0.3, "compact")):  # fmt: skip
-        options = plugin.options(DEMO, thresholds, budget, form)
+    for thresholds, budget, form, counting in (
+        (DEMO, 0.3, "original", "mean"), (tmp_path / "other.json", 0.3, "original", "mean"),
+        (DEMO, 0.15, "original", "mean"), (DEMO, 0.3, "compact", "mean"), (DEMO, 0.3, "original", "exactly"),
+    ):  # fmt: skip
+        options = plugin.options(DEMO, thresholds, budget, form, counting=counting)
         config = EngineArgs(str(DEMO), **options).create_model_config()
         processor = MULTIMODAL_REGISTRY.create_processor(config)
         for photo in PHOTOS[:2]:
@@ -215,6 +219,12 @@ def test_the_hash_of_an_image_holds_what_decides_its_tokens(tmp_path: Path) -> N
                 ]
                 assert keys[0] == keys[1]
                 found.append(keys[0])
+            if counting == "exactly":
+                for asked, kept in ((30, 30), (0.5, 128)):
+                    (shown,) = processor.info.front(
+                        [load(photo).image], count_of(asked, Thresholds.load(DEMO), counting)
+                    )
+                    assert len(shown.features) == kept
     assert len(set(found)) == len(found)
     assert Thresholds.load(DEMO).source
 
