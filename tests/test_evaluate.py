@@ -684,7 +684,7 @@ def test_a_row_that_cannot_be_had_is_refused_before_any_work(model, processor, t
 
 
 @pytest.mark.parametrize(
-    "row", [Row("random", 99, "exact"), Row("pool", 64, "exact"), Row("tome", 1, "exact", "constant")]
+    "row", [Row("random", 99, "exact"), Row("pool", 64, "exact"), Row("tome", 99, "exact", "constant")]
 )
 def test_a_budget_that_cannot_be_met_is_refused_before_any_work(model, processor, tmp_path, row):
     with pytest.raises(BadBudget):

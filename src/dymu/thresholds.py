@@ -181,7 +181,7 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
     @property
     def full(self) -> float | None:
         """Tokens of an untouched image, on average over those of calibration; None where a file does not say."""
-        return self.image_tokens or (None if self.encoder is None else float(self.encoder.tokens))
+        return self.image_tokens or (None if self.encoder is None else float(self.encoder.tokens)) or None
 
     @property
     def budgets(self) -> list[float]:
