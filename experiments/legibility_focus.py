@@ -7,7 +7,7 @@ The detector needs `pip install 'dymu[text]'`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import dymu
 from benchmarks import record
-from dymu.hooks.focus import InFocus, spec_of
+from dymu.hooks.focus import InFocus
 from dymu.media import masks
 from dymu.reducers import FixedMerge, ThresholdMerge
 from experiments import RESULTS
@@ -41,12 +41,13 @@ from training.vlm.base import training_pack
 BUDGETS = (0.5, 0.3, 0.2, 0.15, 0.1)
 
 
-def known(page: Page) -> np.ndarray:
-    """1 at the patches of all letters."""
+def known(page: Page) -> Callable[[Image.Image], np.ndarray]:
+    """Finds the patches of all letters of the page."""
     mask = np.zeros((GRID, GRID), np.float32)
     for x, y in page.middles:
         mask[min(int(y // PATCH), GRID - 1), min(int(x // PATCH), GRID - 1)] = 1
-    return mask
+    pixels = np.kron(mask, np.ones((PATCH, PATCH), np.float32))
+    return lambda _: pixels
 
 
 def measured(setting: Setting, samples: Sequence[Page]) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def measured(setting: Setting, samples: Sequence[Page]) -> dict[str, Any]:
     )
     focuses = {"detector": [InFocus(masks.text)] * len(setting.pages)}
     focuses["strokes"] = [InFocus(masks.strokes)] * len(setting.pages)
-    focuses["known letters"] = [InFocus(spec_of(known(page))) for page in setting.pages]
+    focuses["known letters"] = [InFocus(known(page)) for page in setting.pages]
     rows = [untouched]
     for budget in thresholds.budgets:
         limits = tuple(thresholds.per_layer(budget))
