@@ -141,6 +141,10 @@ DemoOrModel = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="A model's folder or hub name.", show_default="the demo model"),
 ]
+ModelOrDemo = Annotated[
+    str | None,
+    typer.Option(metavar="PATH|ID", help="A model's folder or hub name.", show_default="the demo model"),
+]
 Revision = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the hub.", show_default="main"),

@@ -17,6 +17,7 @@ from dymu.cli.app import (
     Device,
     Dtype,
     Json,
+    ModelOrDemo,
     Ray,
     Revision,
     ThresholdsName,
@@ -44,10 +45,7 @@ def caption(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.jsonl", help="The captions, one a line.")],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What is asked about each.")] = "What is in the picture?",
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH|ID", help="A model's folder or hub name.", show_default="the demo model"),
-    ] = None,
+    model: ModelOrDemo = None,
     thresholds: ThresholdsName = None,
     budget: Annotated[
         float | None,

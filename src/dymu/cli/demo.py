@@ -19,6 +19,7 @@ from dymu.cli.app import (
     Debug,
     Device,
     Dtype,
+    ModelOrDemo,
     Revision,
     ThresholdsName,
     app_command,
@@ -34,10 +35,7 @@ SAMPLES = ("photo.jpg", "pyramid.jpg", "scene.png")
 
 @app_command(RUN, "dymu demo --model llava-hf/llava-1.5-7b-hf --thresholds llava.json")
 def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH|ID", help="A model's folder or hub name.", show_default="the demo model"),
-    ] = None,
+    model: ModelOrDemo = None,
     thresholds: ThresholdsName = None,
     budget: Annotated[
         float | None,

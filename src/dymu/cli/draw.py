@@ -15,6 +15,7 @@ from dymu.cli.app import (
     Device,
     Dtype,
     Json,
+    ModelOrDemo,
     Revision,
     ThresholdsName,
     app_command,
@@ -34,10 +35,7 @@ COLUMNS = 4
 def draw(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, or folders of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="SHEET.png", help="The picture to write.")],
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH|ID", help="A model's folder or hub name.", show_default="the demo model"),
-    ] = None,
+    model: ModelOrDemo = None,
     thresholds: ThresholdsName = None,
     budget: Annotated[
         list[float] | None,

@@ -17,6 +17,7 @@ from dymu.cli.app import (
     Device,
     Dtype,
     Json,
+    ModelOrDemo,
     Revision,
     ThresholdsName,
     UnmergeBy,
@@ -41,10 +42,7 @@ def run(
         ),
     ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH|ID", help="A model's folder or hub name.", show_default="the demo model"),
-    ] = None,
+    model: ModelOrDemo = None,
     thresholds: ThresholdsName = None,
     budget: Annotated[
         float | None,

