@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 import dymu
 import tiny
-from dymu.errors import BadFocus
+from dymu.errors import BadBudget, BadFocus
 from dymu.hooks.focus import Regions, spec_of
 from dymu.media import masks
 from dymu.merging import focus_last, in_focus
@@ -240,6 +240,8 @@ def test_writing_keeps_the_budgets_share_and_other_pictures_are_as_they_were():
         assert guarded == [20, handle.last.kept[1]]
         assert lower == [14, usual[1]]
         handle.set_focus(guard="text")
+        with pytest.raises(BadBudget, match="text is guarded here"):
+            handle.set_budget(exactly=9)
         with handle.at(14):
             model.get_image_features(both)
             assert handle.last.kept == lower

@@ -320,6 +320,8 @@ class Handle:
         self._set(Count(budget, per_second, at_most, exactly))
 
     def _set(self, count: Count) -> None:
+        if count.exactly is not None and self._vision.focus is not None and self._vision.focus.guards:
+            raise BadBudget("text is guarded here, so that pictures of it may keep more: call set_focus() first.")
         rule, tokens = self._rule(count)
         self._vision.reducer, self._tokens, self._count = rule, tokens, count
         self._calls.drift = self._drift(count)
