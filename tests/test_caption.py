@@ -145,5 +145,11 @@ def test_a_killed_command_goes_on(photos: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == 1
     again = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert "8 of 9 images; 1 could not be read" in again.stdout
+    otherwise = subprocess.run([*words, "--guard", "text"], capture_output=True, text=True, env=environment)
+    assert "differs in guard" in otherwise.stderr
+    otherwise = subprocess.run(
+        [*words, "--count", "at-most", "-b", "77"], capture_output=True, text=True, env=environment
+    )
+    assert "differs in at_most" in otherwise.stderr
     assert before >= 4
     assert len(read(output)[1]) == 9

@@ -34,7 +34,11 @@ CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
 Counting = Literal["mean", "at-most", "exactly"]
 """What a number of image tokens says: the mean over images, what none goes beyond, or what every one keeps."""
-COUNTINGS: tuple[Counting, ...] = get_args(Counting)
+COUNTINGS: dict[Counting, str] = {"mean": "budget", "at-most": "at_most", "exactly": "exactly"}
+"""By name, the argument of `dymu.apply`."""
+
+Named = Literal["text", "edges"]
+"""What can be in focus without saying where it lies: lines of text, or edges."""
 
 UNTOUCHED = "untouched"
 """In place of a budget: nothing merges."""

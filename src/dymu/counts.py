@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dymu.choices import SCHEDULES, Counting
+from dymu.choices import COUNTINGS, SCHEDULES, Counting
 from dymu.errors import BadBudget, BadThresholds
 from dymu.reducers import FixedMerge, Reducer, ThresholdMerge
 from dymu.thresholds import Thresholds
@@ -40,7 +40,7 @@ class Count:
     @classmethod
     def of(cls, counting: Counting, budget: int | float | None) -> Count:
         """A number in one of the senses that it may have."""
-        return {"mean": cls(budget), "at-most": cls(at_most=budget), "exactly": cls(exactly=budget)}[counting]
+        return cls(**{COUNTINGS[counting]: budget})
 
     def __post_init__(self) -> None:
         given = [name for name in ("budget", "per_second", "at_most") if getattr(self, name) is not None]

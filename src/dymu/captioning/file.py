@@ -20,7 +20,8 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     Attributes:
         source: the folder or the list of the images.
         weights, thresholds, processor: hashes.
-        budget: image tokens; None: the model was untouched.
+        budget: image tokens on average, or of every image; None: the model was untouched.
+        at_most, exactly, focus, guard: see `dymu.apply`.
     """
 
     dymu_captions: Literal[1]
@@ -37,6 +38,10 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     max_new_tokens: Count
     versions: dict[str, str]
     cache: str = "merged"
+    at_most: float | None = None
+    exactly: float | None = None
+    focus: str | None = None
+    guard: str | None = None
 
 
 class Row(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

@@ -32,11 +32,20 @@ class Captioner:
         self._model, self._processor, self._handle = model, processor, handle
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
 
-    def header(self, source: str, thresholds: Thresholds | None, unmerge: str, cache: str = "merged") -> Header:
+    def header(
+        self,
+        source: str,
+        thresholds: Thresholds | None,
+        unmerge: str,
+        cache: str = "merged",
+        focus: str | None = None,
+        guard: str | None = None,
+    ) -> Header:
         """What the captions depend on.
 
         Args:
             source: see `Header`.
+            unmerge, cache, focus, guard: as they were given to `dymu.apply`.
         """
         return Header(
             dymu_captions=FORMAT,
@@ -53,6 +62,10 @@ class Captioner:
             max_new_tokens=self._max_new_tokens,
             versions=versions("torch", "transformers"),
             cache=cache,
+            at_most=None if self._handle is None else self._handle.at_most,
+            exactly=None if self._handle is None else self._handle.exactly,
+            focus=focus,
+            guard=guard,
         )
 
     def __call__(self, batch: Sequence[Source]) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from dymu.choices import CACHE_FORMS, EACH_ONCE, UNMERGE, CacheForm, Unmerge
+from dymu.choices import CACHE_FORMS, EACH_ONCE, UNMERGE, CacheForm, Counting, Named, Unmerge
 from dymu.cli.errors import BadModel
 from dymu.version import __version__
 
@@ -163,6 +163,21 @@ ThresholdsName = Annotated[
     str | None,
     typer.Option(metavar="FILE|PATH|ID", help="When to merge: a file, or a folder or hub name that holds one.",
                  show_default="thresholds.json beside the model"),
+]  # fmt: skip
+CountingBy = Annotated[
+    Counting,
+    typer.Option("--count", metavar="NAME", help="What a budget says: the mean over images (mean), what none goes "
+                 "beyond (at-most), or what every one keeps (exactly)."),
+]  # fmt: skip
+FocusOn = Annotated[
+    Named | None,
+    typer.Option("--focus", metavar="NAME", help="What merges last, so that others merge in its place: text (which a "
+                 "detector finds) or edges.", show_default="nothing"),
+]  # fmt: skip
+GuardOf = Annotated[
+    Literal["text"] | None,
+    typer.Option("--guard", metavar="text", help="Leave pictures of writing and drawings the budget's share.",
+                 show_default="none"),
 ]  # fmt: skip
 UnmergeBy = Annotated[
     Unmerge, typer.Option(metavar="NAME", help=f"How the model attends to merged tokens: {', '.join(UNMERGE)}.")

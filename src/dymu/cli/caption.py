@@ -9,13 +9,17 @@ from typing import Annotated, Any
 import typer
 
 import dymu
+from dymu.choices import COUNTINGS
 from dymu.cli import errors
 from dymu.cli.app import (
     RUN,
     Cache,
+    CountingBy,
     Debug,
     Device,
     Dtype,
+    FocusOn,
+    GuardOf,
     Json,
     ModelOrDemo,
     Ray,
@@ -52,6 +56,9 @@ def caption(
         typer.Option("--budget", "-b", metavar="N|0.15", parser=parse_budget, show_default="0.30 for the demo model",
                      help="Image tokens to keep on average: a number, or a fraction of all."),
     ] = None,
+    counting: CountingBy = "mean",
+    focus: FocusOn = None,
+    guard: GuardOf = None,
     unmerge: UnmergeBy = "exact",
     cache: Cache = "merged",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of a caption at most.")] = 64,
@@ -83,22 +90,27 @@ def caption(
     calibrated = named.thresholds(thresholds)
     if model is None:
         budget = models.demo_budget(budget, calibrated)
-    calibrated.tokens_for(budget)
+    if counting == "mean" or budget is None:
+        budget = calibrated.tokens_for(budget)
     if model is None:
         out.note(models.TOY)
     with out.during("loading torch and transformers"):
         quieten_transformers()
         from dymu import captioning
+        from dymu.counts import Count
 
+    Count.of(counting, budget).rule(calibrated)
+    number: dict[str, Any] = {COUNTINGS[counting]: budget}
+    how: dict[str, Any] = {"focus": focus, "guard": guard, "unmerge": unmerge, "cache": cache}
     where = str(expanded(images).resolve())
 
     def build(device: str | None = device) -> tuple[Any, Any]:
         """The captioner, and what its captions depend on."""
         quieten_transformers()
         loaded = models.load(named, device, dtype)
-        handle = dymu.apply(loaded.model, calibrated, budget=budget, unmerge=unmerge, cache=cache)
+        handle = dymu.apply(loaded.model, calibrated, **number, **how)
         captioner = captioning.Captioner(loaded.model, loaded.processor, handle, prompt, max_new_tokens)
-        return captioner, captioner.header(where, calibrated, unmerge, cache)
+        return captioner, captioner.header(where, calibrated, **how)
 
     with out.during(f"loading {named.name}"):
         captioner, header = build(device if ray is None else "cpu")

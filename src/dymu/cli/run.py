@@ -8,14 +8,18 @@ import msgspec
 import typer
 
 import dymu
+from dymu.choices import COUNTINGS
 from dymu.cli import errors
 from dymu.cli.app import (
     PICTURES,
     RUN,
     Cache,
+    CountingBy,
     Debug,
     Device,
     Dtype,
+    FocusOn,
+    GuardOf,
     Json,
     ModelOrDemo,
     Revision,
@@ -49,6 +53,9 @@ def run(
         typer.Option("--budget", "-b", metavar="N|0.15", parser=parse_budget, show_default="0.30 for the demo model",
                      help="Image tokens to keep on average: a number, or a fraction of all."),
     ] = None,
+    counting: CountingBy = "mean",
+    focus: FocusOn = None,
+    guard: GuardOf = None,
     unmerge: UnmergeBy = "exact",
     cache: Cache = "merged",
     compare: Annotated[bool, typer.Option("--compare", help="Ask the untouched model as well, and time both.")] = False,
@@ -102,7 +109,10 @@ def run(
     calibrated = named.thresholds(thresholds)
     if model is None:
         budget = models.demo_budget(budget, calibrated)
-    calibrated.tokens_for(budget)  # a budget that cannot be had is refused before the model is loaded
+    if counting == "mean":
+        calibrated.tokens_for(budget)  # a budget that cannot be had is refused before the model is loaded
+    elif budget is None:
+        budget = calibrated.tokens_for(budget)
     if per_second is not None:
         calibrated.over_time_at(budget, per_second)
     if models.beyond_the_demo(named, path):
@@ -110,11 +120,14 @@ def run(
 
     with out.during("loading torch and transformers"):
         quieten_transformers()
+        from dymu.counts import Count
         from dymu.measure.times import Times
         from dymu.measure.timing import measure_repeatedly
+    how: dict[str, Any] = {COUNTINGS[counting]: budget, "per_second": per_second}
+    Count(**how).rule(calibrated)
+    how |= {"focus": focus, "guard": guard, "unmerge": unmerge, "cache": cache}
     with out.during(f"loading {named.name}"):
         loaded = models.load(named, device, dtype)
-    how: dict[str, Any] = {"budget": budget, "per_second": per_second, "unmerge": unmerge, "cache": cache}
     with dymu.apply(loaded.model, calibrated, **how) as handle:
         inputs = models.ask(loaded, shown, question, picture.fps if moves else None)
         with out.during("answering"):
@@ -139,6 +152,9 @@ def run(
 
     data |= {
         "budget": budget,
+        "count": counting,
+        "focus": focus,
+        "guard": guard,
         "unmerge": unmerge,
         "cache": cache,
         "model": named.name,

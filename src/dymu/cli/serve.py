@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from dymu.choices import IN_VLLM, Counting, Unmerge
+from dymu.choices import IN_VLLM, Unmerge
 from dymu.cli import errors
 from dymu.cli.app import (
     SERVE,
     Cache,
+    CountingBy,
     Debug,
     Device,
     Dtype,
@@ -33,12 +34,6 @@ Budget = Annotated[
     float | None,
     typer.Option("--budget", "-b", metavar="N|0.15", parser=parse_budget, show_default="the only calibrated one",
                  help="Image tokens to keep on average, where a request does not say: a number, or a fraction of all."),
-]  # fmt: skip
-
-CountingBy = Annotated[
-    Counting,
-    typer.Option("--count", metavar="NAME", help="What a budget says: the mean over images (mean), what none goes "
-                 "beyond (at-most), or what every one keeps (exactly)."),
 ]  # fmt: skip
 
 
