@@ -56,6 +56,7 @@ PAGES = tuple(
                 "serving",
                 "triton",
                 "forecast",
+                "counts",
             )
         ),
         *(f"experiments/{page}.md" for page in ("saliency", "legibility")),

@@ -193,11 +193,11 @@ def dial() -> str:
                 f"{sum(chance) / len(chance):+.1f} ({min(chance):+.1f} to {max(chance):+.1f})",
                 f"{sum(strays) / len(strays):.1f}, at most {max(strays):.1f}",
                 f"{sum(on_dial) / len(on_dial):.1f}, at most {max(on_dial):.1f}",
-                *(f"{100 * found['lower_keeps_more'][step]:.1f}" for step in steps),
+                " / ".join(f"{100 * found['lower_keeps_more'][step]:.1f}" for step in steps),
             ]
         )
-    header = ["held-out pictures", "on the grid: kept beside the budget, %", "halfway between: beside that, %"]
-    header += ["of these on a dial", *(f"a lower budget keeps more, {step} apart, %" for step in steps)]
+    header = ["held-out pictures", "kept beside the budget, on the grid, %", "halfway between: beside that, %"]
+    header += ["of these on a dial", f"a lower budget keeps more, {' / '.join(steps)} apart, %"]
     return markdown(header, rows) + made_by(result)
 
 
