@@ -78,6 +78,23 @@ def kept_of(keep: int | float, tokens: int) -> int:
     return kept
 
 
+def shared_out(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
+    """A number in whole parts, about in proportion to the weights, none above its `most`: rounded down, and what is
+    left one by one to the largest remainders, of equal ones to the first."""
+    parts, left = [0] * len(weights), total
+    while left:
+        there = [index for index, part in enumerate(parts) if part < most[index]]
+        scale = left / (sum(weights[index] for index in there) or 1)
+        wanted = {index: weights[index] * scale for index in there}
+        more = {index: min(int(wanted[index]), most[index] - parts[index]) for index in there}
+        if not any(more.values()):
+            more = dict.fromkeys(sorted(there, key=lambda index: -(wanted[index] % 1))[:left], 1)
+        for index, count in more.items():
+            parts[index] += count
+        left = total - sum(parts)
+    return parts
+
+
 class FixedKeep(Reducer, ABC):
     """Of every image or video, `keep` tokens stay where they stand; `fill` says what stands for the others."""
 
@@ -104,3 +121,19 @@ class FixedKeep(Reducer, ABC):
             kept[row, self.choose(tokens, row, kept_of(self.keep, count))] = True
         reduced = tokens.keep(kept)
         return type(self).fill_nearest(tokens, reduced) if self.fill == "nearest" else reduced
+
+
+class KeepOfPictures(FixedKeep):
+    """The same, of every picture (tile, frame) its part."""
+
+    def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
+        indices = tokens.indices(row)
+        counts = [len(index) for index in indices]
+        parts = shared_out(keep, counts, counts)
+        return torch.cat(
+            [index[self.choose_of(tokens, row, index, part)] for index, part in zip(indices, parts, strict=True)]
+        )
+
+    @abstractmethod
+    def choose_of(self, tokens: Tokens, row: int, index: Tensor, keep: int) -> Tensor:
+        """Which `keep` of the row's tokens `index`, which are those of a picture, stay: indices of these."""
