@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,12 +22,14 @@ import torch
 import typer
 from PIL import Image, ImageDraw
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 import dymu
 from benchmarks import record
 from dymu.choices import Schedule
+from dymu.files import whole_file
 from dymu.hooks.focus import InFocus
 from dymu.reducers import AveragePool, FixedMerge, Reducer, ThresholdMerge
 from dymu.token_map import TokenMap
@@ -34,6 +37,7 @@ from experiments import RESULTS
 from experiments.dinov2 import PATCH, Tower
 from experiments.saliency import interval, thinned
 from scenes import Materials, evaluation_pack
+from training.cache import cache_root
 from training.features import pixels as normalised
 from training.tower import FEATURE_LAYER
 from training.vlm.base import training_pack
@@ -151,13 +155,24 @@ def asked(features: Tensor, shown: Page) -> Tensor:
 
 
 def train_probe(network: Network, learned: Sequence[Page], passes: int) -> tuple[nn.Module, float]:
-    """A probe of one hidden layer, trained on untouched features; with its share of right letters on the last 5 %."""
-    x = torch.cat([asked(network.features(shown), shown).bfloat16() for shown in track(learned, "features to learn")])
-    y = torch.cat([shown.targets() for shown in learned])
+    """A probe of one hidden layer, trained on untouched features; with its share of right letters on the last 5 %.
+
+    It is kept in the cache for these pages, passes and features.
+    """
+    first = asked(network.features(learned[0]), learned[0])
+    about = f"{len(learned)} {passes} {first.sum(0).round(decimals=1).abs().tolist()}"
+    file = cache_root("experiments") / f"letters-{sha256(about.encode()).hexdigest()[:16]}.safetensors"
     torch.manual_seed(0)
     probe = nn.Sequential(
-        nn.Dropout(0.1), nn.Linear(x.shape[1], 768), nn.GELU(), nn.Dropout(0.3), nn.Linear(768, LETTERS)
+        nn.Dropout(0.1), nn.Linear(first.shape[1], 768), nn.GELU(), nn.Dropout(0.3), nn.Linear(768, LETTERS)
     )
+    if file.exists():
+        weights = load_file(file)
+        seen = float(weights.pop("seen"))
+        probe.load_state_dict(weights)
+        return probe.eval(), seen
+    x = torch.cat([asked(network.features(shown), shown).bfloat16() for shown in track(learned, "features to learn")])
+    y = torch.cat([shown.targets() for shown in learned])
     kept, batch = len(x) - len(x) // 20, 512
     steps = max(passes * kept // batch, 10)
     optimiser = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.05)
@@ -171,7 +186,10 @@ def train_probe(network: Network, learned: Sequence[Page], passes: int) -> tuple
             optimiser.step()
             rates.step()
     probe.eval()
-    return probe, float((probe(x[kept:].float()).argmax(1) == y[kept:]).float().mean())
+    seen = (probe(x[kept:].float()).argmax(1) == y[kept:]).float().mean()
+    with whole_file(file) as partial:
+        save_file({**probe.state_dict(), "seen": seen}, partial)
+    return probe, float(seen)
 
 
 def read(probe: nn.Module, features: Tensor, shown: Page) -> tuple[float, float]:

@@ -73,8 +73,8 @@ def measured(setting: Setting, samples: Sequence[Page]) -> dict[str, Any]:
             rules = [FixedMerge(kept, SCHEDULE) for kept in dynamic.kept]
             rows.append(setting.merged(Row(f"focus on {name}", round(budget)), rules, focus))
         least = FixedMerge(budget / full, SCHEDULE)
-        guard = [InFocus(masks.strokes, least=least)] * len(setting.pages)
-        rows.append(setting.merged(Row("guard", round(budget)), ThresholdMerge(limits), guard))
+        guard = [InFocus(masks.strokes, guards=True)] * len(setting.pages)
+        rows.append(setting.merged(Row("guard", round(budget)), ThresholdMerge(limits, share=least), guard))
     everything = [np.arange(len(setting.pages))]
     return {"full_tokens": full, "rows": [row.to_json(everything, untouched) for row in rows]}
 

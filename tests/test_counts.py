@@ -17,6 +17,7 @@ import tiny
 from dymu.counts import Count
 from dymu.errors import BadBudget, BadPrompt
 from dymu.families.resolve import resolve
+from dymu.hooks.focus import InFocus
 from dymu.prompting import inputs_for, items_by_prompt
 from dymu.thresholds import Calibrated, Thresholds
 from tiny_processors import PROCESSORS, processor_for
@@ -276,6 +277,41 @@ def test_numbers_hold_for_images_of_any_size(whole):
             assert counts[-1] > expected[-1] + 1
 
 
+def test_a_share_and_a_cap_hold_together(whole):
+    """Pictures of writing, or with something in focus, keep their share however they are cut; a cap goes ahead."""
+    model, processor = whole
+    thresholds = Thresholds(
+        (Calibrated(20, (0.8,) * tiny.LAYERS, images=(0.8,) * 6, frames=(0.8,) * 6),), image_tokens=40
+    )
+    prompts = [[photo] for photo in odd(5, 1)]
+
+    def all_of(image: Image.Image) -> np.ndarray:
+        return np.ones((image.height, image.width))
+
+    with dymu.apply(model, thresholds, budget=20, focus=all_of) as handle:
+        asked = inputs_for(model, processor, [(images, "what ?") for images in prompts])
+        model(**asked)
+        items = items_by_prompt(model, asked, handle.last.items)
+        untouched = [sum(int(item.patch.sum()) for item in of_prompt) for of_prompt in items]
+        kept = [sum(item.budgeted for item in of_prompt) for of_prompt in items]
+        pictures = [sum(item.pictures for item in of_prompt) for of_prompt in items]
+        shares = [max(round(0.5 * count), 1) for count in untouched]
+        assert kept == shares
+        most = max(*pictures, 3)
+        for guards in (False, True):
+            if guards:
+                handle.set_focus()
+                handle._vision.focus = InFocus(all_of, guards=True)
+            with handle.at(at_most=most):
+                model(**asked)
+            items = items_by_prompt(model, asked, handle.last.items)
+            assert max(sum(item.budgeted for item in of_prompt) for of_prompt in items) <= most
+        model(**asked)
+        items = items_by_prompt(model, asked, handle.last.items)
+        for of_prompt, share in zip(items, shares, strict=True):
+            assert sum(item.budgeted for item in of_prompt) >= share
+
+
 def test_images_of_another_kind_are_told(caplog):
     """Once, when enough were shown; what is asked otherwise does not count."""
     model = tiny.llava("clip", layer=-1)
@@ -344,8 +380,14 @@ def test_what_cannot_be_is_refused_and_changes_nothing(model):
             handle.at("untouched", at_most=9),
         ):
             pass
-        with pytest.raises(BadBudget, match="neither a whole number of tokens nor a fraction"), handle.at(exactly=13.5):
+        for half in (13.5, np.float32(13.5), torch.tensor(13.5)):
+            with pytest.raises(BadBudget, match="neither a whole number of tokens"), handle.at(exactly=half):
+                pass
+        with pytest.raises(BadBudget, match="a budget of 'untouched'"), handle.at(["untouched", None], at_most=9):
             pass
+        with handle.at(np.array([14, 15, 16]), at_most=16):
+            model(**inputs)
+            assert max(kept(handle)) <= 16
         with pytest.raises(BadBudget, match="no pictures come with this call"):
             tiny.answer(model, **tiny.inputs(model, tiny.prompt(model, 5)), dymu_budget=[14, 15])
         model(**inputs)

@@ -42,7 +42,7 @@ def subject() -> Subject:
     model = AutoModelForImageTextToText.from_pretrained(DEMO, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(DEMO)
     thresholds = Thresholds.load(DEMO)
-    return Subject("", "demo", model, processor, thresholds, dymu.apply(model, thresholds, budget=77), 77.0, toy=True)
+    return Subject("demo", model, processor, thresholds, dymu.apply(model, thresholds, budget=77), 77.0, toy=True)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_any_family_is_asked(family: str) -> None:
     thresholds = dymu.calibrate(model, processor, [photo, *tiny.photos(5)], [0.4, 0.8], progress=False)
     budget = thresholds.budgets[0]
     with dymu.apply(model, thresholds, budget=budget) as handle:
-        subject = Subject(family, family, model, processor, thresholds, handle, budget)
+        subject = Subject(family, model, processor, thresholds, handle, budget)
         loaded = load(photo, "photo.png")
         *_, last = asking.ask(subject, loaded, "photo.png", "what ?", budget)
     assert last.merged is not None
@@ -198,6 +198,10 @@ def test_tokens_in_boxes_merge_last(subject: Subject, answered: list[Asked]) -> 
     assert last.merged is not None
     assert last.forecast is not None
     assert last.merged.tokens == last.forecast.expected == last.forecast.reserve == 38
+    assert last.forecast.most == 256
+    told = html.forecast(last.forecast, True)
+    assert "keeps the budget's share" in told
+    assert "Told from the pixels" not in told
     assert asking.as_json(subject, last)["focus"] == [list(box), list(other)]
     page = html.asked(subject, last)
     assert "focus=((0.5, 0.0, 1.0, 0.5), (0.0, 0.75, 0.25, 1.0))" in page
@@ -259,7 +263,7 @@ def test_no_text_becomes_markup(subject: Subject, answered: list[Asked]) -> None
         html.asked(subject, hostile),
         html.error(HOSTILE),
         html.status(HOSTILE),
-        html.forecast(last.forecast, 256, [HOSTILE]),
+        html.forecast(last.forecast, False, [HOSTILE]),
         html.table(HOSTILE, [HOSTILE, HOSTILE], [[HOSTILE, HOSTILE]]),
         plots.plot(HOSTILE, HOSTILE, HOSTILE, [plots.Series(HOSTILE, dots, line=True)]),
         plots.bars_over_time([1, 2], [3, 3], HOSTILE),
@@ -331,7 +335,7 @@ def test_a_video_is_asked() -> None:
     budget = thresholds.budgets[0]
     with dymu.apply(model, thresholds, budget=budget) as handle:
         processor: Any = tiny.full_processor("llava_onevision")
-        subject = Subject("m", "m", model, processor, thresholds, handle, budget)
+        subject = Subject("m", model, processor, thresholds, handle, budget)
         *_, last = videos.ask_video(subject, LoadedVideo(frames, 2.0, 2.0, (), 4), "clip.mp4", "what", budget)
     assert len(last.fresh) == len(last.each) == 4
     assert all(fresh <= full for fresh, full in zip(last.fresh, last.each, strict=True))

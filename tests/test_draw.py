@@ -12,10 +12,11 @@ from PIL import Image
 import dymu
 import tiny
 from dymu.cli import main, models
+from dymu.errors import BadThresholds
 from dymu.reducers import ThresholdMerge
 from dymu.survey import sheet
-from dymu.survey.encode import Encoder
-from dymu.thresholds import Calibrated, Thresholds
+from dymu.survey.encode import Encoder as Encodes
+from dymu.thresholds import Calibrated, Encoder, Thresholds
 from tiny_processors import OF_EACH_KIND, processor_for
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def test_layer_by_layer(call: Call, tmp_path: Path, demo: models.Loaded) -> None
     data = answer(call("draw", SCENE, PHOTO, "-o", tmp_path / "s.png", "--layers", "-b", 77, "--json"))
     thresholds = Thresholds.load(ROOT / "models" / "demo")
     with dymu.apply(demo.model, thresholds, budget=77) as handle:
-        Encoder(demo.model, demo.processor, handle)([Image.open(path).convert("RGB") for path in (SCENE, PHOTO)])
+        Encodes(demo.model, demo.processor, handle)([Image.open(path).convert("RGB") for path in (SCENE, PHOTO)])
         assert [list(layer) for layer in zip(*handle.last.layers, strict=True)] == [
             row["kept"] for row in data["images"]
         ]
@@ -143,7 +144,7 @@ def test_every_kind_of_family(family: str) -> None:
     processor = processor_for(family)
     photos = [photo.resize((60 + 20 * index, 50)) for index, photo in enumerate(tiny.photos(3))]
     with dymu.apply(model, merge=ThresholdMerge((0.9,) * tiny.LAYERS)) as handle:
-        encoder = Encoder(model, processor, handle)
+        encoder = Encodes(model, processor, handle)
         together = encoder(photos)
         alone = [encoder([photo])[0] for photo in photos]
     assert [report.kept for report in together] == [report.kept for report in alone]
@@ -155,6 +156,9 @@ def test_rounds_in_the_prompt_are_the_last_panel() -> None:
     model = tiny.llava("siglip", "qwen2", "llava_onevision")
     layers = (0.8,) * tiny.LAYERS
     thresholds = Thresholds((Calibrated(60, layers, images=(0.5,) * 6, frames=(0.5,) * 6),), image_tokens=147)
+    other = Thresholds(thresholds.calibrated, encoder=Encoder("other", 9, tiny.LAYERS, 32, 4, 49), image_tokens=147)
+    with pytest.raises(BadThresholds, match="other"):
+        sheet.by_layer(model, tiny.full_processor("llava_onevision"), other, 60, tiny.photos(2)[1:])
     (row,) = sheet.by_layer(model, tiny.full_processor("llava_onevision"), thresholds, 60, tiny.photos(2)[1:])
     counts = [kept for _, kept, _ in row]
     assert len(counts) == tiny.LAYERS + 1

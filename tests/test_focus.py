@@ -242,6 +242,14 @@ def test_writing_keeps_the_budgets_share_and_other_pictures_are_as_they_were():
         handle.set_focus(guard="text")
         with pytest.raises(BadBudget, match="text is guarded here"):
             handle.set_budget(exactly=9)
+        with pytest.raises(BadBudget, match="text is guarded here"), handle.at(exactly=9):
+            pass
+        adds = handle.at(exactly=9, focus=HALF, focus_adds=True)
+        with pytest.raises(BadFocus, match="leave focus_adds out"), adds:
+            pass
+        with handle.at(exactly=9, focus=HALF):
+            model.get_image_features(both)
+            assert handle.last.kept == [9, 9]
         with handle.at(14):
             model.get_image_features(both)
             assert handle.last.kept == lower
@@ -293,9 +301,11 @@ def test_edges_are_those_of_the_picture(width, height, seed):
         ((0.1, 0.2, 0.3), "a focus is a box"),
         (7, "a focus is a box"),
         ((), "a focus is a box"),
+        (np.array([[0.1, 0.2, 0.5, 0.6], [0.6, 0.6, 0.9, 0.9]]), "may be boxes, points or a very small mask"),
+        (torch.tensor([[0.1, 0.2]]), "may be boxes, points or a very small mask"),
         ("faces", "unknown focus 'faces'; choose text or edges"),
-        (np.full((4, 4), np.nan), "a mask is of numbers"),
-        (np.zeros((0, 4)), "a mask is of numbers"),
+        (np.full((4, 5), np.nan), "a mask is of numbers"),
+        (np.zeros((0, 5)), "a mask is of numbers"),
         (np.zeros((2, 3, 4)), "a focus is a box"),
     ],
 )
@@ -343,7 +353,7 @@ def test_the_detector_is_asked_for_in_one_sentence(model, monkeypatch):
 
 
 def test_a_mask_lies_over_the_whole_picture():
-    region = spec_of(np.array([[0.0, 1.0], [0.0, 0.0]]))
+    region = spec_of(np.array([[False, True], [False, False]]))
     assert isinstance(region, Regions)
     boxes = np.array([[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0.4, 0.4, 0.6, 0.6], [np.nan] * 4, [0, 0.6, 1, 1]])
     assert region.within(boxes).tolist() == [False, True, True, False, False]

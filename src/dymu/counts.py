@@ -8,7 +8,7 @@ from typing import Any
 from dymu.choices import COUNTINGS, SCHEDULES, Counting
 from dymu.errors import BadBudget, BadThresholds
 from dymu.reducers import FixedMerge, Reducer, ThresholdMerge
-from dymu.thresholds import Thresholds
+from dymu.thresholds import Thresholds, number
 
 Budget = int | float | str | None
 """Tokens, a fraction of all, `untouched` (nothing merges), or what is set anyway."""
@@ -50,6 +50,7 @@ class Count:
             )
         for name in ("at_most", "exactly"):
             value = getattr(self, name)
+            value = value if value is None else number(value, f"`{name}` is a number of tokens or a fraction of them")
             if isinstance(value, float) and value > 1 and not value.is_integer():
                 raise BadBudget(f"{name}={value:g} is neither a whole number of tokens nor a fraction of all.")
 

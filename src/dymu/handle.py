@@ -83,7 +83,8 @@ def apply(
             `pip install 'dymu[text]'`), `edges`, a box, boxes, points, a mask, or a function from a picture to a mask;
             a list has one for each image of a call. See `dymu.hooks.focus.spec_of`.
             Pictures with something in focus keep the budget's share of their tokens.
-        focus_adds: whether tokens in focus never merge, and the others as without focus, so that more are kept.
+        focus_adds: whether tokens in focus never merge, and the others as without focus, so that more are kept; a cap
+            goes ahead.
         guard: `text`: pictures of writing and drawings, by a test of their pixels, keep no less than the budget's share
             of their tokens, and their strokes merge last; other pictures are as they were.
         merge: another way to have fewer tokens instead of thresholds, such as `FixedMerge(keep=94)`.
@@ -320,11 +321,18 @@ class Handle:
         self._set(Count(budget, per_second, at_most, exactly))
 
     def _set(self, count: Count) -> None:
-        if count.exactly is not None and self._vision.focus is not None and self._vision.focus.guards:
-            raise BadBudget("text is guarded here, so that pictures of it may keep more: call set_focus() first.")
+        if count.exactly is not None:
+            self._refuse_more()
         rule, tokens = self._rule(count)
         self._vision.reducer, self._tokens, self._count = rule, tokens, count
         self._calls.drift = self._drift(count)
+
+    def _refuse_more(self) -> None:
+        """Raises: BadBudget, where what is in focus lets some pictures keep more than others."""
+        focus = self._vision.focus
+        if focus is not None and (focus.guards or focus.inside is not None):
+            why = "text is guarded" if focus.guards else "a focus adds tokens"
+            raise BadBudget(f"{why} here, so that some pictures may keep more: call set_focus() first.")
 
     def _drift(self, count: Count) -> Drift | None:
         """None: nothing says how many tokens images keep on average."""
@@ -345,14 +353,20 @@ class Handle:
             raise BadBudget("this model takes no videos, so it has no tokens per second; leave per_second out.")
         return count.rule(self._thresholds)
 
-    def _in_focus(self, focus: Any, adds: bool) -> InFocus | None:
-        """See `apply`."""
+    def _in_focus(self, focus: Any, adds: bool, exact: bool) -> InFocus | None:
+        """See `apply`.
+
+        Args:
+            exact: whether every image keeps as many tokens.
+        """
         if self._calls.removed:
             raise BadFocus("DyMU was removed from this model; apply it again to set a focus.")
         if focus is None and adds:
             raise BadFocus("focus_adds says nothing without a focus; give one, or leave it out.")
         if focus is not None and not getattr(self._vision.reducer, "focuses", False):
             raise BadFocus(f"{type(self._vision.reducer).__name__} knows no focus; take thresholds, or FixedMerge.")
+        if adds and exact:
+            raise BadFocus("every image keeps exactly so many tokens, so that none can be added; leave focus_adds out.")
         inside = NOTHING if adds else None
         if isinstance(focus, list):
             return InFocus(tuple(map(spec_of, focus)), inside)
@@ -365,7 +379,7 @@ class Handle:
             BadFocus: it is no part of a picture, or both a focus and a guard are given. Nothing has changed then.
         """
         if guard is None:
-            found = self._in_focus(focus, adds)
+            found = self._in_focus(focus, adds, exact=self._count.exactly is not None)
         elif guard != "text" or focus is not None or adds:
             raise BadFocus('guard= takes "text" alone, without focus and focus_adds; give one of them.')
         elif self._thresholds is None:
@@ -396,9 +410,9 @@ class Handle:
         `model.generate(..., dymu_budget=..., dymu_focus=...)` does the same for one call.
 
         Args:
-            budget: in the sense of the handle's: an average under `at_most` as it is set, or what images keep exactly.
-                `untouched`: nothing merges. Several: one for each image of a call, then for each video; None among them
-                is the handle's own. So images of earlier turns can cost less.
+            budget: in the sense of the handle's: an average, under its cap if it has both; the cap, where it has that
+                alone; or what images keep exactly. `untouched`: nothing merges. Several: one for each image of a call,
+                then for each video; None among them is the handle's own. So images of earlier turns can cost less.
             at_most, exactly, focus, focus_adds: see `apply`; instead of the handle's.
 
         Raises:
@@ -414,9 +428,11 @@ class Handle:
         if exactly is not None:
             if budget is not None:
                 raise BadBudget("give either exactly=, or a budget.")
+            if focus is None:
+                self._refuse_more()
             count = Count(exactly=exactly)
         elif at_most is not None:
-            if budget == UNTOUCHED:
+            if budget == UNTOUCHED if several is None else UNTOUCHED in several:
                 raise BadBudget("give either a cap, or a budget of 'untouched'.")
             mean = self._tokens if count.exactly is None else None
             count = Count(mean, count.per_second, at_most)
@@ -425,7 +441,7 @@ class Handle:
         else:
             rules = tuple(self._rule_of(one, count) for one in several)
         state, before = self._state, (self._state.rules, self._state.focus)
-        found = self._in_focus(focus, focus_adds)
+        found = self._in_focus(focus, focus_adds, exact=count.exactly is not None)
         try:
             state.rules = state.rules if budget is at_most is exactly is None else rules
             state.focus = found or state.focus

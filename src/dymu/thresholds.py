@@ -279,7 +279,8 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
                 it.
             budget: see `tokens_for`; between two calibrated budgets the forecasts are interpolated.
             tokens: image tokens of this picture with nothing merged, or the model's processor, which counts them.
-                Needed where images differ in that (tiles, native resolution).
+                Needed where images differ in that (tiles, native resolution). A processor counts newlines and marks of
+                tiles, too, which puts forecasts some percent too high.
 
         Raises:
             BadImage: the picture cannot be read.
@@ -287,13 +288,14 @@ class Thresholds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=T
             BadThresholds: they hold no forecasts, or such of another version of dymu.
             DymuError: `tokens` are missing, or neither a number above 0 nor a processor that counts.
         """
+        from dymu.forecast import LOG_TOKENS
         from dymu.media.features import NAMES, features
         from dymu.media.images import load
 
         again = "calibrate again with at least 20 images (dymu calibrate)"
         if self.forecasts is None:
             raise BadThresholds(f"{self} holds no forecasts of what a picture keeps; {again}.")
-        if self.forecasts.features[:-1] != NAMES:
+        if self.forecasts.features != (*NAMES, LOG_TOKENS):
             raise BadThresholds(f"{self} holds forecasts from features that this dymu does not measure; {again}.")
         entry = self.at(budget)
         pixels = load(image).image

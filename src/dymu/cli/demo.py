@@ -85,15 +85,15 @@ def demo(
             loaded = models.load(named, device, dtype)
         # The dial goes through all budgets, and its words say that those between are interpolated.
         warnings.filterwarnings("ignore", message="a budget of .* tokens lies between")
+        given = {"model": model, "thresholds": thresholds, "revision": revision, "device": device, "dtype": dtype}
         subject = Subject(
-            name=model or "",
             title=named.name if model else "models/demo",
             model=loaded.model,
             processor=loaded.processor,
             thresholds=calibrated,
             handle=dymu.apply(loaded.model, calibrated, budget=at_first),
             budget=at_first,
-            thresholds_name=thresholds or "",
+            options=tuple(word for name, value in given.items() if value for word in (f"--{name}", value)),
             toy=models.is_the_demo(named),
         )
         samples = [path for name in SAMPLES if (path := models.EXAMPLES / name).is_file()]

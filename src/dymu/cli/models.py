@@ -148,8 +148,7 @@ def some_budgets(calibrated: Thresholds, count: int) -> list[float]:
     smallest first."""
     from dymu.media.frames import spread
 
-    encoder = calibrated.encoder
-    full = calibrated.image_tokens or (encoder.tokens if encoder is not None else math.inf)
+    full = calibrated.full or math.inf
     budgets = [budget for budget in calibrated.budgets if budget <= MUCH * full] or calibrated.budgets
     return [budgets[index] for index in spread([math.log(budget) for budget in budgets], count)]
 

@@ -54,20 +54,18 @@ class Subject:
     """The model that the page asks.
 
     Attributes:
-        name: as `dymu run --model` takes it; empty for the demo model.
         title: what people call it.
         budget: where the dial stands at first.
-        thresholds_name: as `--thresholds` takes it; empty where those beside the model are taken.
+        options: words of `dymu run` that say the same of where the model comes from and how it is loaded.
     """
 
-    name: str
     title: str
     model: Any
     processor: Any
     thresholds: Thresholds
     handle: Handle
     budget: float
-    thresholds_name: str = ""
+    options: tuple[str, ...] = ()
     toy: bool = False
 
     @property
@@ -82,8 +80,7 @@ class Subject:
     @property
     def tokens(self) -> float | None:
         """Image tokens of an untouched image; their mean where images differ; None: the thresholds do not say."""
-        encoder = self.thresholds.encoder
-        return self.thresholds.image_tokens or (None if encoder is None else encoder.tokens)
+        return self.thresholds.full
 
 
 @dataclass(frozen=True)
@@ -218,7 +215,7 @@ def forecast(subject: Subject, picture: Picture, budget: float, boxes: bool = Fa
     if not boxes or not subject.thresholds.full:
         return told
     share = max(round(told.most * budget / subject.thresholds.full), 1)
-    return Forecast(share, share, share, share)
+    return Forecast(share, share, told.least, told.most)
 
 
 def check_asked(subject: Subject, question: str) -> str:
@@ -341,11 +338,7 @@ def command(subject: Subject, picture: str, question: str, budget: float, *more:
     """The call of `dymu run` that does the same."""
     words = ["dymu", "run"]
     options = ["--budget", f"{budget:g}"]
-    if subject.name:
-        options += ["--model", subject.name]
-    if subject.thresholds_name:
-        options += ["--thresholds", subject.thresholds_name]
-    options += [*more, "--json"]
+    options += [*subject.options, *more, "--json"]
     if picture.startswith("-") or question.startswith("-"):
         return shlex.join([*words, *options, "--", picture, question])
     return shlex.join([*words, picture, question, *options])
@@ -371,12 +364,14 @@ def as_json(subject: Subject, asked: Asked) -> dict[str, Any]:
             data["time_to_first_token_ratio"] = round(merged.times.first_token_ms / untouched.times.first_token_ms, 4)
     return data | {
         "budget": asked.budget,
+        "count": "mean",
+        "focus": [list(box) for box in asked.boxes] or None,
+        "guard": None,
         "unmerge": "exact",
         "cache": "merged",
         "model": subject.title,
         "thresholds": subject.thresholds.source,
         "notes": list(asked.picture.notes),
-        **({"focus": [list(box) for box in asked.boxes]} if asked.boxes else {}),
         "forecast": None if asked.forecast is None else msgspec.to_builtins(asked.forecast),
     }
 

@@ -47,19 +47,28 @@ def _sentence(words: str) -> str:
 # --- ahead of the model ---
 
 
-def forecast(told: Forecast | None, tokens: float | None, notes: Sequence[str] = ()) -> str:
-    """How many tokens the picture will keep."""
+def forecast(told: Forecast | None, focused: bool, notes: Sequence[str] = ()) -> str:
+    """How many tokens the picture will keep.
+
+    Args:
+        focused: whether boxes are drawn, so that it keeps the budget's share.
+    """
     if told is None:
         return hint("These thresholds hold no forecasts: how many tokens a picture keeps shows once it is asked about.")
     share = told.expected / told.most
+    why = (
+        f"<strong>Reserve {told.reserve:,}</strong>: enough for 95 of 100 pictures that look like it. Told from the "
+        "pixels alone, before the model runs."
+    )
+    if focused:
+        why = "With boxes a picture keeps the budget's share, whatever it shows."
     noted = "".join(f"<li>{text(_sentence(note))}.</li>" for note in notes)
     noted = f'<ul class="dymu-notes">{noted}</ul>' if noted else ""
     return (
         '<div class="dymu-forecast" aria-live="polite">'
         f'<div class="dymu-big"><strong>{told.expected:.0f}</strong> of {told.most:,} tokens expected</div>'
         f"{_meter(share, told.reserve / told.most)}"
-        f"<p>{share:.0%} of this picture's tokens. <strong>Reserve {told.reserve:,}</strong>: enough for 95 of 100 "
-        f"pictures that look like it. Told from the pixels alone, before the model runs.</p>{noted}</div>"
+        f"<p>{share:.0%} of this picture's tokens. {why}</p>{noted}</div>"
     )
 
 

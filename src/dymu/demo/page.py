@@ -248,9 +248,8 @@ def _forecast(subject: Subject, upload: Upload | None, looked: Looked | None, bu
         return gr.skip()
     try:
         picture = looked.picture
-        return html.forecast(
-            asking.forecast(subject, picture, budget, bool(boxes.strip())), subject.tokens, picture.notes
-        )
+        focused = bool(boxes.strip())
+        return html.forecast(asking.forecast(subject, picture, budget, focused), focused, picture.notes)
     except Exception as error:
         return _said(error)
 

@@ -96,6 +96,11 @@ def spec_of(focus: Any) -> Spec:
     if isinstance(focus, Tensor):
         focus = focus.detach().cpu().numpy()
     if isinstance(focus, np.ndarray) and focus.ndim == 2:
+        if focus.shape[1] in (2, 4) and focus.dtype != bool:
+            raise BadFocus(
+                f"an array {list(focus.shape)} may be boxes, points or a very small mask: give boxes and points as a "
+                "tuple of tuples, and a small mask as one of bool."
+            )
         mask = np.asarray(focus, np.float64)
         if not mask.size or not np.isfinite(mask).all():
             raise BadFocus(f"a mask is of numbers [height, width], and this one {list(mask.shape)} has none, or NaN.")

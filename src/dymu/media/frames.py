@@ -6,12 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from PIL import Image
 
 from dymu.errors import BadImage, BadVideo
 from dymu.files import first_line
 from dymu.media import images
+
+MAX_PIXELS: Final = 500_000_000
+"""Of all frames together: 1.5 GB."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Frames:
     def add(self, source: Path | Image.Image, what: str) -> None:
         loaded = as_frame(source, f"{what} of {self._name}")
         width, height = loaded.image.size
+        if (len(self.kept) + 1) * width * height > MAX_PIXELS:
+            raise BadVideo(
+                f"the frames of {self._name}, {width:,} × {height:,} pixels each, have together more than the "
+                f"{MAX_PIXELS // 1_000_000} million pixels allowed: ask for fewer, or make them smaller."
+            )
         if not self.kept:
             self._first = what
         elif (width, height) != self.kept[0].size:

@@ -9,6 +9,7 @@
 | an animated GIF, WebP, PNG or AVIF | read with Pillow alone |
 | a folder | its images are the frames, in the order of their names, where 9 comes before 10 |
 | a sequence of PIL images | they are the frames |
+| more than 500 million pixels together | refused |
 | more frames than asked for | those nearest to evenly spaced times, first and last included |
 | a file cut short or damaged | the frames that can be decoded, and a note |
 | playlists, addresses, streams | refused: nothing but the named file is ever opened |

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dymu.merging.match import AHEAD, most_similar
 from dymu.reducers.by_image import ByImage
+from dymu.reducers.keep import in_tokens
 from dymu.reducers.reducer import Candidates, Pixels, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
 from dymu.reducers.tome import FixedMerge
 from dymu.token_map import TokenMap
@@ -46,9 +47,38 @@ class Around(Reducer):
 
     def shares(self, shown: Shown) -> list[FixedMerge | None]:
         """Of each picture what merges it to its share, see `ThresholdMerge.share`."""
+        return [getattr(rule, "share", None) for rule in self._rules(shown)]
+
+    def to_share(self, tokens: Tokens, reduced: Reduced | None, less_only: bool) -> Reduced | None:
+        """What the rule left in the prompt, but of images with something in focus their share, or the cap if that is
+        lower. Where tokens of frames join over time, what these leave.
+
+        Args:
+            less_only: whether this is for images of which less was left only.
+        """
+        shown, rules = tokens.shown, self._rules(tokens.shown)
+        if tokens.focus is None or any(getattr(rule, "over_time", None) is not None and shown.video for rule in rules):
+            return reduced
+        goal, in_focus = [0] * len(shown.image_tokens), [False] * len(shown.image_tokens)
+        for number, rule, grid in zip(shown.image, rules, shown.focus or (), strict=True):
+            share, cap, count = getattr(rule, "share", None), getattr(rule, "at_most", None), shown.image_tokens[number]
+            if share is not None:
+                goal[number] = min(share.kept_of(count), count if cap is None else max(int(in_tokens(cap, count)), 1))
+                in_focus[number] |= bool(grid.any())
+        by_picture, _, pictures = (tokens if reduced is None else tokens.then(reduced)).by_picture()
+        image = torch.tensor(shown.image, device=pictures.device)
+        left = by_picture.left(image[pictures], len(goal))
+        due = torch.tensor(goal, device=image.device)
+        other = torch.tensor(in_focus, device=image.device) & (left < due if less_only else left != due)
+        if not bool(other.any()):
+            return reduced
+        return tokens.chosen([reduced, tokens.merge_to([max(count, 1) for count in goal])], other[image].long())
+
+    def _rules(self, shown: Shown) -> list[Reducer]:
+        """Of each picture."""
         if isinstance(self.rule, ByImage):
-            return [getattr(self.rule.rules[item], "share", None) for item in shown.item]
-        return [getattr(self.rule, "share", None)] * len(shown.grids)
+            return [self.rule.rules[item] for item in shown.item]
+        return [self.rule] * len(shown.grids)
 
     def beyond_share(self, candidates: Candidates) -> Tensor:
         """int64 [pictures], by how many tokens each is above its share of the plan; -1 where it has none."""
@@ -85,7 +115,7 @@ class Focus(Around):
         if self.inside is None:
             due, beyond = merges_of(into, candidates), self.beyond_share(candidates)
             due = torch.where(candidates.focus.any(1) & (beyond >= 0), beyond, due)
-            into = focus_last(due, candidates)
+            into = out_of_focus_first(due, candidates)
         else:
             inner = self.inside.in_layer(candidates)
             assert not isinstance(inner, SomeMerge)
@@ -93,6 +123,14 @@ class Focus(Around):
                 candidates.focused & (into >= 0), torch.full_like(into, -1) if inner is None else inner, into
             )
         return into if still is None else SomeMerge(into, still)
+
+    def reduces(self, stage: Stage, shown: Shown) -> bool:
+        to_share = self.inside is None and shown.focus is not None and any(self.shares(shown))
+        return super().reduces(stage, shown) or (stage == "in_prompt" and not shown.single and to_share)
+
+    def in_prompt(self, tokens: Tokens) -> Reduced | None:
+        reduced = self.rule.in_prompt(tokens) if self.rule.reduces("in_prompt", tokens.shown) else None
+        return reduced if self.inside is not None else self.to_share(tokens, reduced, less_only=False)
 
 
 def merges_of(into: Tensor, candidates: Candidates) -> Tensor:
@@ -103,7 +141,7 @@ def merges_of(into: Tensor, candidates: Candidates) -> Tensor:
     )
 
 
-def focus_last(due: Tensor, candidates: Candidates) -> Tensor:
+def out_of_focus_first(due: Tensor, candidates: Candidates) -> Tensor:
     """So many merges of each picture, of tokens out of focus first, and of these the most similar."""
     similarity = candidates.similarity - AHEAD * candidates.focused
     return most_similar(due, similarity, candidates.partner, candidates.picture)

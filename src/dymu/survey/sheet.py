@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from dymu.counts import Count
-from dymu.handle import apply
+from dymu.families.encoders import parts_of
+from dymu.handle import apply, check_fits
 from dymu.media.contact_sheet import GAP, contact_sheet
 from dymu.reducers import ThresholdMerge
 from dymu.report import Report
@@ -57,8 +58,10 @@ def by_layer(
     after that.
 
     Raises:
+        BadThresholds: they are of another encoder.
         ValueError: see `by_budget`.
     """
+    check_fits(thresholds, parts_of(model))
     rule, _ = Count(budget).rule(thresholds)
     assert isinstance(rule, ThresholdMerge)
     ways = [
