@@ -54,7 +54,7 @@ def _placed(item: Item, of_pictures: Sequence[Tensor]) -> Tensor:
     for number in range(item.pictures):
         own, grid = item.patch & (item.picture == number), of_pictures[number].to(device)
         row, column = (
-            at.round().long().clamp(0, size - 1) for at, size in zip(item.at[own].mT, grid.shape, strict=True)
+            at.round().long().clamp(0, size - 1) for at, size in zip(item.at[own].mT, grid.shape[:2], strict=True)
         )
         found[own] = grid[row, column]
     return found
