@@ -10,7 +10,7 @@ from PIL import Image
 
 import dymu
 import tiny
-from dymu.errors import BadBudget, BadPrompt
+from dymu.errors import BadBudget, BadPrompt, UnsupportedModel
 from dymu.prompting import inputs_for, items_by_prompt, video_inputs_for
 from dymu.reducers import (
     SAINT,
@@ -101,6 +101,20 @@ def test_every_image_keeps_as_many(whole, kind, fill):
                 assert bool((item.leaders[item.patch] < 0).any()) == (fill == "none")
 
 
+@pytest.mark.parametrize("kind", [FasterVLM, DivPrune, HierarchicalPool])
+def test_a_number_is_of_the_whole_image(whole, kind):
+    model, processor = whole
+    asked = inputs_for(model, processor, [([photo], "what is it ?") for photo in shown(3)])
+    with dymu.apply(model, merge=kind(0.3)) as handle:
+        model(**asked)
+        pictures = [sum(item.pictures for item in items) for items in items_by_prompt(model, asked, handle.last.items)]
+    keep = max(pictures) + 2
+    with dymu.apply(model, merge=kind(keep)) as handle:
+        model(**asked)
+        for items in items_by_prompt(model, asked, handle.last.items):
+            assert sum(item.budgeted for item in items) == keep
+
+
 @pytest.mark.parametrize("kind", [*KEEP, *MERGE])
 def test_keeping_all_is_the_untouched_model(whole, kind):
     model, processor = whole
@@ -149,6 +163,18 @@ def test_another_question_keeps_other_tokens(kind):
             model.get_image_features(images)
 
 
+def test_an_encoder_by_itself():
+    encoder = tiny.llava().model.vision_tower
+    untouched = encoder(tiny.pictures(2)).last_hidden_state
+    for rule in (VisionZip(0.2, 0.1), PruMerge()):
+        with dymu.apply(encoder, merge=rule) as handle:
+            features = encoder(tiny.pictures(2)).last_hidden_state
+            assert features.shape == untouched.shape
+            assert max(handle.last.kept) < 49
+    with pytest.raises(UnsupportedModel, match="in the prompt"), dymu.apply(encoder, merge=DivPrune(0.3)):
+        encoder(tiny.pictures(2))
+
+
 def test_pixels_that_neighbours_predict_never_enter():
     model = tiny.llava()
     images = tiny.pictures(3)
@@ -165,11 +191,12 @@ def test_numbers_that_cannot_be_kept(kind):
     for keep in (0, -1, float("nan")):
         with pytest.raises(BadBudget):
             kind(keep)
-    with pytest.raises(BadBudget, match="of 49 tokens"):
-        dymu.apply(model, merge=kind(50))
+    asked = {"input_ids": tiny.prompt(model, 3, "image", 4)[None], "pixel_values": tiny.pictures(1)}
+    with dymu.apply(model, merge=kind(50)), pytest.raises(BadBudget, match="of 49 tokens"):
+        model(**asked)
     with pytest.raises(ValueError, match="no part"):
         VisPruner(0.3, important=2)
     with pytest.raises(ValueError, match="only layers"):
         dymu.apply(model, merge=VScan(0.3, early=40))
-    with pytest.raises(BadBudget, match="take fewer"):
-        dymu.apply(model, merge=VisionZip(40, 10))
+    with dymu.apply(model, merge=VisionZip(40, 10)), pytest.raises(BadBudget, match="take fewer"):
+        model(**asked)

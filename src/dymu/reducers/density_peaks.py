@@ -4,14 +4,15 @@ the others."""
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.keep import check_keep, kept_of
-from dymu.reducers.reducer import Reduced, Reducer, Tokens
+from dymu.reducers.keep import check_keep, check_of_items, kept_of, kept_of_rows
+from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, at_least_float32, leaders_of
 
 
@@ -58,14 +59,19 @@ class DensityPeaks(Reducer):
         if tokens is not None and self.keep is not None:
             kept_of(self.keep, tokens)
 
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
+        if self.keep is not None:
+            check_of_items(shown, self.keep)
+
     def in_prompt(self, tokens: Tokens) -> Reduced:
         label = torch.full_like(tokens.map.first(), -1)
+        keeps = None if self.keep is None else kept_of_rows(self.keep, tokens)
         for row, count in enumerate(tokens.counts):
             x = at_least_float32(tokens.features[row, :count])
             distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
             score = peaks(distance, self.neighbours)
-            if self.keep is not None:
-                centres = largest(score, kept_of(self.keep, count))
+            if keeps is not None:
+                centres = largest(score, keeps[row])
             else:
                 centres = (score > self.threshold).nonzero()[:, 0]
                 centres = centres if len(centres) else largest(score, self.least)

@@ -3,14 +3,15 @@ vector."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dymu.reducers.keep import check_keep, kept_of
-from dymu.reducers.reducer import Reduced, Reducer, Tokens
+from dymu.reducers.keep import check_keep, check_of_items, kept_of, kept_of_rows
+from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, leaders_of
 
 
@@ -61,10 +62,13 @@ class HierarchicalPool(Reducer):
         if tokens is not None:
             kept_of(self.keep, tokens)
 
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
+        check_of_items(shown, self.keep)
+
     def in_prompt(self, tokens: Tokens) -> Reduced:
         label = torch.full_like(tokens.map.first(), -1)
-        for row, count in enumerate(tokens.counts):
+        for row, keep in enumerate(kept_of_rows(self.keep, tokens)):
             x = tokens.unit(row)
-            label[row, :count] = ward((1 - x @ x.mT).clamp(0, 2), kept_of(self.keep, count))[0]
+            label[row, : len(x)] = ward((1 - x @ x.mT).clamp(0, 2), keep)[0]
         merged = Reduced(TokenMap.from_leaders(leaders_of(label, label.shape[1]), tokens.present))
         return Reduced(merged.map, normalize(tokens.features_of(merged), dim=-1)) if self.unit else merged

@@ -95,6 +95,39 @@ def shared_out(total: int, weights: Sequence[float], most: Sequence[int]) -> lis
     return parts
 
 
+def check_of_items(shown: Shown, keep: int | float) -> None:
+    """Refuse a number of tokens that an image with all its tiles, or a video, cannot keep.
+
+    Raises:
+        BadBudget: it is more than one has, or fewer than an image's tiles.
+        BadPrompt: it is a number, and not known which tiles are of one image.
+    """
+    if is_part(keep):
+        return
+    shown.check_by_image()
+    for pictures in shown.items:
+        if kept_of(keep, sum(pictures)) < len(pictures) and not shown.video:
+            raise BadBudget(
+                f"cannot keep {keep:g} tokens of an image that is cut into {len(pictures)} pictures, each of which "
+                "keeps at least one; take more."
+            )
+
+
+def kept_of_rows(keep: int | float, tokens: Tokens) -> list[int]:
+    """How many each row keeps; tiles that are rows by themselves share out what their image keeps."""
+    if is_part(keep):
+        return [kept_of(keep, count) for count in tokens.counts]
+    keeps, rows = [0] * len(tokens.counts), dict[int, list[int]]()
+    for row, first in enumerate(tokens.first[:-1]):
+        rows.setdefault(tokens.shown.item[first], []).append(row)
+    for of_image in rows.values():
+        others = [tokens.counts[row] - 1 for row in of_image]  # than the one that each keeps at least
+        total = kept_of(keep, sum(tokens.counts[row] for row in of_image)) - len(of_image)
+        for row, more in zip(of_image, shared_out(total, others, others), strict=True):
+            keeps[row] = 1 + more
+    return keeps
+
+
 class FixedKeep(Reducer, ABC):
     """Of every image or video, `keep` tokens stay where they stand; `fill` says what stands for the others."""
 
@@ -111,14 +144,17 @@ class FixedKeep(Reducer, ABC):
         if tokens is not None:
             kept_of(self.keep, tokens)
 
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
+        check_of_items(shown, self.keep)
+
     @abstractmethod
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor | Sequence[int]:
         """Which `keep` tokens of a row stay."""
 
     def in_prompt(self, tokens: Tokens) -> Reduced:
         kept = torch.zeros_like(tokens.present)
-        for row, count in enumerate(tokens.counts):
-            kept[row, self.choose(tokens, row, kept_of(self.keep, count))] = True
+        for row, keep in enumerate(kept_of_rows(self.keep, tokens)):
+            kept[row, self.choose(tokens, row, keep)] = True
         reduced = tokens.keep(kept)
         return type(self).fill_nearest(tokens, reduced) if self.fill == "nearest" else reduced
 

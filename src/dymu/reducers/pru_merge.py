@@ -19,7 +19,7 @@ NEIGHBOURS = 32
 def outliers(score: Tensor, plus: bool) -> Tensor:
     """int64 [at least 1], rising: those of [N] scores above the third quartile and half as much again of the distance
     to the first, at least one; with `plus` also evenly spaced ones, three for each."""
-    first, third = (float(torch.quantile(score, part)) for part in (0.25, 0.75))
+    first, third = (float(torch.quantile(score.detach(), part)) for part in (0.25, 0.75))
     count = max(int((score > third + 1.5 * (third - first)).sum()), 1)
     kept = torch.zeros_like(score, dtype=torch.bool)
     kept[largest(score, count)] = True
