@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from dymu.errors import BadBudget
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.keep import check_keep, is_part
+from dymu.reducers.keep import check_keep, in_tokens, is_part
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, at_least_float32, leaders_of
 
@@ -80,9 +80,11 @@ class VisionZip(Reducer):
         return Reduced(merges, (own + more).to(tokens.features.dtype))
 
     def _counts(self, tokens: int) -> tuple[int, int]:
-        dominant, contextual = (
-            max(round(part * tokens), 1) if is_part(part) else int(part) for part in (self.dominant, self.contextual)
-        )
+        dominant, contextual = int(self.dominant), int(self.contextual)
+        if is_part(self.dominant) or is_part(self.contextual):
+            total = round(in_tokens(self.dominant, tokens) + in_tokens(self.contextual, tokens))
+            contextual = max(round(in_tokens(self.contextual, tokens)), 1)
+            dominant = max(total - contextual, 1)
         if dominant + contextual > tokens:
             raise BadBudget(f"cannot keep {dominant} and {contextual} of {tokens} tokens of a picture; take fewer.")
         return dominant, contextual
