@@ -329,6 +329,7 @@ def tokens(features: Tensor, rows: int, columns: int, video: bool = False) -> To
     return Tokens(
         features, TokenMap.identity(batch, count), [count] * batch, torch.zeros(batch, count, dtype=torch.long),
         tuple(range(batch + 1)), shown, lambda: [[cell]] * batch, lambda: box.expand(batch, -1, -1),
+        lambda grids: torch.stack([grid.flatten(0, 1) for grid in grids]),
     )  # fmt: skip
 
 
@@ -505,10 +506,10 @@ def test_an_odd_grid_is_pooled_in_fields_as_equal_as_possible():
 
 def test_every_method_of_the_table_makes_its_reducer():
     for method in METHODS.values():
-        if method.reducer:
+        if method.reducer and method.compared:
             reducer = method.make(Row(method.name, 9, "exact", method.schedules[0]), 9 / 49, 3)
             assert isinstance(reducer, Reducer)
-            reducer.check_fits(4, 49)
+            reducer.check_fits(24, 49)
             assert getattr(reducer, "seed", 3) == 3
 
 

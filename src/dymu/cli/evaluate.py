@@ -34,7 +34,7 @@ from dymu.cli.app import (
 )
 from dymu.cli.output import Output, check_writable, write_text, write_whole
 from dymu.errors import DymuError
-from dymu.evaluation.methods import COMPARED
+from dymu.evaluation.methods import COMPARED, options_of
 from dymu.files import expanded
 
 MethodName = StrEnum("MethodName", [(name.upper(), name) for name in COMPARED])  # type: ignore[misc]
@@ -42,7 +42,19 @@ UnmergeName = StrEnum("UnmergeName", [(name.upper(), name) for name in UNMERGE])
 
 BUDGETS = ["0.3", "0.15"]
 ATTENDED = [UnmergeName("exact")]
-USUAL = [MethodName("dtome"), MethodName("tome"), MethodName("random")]
+USUAL = ["dtome", "tome", "random"]
+
+
+def _method(text: str) -> str:
+    """The name of a method, and its further arguments."""
+    name, _, options = text.partition(":")
+    if name not in COMPARED:
+        raise typer.BadParameter(f"{name!r} is no method to compare; choose some of {', '.join(COMPARED)}.")
+    try:
+        options_of(options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
 
 
 @app_command(MEASURE, "dymu evaluate models/demo --task my-questions/ -b 0.3 -b 0.15 -o results.jsonl")
@@ -66,9 +78,9 @@ def evaluate(
         typer.Option("--budget", "-b", metavar="N|0.15", help="Image tokens to keep on average. Give several."),
     ] = BUDGETS,
     method: Annotated[
-        list[MethodName],
-        typer.Option("--method", "-m", metavar="NAME",
-                     help=f"How to reduce image tokens: {', '.join(COMPARED)}. Give several."),
+        list[str],
+        typer.Option("--method", "-m", metavar="NAME[:ARG=…]", parser=_method,
+                     help="How to reduce image tokens, see dymu methods; holo-v:stretches=8. Give several."),
     ] = USUAL,
     unmerge: Annotated[
         list[UnmergeName],
@@ -128,7 +140,7 @@ def evaluate(
     full = full_tokens(loaded.model, loaded.processor, calibrated, tasks)
     rows = rows_for(
         [max(round(each * full if isinstance(each, float) and each <= 1 else each), 1) for each in budgets],
-        [item.value for item in method], [item.value for item in unmerge], schedules or ["constant"],
+        method, [item.value for item in unmerge], schedules or ["constant"],
     )  # fmt: skip
     if timed is None:
         timed = 0 if ray else 8

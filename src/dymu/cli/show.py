@@ -15,7 +15,7 @@ from dymu.cli.app import (
     Json,
     app_command,
 )
-from dymu.cli.output import Output, facts, thresholds_data, thresholds_for_people
+from dymu.cli.output import Output, facts, table, thresholds_data, thresholds_for_people
 from dymu.files import first_line
 from dymu.measure.markdown import markdown
 from dymu.thresholds import Thresholds
@@ -51,6 +51,41 @@ def families(as_json: Json = False, debug: Debug = False) -> None:
         return output.markdown([known, plain, limits], numbers=False)
 
     output.result({"transformers": version, "families": listing.data(version)}, for_people)
+
+
+@app_command(ABOUT, "dymu methods")
+def methods(as_json: Json = False, debug: Debug = False) -> None:
+    """List the methods that reduce image tokens: what each needs, whether it adapts to the picture, its paper."""
+    from dymu.evaluation.methods import METHODS
+
+    output = Output(as_json)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": method.name,
+            "label": method.label,
+            "group": method.group,
+            "needs": method.needs,
+            "adapts": method.adapts,
+            "compared": method.compared,
+            "class": method.reducer,
+            "paper": method.paper,
+        }
+        for method in METHODS.values()
+        if method.group
+    ]
+
+    def for_people() -> Iterable[Any]:
+        printed = table("method", "group", "class", "needs", "adapts", "arXiv", numbers=False)
+        for row in rows:
+            adapts = ("yes" if row["compared"] else "by itself") if row["adapts"] else ""
+            printed.add_row(row["name"], row["group"], row["class"], row["needs"], adapts, row["paper"])
+        yield printed
+        yield ""
+        yield "E: in the encoder or right behind it; P: on projected tokens. Classes are those of dymu.reducers."
+        yield "Attention is that of the class token; where an encoder has none, that of all patches."
+        yield "By itself: how many are left depends on the picture alone, so that dymu evaluate takes no budget for it."
+
+    output.result({"methods": rows}, for_people)
 
 
 @app_command(ABOUT, "dymu env --json")

@@ -6,14 +6,15 @@ The command line, tables and charts take names and colours from here. This modul
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from ast import literal_eval
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from dymu.choices import UNMERGE
+from dymu.choices import UNMERGE, Fill
 from dymu.files import Count
 from dymu.measure.charts import GREY, PALETTE
 
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 FORMER = "compact-unsized"
 """What files of older versions call `original`."""
 
-Remains = Literal["groups", "singles", "grid"]
-"""What is left: groups of merged tokens, single tokens at their positions, or the tokens of a smaller image."""
+Remains = Literal["groups", "singles", "filled", "grid"]
+"""What is left: groups of merged tokens, single tokens at their positions, such that stand for the others too where the
+language model attends to groups, or the tokens of a smaller image."""
+
+ATTENTION = "attention"
+QUESTION = "the question"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,12 @@ class Method:
         schedules: how its merges may spread over the layers; None: as the thresholds do.
         square: whether it can keep square numbers of tokens only.
         of_images: whether its budget is of a whole image, also where that is cut into tiles.
+        group: `control`; `E`, in the encoder or right behind it; `P`, on projected tokens.
+        needs: what it reads beside tokens.
+        adapts: whether how many tokens are left depends on the picture.
+        paper: its number at arXiv.
+        arguments: from the part to keep, to the reducer's arguments; None: it has a field `keep`.
+        compared: whether so many tokens can be asked for.
     """
 
     name: str
@@ -48,11 +59,21 @@ class Method:
     schedules: tuple[str, ...] | None = ("",)
     square: bool = False
     of_images: bool = True
+    group: str = ""
+    needs: str = ""
+    adapts: bool = False
+    paper: str = ""
+    arguments: Callable[[float], dict[str, Any]] | None = None
+    compared: bool = True
 
     def unmerges(self, way: str) -> str:
         """The first of the ways to unmerge that give the same as this one."""
         of_singles = way if way in ("none", "restore") else "exact"
-        return {"groups": way, "singles": of_singles, "grid": "none"}[self.leaves]
+        return {"groups": way, "filled": way, "singles": of_singles, "grid": "none"}[self.leaves]
+
+    def fill(self, way: str) -> Fill:
+        """What stands for dropped tokens where the language model attends in this way."""
+        return "nearest" if self.leaves == "filled" and way not in ("none", "original") else "none"
 
     def make(self, row: Row, part: float, seed: int) -> Reducer:
         """The reducer for a row.
@@ -63,32 +84,104 @@ class Method:
 
         Raises:
             TypeError: the reducer has no field for the budget.
+            ValueError: the row names an argument that the method does not have.
         """
         kind: Any = getattr(import_module("dymu.reducers"), self.reducer)
-        settings = {"keep": part, "seed": seed, "schedule": row.schedule}
+        settings = {"keep": part, "seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
         taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings}
-        if "keep" not in taken:
+        if self.arguments is not None:
+            taken |= self.arguments(part)
+        elif "keep" not in taken:
             raise TypeError(
                 f"{self.reducer} has no field `keep`, so {self.name} would ignore its budget; add the field."
             )
+        own = [f.name for f in fields(kind) if f.name not in taken]
+        for name, value in options_of(row.options).items():
+            if name not in own:
+                raise ValueError(f"{self.name} has no argument {name!r}; it has {', '.join(own) or 'none'}.")
+            taken[name] = value
         reducer: Reducer = kind(**taken)
         return reducer
+
+
+def options_of(text: str) -> dict[str, Any]:
+    """The arguments in `stretches=8,fill=nearest`.
+
+    Raises:
+        ValueError: it is no list of such.
+    """
+    found = dict[str, Any]()
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not (equals and name.isidentifier() and value) or name in found:
+            raise ValueError(f"{part!r} is no argument of a method: write name=value, several with commas between.")
+        try:
+            found[name] = literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
+def _of_zip(part: float) -> dict[str, float]:
+    """The paper's shares of 64 tokens."""
+    return {"dominant": part * 54 / 64, "contextual": part * 10 / 64}
+
+
+def _prunes(name: str, label: str, colour: str, reducer: str, group: str, needs: str, paper: str) -> Method:
+    return Method(name, label, colour, reducer, "filled", group=group, needs=needs, paper=paper)
 
 
 METHODS = {
     method.name: method
     for method in (
         Method("untouched", "untouched", "black"),
-        Method("dtome", "DToMe", PALETTE[0], schedules=None),
-        Method("tome", "ToMe", PALETTE[1], "FixedMerge", schedules=("constant",)),
-        Method("pool", "average pooling", PALETTE[2], "AveragePool", square=True),
-        Method("random", "random keep", GREY, "RandomKeep", leaves="singles"),
-        Method("stride", "stride", PALETTE[4], "Stride", leaves="singles"),
-        Method("downscale", "smaller image", PALETTE[3], leaves="grid", square=True, of_images=False),
+        Method(
+            "dtome", "DToMe", PALETTE[0], schedules=None, group="E", needs="thresholds", adapts=True,
+            paper="2504.17040",
+        ),
+        Method(
+            "tome", "ToMe", PALETTE[1], "FixedMerge", schedules=("constant",), group="E", paper="2210.09461"
+        ),
+        Method("pool", "average pooling", PALETTE[2], "AveragePool", square=True, group="control"),
+        Method("random", "random keep", GREY, "RandomKeep", leaves="singles", group="control"),
+        Method("stride", "stride", PALETTE[4], "Stride", leaves="singles", group="control"),
+        Method(
+            "downscale", "smaller image", PALETTE[3], leaves="grid", square=True, of_images=False, group="control"
+        ),
+        _prunes("faster-vlm", "FasterVLM", PALETTE[5], "FasterVLM", "E", ATTENTION, "2412.01818v1"),
+        _prunes("vis-pruner", "VisPruner", PALETTE[0], "VisPruner", "E", ATTENTION, "2412.01818"),
+        Method(
+            "vision-zip", "VisionZip", PALETTE[1], "VisionZip", of_images=False, group="E",
+            needs=f"{ATTENTION}, keys", paper="2412.04467", arguments=_of_zip,
+        ),
+        Method(
+            "pru-merge", "PruMerge", PALETTE[2], "PruMerge", of_images=False, group="E", adapts=True,
+            needs=f"{ATTENTION}, keys", paper="2403.15388", compared=False,
+        ),
+        _prunes("holo-v", "HoloV", PALETTE[3], "HoloV", "E", ATTENTION, "2510.02912"),
+        Method(
+            "v-scan", "VScan, first half", PALETTE[4], "VScan", group="E", needs=f"{ATTENTION} of two layers",
+            paper="2505.22654",
+        ),
+        _prunes("saint", "SAINT", PALETTE[5], "SAINT", "E", "keys", "2503.11549"),
+        Method(
+            "pixel-prune", "PixelPrune", GREY, "PixelPrune", group="E", needs="pixels", adapts=True, compared=False
+        ),
+        _prunes("div-prune", "DivPrune", PALETTE[0], "DivPrune", "P", "", "2503.02175"),
+        _prunes("cd-pruner", "CDPruner", PALETTE[1], "CDPruner", "P", QUESTION, "2506.10967"),
+        _prunes("mm-tok", "MMTok", PALETTE[2], "MMTok", "P", QUESTION, "2508.18264"),
+        _prunes("dart", "DART on embeddings", PALETTE[3], "DARTEmbeddings", "P", QUESTION, "2502.11494"),
+        _prunes("vid-com2", "VidCom2", PALETTE[4], "VidCom2", "P", "", "2505.14454"),
+        Method("density-peaks", "density peaks", PALETTE[5], "DensityPeaks", group="P", paper="2406.05127"),
+        Method("anchors", "RESTORE's anchors", PALETTE[0], "Anchors", group="P"),
+        Method("ap-et", "ApET", PALETTE[1], "ApET", group="P"),
+        Method(
+            "hierarchical", "hierarchical pooling", PALETTE[2], "HierarchicalPool", group="P", paper="2409.14683"
+        ),
     )
-}
+}  # fmt: skip
 """By name."""
-COMPARED = [name for name in METHODS if name != "untouched"]
+COMPARED = [name for name, method in METHODS.items() if name != "untouched" and method.compared]
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,17 +192,20 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         budget: image tokens to keep; 0 for `untouched`.
         unmerge: see `dymu.choices.Unmerge`; `FORMER` in files of older versions.
         schedule: how merges spread over the layers; empty where nothing merges in layers.
+        options: further arguments of the method, `name=value` with commas between.
     """
 
     method: str
     budget: Count = 0
     unmerge: str = "none"
     schedule: str = ""
+    options: str = ""
 
     @property
     def key(self) -> str:
         """Its name in files and tables: `dtome-96-exact-linear`."""
-        parts = (self.method, str(self.budget or ""), self.unmerge if self.budget else "", self.schedule)
+        way = self.unmerge if self.budget else ""
+        parts = (self.method, str(self.budget or ""), way, self.schedule, self.options)
         return "-".join(part for part in parts if part)
 
 
@@ -140,16 +236,19 @@ def rows_for(
     Methods that can only keep squares take the square nearest to the budget. For single tokens all but
     `restore` and `none` equal `exact`, and a smaller image leaves nothing to unmerge.
 
+    Args:
+        methods: names, each with further arguments if wanted: `holo-v:stretches=8`.
+
     Raises:
         ValueError: an unknown method or way to unmerge.
     """
-    methods, ways = list(methods), list(unmerge)
-    check_names(methods, ways)
+    named, ways = [method.partition(":")[::2] for method in methods], list(unmerge)
+    check_names([name for name, _ in named], ways)
     rows = [UNTOUCHED]
     for budget in sorted(set(budgets), reverse=True):
-        for method in (METHODS[name] for name in methods if name != "untouched"):
+        for method, options in ((METHODS[name], options) for name, options in named if name != "untouched"):
             kept = max(round(math.sqrt(budget)), 1) ** 2 if method.square else budget
             for way in ways:
                 for schedule in schedules if method.schedules is None else method.schedules:
-                    rows.append(Row(method.name, kept, method.unmerges(way), schedule))
+                    rows.append(Row(method.name, kept, method.unmerges(way), schedule, options))
     return list(dict.fromkeys(rows))

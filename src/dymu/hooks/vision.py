@@ -188,7 +188,11 @@ class VisionHooks:
             apart = self.parts.family.tells_images != "items"
             grids = focus.grids(shown, self._state.own, pictures, apart, self.parts.patch_sides)
             rule, shown = focus.around(rule), replace(shown, focus=grids)
-        run = EncoderRun(rule, max(call.layers), shown, pictures, call.dropped)
+        depth = max(call.layers)
+        behind = None
+        if depth < len(self.parts.encoder_modules):
+            behind = functools.partial(self.parts.encoder_layer, depth)
+        run = EncoderRun(rule, depth, shown, pictures, call.dropped, behind)
         call.run, pixels = run, run.pixels(pixels)
         if named is None:
             args = (pixels, *args[1:])
@@ -317,4 +321,5 @@ class VisionHooks:
             find_items=items,
             find_text=text,
             find_location=lambda: locations(untouched(), pictures),
+            embed=lambda ids: parts.inner.get_input_embeddings()(ids),
         )

@@ -60,9 +60,7 @@ class EncoderLayer:
             the same layout.
         """
         projected = self.project(self.norm1(x))
-        query, key, value = map(self._normed, self.norms, projected)
-        if state.angles is not None:
-            query, key = (rotated(part, state.angles, self.turning) for part in (query, key))
+        query, key, value = self._turned(projected, state)
         rows = state.rows(windowed)
         by_head = (
             [
@@ -80,6 +78,11 @@ class EncoderLayer:
         )
         update = _through(self.after_attention, self.out(attended.view(*x.shape[:2], -1)))
         return x + update, projected[1]
+
+    def asked(self, x: Tensor, state: MergedTokens) -> tuple[Tensor, Tensor]:
+        """The queries [..., H, D] and keys [..., Hkv, D] that attend, with norms and rotation; see `attend`."""
+        query, key, _ = self._turned(self.project(self.norm1(x)), state)
+        return query, key
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP half of the layer, for tokens in any layout."""
@@ -100,6 +103,12 @@ class EncoderLayer:
             query, key, value = projected.split((normed.shape[-1], shared, shared), -1)
         size = query.shape[-1] // self.heads
         return tuple(part.unflatten(-1, (-1, size)) for part in (query, key, value))
+
+    def _turned(self, projected: tuple[Tensor, ...], state: MergedTokens) -> tuple[Tensor, ...]:
+        query, key, value = map(self._normed, self.norms, projected)
+        if state.angles is not None:
+            query, key = (rotated(part, state.angles, self.turning) for part in (query, key))
+        return query, key, value
 
     def _normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
         if norm is None:

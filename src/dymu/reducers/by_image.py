@@ -33,6 +33,9 @@ class ByImage(Reducer):
             if type(rule).before_encoder is not Reducer.before_encoder:
                 raise TypeError(f"{type(rule).__name__} acts ahead of the encoder, on all pictures of a call alike")
 
+    def reads(self, layers: int) -> set[int | None]:
+        return {layer for rule in self.rules for layer in rule.reads(layers)}
+
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         for rule in self.rules:
             rule.check_fits(layers, tokens)

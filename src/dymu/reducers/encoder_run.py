@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -27,19 +28,29 @@ class EncoderRun:
         pictures: how their patches travel.
         protected: leading tokens that never merge, though they count where tokens are paired; more than the prefix
             where the language model does not get the first patch.
+        behind: the layer behind the last one that runs; None: there is none.
 
     Attributes:
         states: the tokens ahead of the first layer, and after each.
         gives_features: whether the features at the end are the reducer's, not means of the encoder's.
     """
 
-    def __init__(self, reducer: Reducer, depth: int, shown: Shown, pictures: Pictures, protected: int = 0) -> None:
+    def __init__(
+        self,
+        reducer: Reducer,
+        depth: int,
+        shown: Shown,
+        pictures: Pictures,
+        protected: int = 0,
+        behind: Callable[[], EncoderLayer] | None = None,
+    ) -> None:
         self.reducer, self.depth, self.shown, self.pictures = reducer, depth, shown, pictures
         self.prefix, self.protected = pictures.prefix, max(pictures.prefix, protected)
         self.states: list[MergedTokens] = []
         self.gives_features = False
         self._entering: TokenMap | None = None
         self._dimensions = 3
+        shown.sources.follow(pictures, depth, reducer.reads(depth), behind)
 
     def pixels(self, pixels: Tensor) -> Tensor:
         """The pictures that the encoder gets, see `Shown.pixels`."""
@@ -82,6 +93,7 @@ class EncoderRun:
             x = self._enter(x, angles, window)
         state = self.states[-1]
         if index < self.depth:
+            self.shown.sources.passed(index, layer, x, state, windowed)
             x, keys = layer.attend(x, state, windowed)
             tokens = tuple(length - self.protected for length in self.states[0].layout.lengths)
             candidates = Candidates(
@@ -95,6 +107,7 @@ class EncoderRun:
                 x, state = state.merge(x, into, self.protected, windowed, still)
             x = layer.feed_forward(x)
         if index + 1 == self.depth:
+            self.shown.sources.finished(layer, x, state)
             x, state = self._reduced(x, state)
             x = self.pictures.leave(x, state)
             x = x if x.ndim == self._dimensions else x[None]
@@ -199,9 +212,12 @@ class EncoderRun:
         if self.shown.focus is None:
             return None
         device = self.states[0].map.group.device
-        units = torch.cat([grid.flatten() for grid in self.shown.focus]).to(device)
-        of_pictures = self.pictures.by_layers(units).split(self.shown.counts)
-        return pad(pad_sequence(list(of_pictures), True, False), (self.prefix, 0), value=False)
+        return pad(self._placed([grid.to(device) for grid in self.shown.focus]), (self.prefix, 0), value=False)
+
+    def _placed(self, of_pictures: Sequence[Tensor]) -> Tensor:
+        """[pictures, N, ...] of the patches in the order of the layers, of each picture's [rows, columns, ...]."""
+        units = self.pictures.by_layers(torch.cat([grid.flatten(0, 1) for grid in of_pictures]))
+        return pad_sequence(list(units.split(self.shown.counts)), True)
 
     def _finished(self, units: Tensor, state: MergedTokens) -> Tokens:
         patches = state.map.drop(self.protected)
@@ -224,5 +240,6 @@ class EncoderRun:
             shown=self.shown,
             find_grids=grids,
             find_location=lambda: self.shown.location[:, missing:],
+            find_places=lambda of_pictures: self._placed(of_pictures)[:, missing:],
             focus=None if self._focus is None else self._focus[:, self.protected :],
         )

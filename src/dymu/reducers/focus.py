@@ -24,6 +24,9 @@ class Around(Reducer):
     rule: Reducer
     focuses: ClassVar[bool] = True
 
+    def reads(self, layers: int) -> Collection[int | None]:
+        return self.rule.reads(layers)
+
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         self.rule.check_fits(layers, tokens)
 

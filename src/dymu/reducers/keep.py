@@ -78,6 +78,56 @@ def kept_of(keep: int | float, tokens: int) -> int:
     return kept
 
 
+def shared_out(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
+    """A number in whole parts, about in proportion to the weights, none above its `most`: rounded down, and what is
+    left one by one to the largest remainders, of equal ones to the first."""
+    parts, left = [0] * len(weights), total
+    while left:
+        there = [index for index, part in enumerate(parts) if part < most[index]]
+        scale = left / (sum(weights[index] for index in there) or 1)
+        wanted = {index: weights[index] * scale for index in there}
+        more = {index: min(int(wanted[index]), most[index] - parts[index]) for index in there}
+        if not any(more.values()):
+            more = dict.fromkeys(sorted(there, key=lambda index: -(wanted[index] % 1))[:left], 1)
+        for index, count in more.items():
+            parts[index] += count
+        left = total - sum(parts)
+    return parts
+
+
+def check_of_items(shown: Shown, keep: int | float) -> None:
+    """Refuse a number of tokens that an image with all its tiles, or a video, cannot keep.
+
+    Raises:
+        BadBudget: it is more than one has, or fewer than an image's tiles.
+        BadPrompt: it is a number, and not known which tiles are of one image.
+    """
+    if is_part(keep):
+        return
+    shown.check_by_image()
+    for pictures in shown.items:
+        if kept_of(keep, sum(pictures)) < len(pictures) and not shown.video:
+            raise BadBudget(
+                f"cannot keep {keep:g} tokens of an image that is cut into {len(pictures)} pictures, each of which "
+                "keeps at least one; take more."
+            )
+
+
+def kept_of_rows(keep: int | float, tokens: Tokens) -> list[int]:
+    """How many each row keeps; tiles that are rows by themselves share out what their image keeps."""
+    if is_part(keep):
+        return [kept_of(keep, count) for count in tokens.counts]
+    keeps, rows = [0] * len(tokens.counts), dict[int, list[int]]()
+    for row, first in enumerate(tokens.first[:-1]):
+        rows.setdefault(tokens.shown.item[first], []).append(row)
+    for of_image in rows.values():
+        others = [tokens.counts[row] - 1 for row in of_image]  # than the one that each keeps at least
+        total = kept_of(keep, sum(tokens.counts[row] for row in of_image)) - len(of_image)
+        for row, more in zip(of_image, shared_out(total, others, others), strict=True):
+            keeps[row] = 1 + more
+    return keeps
+
+
 class FixedKeep(Reducer, ABC):
     """Of every image or video, `keep` tokens stay where they stand; `fill` says what stands for the others."""
 
@@ -94,13 +144,32 @@ class FixedKeep(Reducer, ABC):
         if tokens is not None:
             kept_of(self.keep, tokens)
 
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
+        check_of_items(shown, self.keep)
+
     @abstractmethod
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor | Sequence[int]:
         """Which `keep` tokens of a row stay."""
 
     def in_prompt(self, tokens: Tokens) -> Reduced:
         kept = torch.zeros_like(tokens.present)
-        for row, count in enumerate(tokens.counts):
-            kept[row, self.choose(tokens, row, kept_of(self.keep, count))] = True
+        for row, keep in enumerate(kept_of_rows(self.keep, tokens)):
+            kept[row, self.choose(tokens, row, keep)] = True
         reduced = tokens.keep(kept)
         return type(self).fill_nearest(tokens, reduced) if self.fill == "nearest" else reduced
+
+
+class KeepOfPictures(FixedKeep):
+    """The same, of every picture (tile, frame) its part."""
+
+    def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
+        indices = tokens.indices(row)
+        counts = [len(index) for index in indices]
+        parts = shared_out(keep, counts, counts)
+        return torch.cat(
+            [index[self.choose_of(tokens, row, index, part)] for index, part in zip(indices, parts, strict=True)]
+        )
+
+    @abstractmethod
+    def choose_of(self, tokens: Tokens, row: int, index: Tensor, keep: int) -> Tensor:
+        """Which `keep` of the row's tokens `index`, which are those of a picture, stay: indices of these."""

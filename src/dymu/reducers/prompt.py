@@ -24,9 +24,13 @@ def tokens_of(items: Sequence[Item], features: Sequence[Tensor], shown: Shown) -
     tokens = TokenMap.from_leaders(pad_sequence(parts, True, -1))
     first = tuple(accumulate((item.pictures for item in items), initial=0))
     focus = None
+
+    def placed(of_pictures: Sequence[Tensor]) -> Tensor:
+        rows = [_placed(item, of_pictures[begin:]) for item, begin in zip(items, first, strict=False)]
+        return pad_sequence(rows, True)
+
     if shown.focus is not None:
-        of_items = [_focused(item, shown.focus[begin:]) for item, begin in zip(items, first, strict=False)]
-        focus = pad_sequence(of_items, True, False)
+        focus = placed(shown.focus)
     padded = pad_sequence([feature.flatten(0, -2) for feature in features], True)
     return Tokens(
         features=take(padded, tokens.first()),
@@ -37,17 +41,20 @@ def tokens_of(items: Sequence[Item], features: Sequence[Tensor], shown: Shown) -
         shown=shown,
         find_grids=lambda: [item.grids for item in items],
         find_location=lambda: pad_sequence([item.location for item in items], True, torch.nan),
+        find_places=placed,
         focus=focus,
     )
 
 
-def _focused(item: Item, focus: Sequence[Tensor]) -> Tensor:
-    """bool [N], whether each token of an item shows a patch in the focus of its pictures."""
-    found = torch.zeros_like(item.patch)
+def _placed(item: Item, of_pictures: Sequence[Tensor]) -> Tensor:
+    """[N, ...] of the tokens of an item, of what stands at the patches of its pictures, [rows, columns, ...]; 0 at
+    learned tokens."""
+    device = item.patch.device
+    found = torch.zeros(len(item.patch), *of_pictures[0].shape[2:], dtype=of_pictures[0].dtype, device=device)
     for number in range(item.pictures):
-        own, grid = item.patch & (item.picture == number), focus[number].to(found.device)
+        own, grid = item.patch & (item.picture == number), of_pictures[number].to(device)
         row, column = (
-            at.round().long().clamp(0, size - 1) for at, size in zip(item.at[own].mT, grid.shape, strict=True)
+            at.round().long().clamp(0, size - 1) for at, size in zip(item.at[own].mT, grid.shape[:2], strict=True)
         )
         found[own] = grid[row, column]
     return found

@@ -11,10 +11,12 @@ from typing import ClassVar, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dymu.errors import BadBudget, BadPrompt
 from dymu.merging import MergedTokens, PictureTokens, in_focus
-from dymu.token_map import TokenMap, leaders_of, take
+from dymu.reducers.sources import Sources
+from dymu.token_map import TokenMap, at_least_float32, leaders_of, take
 
 Stage = Literal["before_encoder", "in_layer", "after_encoder", "in_prompt"]
 """When a reducer may act, in order; each is a method of it."""
@@ -38,6 +40,8 @@ class Shown:
         video: whether the pictures are frames of videos.
         focus: of every picture bool [rows, columns], the patches (units) that merge last, or by a rule of their own;
             None: none is ahead of another.
+        sources: what the encoder's layers tell of the pictures, to a reducer that asks for it in `reads`.
+        embed: from ids int64 [words] of the prompt to embeddings [words, C] of the language model.
         by_image: whether it is known which tiles are of one image, by the prompt that shows them. If not, `items` are
             tiles.
     """
@@ -48,9 +52,11 @@ class Shown:
     video: bool
     by_image: bool = True
     focus: Sequence[Tensor] | None = field(default=None, repr=False)
+    sources: Sources = field(default_factory=Sources, repr=False)
     find_items: Callable[[], Sequence[Sequence[int]]] | None = field(default=None, repr=False)
     find_text: Callable[[], Sequence[Tensor]] = field(default=_unknown, repr=False)
     find_location: Callable[[], Tensor] = field(default=_unknown, repr=False)
+    embed: Callable[[Tensor], Tensor] = field(default=lambda ids: _unknown(), repr=False)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -205,6 +211,7 @@ class Tokens:
     shown: Shown
     find_grids: Callable[[], Sequence[Sequence[Tensor]]] = field(repr=False)
     find_location: Callable[[], Tensor] = field(repr=False)
+    find_places: Callable[[Sequence[Tensor]], Tensor] = field(repr=False)
     focus: Tensor | None = None
 
     @cached_property
@@ -236,6 +243,45 @@ class Tokens:
     def text(self) -> Sequence[Tensor]:
         """For each row the ids of its prompt, see `Shown.text`."""
         return [self.shown.text[first] for first in self.first[:-1]]
+
+    @property
+    def words(self) -> Sequence[Tensor]:
+        """For each row the embeddings [words, C] of `text`."""
+        return [self.shown.embed(ids) for ids in self.text]
+
+    def indices(self, row: int) -> list[Tensor]:
+        """Of a row, the tokens of each of its pictures that has any: int64 [tokens] each, rising."""
+        picture = self.picture[row].gather(0, self.map.first()[row, : self.counts[row]])
+        return [(picture == number).nonzero()[:, 0] for number in picture.unique().tolist()]
+
+    def unit(self, row: int) -> Tensor:
+        """float32 [tokens, C], the features of a row, each of length 1."""
+        return normalize(at_least_float32(self.features[row, : self.counts[row]]), dim=-1)
+
+    def of_pictures(self, grids: Sequence[Tensor]) -> Tensor:
+        """What stands at the patches of each picture, [rows, columns, ...], for each token, [B, T, ...]: the mean over
+        its places."""
+        return self.map.average(self.find_places(grids))
+
+    def attention(self, layer: int | None = -1, heads: bool = True) -> Tensor:
+        """float32 [B, T], the attention that each token gets in an encoder layer, see `Sources.attention`."""
+        if (layer, heads) not in self._attention:
+            self._attention[layer, heads] = self.of_pictures(self.shown.sources.attention(layer, heads))
+        return self._attention[layer, heads]
+
+    @cached_property
+    def _attention(self) -> dict[tuple[int | None, bool], Tensor]:
+        return {}
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """float32 [B, T, D], the keys of each token in the last encoder layer that runs, their mean over heads."""
+        return self.of_pictures(self.shown.sources.keys())
+
+    @cached_property
+    def encoded(self) -> Tensor:
+        """float32 [B, T, C], what the encoder gave for each token, ahead of any projection."""
+        return self.of_pictures(self.shown.sources.features())
 
     def features_of(self, reduced: Reduced) -> Tensor:
         """[B, M, C], the features of the tokens that are left of these."""
@@ -408,6 +454,18 @@ class Reducer:
     """
 
     focuses: ClassVar[bool] = False
+
+    def reads(self, layers: int) -> Collection[int | None]:
+        """Encoder layers that it asks `Shown.sources` for.
+
+        Args:
+            layers: that run.
+
+        Returns:
+            Their indices; -1 is the last that runs. None: what that gave, and the attention of the layer behind it (of
+            itself, where there is none).
+        """
+        return ()
 
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         """Refuse an encoder, before any work.

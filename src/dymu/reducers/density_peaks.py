@@ -1,0 +1,80 @@
+"""Density peaks (SeTok's tokenizer, arXiv 2406.05127, without what it trains): dense tokens far from denser ones gather
+the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dymu.reducers.faster_vlm import largest
+from dymu.reducers.keep import check_keep, check_of_items, kept_of, kept_of_rows
+from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
+from dymu.token_map import TokenMap, at_least_float32, leaders_of
+
+
+def peaks(distance: Tensor, neighbours: int) -> Tensor:
+    """[N], how much each of N tokens is a peak: its density, by the mean square of the least distances [N, N], itself
+    counted, times the distance to the nearest denser one, for the densest that to the farthest of all."""
+    near = distance.square().topk(min(neighbours, len(distance)), largest=False).values
+    density = (-near.mean(1)).exp()
+    index = torch.arange(len(density), device=density.device)
+    denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (index < index[:, None]))
+    nearest = distance.masked_fill(~denser, torch.inf).amin(1)
+    return density * torch.where(nearest.isinf(), distance.max(), nearest)
+
+
+@dataclass(frozen=True)
+class DensityPeaks(Reducer):
+    """Of every image or video, tokens that are peaks stand for all that are nearest to them: as their mean.
+
+    How many depends on the picture, unless `keep` says it. The distance is Euclidean, over the root of the channels.
+
+    Args:
+        threshold: of what is a peak.
+        least: tokens left where none is.
+        neighbours: nearest tokens that density is of.
+        keep: so many peaks instead; a float up to 1 is a fraction.
+
+    Raises:
+        BadBudget: `keep` is not above 0; or in use, more than there are.
+        ValueError: `threshold` is no number above 0, or `least` or `neighbours` below 1.
+    """
+
+    threshold: float = 0.5
+    least: int = 64
+    neighbours: int = 64
+    keep: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            check_keep(self)
+        if not (math.isfinite(self.threshold) and self.threshold > 0 and self.least >= 1 and self.neighbours >= 1):
+            raise ValueError(f"{self} needs a threshold above 0, at least one token left and one neighbour")
+
+    def check_fits(self, layers: int, tokens: int | None = None) -> None:
+        if tokens is not None and self.keep is not None:
+            kept_of(self.keep, tokens)
+
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
+        if self.keep is not None:
+            check_of_items(shown, self.keep)
+
+    def in_prompt(self, tokens: Tokens) -> Reduced:
+        label = torch.full_like(tokens.map.first(), -1)
+        keeps = None if self.keep is None else kept_of_rows(self.keep, tokens)
+        for row, count in enumerate(tokens.counts):
+            x = at_least_float32(tokens.features[row, :count])
+            distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
+            score = peaks(distance, self.neighbours)
+            if keeps is not None:
+                centres = largest(score, keeps[row])
+            else:
+                centres = (score > self.threshold).nonzero()[:, 0]
+                centres = centres if len(centres) else largest(score, self.least)
+            label[row, :count] = distance[:, centres].argmin(1)
+            label[row, centres] = torch.arange(len(centres), device=label.device)
+        return Reduced(TokenMap.from_leaders(leaders_of(label, label.shape[1]), tokens.present))

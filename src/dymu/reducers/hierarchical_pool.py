@@ -1,0 +1,74 @@
+"""Hierarchical pooling of page vectors (ColPali's token pooling, arXiv 2409.14683): Ward's clusters, each one
+vector."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dymu.reducers.keep import check_keep, check_of_items, kept_of, kept_of_rows
+from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
+from dymu.token_map import TokenMap, leaders_of
+
+
+def ward(distance: Tensor, clusters: int) -> tuple[Tensor, list[float]]:
+    """Join again and again the two clusters of the least distance, by Ward's rule (of Lance and Williams).
+
+    Args:
+        distance: [N, N], of single tokens.
+
+    Returns:
+        int64 [N], for each token the first of its cluster; and the heights at which they were joined.
+    """
+    squares = distance.square().fill_diagonal_(torch.inf)
+    size, label = squares.new_ones(len(squares)), torch.arange(len(squares), device=squares.device)
+    heights = list[float]()
+    for _ in range(len(squares) - clusters):
+        first, second = sorted(divmod(int(squares.argmin()), len(squares)))
+        least, total = squares[first, second].clone(), size + size[first] + size[second]
+        joined = (size + size[first]) * squares[first] + (size + size[second]) * squares[second] - size * least
+        heights.append(float(least.sqrt()))
+        squares[first] = squares[:, first] = joined / total
+        squares[second] = squares[:, second] = squares[first, first] = torch.inf
+        size[first] += size[second]
+        label[label == second] = first
+    return label, heights
+
+
+@dataclass(frozen=True)
+class HierarchicalPool(Reducer):
+    """Of every image, tokens are clustered by Ward's rule over 1 - cosine, and each cluster is the mean of its tokens,
+    made one long.
+
+    Args:
+        keep: clusters; a float up to 1 is a fraction. A pool factor of 3 is 1 / 3.
+        unit: whether each mean is made one long, as a late-interaction score wants it; else it stays the mean.
+
+    Raises:
+        BadBudget: `keep` is not above 0; or in use, more than there are.
+    """
+
+    keep: int | float = 1 / 3
+    unit: bool = False
+
+    def __post_init__(self) -> None:
+        check_keep(self)
+
+    def check_fits(self, layers: int, tokens: int | None = None) -> None:
+        if tokens is not None:
+            kept_of(self.keep, tokens)
+
+    def check_shown(self, shown: Shown, images: Collection[int] | None = None) -> None:
+        check_of_items(shown, self.keep)
+
+    def in_prompt(self, tokens: Tokens) -> Reduced:
+        label = torch.full_like(tokens.map.first(), -1)
+        for row, keep in enumerate(kept_of_rows(self.keep, tokens)):
+            x = tokens.unit(row)
+            label[row, : len(x)] = ward((1 - x @ x.mT).clamp(0, 2), keep)[0]
+        merged = Reduced(TokenMap.from_leaders(leaders_of(label, label.shape[1]), tokens.present))
+        return Reduced(merged.map, normalize(tokens.features_of(merged), dim=-1)) if self.unit else merged

@@ -1,0 +1,202 @@
+"""Every published method in models: batched, in images that are cut or of any size, beside pictures of NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import dymu
+import tiny
+from dymu.errors import BadBudget, BadPrompt, UnsupportedModel
+from dymu.prompting import inputs_for, items_by_prompt, video_inputs_for
+from dymu.reducers import (
+    SAINT,
+    Anchors,
+    ApET,
+    CDPruner,
+    DARTEmbeddings,
+    DensityPeaks,
+    DivPrune,
+    FasterVLM,
+    HierarchicalPool,
+    HoloV,
+    MMTok,
+    PixelPrune,
+    PruMerge,
+    Reducer,
+    VidCom2,
+    VisionZip,
+    VisPruner,
+    VScan,
+)
+from tiny_processors import processor_for
+
+KEEP = [FasterVLM, VisPruner, HoloV, DivPrune, CDPruner, MMTok, DARTEmbeddings, SAINT, VidCom2]
+"""Of which every image keeps as many tokens, and the others go or have the nearest stand for them."""
+MERGE = [Anchors, ApET, HierarchicalPool]
+OTHERS: list[Reducer] = [VScan(0.4, 3, 1), DensityPeaks(least=5, neighbours=5), VisionZip(0.2, 0.1), PruMerge()]
+RULES: list[Reducer] = [
+    *(kind(0.3) for kind in KEEP),
+    *(kind(0.3, fill="nearest") for kind in KEEP),
+    *(kind(0.3) for kind in MERGE),
+    *OTHERS,
+    PruMerge(plus=True),
+    DensityPeaks(keep=0.3),
+]
+MODELS = ["clip", "dinov2", "siglip", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl", "mistral3", "smolvlm"]
+
+
+def shown(count: int) -> list[Image.Image]:
+    """Photos of several sizes: of nothing in them two tokens are equal, so that no tie is broken by rounding."""
+    sizes = ((150, 100), (90, 140), (120, 120), (77, 50))
+    return [photo.resize(size) for photo, size in zip(tiny.photos(count), sizes, strict=False)]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def whole(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """LLaVA with three towers, tiles, pixel shuffle, and native resolution with windows and without."""
+    if request.param in tiny.TOWERS:
+        return tiny.llava(request.param), tiny.full_processor("llava")
+    if request.param == "llava_onevision":
+        return tiny.llava("siglip", "qwen2", "llava_onevision"), tiny.full_processor("llava_onevision")
+    processor = processor_for(request.param)
+    if request.param == "smolvlm":
+        processor.image_processor.do_image_splitting = True
+        processor.image_processor.size = {"longest_edge": 160}
+    return tiny.build(request.param), processor
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_an_image_is_reduced_as_it_is_alone(whole, rule):
+    model, processor = whole
+    prompts = [([photo], question) for photo, question in zip(shown(3), ("what ?", "who is it ?", "why"), strict=True)]
+    with dymu.apply(model, merge=rule) as handle:
+        asked = inputs_for(model, processor, prompts)
+        logits = model(**asked).logits
+        together = items_by_prompt(model, asked, handle.last.items)
+        for row, prompt in enumerate(prompts):
+            one = inputs_for(model, processor, [prompt])
+            alone = model(**one).logits[0]
+            of_prompt = items_by_prompt(model, one, handle.last.items)[0]
+            for mine, theirs in zip(of_prompt, together[row], strict=True):
+                assert torch.equal(mine.leaders, theirs.leaders)
+            assert torch.isfinite(alone).all()
+            tiny.close(logits[row, -len(alone) :], alone, 1e-4)
+
+
+@pytest.mark.parametrize("fill", ["none", "nearest"])
+@pytest.mark.parametrize("kind", KEEP)
+def test_every_image_keeps_as_many(whole, kind, fill):
+    model, processor = whole
+    prompts = [([photo], "what is it ?") for photo in shown(4)]
+    asked = inputs_for(model, processor, prompts)
+    with dymu.apply(model, merge=kind(0.3, fill=fill)) as handle:
+        model(**asked)
+        for items in items_by_prompt(model, asked, handle.last.items):
+            for item in items:
+                assert item.budgeted == max(round(0.3 * int(item.patch.sum())), 1)
+                assert bool((item.leaders[item.patch] < 0).any()) == (fill == "none")
+
+
+@pytest.mark.parametrize("kind", [FasterVLM, DivPrune, HierarchicalPool])
+def test_a_number_is_of_the_whole_image(whole, kind):
+    model, processor = whole
+    asked = inputs_for(model, processor, [([photo], "what is it ?") for photo in shown(3)])
+    with dymu.apply(model, merge=kind(0.3)) as handle:
+        model(**asked)
+        pictures = [sum(item.pictures for item in items) for items in items_by_prompt(model, asked, handle.last.items)]
+    keep = max(pictures) + 2
+    with dymu.apply(model, merge=kind(keep)) as handle:
+        model(**asked)
+        for items in items_by_prompt(model, asked, handle.last.items):
+            assert sum(item.budgeted for item in items) == keep
+
+
+@pytest.mark.parametrize("kind", [*KEEP, *MERGE])
+def test_keeping_all_is_the_untouched_model(whole, kind):
+    model, processor = whole
+    asked = inputs_for(model, processor, [([photo], "what is it ?") for photo in shown(2)])
+    untouched = model(**asked).logits
+    with dymu.apply(model, merge=kind(1.0)) as handle:
+        tiny.close(model(**asked).logits, untouched, 1e-5)
+        assert handle.last.kept == handle.last.original
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_picture_of_nan_spoils_no_neighbour(rule):
+    model = tiny.llava()
+    prompts = [tiny.prompt(model, 3, "image", 4, seed=number) for number in range(3)]
+    images = tiny.pictures(3)
+    with dymu.apply(model, merge=rule) as handle:
+        model(input_ids=torch.stack(prompts), pixel_values=images)
+        groups = [handle.last.group(number) for number in range(3)]
+        images[1] = torch.nan
+        model(input_ids=torch.stack(prompts), pixel_values=images)
+        assert torch.equal(handle.last.group(0), groups[0])
+        assert torch.equal(handle.last.group(2), groups[2])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_video_is_reduced(rule):
+    model, processor = tiny.llava("siglip", "qwen2", "llava_onevision"), tiny.full_processor("llava_onevision")
+    frames = [photo.resize((60, 60)) for photo in shown(4)]
+    with dymu.apply(model, merge=rule) as handle:
+        answer = model(**video_inputs_for(model, processor, frames, "what ?"))
+        assert torch.isfinite(answer.logits).all()
+        (item,) = handle.last.items
+        assert 1 <= item.budgeted < int(item.patch.sum())
+
+
+@pytest.mark.parametrize("kind", [CDPruner, MMTok, DARTEmbeddings])
+def test_another_question_keeps_other_tokens(kind):
+    model = tiny.llava()
+    images, kept = tiny.pictures(1), []
+    with dymu.apply(model, merge=kind(0.3)) as handle:
+        for seed in range(6):
+            model(input_ids=tiny.prompt(model, 3, "image", 6, seed=seed)[None], pixel_values=images)
+            kept.append(tuple(handle.last.group(0).flatten().tolist()))
+        assert len(set(kept)) > 1
+        with pytest.raises(BadPrompt, match="question"):
+            model.get_image_features(images)
+
+
+def test_an_encoder_by_itself():
+    encoder = tiny.llava().model.vision_tower
+    untouched = encoder(tiny.pictures(2)).last_hidden_state
+    for rule in (VisionZip(0.2, 0.1), PruMerge()):
+        with dymu.apply(encoder, merge=rule) as handle:
+            features = encoder(tiny.pictures(2)).last_hidden_state
+            assert features.shape == untouched.shape
+            assert max(handle.last.kept) < 49
+    with pytest.raises(UnsupportedModel, match="in the prompt"), dymu.apply(encoder, merge=DivPrune(0.3)):
+        encoder(tiny.pictures(2))
+
+
+def test_pixels_that_neighbours_predict_never_enter():
+    model = tiny.llava()
+    images = tiny.pictures(3)
+    images[0, :, :, 12:] = images[0, :, :1, :1]
+    with dymu.apply(model, merge=PixelPrune()) as handle:
+        model.get_image_features(images)
+        assert handle.last.kept[0] < handle.last.original[0]
+        assert handle.last.kept[1] == handle.last.original[1]
+
+
+@pytest.mark.parametrize("kind", [*KEEP, *MERGE])
+def test_numbers_that_cannot_be_kept(kind):
+    model = tiny.llava()
+    for keep in (0, -1, float("nan")):
+        with pytest.raises(BadBudget):
+            kind(keep)
+    asked = {"input_ids": tiny.prompt(model, 3, "image", 4)[None], "pixel_values": tiny.pictures(1)}
+    with dymu.apply(model, merge=kind(50)), pytest.raises(BadBudget, match="of 49 tokens"):
+        model(**asked)
+    with pytest.raises(ValueError, match="no part"):
+        VisPruner(0.3, important=2)
+    with pytest.raises(ValueError, match="only layers"):
+        dymu.apply(model, merge=VScan(0.3, early=40))
+    with dymu.apply(model, merge=VisionZip(40, 10)), pytest.raises(BadBudget, match="take fewer"):
+        model(**asked)
