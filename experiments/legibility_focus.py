@@ -64,6 +64,7 @@ def measured(setting: Setting, samples: Sequence[Page]) -> dict[str, Any]:
     focuses = {"detector": [InFocus(masks.text)] * len(setting.pages)}
     focuses["strokes"] = [InFocus(masks.strokes)] * len(setting.pages)
     focuses["known letters"] = [InFocus(known(page)) for page in setting.pages]
+    guard = [InFocus(masks.strokes)] * len(setting.pages)
     rows = [untouched]
     for budget in thresholds.budgets:
         limits = tuple(thresholds.per_layer(budget))
@@ -73,7 +74,6 @@ def measured(setting: Setting, samples: Sequence[Page]) -> dict[str, Any]:
             rules = [FixedMerge(kept, SCHEDULE) for kept in dynamic.kept]
             rows.append(setting.merged(Row(f"focus on {name}", round(budget)), rules, focus))
         least = FixedMerge(budget / full, SCHEDULE)
-        guard = [InFocus(masks.strokes, guards=True)] * len(setting.pages)
         rows.append(setting.merged(Row("guard", round(budget)), ThresholdMerge(limits, share=least), guard))
     everything = [np.arange(len(setting.pages))]
     return {"full_tokens": full, "rows": [row.to_json(everything, untouched) for row in rows]}

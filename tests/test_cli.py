@@ -150,7 +150,7 @@ def test_run_on_the_demo_models_default(dymu_command, folder, photo, monkeypatch
     assert last_object(out)["model"] == str(folder)
 
 
-@pytest.mark.parametrize(("count", "also"), [("at-most", ("--guard", "text")), ("exactly", ("--focus", "edges"))])
+@pytest.mark.parametrize(("count", "also"), [("at-most", ("--focus", "edges")), ("exactly", ("--guard", "text"))])
 def test_a_budget_may_be_a_cap_or_exact(dymu_command, folder, photo, count, also):
     code, out, err = dymu_command(
         "run", photo, "what is this ?", "--model", folder, "--count", count, "-b", FEWEST + 3, *also, "--json"
@@ -159,11 +159,6 @@ def test_a_budget_may_be_a_cap_or_exact(dymu_command, folder, photo, count, also
     told = last_object(out)
     assert (told["kept_tokens"] == FEWEST + 3) if count == "exactly" else (told["kept_tokens"] <= FEWEST + 3)
     assert (told["count"], told[also[0][2:]]) == (count, also[1])
-
-
-def test_no_text_is_guarded_where_every_image_keeps_as_many(refused, folder, photo):
-    words = ["run", photo, "what ?", "--model", folder, "--count", "exactly", "-b", FEWEST]
-    assert "leave guard out" in refused(*words, "--guard", "text")
 
 
 def test_run_takes_the_only_budget_of_a_thresholds_file(dymu_command, refused, folder, photo, monkeypatch, tmp_path):

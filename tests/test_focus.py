@@ -240,10 +240,9 @@ def test_writing_keeps_the_budgets_share_and_other_pictures_are_as_they_were():
         assert guarded == [20, handle.last.kept[1]]
         assert lower == [14, usual[1]]
         handle.set_focus(guard="text")
-        with pytest.raises(BadBudget, match="text is guarded here"):
-            handle.set_budget(exactly=9)
-        with pytest.raises(BadBudget, match="text is guarded here"), handle.at(exactly=9):
-            pass
+        with handle.at(exactly=9):
+            model.get_image_features(both)
+            assert handle.last.kept == [9, 9]
         adds = handle.at(exactly=9, focus=HALF, focus_adds=True)
         with pytest.raises(BadFocus, match="leave focus_adds out"), adds:
             pass
@@ -262,9 +261,11 @@ def test_writing_keeps_the_budgets_share_and_other_pictures_are_as_they_were():
         with handle.at([14, None]):
             model.get_image_features(both)
             assert handle.last.kept == [14, 20]
-        handle.set_budget(exactly=9)
-        with pytest.raises(BadFocus, match="exactly 9 tokens, so that none can keep more"):
-            handle.set_focus(guard="text")
+        handle.set_focus(HALF, adds=True)
+        with pytest.raises(BadBudget, match="a focus adds tokens here"):
+            handle.set_budget(exactly=9)
+        with pytest.raises(BadBudget, match="a focus adds tokens here"), handle.at(exactly=9):
+            pass
 
 
 def test_strokes():

@@ -85,8 +85,8 @@ def apply(
             Pictures with something in focus keep the budget's share of their tokens.
         focus_adds: whether tokens in focus never merge, and the others as without focus, so that more are kept; a cap
             goes ahead.
-        guard: `text`: pictures of writing and drawings, by a test of their pixels, keep no less than the budget's share
-            of their tokens, and their strokes merge last; other pictures are as they were.
+        guard: `text`: pictures of writing and drawings, by a test of their pixels, keep the budget's share of their
+            tokens, and their strokes merge last; other pictures are as they were.
         merge: another way to have fewer tokens instead of thresholds, such as `FixedMerge(keep=94)`.
         unmerge: of a language model, as are `backend` and `cache`. `exact`: it attends as if no token had been merged
             (VTU, paper section 3.2). `representative`: the same, but each merged token asks once, for one member of its
@@ -328,11 +328,10 @@ class Handle:
         self._calls.drift = self._drift(count)
 
     def _refuse_more(self) -> None:
-        """Raises: BadBudget, where what is in focus lets some pictures keep more than others."""
+        """Raises: BadBudget, where what is in focus lets some pictures keep more."""
         focus = self._vision.focus
-        if focus is not None and (focus.guards or focus.inside is not None):
-            why = "text is guarded" if focus.guards else "a focus adds tokens"
-            raise BadBudget(f"{why} here, so that some pictures may keep more: call set_focus() first.")
+        if focus is not None and focus.inside is not None:
+            raise BadBudget("a focus adds tokens here, so that pictures keep several numbers: call set_focus() first.")
 
     def _drift(self, count: Count) -> Drift | None:
         """None: nothing says how many tokens images keep on average."""
@@ -384,15 +383,10 @@ class Handle:
             raise BadFocus('guard= takes "text" alone, without focus and focus_adds; give one of them.')
         elif self._thresholds is None:
             raise BadFocus("text is guarded by thresholds, and this model merges by a fixed rule; leave guard out.")
+        elif self._thresholds.full is None:
+            raise BadFocus(f"{self._thresholds} does not say how many tokens an image has; calibrate again.")
         else:
-            if self._count.exactly is not None:
-                raise BadFocus(
-                    f"every image keeps exactly {self._count.exactly:g} tokens, so that none can keep more; leave "
-                    "guard out."
-                )
-            if self._thresholds.full is None:
-                raise BadFocus(f"{self._thresholds} does not say how many tokens an image has; calibrate again.")
-            found = InFocus(masks.strokes, guards=True)
+            found = self._in_focus(masks.strokes, adds=False, exact=False)
         self._vision.focus = found
 
     @contextmanager

@@ -22,7 +22,7 @@ from dymu.hooks.cache import cache_bytes, history_of, untouched_bytes
 from dymu.hooks.drift import Drift
 from dymu.hooks.focus import InFocus
 from dymu.item import Item
-from dymu.reducers import ByImage, EncoderRun, Focus, Guard, Reducer, Shown
+from dymu.reducers import ByImage, EncoderRun, Focus, Reducer, Shown
 from dymu.report import Report
 from dymu.token_map import TokenMap
 from dymu.unmerging import History, leaders_within, place_leaders
@@ -381,7 +381,7 @@ class CallState(threading.local):
 
     def counted(self, run: EncoderRun) -> None:
         """Report whether images keep as many tokens as they were calibrated to."""
-        usual = self.rules is None and not isinstance(run.reducer, Focus | Guard) and not run.shown.video
+        usual = self.rules is None and not isinstance(run.reducer, Focus) and not run.shown.video
         if self.calls.drift is not None and self.report is not None and usual and run.shown.counts:
             kept = [length - run.protected for length in run.states[run.depth].layout.lengths]
             self.report.drift = self.calls.drift.add(kept, run.shown.counts)

@@ -16,7 +16,7 @@ from dymu.errors import BadFocus
 from dymu.files import first_line
 from dymu.media import masks
 from dymu.merging import Pictures
-from dymu.reducers import Focus, Guard, Reducer, Shown
+from dymu.reducers import Focus, Reducer, Shown
 
 LEAST_RANGE = 1.0
 """Of a processor's pixels, whose standard deviation is about 1, from black to white; pictures of less stay pale."""
@@ -134,16 +134,14 @@ class InFocus:
     Attributes:
         specs: one for all, or one for each.
         inside: see `Focus`.
-        guards: whether pictures with something in focus keep no less than their share, see `Guard`.
     """
 
     specs: Spec | tuple[Spec, ...]
     inside: Reducer | None = None
-    guards: bool = False
 
     def around(self, rule: Reducer) -> Reducer:
         """The rule with this in focus."""
-        return Guard(rule) if self.guards else Focus(rule, self.inside)
+        return Focus(rule, self.inside)
 
     def grids(
         self, shown: Shown, which: Callable[[Shown], slice], pictures: Pictures, apart: bool, patch: tuple[int, int]

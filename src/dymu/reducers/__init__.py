@@ -15,7 +15,6 @@ from dymu.reducers.dtome import ThresholdMerge
 from dymu.reducers.encoder_run import EncoderRun
 from dymu.reducers.faster_vlm import FasterVLM
 from dymu.reducers.focus import Focus
-from dymu.reducers.guard import Guard
 from dymu.reducers.hierarchical_pool import HierarchicalPool
 from dymu.reducers.holo_v import HoloV
 from dymu.reducers.keep import FixedKeep
@@ -50,7 +49,6 @@ __all__ = [
     "FixedKeep",
     "FixedMerge",
     "Focus",
-    "Guard",
     "HierarchicalPool",
     "HoloV",
     "MMTok",
