@@ -23,7 +23,7 @@ from dymu.cli import main
 from dymu.demo import asked as asking
 from dymu.demo import html, plots, results, turns, videos
 from dymu.demo.asked import Asked, Subject
-from dymu.demo.groups import IN_PROMPT, Group, Groups, Watching, groups_of
+from dymu.demo.groups import BEHIND, Group, Groups, Watching, groups_of
 from dymu.errors import BadImage, BadPrompt, BadVideo
 from dymu.media.frames import LoadedVideo
 from dymu.media.images import load
@@ -281,7 +281,7 @@ def test_pages_are_whole(subject: Subject, answered: list[Asked]) -> None:
         ElementTree.fromstring(page)
 
 
-@pytest.mark.parametrize("layer", [None, 0, IN_PROMPT, 3])
+@pytest.mark.parametrize("layer", [None, 0, BEHIND, 3])
 def test_groups_in_words(layer: int | None) -> None:
     cells = np.array([[0, 0], [0, 1]])
     assert html.about(Group(2, layer, cells, (0, 0, 0))).startswith("2 patches are one token")

@@ -18,8 +18,8 @@ from dymu.reducers import Candidates, FixedMerge, Reduced, Reducer, Shown, SomeM
 from dymu.report import Report
 from dymu.token_map import TokenMap
 
-IN_PROMPT = -1
-"""In place of a layer: tokens merged where they stand in the prompt."""
+BEHIND = -1
+"""In place of a layer: tokens merged behind the encoder, such as where they stand in the prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class Group:
 
     Attributes:
         size: how many of the picture's tokens.
-        layer: after which encoder layer the last of them joined; 0: it stands for itself; `IN_PROMPT`; None: not known.
+        layer: after which encoder layer the last of them joined; 0: it stands for itself; `BEHIND`; None: not known.
         cells: rows and columns of the patches, [n, 2].
         colour: their mean.
     """
@@ -161,9 +161,9 @@ def _by_group(items: list[Item], watching: Watching) -> tuple[list[int], list[in
             own = slice(begin, begin + item.pictures)
             unit = _unit_of(item, location[own])
             layer = joined[own].flatten()[unit]
-            layer[count[item.group.clamp(min=0)] > in_encoder[own].flatten()[unit]] = IN_PROMPT
+            layer[count[item.group.clamp(min=0)] > in_encoder[own].flatten()[unit]] = BEHIND
         begin += item.pictures
-        of_group = torch.full((item.kept,), IN_PROMPT, device=layer.device)
+        of_group = torch.full((item.kept,), BEHIND, device=layer.device)
         there = item.group >= 0
         of_group = of_group.scatter_reduce(0, item.group[there], layer[there], "amax")
         sizes += count.tolist()

@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from dymu.demo.asked import Asked, Box, Promise, Subject, as_json, as_python, command
-from dymu.demo.groups import IN_PROMPT, Group, Groups
+from dymu.demo.groups import BEHIND, Group, Groups
 from dymu.forecast import Forecast
 from dymu.measure.times import Times
 
@@ -213,8 +213,8 @@ def about(group: Group) -> str:
     patches = f"{group.size} patches are one token"
     if group.layer is None or group.layer == 0:
         return patches
-    if group.layer == IN_PROMPT:
-        return f"{patches}, the last joined in the prompt"
+    if group.layer == BEHIND:
+        return f"{patches}, the last joined behind the encoder"
     return f"{patches}, the last joined in encoder layer {group.layer}"
 
 
