@@ -68,7 +68,8 @@ class DensityPeaks(Reducer):
         keeps = None if self.keep is None else kept_of_rows(self.keep, tokens)
         for row, count in enumerate(tokens.counts):
             x = at_least_float32(tokens.features[row, :count])
-            distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
+            x = x - x.mean(0)  # so that no digits are lost to what all have in common
+            distance = torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
             score = peaks(distance, self.neighbours)
             if keeps is not None:
                 centres = largest(score, keeps[row])

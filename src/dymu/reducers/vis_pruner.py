@@ -26,12 +26,13 @@ def pruned(score: Tensor, x: Tensor, keep: int, important: float) -> Tensor:
         important: part of `keep` that is kept for its attention.
     """
     order, x = largest(score, len(score)), normalize(x, dim=-1)
+    cosine = x @ x.mT
     first = int(keep * important)
     kept, rest, wanted = order[:first], order[first:], keep - first
     while len(rest) > wanted:
         even, odd = rest[0::2], rest[1::2]
         drop = min(ROUND, len(rest) - wanted, len(even))
-        alike = (x[even] @ x[odd].mT).amax(1) if len(odd) else x.new_zeros(len(even))
+        alike = cosine[even[:, None], odd].amax(1) if len(odd) else x.new_zeros(len(even))
         rest = torch.cat((even[largest(alike, len(even))[drop:]], odd))
     return torch.cat((kept, rest))
 
