@@ -19,6 +19,7 @@ WORKERS ?= 2
 BUDGET ?= 0.30
 PHOTO ?= examples/photo.jpg
 QUESTION ?= What is this?
+export PHOTO QUESTION
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -29,7 +30,7 @@ CODE := src scenes tests training benchmarks experiments examples
 .PHONY: demo setup test test-serving test-page contract encoders check format-check lint types imports format clean
 
 demo: setup
-	$(BIN)/dymu run $(PHOTO) "$(QUESTION)" --budget $(BUDGET) --compare --draw demo.png
+	@PHOTO="$$PHOTO" QUESTION="$$QUESTION" $(BIN)/dymu run "$$PHOTO" "$$QUESTION" --budget $(BUDGET) --compare --draw demo.png
 
 setup: $(READY)
 

@@ -88,6 +88,11 @@ def test_a_file_of_another_run_or_a_damaged_one(header: Header, tmp_path: Path) 
     other = Header(**{name: getattr(header, name) for name in header.__struct_fields__} | {"prompt": "Why?"})
     with pytest.raises(BadResults, match="differs in prompt"):
         caption(lambda batches: iter(()), other, [], path, progress=False)
+    older = Header(**{name: getattr(header, name) for name in header.__struct_fields__} | {"versions": {"torch": "1"}})
+    with pytest.raises(
+        BadResults, match=r"differs in versions \(dymu .*, torch 2.*, now 1, transformers 5.*, now None\)"
+    ):
+        caption(lambda batches: iter(()), older, [], path, progress=False)
     row = b'{"image": "a.png", "caption": "a"}\n'
     path.write_bytes(path.read_bytes() + row * 2)
     with pytest.raises(BadResults, match=r"line 3 .* same image, a\.png"):

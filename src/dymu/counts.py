@@ -51,6 +51,8 @@ class Count:
         for name in ("at_most", "exactly"):
             value = getattr(self, name)
             value = value if value is None else number(value, f"`{name}` is a number of tokens or a fraction of them")
+            if value is not None and not value > 0:
+                raise BadBudget(f"cannot keep {value:g} tokens of an image; keep at least 1.")
             if isinstance(value, float) and value > 1 and not value.is_integer():
                 raise BadBudget(f"{name}={value:g} is neither a whole number of tokens nor a fraction of all.")
 

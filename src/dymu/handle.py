@@ -368,6 +368,8 @@ class Handle:
             raise BadFocus("every image keeps exactly so many tokens, so that none can be added; leave focus_adds out.")
         inside = NOTHING if adds else None
         if isinstance(focus, list):
+            if focus and isinstance(focus[0], int | float):
+                raise BadFocus(f"a list has one focus for each image: give a box as a tuple, {tuple(focus)!r}.")
             return InFocus(tuple(map(spec_of, focus)), inside)
         return None if focus is None else InFocus(spec_of(focus), inside)
 

@@ -106,6 +106,8 @@ def draw(
         "budgets": budgets,
         "images": rows,
     }
+    if layers:
+        out.note(f"merged at a budget of {budgets[0]:g}")
     out.result(data, lambda: _for_people(rows, headings))
     out.wrote(output)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -19,12 +20,21 @@ class BadResults(DymuError):
 
 def check_same_run(path: Path, header: msgspec.Struct, before: msgspec.Struct, names: Iterable[str]) -> None:
     """Raises: BadResults, unless the record of a run and that of the file agree in all of these fields."""
-    differing = sorted(name for name in names if getattr(header, name) != getattr(before, name))
+    pairs = {name: (getattr(before, name), getattr(header, name)) for name in sorted(names)}
+    differing = [_difference(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
     if differing:
         raise BadResults(
             f"{path} belongs to another run, which differs in {', '.join(differing)}: name another file with -o, or "
             "delete it."
         )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """The name of a field, and of one that holds versions which of them differ."""
+    if name != "versions":
+        return name
+    changed = (key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+    return f"versions ({', '.join(f'{key} {before.get(key)}, now {now.get(key)}' for key in changed)})"
 
 
 def read_bytes(path: Path) -> bytes:

@@ -26,6 +26,8 @@ def check_keep(reducer: Any, name: str = "keep") -> None:
     keep = number(getattr(reducer, name), f"`{name}` is a number of tokens or a fraction of them")
     if not (keep > 0 and math.isfinite(keep)):
         raise BadBudget(f"cannot keep {keep:g} tokens of an image; keep at least 1.")
+    if isinstance(keep, float) and keep > 1 and not keep.is_integer():
+        raise BadBudget(f"{name}={keep:g} is neither a whole number of tokens nor a fraction of all.")
     object.__setattr__(reducer, name, keep)  # reducers are frozen
 
 
