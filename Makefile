@@ -30,7 +30,7 @@ CODE := src scenes tests training benchmarks experiments examples
 .PHONY: demo setup test test-serving test-page contract encoders check format-check lint types imports format clean
 
 demo: setup
-	@PHOTO="$$PHOTO" QUESTION="$$QUESTION" $(BIN)/dymu run "$$PHOTO" "$$QUESTION" --budget $(BUDGET) --compare --draw demo.png
+	$(BIN)/dymu run "$$PHOTO" "$$QUESTION" --budget $(BUDGET) --compare --draw demo.png
 
 setup: $(READY)
 
