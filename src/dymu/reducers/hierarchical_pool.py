@@ -26,16 +26,23 @@ def ward(distance: Tensor, clusters: int) -> tuple[Tensor, list[float]]:
     """
     squares = distance.square().fill_diagonal_(torch.inf)
     size, label = squares.new_ones(len(squares)), torch.arange(len(squares), device=squares.device)
+    least, nearest = squares.min(1)
     heights = list[float]()
     for _ in range(len(squares) - clusters):
-        first, second = sorted(divmod(int(squares.argmin()), len(squares)))
-        least, total = squares[first, second].clone(), size + size[first] + size[second]
-        joined = (size + size[first]) * squares[first] + (size + size[second]) * squares[second] - size * least
-        heights.append(float(least.sqrt()))
+        one = int(least.argmin())
+        first, second = sorted((one, int(nearest[one])))
+        height, total = squares[first, second].clone(), size + size[first] + size[second]
+        joined = (size + size[first]) * squares[first] + (size + size[second]) * squares[second] - size * height
+        heights.append(float(height.sqrt()))
         squares[first] = squares[:, first] = joined / total
         squares[second] = squares[:, second] = squares[first, first] = torch.inf
         size[first] += size[second]
         label[label == second] = first
+        closer = squares[first] < least
+        least[closer], nearest[closer] = squares[first][closer], first
+        stale = (nearest == first) | (nearest == second)
+        stale[first] = True
+        least[stale], nearest[stale] = squares[stale].min(1)
     return label, heights
 
 
