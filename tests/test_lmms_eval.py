@@ -191,7 +191,7 @@ def test_families_with_processors_of_their_own(plugin, family, monkeypatch):
     photos = [photo.resize(size) for photo, size in zip(tiny.photos(3), sizes, strict=True)]
     questions = ["what", "is this", "?"]
     documents = [{"images": [photo], "question": text} for photo, text in zip(photos, questions, strict=True)]
-    ours = make(plugin, "nowhere", documents, budget=None, merge_fixed=0.4, batch_size=3)
+    ours = make(plugin, "nowhere", documents, budget=0.4, method="tome", batch_size=3)
     ours.max_length = 2000
     found = pairs(ours.loglikelihood(scored(documents, [" cat"])))
     texts = ours.generate_until(asked(documents))
@@ -290,11 +290,11 @@ def test_what_was_kept_is_said_at_the_end(plugin, folder, documents, monkeypatch
 def test_fixed_merging_and_no_unmerging(plugin, folder, documents, monkeypatch):
     said = []
     monkeypatch.setattr(plugin, "log_metrics", lambda *given: said.append(given[-1]["image_tokens_kept"]))
-    fixed = make(plugin, folder, documents, budget=None, merge_fixed=12)
+    fixed = make(plugin, folder, documents, budget=12, method="tome")
     with_unmerging = pairs(fixed.loglikelihood(scored(documents)))
     fixed.clean()
     assert said == [12]
-    without = make(plugin, folder, documents, budget=None, merge_fixed=12, unmerge="none")
+    without = make(plugin, folder, documents, budget=12, method="tome", unmerge="none")
     assert pairs(without.loglikelihood(scored(documents))) != with_unmerging
 
 
@@ -302,7 +302,7 @@ def test_fixed_merging_and_no_unmerging(plugin, folder, documents, monkeypatch):
     ("options", "sentence"),
     [
         ({"budget": None, "unmerge": "none"}, "needs something merged"),
-        ({"merge_fixed": 12}, "without thresholds and budget"),
+        ({"method": "tome", "thresholds": "some"}, "without thresholds="),
         ({"budget": 5}, "outside 20 to 40"),
         ({"thresholds": "nowhere.json"}, "nowhere.json"),
     ],

@@ -47,7 +47,7 @@ class Method:
         needs: what it reads beside tokens.
         adapts: whether how many tokens are left depends on the picture.
         paper: its number at arXiv.
-        arguments: from the part to keep, to the reducer's arguments; None: it has a field `keep`.
+        arguments: from what to keep, to the reducer's arguments; None: it has a field `keep`.
         compared: whether so many tokens can be asked for.
     """
 
@@ -63,7 +63,7 @@ class Method:
     needs: str = ""
     adapts: bool = False
     paper: str = ""
-    arguments: Callable[[float], dict[str, Any]] | None = None
+    arguments: Callable[[int | float], dict[str, Any]] | None = None
     compared: bool = True
 
     def unmerges(self, way: str) -> str:
@@ -75,11 +75,11 @@ class Method:
         """What stands for dropped tokens where the language model attends in this way."""
         return "nearest" if self.leaves == "filled" and way not in ("none", "original") else "none"
 
-    def make(self, row: Row, part: float, seed: int) -> Reducer:
+    def make(self, row: Row, keep: int | float, seed: int) -> Reducer:
         """The reducer for a row.
 
         Args:
-            part: fraction of an image's tokens to keep.
+            keep: of an image, a number of tokens, or a fraction of its own.
             seed: of the reducer's random numbers.
 
         Raises:
@@ -87,10 +87,10 @@ class Method:
             ValueError: the row names an argument that the method does not have.
         """
         kind: Any = getattr(import_module("dymu.reducers"), self.reducer)
-        settings = {"keep": part, "seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
+        settings = {"keep": keep, "seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
         taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings}
         if self.arguments is not None:
-            taken |= self.arguments(part)
+            taken |= self.arguments(keep)
         elif "keep" not in taken:
             raise TypeError(
                 f"{self.reducer} has no field `keep`, so {self.name} would ignore its budget; add the field."
@@ -122,9 +122,10 @@ def options_of(text: str) -> dict[str, Any]:
     return found
 
 
-def _of_zip(part: float) -> dict[str, float]:
+def _of_zip(keep: int | float) -> dict[str, int | float]:
     """The paper's shares of 64 tokens."""
-    return {"dominant": part * 54 / 64, "contextual": part * 10 / 64}
+    contextual = keep * 10 / 64 if isinstance(keep, float) and keep <= 1 else max(round(keep * 10 / 64), 1)
+    return {"dominant": keep - contextual, "contextual": contextual}
 
 
 def _prunes(name: str, label: str, colour: str, reducer: str, group: str, needs: str, paper: str) -> Method:
@@ -210,6 +211,25 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 UNTOUCHED = Row("untouched")
+
+
+def reducer_of(named: str, keep: int | float, unmerge: str, seed: int = 0) -> Reducer:
+    """The reducer of a method, with what stands for dropped tokens as the way to unmerge wants it.
+
+    Args:
+        named: a name, with further arguments if wanted: `holo-v:stretches=8`.
+        keep: of an image, a number of tokens, or a fraction of its own.
+
+    Raises:
+        ValueError: there is no such method, or it is no reducer that takes a number; or an argument that it has not.
+        BadBudget: nothing would be kept.
+    """
+    name, _, options = named.partition(":")
+    method = METHODS.get(name)
+    if method is None or not method.reducer or not method.compared:
+        known = [one.name for one in METHODS.values() if one.reducer and one.compared]
+        raise ValueError(f"{name!r} is no method that takes a number of tokens; choose some of {', '.join(known)}.")
+    return method.make(Row(name, 1, unmerge, (method.schedules or ("",))[0], options), keep, seed)
 
 
 def way_of(row: Row) -> str:

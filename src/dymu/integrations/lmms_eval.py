@@ -24,11 +24,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from dymu.choices import Unmerge
 from dymu.errors import BadBudget, BadPrompt, DymuError
+from dymu.evaluation.methods import reducer_of
 from dymu.families.resolve import resolve
 from dymu.files import expanded
 from dymu.handle import Handle, apply
 from dymu.prompting import adds_special_tokens, placeholder_of, processed
-from dymu.reducers import FixedMerge
 from dymu.thresholds import beside
 
 _MAX_NEW_TOKENS = 1024
@@ -42,8 +42,9 @@ class Dymu(lmms):
         pretrained: folder or hub name of a model of a described family (`dymu families`).
         thresholds: a thresholds file; without it, `thresholds.json` in the model's folder.
         budget: average of image tokens, in tokens or as a fraction. With neither a budget nor thresholds nor
-            `merge_fixed`, the model is untouched.
-        merge_fixed: every image keeps so many tokens (plain ToMe, `dymu.FixedMerge`), instead of thresholds.
+            a method, the model is untouched.
+        method: another than DToMe, see `dymu methods`, with further arguments if wanted: `holo-v:stretches=8`. It takes
+            a budget, and no thresholds.
         unmerge: see `dymu.apply`.
         device: `cpu`, `cuda:1`, ...; without it, the accelerator of this process if there is one.
         dtype: as in transformers; without it, the checkpoint's on an accelerator and `float32` on a CPU.
@@ -63,7 +64,7 @@ class Dymu(lmms):
         pretrained: str,
         thresholds: str | None = None,
         budget: int | float | None = None,
-        merge_fixed: int | float | None = None,
+        method: str | None = None,
         unmerge: Unmerge = "exact",
         device: str | None = None,
         dtype: str | None = None,
@@ -87,7 +88,7 @@ class Dymu(lmms):
         self.model = model.to(self.device).eval()
         self.max_length = max_length or model.config.get_text_config().max_position_embeddings
         self._reads_prompts_both_ways = resolve(model).family.both_ways == "prefix"
-        self.handle = _applied(model, pretrained, thresholds, budget, merge_fixed, unmerge)
+        self.handle = _applied(model, pretrained, thresholds, budget, method, unmerge)
         self._kept: list[int] = []
         self._original: list[int] = []
         self._seconds, self._new_tokens = 0.0, 0
@@ -251,16 +252,16 @@ def _applied(
     pretrained: str,
     thresholds: str | None,
     budget: int | float | None,
-    merge_fixed: int | float | None,
+    method: str | None,
     unmerge: Unmerge,
 ) -> Handle | None:
-    if merge_fixed is not None:
-        if thresholds is not None or budget is not None:
-            raise BadBudget("merge_fixed says itself how many tokens stay; give it without thresholds and budget.")
-        return apply(model, merge=FixedMerge(keep=merge_fixed), unmerge=unmerge)
+    if method is not None:
+        if thresholds is not None or budget is None:
+            raise BadBudget("a method takes a budget, and no thresholds: give it with budget=, without thresholds=.")
+        return apply(model, merge=reducer_of(method, budget, unmerge), unmerge=unmerge)
     if thresholds is None and budget is None:
         if unmerge != "exact":
-            raise BadBudget(f"unmerge={unmerge} needs something merged; give a budget or merge_fixed as well.")
+            raise BadBudget(f"unmerge={unmerge} needs something merged; give a budget as well.")
         return None
     return apply(model, thresholds or beside(pretrained, "thresholds=FILE"), budget=budget, unmerge=unmerge)
 
