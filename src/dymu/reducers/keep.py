@@ -101,22 +101,21 @@ def check_of_items(shown: Shown, keep: int | float) -> None:
     """Refuse a number of tokens that an image with all its tiles, or a video, cannot keep.
 
     Raises:
-        BadBudget: it is more than one has, or fewer than an image's tiles.
+        BadBudget: it is more than one has.
         BadPrompt: it is a number, and not known which tiles are of one image.
     """
-    if is_part(keep):
-        return
-    shown.check_by_image()
-    for pictures in shown.items:
-        if kept_of(keep, sum(pictures)) < len(pictures) and not shown.video:
-            raise BadBudget(
-                f"cannot keep {keep:g} tokens of an image that is cut into {len(pictures)} pictures, each of which "
-                "keeps at least one; take more."
-            )
+    if not is_part(keep):
+        shown.check_by_image()
+        for pictures in shown.items:
+            kept_of(keep, sum(pictures))
 
 
 def kept_of_rows(keep: int | float, tokens: Tokens) -> list[int]:
-    """How many each row keeps; tiles that are rows by themselves share out what their image keeps."""
+    """How many each row keeps; tiles that are rows by themselves share out what their image keeps.
+
+    Raises:
+        BadBudget: it is fewer than the tiles.
+    """
     if is_part(keep):
         return [kept_of(keep, count) for count in tokens.counts]
     keeps, rows = [0] * len(tokens.counts), dict[int, list[int]]()
@@ -125,6 +124,11 @@ def kept_of_rows(keep: int | float, tokens: Tokens) -> list[int]:
     for of_image in rows.values():
         others = [tokens.counts[row] - 1 for row in of_image]  # than the one that each keeps at least
         total = kept_of(keep, sum(tokens.counts[row] for row in of_image)) - len(of_image)
+        if total < 0:
+            raise BadBudget(
+                f"cannot keep {keep:g} tokens of an image that is cut into {len(of_image)} pictures, each of which "
+                "keeps at least one; take more."
+            )
         for row, more in zip(of_image, shared_out(total, others, others), strict=True):
             keeps[row] = 1 + more
     return keeps
