@@ -107,7 +107,7 @@ def average_attention(
             x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor) and not x.is_floating_point()
         )
         at = positions.reshape(-1, len(ids)).mT.double()
-        away = (at - share @ at).square().sum(1)
+        away = (same.sum(1, keepdim=True) * at - same @ at).square().sum(1)  # whole numbers, so that ties are
         chosen = torch.where(same > 0, away, torch.inf).argmin(1)
         taken["representative"] = torch.nn.functional.one_hot(chosen, len(ids)).double()
 

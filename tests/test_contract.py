@@ -328,7 +328,7 @@ def test_a_row_of_text_beside_rows_with_images(model):
                 present = batch["attention_mask"][row].bool()
                 tiny.close(together[row][present], alone, part=1e-4)
                 if rule is NOTHING:
-                    tiny.close(alone, stock[row][present])
+                    tiny.close(alone, stock[row][present], part=2e-5)
 
 
 def test_a_row_of_a_batch_gets_what_it_gets_alone_in_bfloat16(model):

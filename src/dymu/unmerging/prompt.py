@@ -139,7 +139,8 @@ def nearest_to_mean(tokens: TokenMap, positions: Tensor) -> Tensor:
     equally near ones. 0 past a row's end."""
     positions = positions.double().reshape(tokens.batch, tokens.tokens, -1)
     group = tokens.group.clamp(min=0)
-    away = (positions - take(tokens.average(positions), group)).square().sum(-1)
+    size = take(tokens.size().double(), group)[..., None]
+    away = (size * positions - take(tokens.sum(positions), group)).square().sum(-1)  # whole numbers, so that ties are
     bag = torch.where(tokens.group < 0, tokens.width, tokens.group)
     least = away.new_full((tokens.batch, tokens.width + 1), torch.inf).scatter_reduce(1, bag, away, "amin")
     index = torch.arange(tokens.tokens, device=group.device).expand_as(group)
