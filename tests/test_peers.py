@@ -219,4 +219,5 @@ def test_whole_parts_are_shared_out() -> None:
     assert shared_out(7, [1, 1, 1], [9, 9, 9]) == [3, 2, 2]
     assert shared_out(10, [1, 3], [9, 5]) == [5, 5]
     assert shared_out(0, [1, 2], [3, 3]) == [0, 0]
+    assert shared_out(3, [math.nan, 1, math.nan], [2, 1, 2]) == [1, 1, 1]
     assert sum(shared_out(17, [0.2, 0.5, 0.3], [30, 30, 30])) == 17

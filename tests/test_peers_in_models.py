@@ -137,6 +137,8 @@ def test_a_picture_of_nan_spoils_no_neighbour(rule):
         model(input_ids=torch.stack(prompts), pixel_values=images)
         assert torch.equal(handle.last.group(0), groups[0])
         assert torch.equal(handle.last.group(2), groups[2])
+        if type(rule) in (*KEEP, *MERGE):
+            assert handle.last.kept[1] == handle.last.kept[0]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

@@ -55,4 +55,4 @@ class DARTEmbeddings(KeepOfPictures):
     fill_nearest = fill_alike
 
     def choose_of(self, tokens: Tokens, row: int, index: Tensor, keep: int) -> Tensor:
-        return unlike_pivots(at_least_float32(tokens.features[row, index]), at_least_float32(tokens.words[row]), keep)
+        return unlike_pivots(tokens.values(row)[index], at_least_float32(tokens.words[row]), keep)

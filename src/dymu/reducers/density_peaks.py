@@ -13,7 +13,7 @@ from torch import Tensor
 from dymu.reducers.faster_vlm import largest
 from dymu.reducers.keep import check_keep, check_of_items, kept_of, kept_of_rows
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
-from dymu.token_map import TokenMap, at_least_float32, leaders_of
+from dymu.token_map import TokenMap, leaders_of
 
 
 def peaks(distance: Tensor, neighbours: int) -> Tensor:
@@ -67,7 +67,7 @@ class DensityPeaks(Reducer):
         label = torch.full_like(tokens.map.first(), -1)
         keeps = None if self.keep is None else kept_of_rows(self.keep, tokens)
         for row, count in enumerate(tokens.counts):
-            x = at_least_float32(tokens.features[row, :count])
+            x = tokens.values(row)
             x = x - x.mean(0)  # so that no digits are lost to what all have in common
             distance = torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
             score = peaks(distance, self.neighbours)

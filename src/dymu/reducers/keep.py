@@ -83,6 +83,7 @@ def kept_of(keep: int | float, tokens: int) -> int:
 def shared_out(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
     """A number in whole parts, about in proportion to the weights, none above its `most`: rounded down, and what is
     left one by one to the largest remainders, of equal ones to the first."""
+    weights = [weight if weight > 0 else 0.0 for weight in weights]  # also what is no number
     parts, left = [0] * len(weights), total
     while left:
         there = [index for index, part in enumerate(parts) if part < most[index]]

@@ -247,21 +247,25 @@ class Tokens:
     @property
     def words(self) -> Sequence[Tensor]:
         """For each row the embeddings [words, C] of `text`."""
-        return [self.shown.embed(ids) for ids in self.text]
+        return [self.shown.embed(ids).nan_to_num(0, 0, 0) for ids in self.text]
 
     def indices(self, row: int) -> list[Tensor]:
         """Of a row, the tokens of each of its pictures that has any: int64 [tokens] each, rising."""
         picture = self.picture[row].gather(0, self.map.first()[row, : self.counts[row]])
         return [(picture == number).nonzero()[:, 0] for number in picture.unique().tolist()]
 
+    def values(self, row: int) -> Tensor:
+        """float32 [tokens, C], the features of a row, for choosing among them: 0 where they are no finite numbers."""
+        return at_least_float32(self.features[row, : self.counts[row]]).nan_to_num(0, 0, 0)
+
     def unit(self, row: int) -> Tensor:
-        """float32 [tokens, C], the features of a row, each of length 1."""
-        return normalize(at_least_float32(self.features[row, : self.counts[row]]), dim=-1)
+        """The same, each of length 1."""
+        return normalize(self.values(row), dim=-1)
 
     def of_pictures(self, grids: Sequence[Tensor]) -> Tensor:
         """What stands at the patches of each picture, [rows, columns, ...], for each token, [B, T, ...]: the mean over
-        its places."""
-        return self.map.average(self.find_places(grids))
+        its places, 0 where that is no finite number."""
+        return self.map.average(self.find_places(grids)).nan_to_num(0, 0, 0)
 
     def attention(self, layer: int | None = -1, heads: bool = True) -> Tensor:
         """float32 [B, T], the attention that each token gets in an encoder layer, see `Sources.attention`."""

@@ -13,7 +13,6 @@ from dymu.reducers.faster_vlm import largest
 from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import FixedKeep, shared_out
 from dymu.reducers.reducer import Tokens
-from dymu.token_map import at_least_float32
 
 WIDTHS = tuple(2.0**power for power in range(-3, 2))
 TEMPERATURE = 0.01
@@ -51,7 +50,7 @@ class VidCom2(FixedKeep):
     fill_nearest = fill_alike
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
-        x = at_least_float32(tokens.features[row, : tokens.counts[row]])
+        x = tokens.values(row)
         x = normalize(x[:, largest(-x.var(0, correction=0), x.shape[1] // 2)], dim=-1)
         frames = tokens.indices(row)
         of_video = likeness(x, x.mean(0))
