@@ -172,7 +172,7 @@ def test_what_a_budget_says(counting: Counting, photo: Image.Image, expected: di
             assert kept == most if counting == "exactly" else min(least, 20) <= kept <= most
         status, answer = posted(url, body_for([data_url(photo)], budget=300 if counting == "exactly" else 0))
         assert status == 400, answer
-        assert ("have 256" if counting == "exactly" else "outside 13 to 256") in answer["error"]["message"]
+        assert ("have 256" if counting == "exactly" else "keep at least 1") in answer["error"]["message"]
 
 
 def test_text_alone_and_two_images(url: str, photo: Image.Image) -> None:
