@@ -39,7 +39,7 @@ from dymu.measure.costs import cost
 from dymu.measure.results import BadResults
 from dymu.measure.times import Cost
 from dymu.prompting import Answer, generate, inputs_for
-from dymu.reducers import Reduced, Stride, Tokens
+from dymu.reducers import Reduced, Stride, Tokens, VScan
 from dymu.thresholds import Calibrated, Thresholds
 
 WORDS = ("red", "cat", "a")
@@ -131,6 +131,15 @@ def test_rows_are_every_combination_that_says_something():
     assert "downscale-9-none" in keys, "the square nearest to 8"
     with pytest.raises(ValueError, match="'best' is unknown"):
         rows_for([8], ["best"])
+    with pytest.raises(ValueError, match="dtome takes no further arguments: leave 'side=4' out"):
+        rows_for([8], ["dtome:side=4"])
+    (_, scan) = rows_for([8], ["v-scan:side=4,early=3"])
+    assert METHODS["v-scan"].make(scan, 8, 0) == VScan(8, side=4, early=3)
+    assert series(scan) == "VScan, first half side=4,early=3 + VTU"
+    for wrong, said in (("v-scan:sides=4", "no argument 'sides'"), ("v-scan:side=a", "does not take 'side=a'")):
+        (_, row) = rows_for([8], [wrong])
+        with pytest.raises(ValueError, match=said):
+            METHODS["v-scan"].make(row, 8, 0)
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}<image> what ?", "<image> what ?"])

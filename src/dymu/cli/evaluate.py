@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +34,7 @@ from dymu.cli.app import (
 )
 from dymu.cli.output import Output, check_writable, write_text, write_whole
 from dymu.errors import DymuError
-from dymu.evaluation.methods import COMPARED, options_of
+from dymu.evaluation.methods import COMPARED, METHODS, options_of
 from dymu.files import expanded
 
 MethodName = StrEnum("MethodName", [(name.upper(), name) for name in COMPARED])  # type: ignore[misc]
@@ -50,11 +50,20 @@ def _method(text: str) -> str:
     name, _, options = text.partition(":")
     if name not in COMPARED:
         raise typer.BadParameter(f"{name!r} is no method to compare; choose some of {', '.join(COMPARED)}.")
+    if options and not METHODS[name].reducer:
+        raise typer.BadParameter(f"{name} takes no further arguments: leave {options!r} out.")
     try:
         options_of(options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return text
+
+
+def _check_arguments(text: str, reducer_of: Callable[[str, float, str], Any]) -> None:
+    try:
+        reducer_of(text, 0.5, "none")
+    except ValueError as error:
+        raise typer.BadParameter(f"--method {text}: {error}") from error
 
 
 @app_command(MEASURE, "dymu evaluate models/demo --task my-questions/ -b 0.3 -b 0.15 -o results.jsonl")
@@ -132,9 +141,12 @@ def evaluate(
         raise typer.BadParameter("two of the --thresholds files are of one schedule; give one for each.")
     with out.during("loading torch and transformers"):
         quieten_transformers()
-        from dymu.evaluation.methods import rows_for
+        from dymu.evaluation.methods import reducer_of, rows_for
         from dymu.evaluation.run import evaluate as run_all
         from dymu.evaluation.run import full_tokens
+    for text in method:
+        if ":" in text:
+            _check_arguments(text, reducer_of)
     with out.during(f"loading {named.name}"):
         loaded = models.load(named, device, dtype)
     full = full_tokens(loaded.model, loaded.processor, calibrated, tasks)

@@ -100,12 +100,15 @@ class Method:
             if name not in own:
                 raise ValueError(f"{self.name} has no argument {name!r}; it has {', '.join(own) or 'none'}.")
             taken[name] = value
-        reducer: Reducer = kind(**taken)
+        try:
+            reducer: Reducer = kind(**taken)
+        except TypeError as error:
+            raise ValueError(f"{self.name} does not take {row.options!r}: {error}.") from error
         return reducer
 
 
 def options_of(text: str) -> dict[str, Any]:
-    """The arguments in `stretches=8,fill=nearest`.
+    """The arguments in `side=4,early=3`.
 
     Raises:
         ValueError: it is no list of such.
@@ -264,6 +267,9 @@ def rows_for(
     """
     named, ways = [method.partition(":")[::2] for method in methods], list(unmerge)
     check_names([name for name, _ in named], ways)
+    for name, options in named:
+        if options and not METHODS[name].reducer:
+            raise ValueError(f"{name} takes no further arguments: leave {options!r} out.")
     rows = [UNTOUCHED]
     for budget in sorted(set(budgets), reverse=True):
         for method, options in ((METHODS[name], options) for name, options in named if name != "untouched"):

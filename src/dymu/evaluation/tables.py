@@ -27,7 +27,8 @@ def series(row: Row) -> str:
     single = METHODS[row.method].leaves == "singles" and row.unmerge == "exact"
     unmerge = " in place" if single else _UNMERGE[row.unmerge]
     schedule = f" ({row.schedule.replace('_', '-')})" if row.method == "dtome" else ""
-    return METHODS[row.method].label + unmerge + schedule
+    options = f" {row.options}" if row.options else ""
+    return METHODS[row.method].label + options + unmerge + schedule
 
 
 def accuracy_table(summaries: Sequence[RowSummary], against: str = "untouched") -> str:

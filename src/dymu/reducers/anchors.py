@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import FixedKeep
-from dymu.reducers.reducer import Reduced, Tokens
+from dymu.reducers.reducer import Tokens
 
 
 def anchors(cosine: Tensor, keep: int) -> Tensor:
@@ -36,11 +35,8 @@ class Anchors(FixedKeep):
 
     keep: int | float
     fill = "nearest"
-    fill_nearest = fill_alike
+    averages = True
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         x = tokens.unit(row)
         return anchors(x @ x.mT, keep)
-
-    def in_prompt(self, tokens: Tokens) -> Reduced:
-        return Reduced(super().in_prompt(tokens).map)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from dymu.reducers.div_prune import far_apart
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import FixedKeep
-from dymu.reducers.reducer import Reduced, Tokens
+from dymu.reducers.reducer import Tokens
 
 
 def hardest(x: Tensor, keep: int, basis: int) -> Tensor:
@@ -41,7 +40,7 @@ class ApET(FixedKeep):
     keep: int | float
     basis: int = 10
     fill = "nearest"
-    fill_nearest = fill_alike
+    averages = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +49,3 @@ class ApET(FixedKeep):
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         return hardest(tokens.unit(row), keep, self.basis)
-
-    def in_prompt(self, tokens: Tokens) -> Reduced:
-        return Reduced(super().in_prompt(tokens).map)

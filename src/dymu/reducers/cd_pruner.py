@@ -11,7 +11,6 @@ from torch.nn.functional import normalize
 
 from dymu.choices import Fill
 from dymu.reducers.div_prune import far_apart
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import FixedKeep
 from dymu.reducers.reducer import Tokens
 from dymu.token_map import at_least_float32
@@ -61,7 +60,6 @@ class CDPruner(FixedKeep):
 
     keep: int | float
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         x, words = tokens.unit(row), normalize(at_least_float32(tokens.words[row]), dim=-1)

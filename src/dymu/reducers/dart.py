@@ -10,7 +10,6 @@ from torch.nn.functional import normalize
 
 from dymu.choices import Fill
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import KeepOfPictures
 from dymu.reducers.reducer import Tokens
 from dymu.token_map import at_least_float32
@@ -52,7 +51,6 @@ class DARTEmbeddings(KeepOfPictures):
 
     keep: int | float
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def choose_of(self, tokens: Tokens, row: int, index: Tensor, keep: int) -> Tensor:
         return unlike_pivots(tokens.values(row)[index], at_least_float32(tokens.words[row]), keep)

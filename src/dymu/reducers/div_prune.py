@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dymu.choices import Fill
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import FixedKeep
 from dymu.reducers.reducer import Tokens
 
@@ -41,7 +40,6 @@ class DivPrune(FixedKeep):
 
     keep: int | float
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         x = tokens.unit(row)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dymu.choices import Fill
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import KeepOfPictures
 from dymu.reducers.reducer import Tokens
 
@@ -31,7 +30,6 @@ class FasterVLM(KeepOfPictures):
 
     keep: int | float
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def reads(self, layers: int) -> tuple[int]:
         return (-1,)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dymu.choices import Fill
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import KeepOfPictures
 from dymu.reducers.reducer import Tokens
 
@@ -50,7 +49,6 @@ class HoloV(KeepOfPictures):
     keep: int | float
     stretches: int = 16
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def __post_init__(self) -> None:
         super().__post_init__()

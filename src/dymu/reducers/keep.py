@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dymu.choices import Fill
 from dymu.errors import BadBudget
+from dymu.reducers.fill import fill_alike
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.thresholds import number
 
@@ -136,11 +137,17 @@ def kept_of_rows(keep: int | float, tokens: Tokens) -> list[int]:
 
 
 class FixedKeep(Reducer, ABC):
-    """Of every image or video, `keep` tokens stay where they stand; `fill` says what stands for the others."""
+    """Of every image or video, `keep` tokens stay where they stand; `fill` says what stands for the others.
+
+    Attributes:
+        fill_nearest: which kept token stands for each of the others.
+        averages: whether a kept token becomes the mean of all that it stands for.
+    """
 
     keep: int | float
     fill: Fill
-    fill_nearest: ClassVar[Callable[[Tokens, Reduced], Reduced]]
+    fill_nearest: ClassVar[Callable[[Tokens, Reduced], Reduced]] = fill_alike
+    averages: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_keep(self)
@@ -163,7 +170,9 @@ class FixedKeep(Reducer, ABC):
         for row, keep in enumerate(kept_of_rows(self.keep, tokens)):
             kept[row, self.choose(tokens, row, keep)] = True
         reduced = tokens.keep(kept)
-        return type(self).fill_nearest(tokens, reduced) if self.fill == "nearest" else reduced
+        if self.fill == "nearest":
+            reduced = type(self).fill_nearest(tokens, reduced)
+        return Reduced(reduced.map) if self.averages else reduced
 
 
 class KeepOfPictures(FixedKeep):

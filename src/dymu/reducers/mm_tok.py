@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dymu.choices import Fill
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import FixedKeep
 from dymu.reducers.reducer import Tokens
 from dymu.token_map import at_least_float32
@@ -55,7 +54,6 @@ class MMTok(FixedKeep):
 
     keep: int | float
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def reads(self, layers: int) -> tuple[None]:
         return (None,)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dymu.choices import Fill
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import FixedKeep
 from dymu.reducers.reducer import Tokens
 
@@ -29,7 +28,6 @@ class RandomKeep(FixedKeep):
     keep: int | float
     seed: int = 0
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         picture = tokens.shown.pixels[tokens.first[row]].detach().float().contiguous()

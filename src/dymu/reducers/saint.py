@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dymu.choices import Fill
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import KeepOfPictures
 from dymu.reducers.reducer import Tokens
 
@@ -39,7 +38,6 @@ class SAINT(KeepOfPictures):
 
     keep: int | float
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def reads(self, layers: int) -> tuple[int]:
         return (-1,)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import KeepOfPictures
-from dymu.reducers.reducer import Reduced, Tokens
+from dymu.reducers.reducer import Tokens
 
 
 def scanned(local: Tensor, overall: Tensor, window: Tensor, keep: int) -> Tensor:
@@ -53,7 +52,7 @@ class VScan(KeepOfPictures):
     side: int = 6
     early: int = 5
     fill = "nearest"
-    fill_nearest = fill_alike
+    averages = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +75,3 @@ class VScan(KeepOfPictures):
         scores = (tokens.attention(self.early), tokens.attention(), tokens.of_pictures(windows))
         local, overall, window = (score[row, index] for score in scores)
         return scanned(local, overall, window.round().long(), keep)
-
-    def in_prompt(self, tokens: Tokens) -> Reduced:
-        return Reduced(super().in_prompt(tokens).map)

@@ -10,7 +10,6 @@ from torch.nn.functional import normalize
 
 from dymu.choices import Fill
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import FixedKeep, shared_out
 from dymu.reducers.reducer import Tokens
 
@@ -47,7 +46,6 @@ class VidCom2(FixedKeep):
 
     keep: int | float
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         x = tokens.values(row)

@@ -10,7 +10,6 @@ from torch.nn.functional import normalize
 
 from dymu.choices import Fill
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.fill import fill_alike
 from dymu.reducers.keep import KeepOfPictures
 from dymu.reducers.reducer import Tokens
 
@@ -55,7 +54,6 @@ class VisPruner(KeepOfPictures):
     keep: int | float
     important: float = 0.5
     fill: Fill = "none"
-    fill_nearest = fill_alike
 
     def __post_init__(self) -> None:
         super().__post_init__()
