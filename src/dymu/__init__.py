@@ -28,6 +28,7 @@ _NAMES = {
 _HOME = {name: f"dymu.{module}" for module, names in _NAMES.items() for name in names}
 
 if TYPE_CHECKING:
+    from dymu import pruning as pruning
     from dymu import reducers as reducers
     from dymu.calibration.images import calibrate
     from dymu.calibration.videos import calibrate_videos
@@ -82,8 +83,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "reducers":
-        return import_module("dymu.reducers")
+    if name in ("pruning", "reducers"):
+        return import_module(f"dymu.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'dymu' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

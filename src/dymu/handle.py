@@ -31,6 +31,7 @@ from dymu.hooks.refusals import warn_of_hooks
 from dymu.hooks.replaced import Around, Method, Replaced, by_thread, config_view, refuse_copy
 from dymu.hooks.vision import VisionHooks
 from dymu.media import masks
+from dymu.pruning import Pruning
 from dymu.reducers import Reducer, Stage
 from dymu.report import Report
 from dymu.thresholds import Encoder, Thresholds, beside
@@ -57,6 +58,7 @@ def apply(
     representatives: int = 1,
     backend: str = "auto",
     cache: CacheForm = "merged",
+    prune: Pruning | None = None,
 ) -> Handle:
     """Make a stock vision-language model, or a vision encoder by itself, merge image tokens, in place.
 
@@ -99,23 +101,30 @@ def apply(
             fastest, see docs/triton.md.
         cache: `merged`: the KV cache holds one entry per merged token, M / N of the untouched cache. `fast`: also the
             keys of all tokens, (N + M) / 2N, which saves the time to unmerge them for each new token.
+        prune: which image tokens the layers of the language model run, such as `dymu.pruning.FastV(keep=0.5)`; by
+            itself, with nothing merged ahead of them.
 
     Returns:
         A handle to change the budget, see what merged, and undo it all.
 
     Raises:
-        UnsupportedModel: the model is of no described family, its layers do not compute what the description says, or
-            it reads image features that no layer made.
+        UnsupportedModel: the model is of no described family, its layers do not compute what the description says, it
+            reads image features that no layer made, or its language model cannot be unmerged, or pruned, so.
         AlreadyApplied: DyMU is applied to this model already.
         BadThresholds, BadBudget: the thresholds or the budget do not fit.
         BadFocus: what is in focus is no part of a picture.
         ValueError: an unknown `unmerge`, `backend` or `cache`, or any of them for an encoder by itself, a reducer that
             does not fit the encoder, both `thresholds` and `merge`, or `cache="fast"` with an `unmerge` that shows
             each merged token once.
-        TypeError: `merge` is no `Reducer`, or acts in no stage.
+        TypeError: `merge` is no `Reducer`, or acts in no stage; or `prune` is no `Pruning`.
     """
     if thresholds is not None and merge is not None:
         raise ValueError("give either thresholds (and a budget) or merge=, not both")
+    if prune is not None and not isinstance(prune, Pruning):
+        raise TypeError(f"prune= takes a dymu.pruning.Pruning such as dymu.pruning.FastV(keep=0.5), not {prune!r}")
+    counted = any(number is not None for number in (budget, per_second, at_most, exactly))
+    if prune is not None and thresholds is None and merge is None and not counted:
+        merge = NOTHING
     calibrated = _load(model, thresholds) if merge is None else None
     with _APPLYING:
         parts = parts_of(model)
@@ -139,18 +148,15 @@ def apply(
                 f'cache="fast" keeps the keys of all tokens, and with unmerge="{unmerge}" each merged token has one; '
                 "leave cache out."
             )
-        if isinstance(parts, LoneEncoder) and (unmerge, representatives, backend, cache) != (
-            "exact",
-            1,
-            "auto",
-            "merged",
+        if isinstance(parts, LoneEncoder) and (
+            prune is not None or (unmerge, representatives, backend, cache) != ("exact", 1, "auto", "merged")
         ):
-            raise ValueError("an encoder by itself has no language model: leave unmerge, backend and cache out")
+            raise ValueError("an encoder by itself has no language model: leave unmerge, backend, cache and prune out")
         if merge is not None:
             _check_reducer(merge)
-            if any(number is not None for number in (budget, per_second, at_most, exactly)):
+            if counted:
                 raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
-        handle = Handle(parts, calibrated, merge, unmerge, representatives, check_backend(backend), cache)
+        handle = Handle(parts, calibrated, merge, unmerge, representatives, check_backend(backend), cache, prune)
         handle._check_fits(parts)
         if merge is None:
             handle.set_budget(budget, per_second, at_most=at_most, exactly=exactly)
@@ -243,6 +249,7 @@ class Handle:
         representatives: int,
         backend: str,
         cache: CacheForm,
+        prune: Pruning | None = None,
     ) -> None:
         self._thresholds, self._calls = thresholds, Calls()
         self._parts, self._state = parts, CallState(self._calls)
@@ -251,7 +258,7 @@ class Handle:
             self._vision = EncoderHooks(parts, self._state, reducer)
         else:
             self._vision = VisionHooks(parts, self._state, reducer)
-            self._language = LanguageHooks(parts, self._state, unmerge, representatives, backend, cache)
+            self._language = LanguageHooks(parts, self._state, unmerge, representatives, backend, cache, prune)
             self._generation = GenerationHooks(parts, self._state)
         self._count = Count()
         self._tokens: float | None = None
@@ -639,6 +646,8 @@ class Handle:
         self._within(parts.rotary, "forward", language.rotary)
         for module in parts.mixers:
             self._within(module, "forward", language.mixer)
+        for index, module in enumerate(parts.decoder_layers if language.prune is not None else ()):
+            self._within(module, "forward", functools.partial(language.layer, index))
         for module in parts.last_by_token:
             self._within(module, "forward", language.by_token)
         choosing = parts.choosing_attention

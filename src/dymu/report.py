@@ -28,12 +28,15 @@ class Report:
         cache_bytes_full: bytes that the untouched model's cache would have.
         drift: what all images since the budget was set kept, over what those of calibration kept, on average; None: the
             budget says nothing of images like these, as with a focus, or no image was shown.
+        ran: for each prompt, where tokens are pruned within the language model, how many of its image tokens each layer
+            ran.
     """
 
     items: list[Item] = field(default_factory=list)
     cache_bytes: int = 0
     cache_bytes_full: int = 0
     drift: float | None = None
+    ran: list[list[int]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         counts = [f"{kept} of {original}" for kept, original in zip(self.kept, self.original, strict=True)]

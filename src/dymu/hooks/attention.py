@@ -185,7 +185,9 @@ def _turn(rotation: Rotation, turn: Tensor | None, size: int) -> tuple[Tensor | 
 class Probe(Protocol):
     """Stands in for a step where it is tried how a layer rotates, see `dymu.hooks.probe`."""
 
-    def attend(self, module: Any, query: Tensor, key: Tensor) -> Tensor: ...
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, scaling: float, window: int | None, softcap: float | None
+    ) -> Tensor: ...
 
 
 def unmerged_attention(
@@ -225,7 +227,7 @@ def unmerged_attention(
         return attended
     refuse_unknown(module, kwargs)
     if not isinstance(dymu_step, LayerSteps):
-        return dymu_step.attend(module, query, key), None
+        return dymu_step.attend(module, query, key, scaling, sliding_window, softcap), None
     if (packed := dymu_step.packed) is not None:
         query = packed.pad_heads(query)
         if len(key) < len(query):  # no cache has put them into rows

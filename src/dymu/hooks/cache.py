@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -190,20 +191,34 @@ class MergedLayer(DynamicLayer):
         self.keep_first(self.history.entries)
 
 
-def adopt(cache: Cache, form: CacheForm = "merged") -> History:
-    """Make an empty stock `DynamicCache` store merged tokens; a cache adopted before keeps its form and its history.
+def adopt(
+    cache: Cache, form: CacheForm = "merged", starts: Sequence[int] = (), layers: int | None = None
+) -> list[History]:
+    """Make an empty stock `DynamicCache` store merged tokens; a cache adopted before keeps its form and its histories.
+
+    Args:
+        starts: the layers from which on others of these tokens are stored, see `dymu.pruning`.
+        layers: of the language model, where it has such.
+
+    Returns:
+        What the entries stand for; with `starts`, of the layers ahead of the first one, and from each one on.
 
     Raises:
-        UnsupportedCache: another kind of cache, or one that was filled without DyMU.
+        UnsupportedCache: another kind of cache, or one that was filled without DyMU, or with another pruning.
     """
-    history = history_of(cache)
-    if history is not None:
-        if history.interrupted:
+    histories = histories_of(cache)
+    if histories:
+        if _starts(cache) != (0, *starts):
+            raise UnsupportedCache(
+                "this KV cache was filled with image tokens pruned at other layers, or with none pruned; start with a "
+                "new cache."
+            )
+        if histories[0].interrupted:
             raise UnsupportedCache(
                 "a call with this KV cache was interrupted, and what the language model's layers without attention "
                 "remember cannot be taken back; start with a new cache."
             )
-        return history
+        return histories
     known = (DynamicLayer, LinearAttentionLayer, *EMPTY_LAYERS)
     if type(cache) is not DynamicCache or not all(isinstance(layer, known) for layer in cache.layers):
         raise UnsupportedCache(
@@ -214,17 +229,35 @@ def adopt(cache: Cache, form: CacheForm = "merged") -> History:
         raise UnsupportedCache(
             "this KV cache was filled without DyMU and holds rotated keys of all tokens; start with a new cache."
         )
-    history = History(fast=form == "fast")
+    histories = [History(fast=form == "fast") for _ in range(len(starts) + 1)]
+    if starts and cache.layer_class_to_replicate is not None:  # which all would share one history
+        cache.layers, cache.layer_class_to_replicate = [DynamicLayer() for _ in range(layers or 0)], None
     if cache.layer_class_to_replicate is None:
-        first = next(index for index, stock in enumerate(cache.layers) if isinstance(stock, DynamicLayer))
-        cache.layers = [
-            MergedLayer(history, index == first, _window(stock)) if isinstance(stock, DynamicLayer) else stock
-            for index, stock in enumerate(cache.layers)
-        ]
+        known_histories = set[int]()
+        for index, stock in enumerate(cache.layers):
+            if isinstance(stock, DynamicLayer):
+                history = histories[bisect_right(starts, index)]
+                cache.layers[index] = MergedLayer(history, id(history) not in known_histories, _window(stock))
+                known_histories.add(id(history))
     else:
-        cache.layers.append(MergedLayer(history, leads=True))
-        cache.layer_class_to_replicate = functools.partial(MergedLayer, history, leads=False)
-    return history
+        cache.layers.append(MergedLayer(histories[0], leads=True))
+        cache.layer_class_to_replicate = functools.partial(MergedLayer, histories[0], leads=False)
+    return histories
+
+
+def _starts(cache: Any) -> tuple[int, ...]:
+    """The layers from which on another history says what their entries stand for, the first one among them."""
+    starts = dict[int, int]()
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, MergedLayer):
+            starts.setdefault(id(layer.history), index)
+    _, *others = starts.values()
+    return (0, *others)
+
+
+def histories_of(cache: Any) -> list[History]:
+    """What the entries of an adopted cache stand for, see `adopt`; empty for another, or none."""
+    return list({id(layer.history): layer.history for layer in _merged(cache)}.values())
 
 
 def history_of(cache: Any) -> History | None:
@@ -249,52 +282,57 @@ def remembered(cache: Any) -> Callable[[bool], None]:
     """What brings a cache back to what it is now, after a call that did not end well; to be told whether any layer may
     have run. What layers without attention remember of a cache that holds something cannot be brought back."""
     layers, replicated = list(cache.layers), cache.layer_class_to_replicate
-    history = history_of(cache)
-    before = None if history is None else history.copy()
-    if history is None:
+    histories = [(history, history.copy()) for history in histories_of(cache)]
+    if not histories:
         layers = [copy.deepcopy(layer) if isinstance(layer, LinearAttentionLayer) else layer for layer in layers]
 
     def rewind(ran: bool) -> None:
         cache.layers, cache.layer_class_to_replicate = layers, replicated
-        if history is not None and before is not None:
+        for history, before in histories:
             history.restore(before)
-            for layer in _merged(cache):
-                layer.keep_first(history.entries)
             history.interrupted = ran and any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+        if histories:
+            for layer in _merged(cache):
+                layer.keep_first(layer.history.entries)
 
     return rewind
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that the cache holds, merged or not."""
-    history = history_of(cache)
-    if history is None:
+    if history_of(cache) is None:
         return sum(map(_bytes, cache.layers))
-    grows, rest = _sizes(cache, history)
-    return sum(grows.values()) * history.entries + rest + sum(layer.bytes_ahead for layer in _merged(cache))
+    sizes, rest = _sizes(cache)
+    grows = sum(sum(each.values()) * history.entries for history, each in sizes)
+    return grows + rest + sum(layer.bytes_ahead for layer in _merged(cache))
 
 
 def untouched_bytes(cache: Cache) -> int:
     """Bytes that an untouched cache would hold in place of an adopted one."""
-    history = history_of(cache)
-    assert history is not None
-    grows, rest = _sizes(cache, history)
-    return sum(size * min(history.length, window or history.length) for window, size in grows.items()) + rest
+    sizes, rest = _sizes(cache)
+    return rest + sum(
+        size * min(history.length, window or history.length) for history, each in sizes for window, size in each.items()
+    )
 
 
-def _sizes(cache: Cache, history: History) -> tuple[dict[int | None, int], int]:
-    """Bytes of each entry in all layers that store merged tokens, by the window of the layer, and of all others."""
-    if history.sizes is None:
-        grows, rest = Counter[int | None](), 0
+def _sizes(cache: Cache) -> tuple[list[tuple[History, dict[int | None, int]]], int]:
+    """Bytes of each entry in all layers that store merged tokens, by the window of the layer, for each history; and of
+    all other layers."""
+    histories = histories_of(cache)
+    first = histories[0]
+    if first.sizes is None or any(history.sizes is None for history in histories):
+        grows, rest = {id(history): Counter[int | None]() for history in histories}, 0
         for layer in cache.layers:
             if isinstance(layer, MergedLayer):
-                grows[layer.window] += _bytes(layer) // max(history.entries, 1)
+                grows[id(layer.history)][layer.window] += _bytes(layer) // max(layer.history.entries, 1)
             else:
                 rest += _bytes(layer)
-        if not history.entries:
-            return dict(grows), rest
-        history.sizes = dict(grows), rest
-    return history.sizes
+        found = [(history, dict(grows[id(history)])) for history in histories]
+        if first.entries:
+            for history, each in found:
+                history.sizes = each, rest
+        return found, rest
+    return [(history, history.sizes[0]) for history in histories if history.sizes is not None], first.sizes[1]
 
 
 def _bytes(layer: Any) -> int:

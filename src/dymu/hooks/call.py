@@ -21,6 +21,7 @@ from dymu.families.resolve import Modality, Parts
 from dymu.hooks.cache import cache_bytes, history_of, untouched_bytes
 from dymu.hooks.drift import Drift
 from dymu.hooks.focus import InFocus
+from dymu.hooks.pruned import PrunedLayers
 from dymu.item import Item
 from dymu.reducers import ByImage, EncoderRun, Focus, Reducer, Shown
 from dymu.report import Report
@@ -249,7 +250,8 @@ class CallState(threading.local):
         unmerging: whether the language model runs on merged tokens.
         mapped: these, then, and
         turns: cosines and sines of their rotary angles, by kind, and
-        wanted: int64 [B, k], those of which the last layer's output is asked for; None: all.
+        wanted: int64 [B, k], those of which the last layer's output is asked for; None: all; and
+        pruned: its layers, where each runs some of them only.
         rules: how images of this thread are reduced, all or each in its own way; None: as the handle says.
         focus: what is in focus in them; None: as the handle says.
         images: how many images the running call has shown, ahead of its videos.
@@ -274,6 +276,7 @@ class CallState(threading.local):
         self.mapped: Mapped | None = None
         self.turns: dict[str, tuple[Tensor, Tensor]] = {}
         self.wanted: Tensor | None = None
+        self.pruned: PrunedLayers | None = None
         self.last_logits = self.images = 0
         self.mask: Any = None
         self.types: Tensor | None = None

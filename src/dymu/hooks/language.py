@@ -15,19 +15,23 @@ from dymu.families.resolve import Parts
 from dymu.hooks.attention import Angles, LayerSteps, Rotations, angles_of
 from dymu.hooks.cache import adopt, recall, remembered
 from dymu.hooks.call import PIXELS, CallState, Mapped, Prompts, arguments_of
+from dymu.hooks.pruned import Plan, PrunedLayers
 from dymu.hooks.refusals import (
     drops_out,
     refuse_attention_weights,
     refuse_compression,
     refuse_lost_features,
     refuse_packed,
+    refuse_to_prune,
+    refuse_to_recompute,
     refuse_unknown_videos,
     warn_of_dropout,
 )
 from dymu.hooks.replaced import Method
 from dymu.hooks.versions import cache_among, cache_argument, cuts_logits, pop_cache
+from dymu.pruning import Pruning
 from dymu.token_map import TokenMap, take
-from dymu.unmerging import History, NewTokens, Packed, plan_step
+from dymu.unmerging import History, NewTokens, Packed, Step, plan_step
 from dymu.unmerging.virtual import as_phase, turn_between
 
 
@@ -37,7 +41,7 @@ class LanguageHooks:
     Args:
         parts: of the model.
         state: of the running call.
-        unmerge, representatives, backend, cache: see `dymu.apply`.
+        unmerge, representatives, backend, cache, prune: see `dymu.apply`.
     """
 
     def __init__(
@@ -48,8 +52,9 @@ class LanguageHooks:
         representatives: int,
         backend: str,
         cache: CacheForm,
+        prune: Pruning | None = None,
     ) -> None:
-        self.parts, self._state = parts, state
+        self.parts, self._state, self.prune = parts, state, prune
         self._unmerge, self._representatives, self._backend, self._cache = unmerge, representatives, backend, cache
         self.rotations = Rotations({}, {})
 
@@ -57,7 +62,8 @@ class LanguageHooks:
         """Take over a language model, and how its layers rotate.
 
         Raises:
-            UnsupportedModel: it cannot have the form of unmerging, or of the cache.
+            UnsupportedModel: it cannot have the form of unmerging, or of the cache, or be pruned.
+            ValueError: it has too few layers to be pruned so.
         """
         if self._unmerge == "representative" and parts.mixers:
             raise UnsupportedModel(
@@ -74,6 +80,9 @@ class LanguageHooks:
                 'cache="fast" would keep the keys that layers of this language model share once for each of them; '
                 "leave cache out."
             )
+        if self.prune is not None:
+            refuse_to_prune(parts)
+            self.prune.starts(len(parts.decoder_layers))
         self.parts, self.rotations = parts, rotations
 
     def inner(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +123,7 @@ class LanguageHooks:
         A call that ends in an error leaves the cache as it was, or marks it as of no use, see `remembered`.
         """
         state, decoder = self._state, self.parts.language_model
-        within = state.unmerging, state.mapped, state.turns, state.wanted
+        within = state.unmerging, state.mapped, state.turns, state.wanted, state.pruned
         inputs = arguments_of(decoder, "forward", args, kwargs)
         refuse_attention_weights(inputs, decoder.config)
         if decoder.training and drops_out(decoder):
@@ -130,7 +139,8 @@ class LanguageHooks:
         if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=decoder.config)
         rewind = None if cache is None else remembered(cache)
-        history = History() if cache is None else adopt(cache, self._cache)
+        histories = self._histories(cache)
+        history = histories[0]
         if not history.plain and history.consecutive != (self._unmerge == "none"):
             raise UnsupportedCache(
                 f'this KV cache was filled {"with" if history.consecutive else "without"} unmerge="none", so that its '
@@ -143,6 +153,8 @@ class LanguageHooks:
             if self.parts.family.both_ways is not None and state.inside:
                 mask = state.mask  # what the model makes of it says more than which tokens are there
             present = _present(mask, batch, tokens, history, self._unmerge)
+            for other in histories[1:]:
+                other.hide(history.hidden)
             place = history.places(present, batch, tokens, embeds.device)
             positions = inputs.pop("position_ids", None)
             if positions is None:
@@ -170,22 +182,38 @@ class LanguageHooks:
             if inputs.get("logits_to_keep") is not None:  # the module that called cuts off the rest
                 inputs["logits_to_keep"] = 0
             block = self._block(batch, tokens, first=history.length == 0)
-            state.turns, turn = self._turns(embeds, positions, new, history)
-            wanted = state.wanted = self._wanted(inputs, new)
-            step = plan_step(
-                new,
-                history,
-                unmerge=self._unmerge,
-                backend=self._backend,
-                turn=turn,
-                place=place,
-                block=block,
-                beyond_window=self.parts.family.both_ways == "prefix",
-                distances=self._distances(embeds, history.length + tokens) if self._unmerge == "restore" else None,
-                shown=self._shown(tokens) if self._unmerge == "restore" else None,
-            )
+
+            def plan(new: NewTokens, history: History, last: bool) -> tuple[dict[str, Angles], LayerSteps]:
+                running, state.unmerging = state.unmerging, False  # so that the rotary module says its own
+                angles, turn = self._turns(embeds, positions, new, history)
+                state.unmerging = running
+                if last:
+                    state.wanted = self._wanted(inputs, new)
+                step = plan_step(
+                    new,
+                    history,
+                    unmerge=self._unmerge,
+                    backend=self._backend,
+                    turn=turn,
+                    place=place,
+                    block=block,
+                    beyond_window=self.parts.family.both_ways == "prefix",
+                    distances=self._distances(embeds, history.length + tokens) if self._unmerge == "restore" else None,
+                    shown=self._shown(tokens) if self._unmerge == "restore" else None,
+                )
+                return angles, self._by_layer(step, history)
+
             state.mapped = Mapped(new.map, new.plain, present)
-            if (packed := self._packed(new)) is not None:
+            state.wanted = state.pruned = packed = None
+            if self.prune is not None:
+                state.pruned = self._pruned(plan, new, histories, tokens, present, positions, embeds, cache)
+                begins = state.pruned.begin()
+                state.turns, steps = begins.angles, begins.steps
+            else:
+                state.turns, steps = plan(new, history, True)
+                packed = self._packed(new)
+            if packed is not None:
+                wanted = state.wanted
                 embeds = packed.pack(embeds)
                 state.turns = {kind: (packed.pack(cos), packed.pack(sin)) for kind, (cos, sin) in state.turns.items()}
                 state.wanted = None if wanted is None else packed.at(wanted)
@@ -199,21 +227,18 @@ class LanguageHooks:
                 inputs_embeds=embeds,
                 position_ids=torch.arange(embeds.shape[1], device=embeds.device)[None],  # `rotary` has the angles
                 **{cache_argument(type(decoder).forward): cache},
-                dymu_step=LayerSteps(
-                    step,
-                    history,
-                    self.rotations.by_module,
-                    in_windows=self.parts.family.both_ways == "windows",
-                    last=None if wanted is None else ([*self.rotations.by_module][-1], wanted),
-                ),
+                dymu_step=steps,
             )
-            history.packed = history.stored_by = None
+            for one in histories:
+                one.packed = one.stored_by = None
+            if state.pruned is not None and state.pruned.ran and state.report is not None:
+                state.report.ran = state.pruned.counts()
         except BaseException:
             if rewind is not None:
                 rewind(state.unmerging)
             raise
         finally:
-            state.unmerging, state.mapped, state.turns, state.wanted = within
+            state.unmerging, state.mapped, state.turns, state.wanted, state.pruned = within
         if not new.plain:
 
             def expand(hidden: Tensor) -> Tensor:
@@ -226,6 +251,13 @@ class LanguageHooks:
             history.remembered = {name: getattr(self.parts.inner, name) for name in self.parts.family.remembers}
             state.filled(cache, history)
         return output.to_tuple() if as_tuple else output
+
+    def layer(self, index: int, forward: Method, *args: Any, **kwargs: Any) -> Any:
+        """A layer runs the tokens that the pruning lets it run."""
+        pruned = self._state.pruned
+        if not self._state.unmerging or pruned is None:
+            return forward(*args, **kwargs)
+        return pruned.run(index, forward, arguments_of(self.parts.decoder_layers[index], "forward", args, kwargs))
 
     def rotary(self, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The angles of representatives, while the language model runs on merged tokens."""
@@ -256,6 +288,48 @@ class LanguageHooks:
             return forward(x, *args, **kwargs)
         rows = torch.arange(len(x), device=x.device)[:, None]
         return made.new_zeros(*x.shape[:2], made.shape[-1]).index_put((rows, wanted), made)
+
+    def _histories(self, cache: Any) -> list[History]:
+        """Of a KV cache, or of this forward alone, for each segment of layers that run the same tokens."""
+        starts = () if self.prune is None else self.prune.starts(len(self.parts.decoder_layers))
+        if cache is None:
+            return [History() for _ in range(len(starts) + 1)]
+        return adopt(cache, self._cache, starts, len(self.parts.decoder_layers))
+
+    def _by_layer(self, step: Step, history: History) -> LayerSteps:
+        modules, wanted = self.rotations.by_module, self._state.wanted
+        in_windows = self.parts.family.both_ways == "windows"
+        return LayerSteps(step, history, modules, in_windows, None if wanted is None else ([*modules][-1], wanted))
+
+    def _pruned(
+        self,
+        plan: Plan,
+        new: NewTokens,
+        histories: list[History],
+        tokens: int,
+        present: Tensor | None,
+        positions: Tensor,
+        embeds: Tensor,
+        cache: Any,
+    ) -> PrunedLayers:
+        """The layers of a forward, each on what is left for it.
+
+        Raises:
+            BadPrompt: a prompt with images comes in chunks.
+            UnsupportedModel: the layers would be computed again for gradients.
+        """
+        assert self.prune is not None
+        state, parts = self._state, self.parts
+        if state.chunked is not None:
+            raise BadPrompt(
+                "a prompt that is prefilled in chunks cannot be pruned, since its last token is not known when its "
+                "images come; leave prefill_chunk_size or prune out."
+            )
+        refuse_to_recompute(parts.decoder_layers)
+        return PrunedLayers(
+            parts, self.prune, plan, new, histories, self._shown(tokens), present, positions, embeds, cache,
+            self.rotations, self._unmerge, self._representatives,
+        )  # fmt: skip
 
     def _packed(self, new: NewTokens) -> Packed | None:
         """How rows that keep different numbers of tokens travel as one; None: they do not."""

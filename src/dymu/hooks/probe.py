@@ -37,7 +37,7 @@ class _Recorder:
 
     module: Any = None
 
-    def attend(self, module: Any, query: Tensor, key: Tensor) -> Tensor:
+    def attend(self, module: Any, query: Tensor, key: Tensor, *_: object) -> Tensor:
         self.module, self.query, self.key = module, query, key
         return torch.zeros_like(query).transpose(1, 2)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dymu.errors import BadPrompt, UnsupportedModel
+from dymu.families.resolve import Parts
 
 _log = logging.getLogger("dymu")
 
@@ -203,6 +204,30 @@ def refuse_checkpointing(modules: Iterable[nn.Module]) -> None:
             "gradient checkpointing computes the vision encoder's layers again when nothing merges any more; switch it "
             "off there (gradient_checkpointing_disable() of the module that holds them, or "
             "set_grad_checkpointing(False)), or train within handle.disabled()."
+        )
+
+
+def refuse_to_prune(parts: Parts) -> None:
+    """Raises UnsupportedModel where layers of the language model cannot each run tokens of their own."""
+    kind = parts.decoder_kind
+    why = "some of its layers mix tokens without attention" if parts.mixers else None
+    why = "layers take keys of earlier layers" if kind.shared is not None else why
+    why = "its layers get further rows for each token" if kind.per_token is not None else why
+    if why is not None:
+        raise UnsupportedModel(
+            f"tokens cannot be pruned within this language model: {why}; leave prune out, and let the vision half "
+            "reduce them."
+        )
+
+
+def refuse_to_recompute(layers: Iterable[nn.Module]) -> None:
+    """Raises UnsupportedModel where layers that prune would be computed again for gradients."""
+    if torch.is_grad_enabled() and any(
+        layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers
+    ):
+        raise UnsupportedModel(
+            "gradient checkpointing computes the language model's layers again, when nothing says any more which "
+            "tokens each of them ran; switch it off, or leave prune out."
         )
 
 

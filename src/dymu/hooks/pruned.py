@@ -1,0 +1,328 @@
+"""The layers of the language model, each on the tokens that a pruning lets it run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from dymu.choices import Unmerge
+from dymu.errors import UnsupportedModel
+from dymu.families.resolve import Parts
+from dymu.hooks.attention import Angles, LayerSteps, Rotations
+from dymu.hooks.replaced import Method
+from dymu.hooks.versions import pop_cache
+from dymu.pruning import Ahead, Pruning
+from dymu.token_map import TokenMap, leaders_of, take
+from dymu.unmerging import History, NewTokens
+from dymu.unmerging.rows import attention_rows
+from dymu.unmerging.virtual import as_phase
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Layers that run the same tokens.
+
+    Attributes:
+        new: the tokens of the full prompt, to those that run.
+        rows: int64 [B, K], which of the merged tokens these are, anything past a row's end; None: all.
+        angles: their rotary angles, by kind.
+    """
+
+    new: NewTokens
+    rows: Tensor | None
+    angles: dict[str, Angles]
+    steps: LayerSteps
+    history: History
+
+    @cached_property
+    def there(self) -> Tensor:
+        """bool [B, K], which of `rows` there are."""
+        tokens = self.new.map
+        return torch.arange(tokens.width, device=tokens.kept.device) < tokens.kept[:, None]
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """Of all rows [B, M, C] those that run."""
+        return hidden if self.rows is None else take(hidden, self.rows)
+
+    def scatter(self, hidden: Tensor, ran: Tensor) -> Tensor:
+        """All rows [B, M, ...], with those that ran in place of what they were."""
+        if self.rows is None:
+            return ran
+        batch, column = self.there.nonzero(as_tuple=True)
+        return hidden.index_put((batch, self.rows[batch, column]), ran[batch, column])
+
+
+Plan = Callable[[NewTokens, History, bool], tuple[dict[str, Angles], LayerSteps]]
+"""Adds new tokens to a history, and says how they rotate and attend; whether it is for the last layers."""
+
+
+class _Handed(Exception):
+    """A layer has handed over its queries and keys."""
+
+
+class _Recorder:
+    """In place of a step: stops the layer when it hands over what it attends with."""
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, scaling: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        self.module, self.query, self.key = module, query, key
+        self.scaling, self.window, self.softcap = scaling, window, softcap
+        raise _Handed
+
+
+class PrunedLayers:
+    """The layers of one forward.
+
+    Args:
+        pruning: which tokens they run.
+        plan: see `Plan`.
+        base: the tokens of the full prompt, to merged ones: what goes into the first layer.
+        histories: of the KV cache, for each segment of layers.
+        shown: bool [B, N], the tokens of images and videos; None: there are none, so that everything runs.
+        present: bool [B, N], the tokens that there are; None: all.
+        positions: of the tokens, see `NewTokens.of`.
+        embeds: [B, M, C], what goes into the first layer.
+        cache: the KV cache; None: there is none.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        pruning: Pruning,
+        plan: Plan,
+        base: NewTokens,
+        histories: Sequence[History],
+        shown: Tensor | None,
+        present: Tensor | None,
+        positions: Tensor,
+        embeds: Tensor,
+        cache: Any,
+        rotations: Rotations,
+        unmerge: Unmerge,
+        representatives: int,
+    ) -> None:
+        self._parts, self._pruning, self._plan, self._base, self._histories = parts, pruning, plan, base, histories
+        self._present, self._positions, self._embeds, self._cache = present, positions, embeds, cache
+        self._rotations, self._unmerge, self._representatives = rotations, unmerge, representatives
+        self._shown = None if shown is None or not bool(shown.any()) else base.map.any(shown)
+        self._starts = (0, *pruning.starts(len(parts.decoder_layers)))
+        self._segments = list[Segment]()
+        self._inputs = dict[int, Tensor]()
+        self._forwards = dict[int, Callable[[Tensor, Segment, Any], Any]]()
+        self._recorded = dict[int, tuple[_Recorder, Segment]]()
+        self.ran = list[Tensor]()
+        """Of each segment int64 [B], how many tokens of images and videos its layers ran."""
+
+    def begin(self) -> Segment:
+        """The segment of the first layers."""
+        self._add(self._base, None)
+        return self._segments[0]
+
+    def run(self, index: int, forward: Method, arguments: dict[str, Any]) -> Any:
+        """Layer `index`, on what it is to run; the rest passes it."""
+        hidden = arguments.pop("hidden_states")
+        for known in (self._forwards, self._inputs):  # of no other layers than this one and the one before
+            for passed in [at for at in known if at != index - 1]:
+                del known[passed]
+        self._forwards[index], self._inputs[index] = partial(self._forward, forward, arguments), hidden
+        if len(self._segments) < len(self._starts) and index == self._starts[len(self._segments)]:
+            self._choose(index, hidden)
+        segment = self._segments[-1]
+        made = self._forwards[index](hidden, segment, None)
+        if isinstance(made, tuple):
+            return (segment.scatter(hidden, made[0]), *made[1:])
+        return segment.scatter(hidden, made)
+
+    def counts(self) -> list[list[int]]:
+        """For each prompt, how many tokens of images and videos each layer ran."""
+        ends = (*self._starts[1:], len(self._parts.decoder_layers))
+        layers = [end - start for start, end in zip(self._starts, ends, strict=True)]
+        return [
+            [int(count) for count, times in zip(of_prompt, layers, strict=True) for _ in range(times)]
+            for of_prompt in torch.stack(self.ran, 1).tolist()
+        ]
+
+    def _forward(
+        self, forward: Method, arguments: dict[str, Any], hidden: Tensor, segment: Segment, recorder: Any
+    ) -> Any:
+        """A layer on the rows of a segment, or where a recorder stands in, as far as its attention."""
+        arguments = dict(arguments)
+        usual, given = self._segments[0].angles, arguments["position_embeddings"]
+        kind = next((kind for kind, angles in usual.items() if angles is given), None)
+        if kind is None:
+            raise UnsupportedModel(
+                "this language model's layers get other rotary angles than its rotary module gives, so that none of "
+                "its tokens can be pruned; leave prune out."
+            )
+        arguments["position_embeddings"] = segment.angles[kind]
+        arguments["dymu_step"] = segment.steps if recorder is None else recorder
+        if recorder is not None:
+            pop_cache(arguments)
+        return forward(segment.gather(hidden), **arguments)
+
+    def _add(self, new: NewTokens, rows: Tensor | None) -> None:
+        number = len(self._segments)
+        history = self._histories[number]
+        angles, steps = self._plan(new, history, number + 1 == len(self._starts))
+        self._segments.append(Segment(new, rows, angles, steps, history))
+        if self._shown is not None:
+            shown = self._shown if rows is None else take(self._shown, rows) & self._segments[-1].there
+            self.ran.append(shown.sum(1))
+
+    @torch.no_grad()
+    def _choose(self, index: int, hidden: Tensor) -> None:
+        """Begin a segment."""
+        base, before = self._base.map, self._segments[-1]
+        if self._shown is None:
+            self._add(self._base, None)
+            return
+        there = torch.arange(base.width, device=base.kept.device) < base.kept[:, None]
+        ran = there if before.rows is None else before.scatter(torch.zeros_like(there), before.there)
+        runs = there.clone()
+        competes = there if self._pruning.comes_back else ran
+        for row in range(base.batch):
+            of_image = (self._shown[row] & there[row]).nonzero()[:, 0]
+            if not len(of_image):
+                continue
+            chosen = self._pruning.choose(self._ahead(index, hidden, row, of_image, competes[row, of_image]))
+            if chosen is None:
+                continue
+            runs[row, of_image] = False
+            runs[row, of_image[chosen]] = True
+            if not self._pruning.comes_back and bool((runs[row] & ~ran[row]).any()):
+                raise ValueError(f"{type(self._pruning).__name__} has chosen tokens that it had dropped before.")
+        self._recorded.clear()
+        if bool((runs == there).all()):
+            self._add(self._base, None)
+            return
+        stands = torch.arange(base.width, device=runs.device).expand_as(runs)
+        stands = torch.where(runs, stands, -1)
+        if self._pruning.fill == "nearest":
+            stands = self._filled(stands, hidden, runs)
+        group = base.group.clamp(min=0)
+        label = torch.where(base.group < 0, -1, stands.gather(1, group))
+        tokens = TokenMap.from_leaders(leaders_of(label, base.width), self._present)
+        new = NewTokens.of(tokens, self._positions, self._unmerge, self._representatives)
+        itself = (label == group) & (base.group >= 0)
+        at = torch.where(itself, new.map.group, new.map.width)
+        rows = group.new_zeros(base.batch, new.map.width + 1).scatter(1, at, group)[:, :-1]
+        self._add(new, rows)
+
+    def _filled(self, stands: Tensor, hidden: Tensor, runs: Tensor) -> Tensor:
+        """int64 [B, M]: for image tokens that do not run, the one that does and is most like each."""
+        assert self._shown is not None
+        filled = stands.clone()
+        for row, shown in enumerate(self._shown):
+            kept, dropped = (shown & runs[row]).nonzero()[:, 0], (shown & ~runs[row]).nonzero()[:, 0]
+            dropped = dropped[dropped < self._base.map.kept[row]]
+            if len(kept) and len(dropped):
+                x = normalize(hidden[row].float(), dim=-1)
+                filled[row, dropped] = kept[(x[dropped] @ x[kept].mT).argmax(1)]
+        return filled
+
+    def _ahead(self, index: int, hidden: Tensor, row: int, of_image: Tensor, running: Tensor) -> Ahead:
+        tokens = self._base.map
+        kept = int(tokens.kept[row])
+        there = tokens.group[row] >= 0 if self._present is None else self._present[row] & (tokens.group[row] >= 0)
+        last = int(tokens.group[row, there.nonzero()[-1, 0]])
+        return Ahead(
+            layer=index,
+            layers=len(self._parts.decoder_layers),
+            hidden=hidden[row, :kept],
+            embeds=self._embeds[row, :kept],
+            shown=of_image,
+            running=running,
+            size=tokens.size()[row, of_image],
+            last=last,
+            attend=lambda layer, rows: self._attention(layer, row, rows)[..., :kept],
+            alike=lambda layer, rows: self._alike(layer, row, rows)[..., :kept],
+            keys=lambda layer: self._keys(layer, row)[:kept],
+            norm=self._norm,
+        )
+
+    def _ran_in(self, layer: int) -> Segment:
+        """What ran in the layer before, or what competes to run in the next one."""
+        before, history = self._segments[-1], self._histories[len(self._segments)]
+        if layer != max(self._forwards):
+            return before
+        competes = self._segments[0] if self._pruning.comes_back else before
+        if not history.length:
+            return competes
+        history = history.copy()  # the layer's cache holds others of the tokens before than that of the layer before
+        angles, steps = self._plan(competes.new, history, False)
+        return Segment(competes.new, competes.rows, angles, steps, history)
+
+    def _handed(self, layer: int) -> tuple[_Recorder, Segment]:
+        """The queries and keys of a layer, the one before or the next one, and what they are of."""
+        if layer not in self._recorded:
+            if layer not in self._forwards:
+                raise ValueError(
+                    f"{type(self._pruning).__name__} asks for the attention of layer {layer}; only layers "
+                    f"{' and '.join(map(str, self._forwards))} are known here."
+                )
+            recorder, segment = _Recorder(), self._ran_in(layer)
+            with suppress(_Handed):
+                self._forwards[layer](self._inputs[layer], segment, recorder)
+            past = segment.history.entries - segment.new.map.width
+            if past:
+                earlier = self._cache.layers[layer].keys[..., :past, :]
+                recorder.key = torch.cat((earlier, recorder.key), 2)
+            self._recorded[layer] = recorder, segment
+        return self._recorded[layer]
+
+    def _attention(self, layer: int, row: int, rows: Tensor) -> Tensor:
+        """[H, R, M], see `Ahead.attend`."""
+        handed, segment = self._handed(layer)
+        step = segment.steps.at(handed.module, handed.query.shape[-1], handed.window)
+        own = self._own(segment, row)
+        weights = attention_rows(
+            handed.query, handed.key, step, row, own[rows], handed.scaling, handed.window, handed.softcap
+        )
+        weights = weights[..., -segment.new.map.width :]
+        there = own >= 0
+        return weights.index_select(-1, own.clamp(min=0)).masked_fill(~there, 0)
+
+    def _own(self, segment: Segment, row: int) -> Tensor:
+        """int64 [M], where each merged token stands among those of a segment; -1: nowhere."""
+        width = self._base.map.width
+        if segment.rows is None:
+            return torch.arange(width, device=self._base.map.group.device)
+        there = segment.there[row]
+        own = segment.rows.new_full((width,), -1)
+        own[segment.rows[row, there]] = torch.arange(len(there), device=own.device)[there]
+        return own
+
+    def _alike(self, layer: int, row: int, rows: Tensor) -> Tensor:
+        """[R, M], see `Ahead.alike`."""
+        handed, segment = self._handed(layer)
+        rotation = self._rotations.by_module[id(handed.module)]
+        turn = as_phase(*self._rotations.joined(self._segments[0].angles))[row]
+        own = turn[:, rotation.start : rotation.start + rotation.pairs]
+        logits = 2 * torch.einsum("rp,mp->rm", own[rows], own.conj()).real + rotation.size - 2 * rotation.pairs
+        index = torch.arange(len(turn), device=turn.device)
+        hidden = (index > rows[:, None]) | (self._own(segment, row) < 0)
+        return (logits * handed.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+
+    def _keys(self, layer: int, row: int) -> Tensor:
+        """[M, Hkv, D], see `Ahead.keys`."""
+        handed, segment = self._handed(layer)
+        keys = handed.key[row, :, -segment.new.map.width :].transpose(0, 1)
+        own = self._own(segment, row)
+        return keys[own.clamp(min=0)].masked_fill((own < 0)[:, None, None], 0)
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        norm = getattr(self._parts.language_model, "norm", None)
+        if not isinstance(norm, nn.Module):
+            raise UnsupportedModel(
+                f"{type(self._parts.language_model).__name__} has no part named norm, which {self._pruning} reads."
+            )
+        normed: Tensor = norm(hidden[None])[0]
+        return normed

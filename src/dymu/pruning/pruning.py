@@ -1,0 +1,157 @@
+"""What a way to prune within the language model is asked, and what it answers with."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dymu.choices import Fill
+from dymu.errors import BadBudget
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """One prompt ahead of a layer of the language model. Rows are its merged tokens, M of them, in order.
+
+    Attributes:
+        layer: the layer; `layers` there are.
+        hidden: [M, C], what comes out of the layer before; of rows that it did not run, of the last that did.
+        embeds: [M, C], what went into the first layer.
+        shown: int64 [V], the rows that are of images and videos.
+        running: bool [V], those of them that ran in the layer before.
+        size: float32 [V], how many tokens of the full prompt each of them stands for.
+        last: the row of the last token.
+        attend: float [H, R, M], the attention of some rows int64 [R] in a layer: this one, as it would run, or the one
+            before. What did not run there gets 0.
+        alike: float [R, M], attention likewise if all queries and keys were the same ahead of rotation.
+        keys: [M, Hkv, D], the keys of that layer.
+        norm: what the language model does behind its last layer.
+    """
+
+    layer: int
+    layers: int
+    hidden: Tensor
+    embeds: Tensor
+    shown: Tensor
+    running: Tensor
+    size: Tensor
+    last: int
+    attend: Callable[[int, Tensor], Tensor] = field(repr=False)
+    alike: Callable[[int, Tensor], Tensor] = field(repr=False)
+    keys: Callable[[int], Tensor] = field(repr=False)
+    norm: Callable[[Tensor], Tensor] = field(repr=False)
+
+    @property
+    def texts(self) -> Tensor:
+        """int64, the rows behind the last image or video."""
+        return torch.arange(int(self.shown.max()) + 1, len(self.hidden), device=self.hidden.device)
+
+    def received(self, layer: int, rows: Tensor) -> Tensor:
+        """float [V], the attention that image tokens get from some rows, the mean over these and over heads."""
+        return self.attend(layer, rows).mean((0, 1))[self.shown]
+
+    def best(self, score: Tensor, keep: int) -> Tensor:
+        """int64, the `keep` of the image tokens that run with the largest score [V], in order; of equal ones the
+        first."""
+        score = score.masked_fill(~self.running, -torch.inf)
+        return score.argsort(descending=True, stable=True)[: min(keep, int(self.running.sum()))].sort().values
+
+
+@dataclass(frozen=True)
+class Pruning(ABC):
+    """Which image tokens the layers of the language model run.
+
+    A token that a layer does not run passes it as it is: no other token attends to it there, and the layer's KV cache
+    does not hold it. Text always runs, and so do all tokens that follow a prompt.
+
+    Attributes:
+        fill: what stands for a token where it does not run: nothing, or the one that runs and is most like it by the
+            hidden states there. Unmerging then goes over the rest of the layers.
+        comes_back: whether tokens that did not run compete again.
+    """
+
+    fill: Fill = field(default="none", kw_only=True)
+    comes_back: ClassVar[bool] = False
+
+    @abstractmethod
+    def starts(self, layers: int) -> tuple[int, ...]:
+        """Of so many layers those ahead of which tokens are chosen, in order.
+
+        Raises:
+            ValueError: the language model has too few.
+        """
+
+    @abstractmethod
+    def parts(self, layers: int) -> tuple[float, ...]:
+        """For each of `starts`, the fraction of the image tokens that runs from there on."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Self:
+        """The same with all fractions so many times as large, but none above 1."""
+
+    @abstractmethod
+    def choose(self, ahead: Ahead) -> Tensor | None:
+        """int64, which of the image tokens (0 to V - 1) run from this layer on; None: all.
+
+        Everything is of one prompt, so that no prompt depends on others in a batch.
+        """
+
+    def mean(self, layers: int) -> float:
+        """The fraction of the image tokens that run, the mean over so many layers. What methods are called after says
+        something else, so compare by this."""
+        starts = (*self.starts(layers), layers)
+        return (starts[0] + self._later(layers)) / layers
+
+    def _later(self, layers: int) -> float:
+        """What of the image tokens runs from the first choice on, summed over layers."""
+        starts = (*self.starts(layers), layers)
+        lengths = [end - at for at, end in pairwise(starts)]
+        return sum(part * length for part, length in zip(self.parts(layers), lengths, strict=True))
+
+    def for_mean(self, part: float, layers: int) -> Self:
+        """The same with its fractions scaled so that this is its mean over so many layers.
+
+        Raises:
+            BadBudget: what runs ahead of the first choice alone is as much.
+        """
+        least = self.starts(layers)[0] / layers
+        if part <= least:
+            raise BadBudget(
+                f"{type(self).__name__} drops nothing ahead of layer {self.starts(layers)[0]} of {layers}: more "
+                f"than {least:.0%} of the image tokens run on average, and {part:.1%} are asked for; let it begin "
+                "earlier, or take a larger budget."
+            )
+        low, high = 0.0, 1 / min(self.parts(layers))
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.scaled(middle).mean(layers) < part else (low, middle)
+        return self.scaled(high)
+
+
+def check_part(name: str, part: Any, zero: bool = False) -> None:
+    """Raises: BadBudget, unless it is a fraction above 0 (or from 0 on) up to 1."""
+    if isinstance(part, bool) or not isinstance(part, int | float) or not math.isfinite(part) or part > 1 or part < 0:
+        raise BadBudget(f"{name}={part!r} is no fraction of the image tokens; give one from 0 to 1.")
+    if not part and not zero:
+        raise BadBudget(f"{name}=0 would keep no image token; take a fraction above 0.")
+
+
+def check_layer(name: str, layer: Any, layers: int) -> None:
+    """Raises: ValueError, unless something may be chosen ahead of this layer of so many."""
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 < layer < layers:
+        raise ValueError(
+            f"{name}={layer!r}: image tokens can be dropped ahead of layers 1 to {layers - 1} of this language model; "
+            "name one of those."
+        )
+
+
+def part_of(part: float, tokens: int) -> int:
+    """That part of so many tokens, at least 1."""
+    return max(round(part * tokens), 1)

@@ -1,0 +1,515 @@
+"""Pruning within the language model equals masking: of the stock model, layer by layer, under masks."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dymu
+import tiny
+from dymu.errors import BadBudget, UnsupportedCache, UnsupportedModel
+from dymu.pruning import DART, FastV, LayerSkip, Pruning, PyramidDrop, Reroute, SparseVLM
+from dymu.pruning.pruning import Ahead
+from dymu.pruning.sparse_vlm import HEADS, raters_of
+
+LAYERS = 6
+NEW = 4
+
+
+def deeper(name: str) -> Any:
+    """A tiny model whose language model has `LAYERS` layers."""
+    config = tiny.configured(name)
+    text = config.text_config.to_dict()
+    text["num_hidden_layers"] = LAYERS
+    if text.get("layer_types"):
+        text["layer_types"] = (text["layer_types"] * LAYERS)[:LAYERS]
+    return tiny.build(name, text=text).eval()
+
+
+NAMES = ["llava", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "gemma3", "internvl"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def built(request: pytest.FixtureRequest) -> Any:
+    return deeper(request.param)
+
+
+@pytest.fixture
+def model(built: Any) -> Any:
+    return copy.deepcopy(built)
+
+
+Runs = list[Tensor]
+"""Of each layer bool [B, N], the tokens that it runs."""
+
+
+def masked(model: Any, inputs: dict[str, Any], runs: Runs) -> Any:
+    """The stock model's outputs, with attentions, where each layer sees some tokens and changes no others."""
+    model.set_attn_implementation("eager")
+    hooks = []
+    for index, layer in enumerate(model.model.language_model.layers):
+
+        def hide(module: Any, args: Any, kwargs: Any, index: int = index) -> Any:
+            mask = kwargs["attention_mask"]
+            shown = runs[index]
+            if mask.shape[-1] > shown.shape[1]:  # tokens that follow
+                shown = torch.nn.functional.pad(shown, (0, mask.shape[-1] - shown.shape[1]), value=True)
+            return args, kwargs | {"attention_mask": mask.masked_fill(~shown[:, None, None], -1e30)}
+
+        def keep(module: Any, args: Any, kwargs: Any, out: Any, index: int = index) -> Any:
+            before = args[0] if args else kwargs["hidden_states"]
+            if before.shape[1] != runs[index].shape[1]:
+                return out
+            new = out[0] if isinstance(out, tuple) else out
+            new = torch.where(runs[index][..., None], new, before)
+            return (new, *out[1:]) if isinstance(out, tuple) else new
+
+        hooks.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(keep, with_kwargs=True))
+    try:
+        return model(**inputs, output_attentions=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation("sdpa")
+
+
+def generated(model: Any, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """Greedy ids [B, NEW], the logits [B, NEW, V] that they come from, and the cache."""
+    out = model.generate(
+        **inputs, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, suppress_tokens=tiny.specials(model),
+        output_logits=True, return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return out.sequences[:, -NEW:], torch.stack(out.logits, 1), out.past_key_values
+
+
+def followed(inputs: dict[str, Any], said: Tensor) -> dict[str, Any]:
+    """The inputs with words behind the prompts."""
+    more = {"input_ids": torch.cat((inputs["input_ids"], said), 1)}
+    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            rest = torch.full_like(said, int(name == "attention_mask"))
+            more[name] = torch.cat((inputs[name], rest), 1)
+    return {**inputs, **more}
+
+
+def images_of(model: Any, inputs: dict[str, Any]) -> Tensor:
+    return inputs["input_ids"] == model.config.image_token_id
+
+
+def chosen_by(model: Any, inputs: dict[str, Any], pruning: Pruning) -> Runs:
+    """What a pruning lets run, found with the stock model and naive loops."""
+    shown, there = images_of(model, inputs), inputs["attention_mask"].bool()
+    runs = [there.clone() for _ in range(LAYERS)]
+    for start in pruning.starts(LAYERS):
+        out = masked(model, inputs, runs)
+        wanted = runs[start].clone()
+        for row in range(len(shown)):
+            of_image = shown[row].nonzero()[:, 0]
+            competes = there[row] if pruning.comes_back else runs[start - 1][row]
+            keep = naive(model, pruning, start, row, of_image, competes[of_image], inputs, out, runs)
+            if keep is not None:
+                wanted[row, of_image] = False
+                wanted[row, of_image[keep]] = True
+            else:
+                wanted[row] = there[row]
+        for layer in range(start, LAYERS):
+            runs[layer] = wanted.clone()
+    return runs
+
+
+def naive(
+    model: Any, pruning: Pruning, start: int, row: int, of_image: Tensor, competes: Tensor, inputs: Any, out: Any,
+    runs: Runs,
+) -> list[int] | None:  # fmt: skip
+    last = int(inputs["attention_mask"][row].nonzero()[-1])
+    count = len(of_image)
+    if isinstance(pruning, FastV):
+        score = out.attentions[start - 1][row, :, last, of_image].mean(0)
+        return best(score, competes, round(pruning.keep * count))
+    if isinstance(pruning, PyramidDrop):
+        if pruning.comes_back:  # the layer as it would run on all
+            everything = [run if layer != start else inputs["attention_mask"].bool() for layer, run in enumerate(runs)]
+            out = masked(model, inputs, everything)
+        score = out.attentions[start][row, :, last, of_image].mean(0)
+        rate = pruning.rates[pruning.starts(LAYERS).index(start)]
+        return best(score, competes, round(rate * count))
+    raise NotImplementedError
+
+
+def best(score: Tensor, competes: Tensor, keep: int) -> list[int]:
+    order = sorted((i for i in range(len(score)) if competes[i]), key=lambda i: (-float(score[i]), i))
+    return sorted(order[: max(keep, 1)])
+
+
+def two_prompts(model: Any) -> dict[str, Any]:
+    ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (5, 9)]
+    return tiny.inputs(model, ids, tiny.pictures(2))
+
+
+EQUAL_TO_MASKING = [
+    FastV(0.5, 2),
+    FastV(0.25, 3),
+    PyramidDrop(),
+    PyramidDrop((0.6, 0.3), (1, 4)),
+    Reroute((0.3, 0.5, 0.2), (2, 3, 5)),
+]
+
+
+@pytest.mark.parametrize(
+    "pruning", EQUAL_TO_MASKING, ids=lambda pruning: f"{type(pruning).__name__}{pruning.starts(6)}"
+)
+@pytest.mark.parametrize("unmerge", ["exact", "original"])
+def test_equals_masking(model: Any, pruning: Pruning, unmerge: Any) -> None:
+    inputs = two_prompts(model)
+    if unmerge == "original" and getattr(model.config.get_text_config(), "sliding_window", None):
+        return  # there windows count the tokens that are left
+    with torch.no_grad():
+        runs = chosen_by(model, inputs, pruning)
+        expected = masked(model, inputs, runs).logits
+        with dymu.apply(model, prune=pruning, unmerge=unmerge) as handle:
+            logits = model(**inputs).logits
+            counts = [[int((run & images_of(model, inputs))[row].sum()) for run in runs] for row in range(2)]
+            assert handle.last.ran == counts
+    texts = inputs["attention_mask"].bool() & ~images_of(model, inputs)
+    tiny.close(logits[texts], expected[texts])
+
+
+@pytest.mark.parametrize("pruning", [FastV(0.5, 2), PyramidDrop(), Reroute((0.3, 0.5, 0.2), (2, 3, 5))], ids=repr)
+@torch.no_grad()
+def test_what_is_said_equals_masking_and_layers_cache_what_they_ran(model: Any, pruning: Pruning) -> None:
+    inputs = two_prompts(model)
+    runs = chosen_by(model, inputs, pruning)
+    with dymu.apply(model, prune=pruning) as handle:
+        said, logits, cache = generated(model, inputs)
+        bytes_now = handle.last.cache_bytes
+    runs = [torch.cat((run, torch.ones_like(said, dtype=torch.bool)), 1) for run in runs]
+    expected = masked(model, followed(inputs, said), runs).logits[:, -NEW - 1 : -1]
+    tiny.close(logits, expected)
+    stored = [layer.keys.shape[2] for layer in cache.layers]
+    assert stored == [int(run[:, :-1].sum(1).max()) for run in runs]  # of the last token nothing is stored
+    assert bytes_now == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + NEW - 1
+
+
+ALL_RUN = [
+    FastV(1.0, 1), PyramidDrop((1.0, 1.0)), Reroute((1.0,)), SparseVLM((1.0, 1.0), (0, 3)), DART(1.0, 2),
+    LayerSkip(1.0, "all"), LayerSkip(1.0, "alternate", "random"),
+]  # fmt: skip
+SOME_RUN = [
+    FastV(0.4, 1), PyramidDrop((0.7, 0.3)), Reroute((0.3, 0.6)), SparseVLM((0.6, 0.3), (0, 3)), DART(0.3, 2),
+    LayerSkip(0.3, "all", "last-row"), LayerSkip(0.3, "alternate", "random"), LayerSkip(0.2, score="size"),
+    FastV(0.4, 1, fill="nearest"), PyramidDrop((0.7, 0.3), fill="nearest"), DART(0.3, 2, fill="nearest"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pruning", ALL_RUN, ids=repr)
+@torch.no_grad()
+def test_where_all_run_nothing_changes(model: Any, pruning: Pruning) -> None:
+    inputs = two_prompts(model)
+    stock = generated(model, inputs)[1]
+    with dymu.apply(model, prune=pruning):
+        tiny.close(generated(model, inputs)[1], stock)
+    assert torch.equal(generated(model, inputs)[1], stock)
+
+
+@pytest.mark.parametrize("pruning", SOME_RUN, ids=repr)
+@pytest.mark.parametrize(
+    "how", [{}, {"unmerge": "none"}, {"unmerge": "compact"}, {"unmerge": "representative"}], ids=str
+)
+@torch.no_grad()
+def test_a_prompt_gets_what_it_gets_alone(model: Any, pruning: Pruning, how: dict[str, Any]) -> None:
+    ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (5, 9, 2)]
+    pictures = tiny.pictures(3)
+    with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning, **how) as handle:
+        _, logits, _ = generated(model, tiny.inputs(model, ids, pictures))
+        ran = handle.last.ran
+        for row, of_prompt in enumerate(ids):
+            alone = generated(model, tiny.inputs(model, of_prompt, pictures[row : row + 1]))[1]
+            assert handle.last.ran == [ran[row]]
+            tiny.close(logits[row], alone[0], 1e-4)
+
+
+@pytest.mark.parametrize("pruning", SOME_RUN, ids=repr)
+@torch.no_grad()
+def test_a_second_picture_in_a_later_turn_equals_the_same_in_masks(pruning: Pruning) -> None:
+    """What a turn drops stays dropped; a later turn drops of its own pictures."""
+    model = deeper("llava")
+    first = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+    with dymu.apply(model, prune=pruning) as handle:
+        said, _, cache = generated(model, first)
+        more = tiny.prompt(model, 2, "image", 3, seed=2)[None]
+        ids = torch.cat((first["input_ids"], said, more), 1)
+        inputs = {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs["pixel_values"] = tiny.inputs(model, more[0], tiny.pictures(1, 5))["pixel_values"]
+        _, logits, cache = generated(model, inputs, past_key_values=cache)
+        assert torch.isfinite(logits).all()
+        ran = handle.last.ran[0]
+        assert cache.get_seq_length() == ids.shape[1] + NEW - 1
+        stored = [layer.keys.shape[2] for layer in cache.layers]
+        words = int((ids != model.config.image_token_id).sum()) + NEW - 1
+        of_first = [stored_here - words - now for stored_here, now in zip(stored, ran, strict=True)]
+        assert of_first == first_ran(model, first, pruning)
+
+
+def first_ran(model: Any, inputs: dict[str, Any], pruning: Pruning) -> list[int]:
+    handle = dymu.handle_of(model)
+    assert handle is not None
+    model(**inputs)
+    return handle.last.ran[0]
+
+
+@torch.no_grad()
+def test_beams_copies_and_files_of_caches(model: Any) -> None:
+    inputs = two_prompts(model)
+    with dymu.apply(model, prune=PyramidDrop((0.6, 0.3))):
+        beams = model.generate(**inputs, num_beams=3, do_sample=False, max_new_tokens=5)
+        one = {name: value[:1] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+        assert len(beams) == 2
+        assert one
+        _, _, cache = generated(model, inputs)
+        other = copy.deepcopy(cache)
+        buffer = io.BytesIO()
+        torch.save(cache, buffer)
+        buffer.seek(0)
+        third = torch.load(buffer, weights_only=False)
+        ids = torch.full((2, 1), 5)
+        mask = torch.cat((inputs["attention_mask"], torch.ones(2, NEW, dtype=torch.long)), 1)
+        going = tiny.going_on(model, ids, mask)
+        logits = [model(**going, past_key_values=of).logits for of in (cache, other, third)]
+        assert torch.equal(logits[0], logits[1])
+        assert torch.equal(logits[0], logits[2])
+
+
+@torch.no_grad()
+def test_positions_of_a_pyramid_are_numbered_anew_with_none() -> None:
+    """As in the authors' program: a shorter prompt at each stage, and a token said is moved up by what was dropped."""
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+    pruning = PyramidDrop((0.5,), (3,))
+    seen = []
+    with dymu.apply(model, prune=pruning, unmerge="none"):
+        for layer in model.model.language_model.layers:
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(kwargs["position_embeddings"]), with_kwargs=True
+            )
+        model(**inputs)
+    # hooks stand outside of ours: what layers get inside is the prompt's own length, so compare keys instead
+    tokens = inputs["input_ids"].shape[1]
+    shown = int(images_of(model, inputs).sum())
+    with dymu.apply(model, prune=pruning, unmerge="none"):
+        out = model(**inputs)
+    left = tokens - shown + round(0.5 * shown)
+    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [tokens] * 3 + [left] * 3
+
+
+class Chooses(Pruning):
+    """Whatever a test says."""
+
+    def parts(self, layers: int) -> tuple[float, ...]:
+        return (1.0,)
+
+    def scaled(self, factor: float) -> Chooses:
+        return self
+
+    def __init__(self, at: int, choose: Callable[[Ahead], Tensor | None]) -> None:
+        object.__setattr__(self, "at", at)
+        object.__setattr__(self, "_choose", choose)
+        object.__setattr__(self, "fill", "none")
+
+    def starts(self, layers: int) -> tuple[int, ...]:
+        return (self.at,)  # type: ignore[attr-defined]
+
+    def choose(self, ahead: Ahead) -> Tensor | None:
+        return self._choose(ahead)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_what_a_rule_reads_is_what_the_stock_model_has(model: Any) -> None:
+    """Attention of both layers, keys and hidden states."""
+    inputs = two_prompts(model)
+    there = inputs["attention_mask"].bool()
+    out = masked(model, inputs, [there] * LAYERS)
+    stock = model(**inputs, output_hidden_states=True)
+    found = []
+
+    def look(ahead: Ahead) -> None:
+        rows = torch.tensor([ahead.last, int(ahead.shown[3])])
+        alike = ahead.alike(2, rows)
+        found.append((ahead, [ahead.attend(layer, rows) for layer in (2, 3)], ahead.keys(2), alike))
+
+    with dymu.apply(model, prune=Chooses(3, look)):
+        model(**inputs)
+    assert len(found) == 2
+    for row, (ahead, attention, keys, alike) in enumerate(found):
+        at = there[row].nonzero()[:, 0]
+        for layer, weights in zip((2, 3), attention, strict=True):
+            expected = out.attentions[layer][row][:, at][:, :, at]
+            tiny.close(weights[:, 0], expected[:, ahead.last])
+            tiny.close(weights[:, 1], expected[:, int(ahead.shown[3])])
+        tiny.close(ahead.hidden, stock.hidden_states[3][row, at])
+        tiny.close(ahead.embeds, stock.hidden_states[0][row, at])
+        stored = stock.past_key_values.layers[2].keys[row]
+        if stored.shape[1] == there.shape[1]:  # a layer with a window has forgotten some
+            tiny.close(keys.transpose(0, 1), stored[:, at])
+        tiny.close(alike.sum(1), torch.ones(2))
+        assert not alike[1, int(ahead.shown[3]) + 1 :].any()
+        assert torch.equal(at[ahead.shown], images_of(model, inputs)[row].nonzero()[:, 0])
+
+
+def toy(**more: Any) -> Ahead:
+    """Six image tokens of peers in the field's toy example, one word ahead and two behind."""
+    degrees = torch.tensor([0.0, 8, 20, 90, 103, 180]).deg2rad()
+    x = torch.stack((degrees.cos(), degrees.sin()), 1)
+    words = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    hidden = torch.cat((words[:1], x, words[1:]))
+    weights = torch.tensor([0.05, 0.10, 0.30, 0.20, 0.25, 0.12])
+
+    def attend(layer: int, rows: Tensor) -> Tensor:
+        full = torch.zeros(2, len(rows), 9)
+        full[..., 1:7] = weights
+        return full
+
+    return Ahead(
+        **{
+            "layer": 2, "layers": 8, "hidden": hidden, "embeds": hidden, "shown": torch.arange(1, 7),
+            "running": torch.ones(6, dtype=torch.bool), "size": torch.tensor([1.0, 4, 1, 2, 1, 3]), "last": 8,
+            "attend": attend, "alike": lambda layer, rows: torch.full((len(rows), 9), 1 / 9),
+            "keys": lambda layer: hidden[:, None] * torch.arange(1.0, 10)[:, None, None], "norm": lambda x: x, **more,
+        }
+    )  # fmt: skip
+
+
+def test_toy_of_each_method() -> None:
+    assert FastV(0.5).choose(toy()).tolist() == [2, 3, 4]
+    assert PyramidDrop((0.5,), (2,)).choose(toy()).tolist() == [2, 3, 4]
+    assert SparseVLM((0.5,), (1,)).choose(toy()).tolist() == [2, 3, 4]
+    assert LayerSkip(0.5, score="size").choose(toy()).tolist() == [1, 3, 5]
+    assert LayerSkip(0.5).choose(toy()).tolist() == [0, 2, 4]
+    assert LayerSkip(0.5, "alternate").choose(toy()) is None
+    # keys grow with the place: pivots are 4 and 5; the first keeps 0, which is least like it, the second 1
+    assert DART(4 / 6, pivots=2).choose(toy()).tolist() == [0, 1, 4, 5]
+
+
+def test_counts_of_the_papers() -> None:
+    """Of 576 tokens and 32 layers."""
+
+    def mean(pruning: Pruning) -> float:
+        return round(576 * pruning.mean(32), 1)
+
+    assert (mean(FastV()), mean(FastV(0.25, 3))) == (306, 184.5)
+    assert mean(PyramidDrop()) == 270
+    named = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
+    found = {name: mean(SparseVLM(tuple(count / 576 for count in counts))) for name, counts in named.items()}
+    assert found == {192: 206.8, 128: 144.1, 96: 113.9, 64: 81.8}
+    assert round(mean(DART(124 / 576))) == 152
+    assert LayerSkip(0.2).starts(4) == (2, 3)
+    assert SparseVLM().starts(32) == (3, 7, 16)
+    assert SparseVLM().starts(4) == (1, 2, 3)
+    assert VSCAN.starts(32) == (16,)
+
+
+VSCAN = PyramidDrop((1 / 3,))
+
+
+@pytest.mark.parametrize("pruning", [FastV(), DART(), PyramidDrop(), Reroute(), SparseVLM(), LayerSkip(pattern="all")])
+@pytest.mark.parametrize("part", [0.15, 0.3, 0.5, 0.8, 1.0])
+def test_fractions_are_solved_for_a_mean_over_layers(pruning: Pruning, part: float) -> None:
+    if part > pruning.starts(30)[0] / 30:
+        assert abs(pruning.for_mean(part, 30).mean(30) - part) < 1e-9
+    with pytest.raises(BadBudget, match="begin earlier"):
+        pruning.for_mean(0.01, 30)
+
+
+def test_dart_keeps_as_many_as_asked() -> None:
+    many = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
+    ahead = toy(
+        hidden=many, embeds=many, shown=torch.arange(4, 580), running=torch.ones(576, dtype=torch.bool),
+        size=torch.ones(576), last=599, keys=lambda layer: many[:, None],
+    )  # fmt: skip
+    assert len(DART(0.222).choose(ahead)) == round(0.222 * 576)
+    assert len(set(DART(0.222).choose(ahead).tolist())) == round(0.222 * 576)
+
+
+def test_raters_speak_of_the_picture() -> None:
+    image = torch.tensor([[1.0, 0.0]])
+    assert raters_of(image, torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]])).tolist() == [0]
+    assert raters_of(image, torch.ones(3, 2)).tolist() == [0, 1, 2]
+    assert round(HEADS * 32) == 14
+
+
+BAD = [
+    (lambda: FastV(0), BadBudget), (lambda: FastV(1.5), BadBudget), (lambda: FastV("a"), BadBudget),
+    (lambda: FastV(float("nan")), BadBudget), (lambda: PyramidDrop((0.3, 0.5)), ValueError),
+    (lambda: PyramidDrop((0.5,), (1, 2)), ValueError), (lambda: PyramidDrop(()), ValueError),
+    (lambda: SparseVLM((0.5,)), ValueError), (lambda: DART(pivots=0), ValueError),
+    (lambda: LayerSkip(score="best"), ValueError), (lambda: LayerSkip(pattern="some"), ValueError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error"), BAD)
+def test_wrong_numbers_are_refused(make: Callable[[], Pruning], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        make()
+
+
+def test_what_cannot_be_pruned_is_refused_before_anything_runs() -> None:
+    model = deeper("llava")
+    for pruning in (FastV(layer=6), FastV(layer=0), PyramidDrop((0.5, 0.4), (4, 2))):
+        with pytest.raises(ValueError, match="layer"):
+            dymu.apply(model, prune=pruning)
+    with pytest.raises(TypeError, match="Pruning"):
+        dymu.apply(model, prune="fast-v")
+    assert dymu.handle_of(model) is None
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4), tiny.pictures(1))
+    with dymu.apply(model, prune=FastV(0.5, 2)):
+        cache = model(**inputs).past_key_values
+    with dymu.apply(model, prune=FastV(0.5, 3)), pytest.raises(UnsupportedCache, match="other layers"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    with dymu.apply(model, merge=dymu.FixedMerge(0.5)), pytest.raises(UnsupportedCache, match="other layers"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    with dymu.apply(model, prune=Chooses(2, lambda ahead: torch.arange(3))):
+        model(**inputs)
+    model.gradient_checkpointing_enable()
+    model.train()
+    wrong = pytest.raises(UnsupportedModel, match="checkpointing")
+    with torch.enable_grad(), dymu.apply(model, prune=FastV(0.5, 2)), wrong:
+        model.model.language_model(inputs_embeds=torch.randn(1, 4, 32))
+
+
+@torch.no_grad()
+def test_a_rule_that_brings_dropped_tokens_back_is_an_error() -> None:
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4), tiny.pictures(1))
+
+    class Back(Chooses):
+        def starts(self, layers: int) -> tuple[int, ...]:
+            return (1, 2)
+
+    back = Back(1, lambda ahead: torch.arange(3) + ahead.layer)
+
+    with dymu.apply(model, prune=back), pytest.raises(ValueError, match="dropped before"):
+        model(**inputs)
+
+
+def test_gradients_pass_and_text_alone_is_untouched() -> None:
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4), tiny.pictures(1))
+    words = {"input_ids": tiny.prompt(model, 9)[None]}
+    stock = model(**words).logits
+    with dymu.apply(model, prune=PyramidDrop((0.5, 0.2))) as handle:
+        tiny.close(model(**words).logits, stock)
+        model(**inputs)
+        assert handle.last.ran[0][-1] < handle.last.ran[0][0]
+    with torch.enable_grad(), dymu.apply(model, prune=PyramidDrop((0.5, 0.2))):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gradient = model.model.multi_modal_projector.linear_1.weight.grad
+    assert gradient is not None
+    assert bool(torch.isfinite(gradient).all())
+    assert float(gradient.abs().max()) > 0
