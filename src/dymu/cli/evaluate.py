@@ -50,7 +50,7 @@ def _method(text: str) -> str:
     name, _, options = text.partition(":")
     if name not in COMPARED:
         raise typer.BadParameter(f"{name!r} is no method to compare; choose some of {', '.join(COMPARED)}.")
-    if options and not METHODS[name].reducer:
+    if options and not METHODS[name].takes_arguments:
         raise typer.BadParameter(f"{name} takes no further arguments: leave {options!r} out.")
     try:
         options_of(options)
@@ -59,9 +59,9 @@ def _method(text: str) -> str:
     return text
 
 
-def _check_arguments(text: str, reducer_of: Callable[[str, float, str], Any]) -> None:
+def _check_arguments(text: str, applying: Callable[[str, float, str, int], Any]) -> None:
     try:
-        reducer_of(text, 0.5, "none")
+        applying(text, 1.0, "none", 64)
     except ValueError as error:
         raise typer.BadParameter(f"--method {text}: {error}") from error
 
@@ -141,12 +141,12 @@ def evaluate(
         raise typer.BadParameter("two of the --thresholds files are of one schedule; give one for each.")
     with out.during("loading torch and transformers"):
         quieten_transformers()
-        from dymu.evaluation.methods import reducer_of, rows_for
+        from dymu.evaluation.methods import applying, rows_for
         from dymu.evaluation.run import evaluate as run_all
         from dymu.evaluation.run import full_tokens
     for text in method:
         if ":" in text:
-            _check_arguments(text, reducer_of)
+            _check_arguments(text, applying)
     with out.during(f"loading {named.name}"):
         loaded = models.load(named, device, dtype)
     full = full_tokens(loaded.model, loaded.processor, calibrated, tasks)

@@ -67,7 +67,7 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
             "needs": method.needs,
             "adapts": method.adapts,
             "compared": method.compared,
-            "class": method.reducer,
+            "class": method.reducer or method.pruning,
             "paper": method.paper,
         }
         for method in METHODS.values()
@@ -81,7 +81,8 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
             printed.add_row(row["name"], row["group"], row["class"], row["needs"], adapts, row["paper"])
         yield printed
         yield ""
-        yield "E: in the encoder or right behind it; P: on projected tokens. Classes are those of dymu.reducers."
+        yield "E: in the encoder or right behind it; P: on projected tokens; L: within the language model."
+        yield "Classes are those of dymu.reducers; of group L, of dymu.pruning."
         yield "Attention is that of the class token; where an encoder has none, that of all patches."
         yield "By itself: how many are left depends on the picture alone, so that dymu evaluate takes no budget for it."
 

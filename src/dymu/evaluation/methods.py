@@ -6,8 +6,9 @@ The command line, tables and charts take names and colours from here. This modul
 from __future__ import annotations
 
 import math
+import re
 from ast import literal_eval
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from dymu.choices import UNMERGE, Fill
+from dymu.errors import BadBudget
 from dymu.files import Count
 from dymu.measure.charts import GREY, PALETTE
 
 if TYPE_CHECKING:
+    from dymu.pruning import Pruning
     from dymu.reducers import Reducer
 
 FORMER = "compact-unsized"
@@ -39,16 +42,19 @@ class Method:
     Attributes:
         name: in files and on the command line; label, colour: in tables and charts.
         reducer: its class in `dymu.reducers`; empty where the method is another.
+        pruning: its class in `dymu.pruning`, likewise.
         leaves: see `Remains`; it decides which ways to unmerge differ.
         schedules: how its merges may spread over the layers; None: as the thresholds do.
         square: whether it can keep square numbers of tokens only.
         of_images: whether its budget is of a whole image, also where that is cut into tiles.
-        group: `control`; `E`, in the encoder or right behind it; `P`, on projected tokens.
+        group: `control`; `E`, in the encoder or right behind it; `P`, on projected tokens; `L`, within the language
+            model.
         needs: what it reads beside tokens.
         adapts: whether how many tokens are left depends on the picture.
         paper: its number at arXiv.
         arguments: from what to keep, to the reducer's arguments; None: it has a field `keep`.
         compared: whether so many tokens can be asked for.
+        settings: arguments of its class that make it this method.
     """
 
     name: str
@@ -65,6 +71,13 @@ class Method:
     paper: str = ""
     arguments: Callable[[int | float], dict[str, Any]] | None = None
     compared: bool = True
+    pruning: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def takes_arguments(self) -> bool:
+        """Whether it has further ones."""
+        return bool(self.reducer or self.pruning)
 
     def unmerges(self, way: str) -> str:
         """The first of the ways to unmerge that give the same as this one."""
@@ -95,26 +108,50 @@ class Method:
             raise TypeError(
                 f"{self.reducer} has no field `keep`, so {self.name} would ignore its budget; add the field."
             )
-        own = [f.name for f in fields(kind) if f.name not in taken]
+        reducer: Reducer = self._made(kind, taken, row)
+        return reducer
+
+    def make_pruning(self, row: Row, part: float, seed: int, layers: int) -> Pruning:
+        """What prunes for a row in a language model of so many layers.
+
+        Args:
+            part: of all image tokens, the mean over layers.
+            seed: of its random numbers.
+
+        Raises:
+            BadBudget: it cannot drop as much.
+            ValueError: the row names an argument that the method does not have, or the language model has too few
+                layers.
+        """
+        kind: Any = getattr(import_module("dymu.pruning"), self.pruning)
+        settings = {**dict(self.settings), "seed": seed, "fill": self.fill(way_of(row))}
+        taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings}
+        solved = {f.name for f in fields(kind)} & {"keep", "rates"}
+        pruning: Pruning = self._made(kind, taken, row, solved - {"rates"} | {"seed", "fill"})
+        return pruning.for_mean(part, layers)
+
+    def _made(self, kind: Any, taken: dict[str, Any], row: Row, fixed: Collection[str] = ()) -> Any:
+        """A class of the method's with some arguments, and the row's own, which are none of the `fixed` ones."""
+        own = [f.name for f in fields(kind) if f.name not in (fixed or taken)]
+        taken = dict(taken)
         for name, value in options_of(row.options).items():
             if name not in own:
                 raise ValueError(f"{self.name} has no argument {name!r}; it has {', '.join(own) or 'none'}.")
             taken[name] = value
         try:
-            reducer: Reducer = kind(**taken)
+            return kind(**taken)
         except TypeError as error:
             raise ValueError(f"{self.name} does not take {row.options!r}: {error}.") from error
-        return reducer
 
 
 def options_of(text: str) -> dict[str, Any]:
-    """The arguments in `side=4,early=3`.
+    """The arguments in `side=4,layers=(1,2)`.
 
     Raises:
         ValueError: it is no list of such.
     """
     found = dict[str, Any]()
-    for part in filter(None, text.split(",")):
+    for part in filter(None, re.split(r",(?![^(]*\))", text)):
         name, equals, value = part.partition("=")
         if not (equals and name.isidentifier() and value) or name in found:
             raise ValueError(f"{part!r} is no argument of a method: write name=value, several with commas between.")
@@ -134,6 +171,15 @@ def _of_zip(keep: int | float) -> dict[str, int | float]:
 def _prunes(name: str, label: str, colour: str, reducer: str, group: str, needs: str, paper: str) -> Method:
     return Method(name, label, colour, reducer, "filled", group=group, needs=needs, paper=paper)
 
+
+def _within(name: str, label: str, colour: str, pruning: str, needs: str, paper: str, **settings: Any) -> Method:
+    return Method(
+        name, label, colour, pruning=pruning, leaves="filled", group="L", needs=needs, paper=paper,
+        settings=tuple(settings.items()),
+    )  # fmt: skip
+
+
+LAST_ROW = "attention of the last token"
 
 METHODS = {
     method.name: method
@@ -182,6 +228,13 @@ METHODS = {
         Method(
             "hierarchical", "hierarchical pooling", PALETTE[2], "HierarchicalPool", group="P", paper="2409.14683"
         ),
+        _within("fast-v", "FastV", PALETTE[0], "FastV", LAST_ROW, "2403.06764"),
+        _within("pyramid-drop", "PyramidDrop", PALETTE[1], "PyramidDrop", LAST_ROW, "2410.17247"),
+        _within("v-scan-drop", "VScan, second half", PALETTE[2], "PyramidDrop", LAST_ROW, "2505.22654", rates=(1 / 3,)),
+        _within("reroute", "Reroute", PALETTE[3], "Reroute", LAST_ROW, ""),
+        _within("sparse-vlm", "SparseVLM", PALETTE[4], "SparseVLM", "attention of the question", "2410.04417"),
+        _within("dart-layers", "DART", PALETTE[5], "DART", "keys", "2502.11494"),
+        _within("layer-skip", "layer skipping", GREY, "LayerSkip", "", "2408.16730"),
     )
 }  # fmt: skip
 """By name."""
@@ -216,23 +269,30 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 UNTOUCHED = Row("untouched")
 
 
-def reducer_of(named: str, keep: int | float, unmerge: str, seed: int = 0) -> Reducer:
-    """The reducer of a method, with what stands for dropped tokens as the way to unmerge wants it.
+def applying(named: str, keep: int | float, unmerge: str, layers: int, seed: int = 0) -> dict[str, Any]:
+    """What `dymu.apply` takes for a method, with what stands for dropped tokens as the way to unmerge wants it.
 
     Args:
         named: a name, with further arguments if wanted: `holo-v:stretches=8`.
-        keep: of an image, a number of tokens, or a fraction of its own.
+        keep: of an image, a number of tokens, or a fraction of its own; within the language model, a fraction, the mean
+            over its layers.
+        layers: of the language model.
 
     Raises:
-        ValueError: there is no such method, or it is no reducer that takes a number; or an argument that it has not.
-        BadBudget: nothing would be kept.
+        ValueError: there is no such method, or it takes no number; or an argument that it has not.
+        BadBudget: nothing would be kept, or the method cannot drop as much.
     """
     name, _, options = named.partition(":")
     method = METHODS.get(name)
-    if method is None or not method.reducer or not method.compared:
-        known = [one.name for one in METHODS.values() if one.reducer and one.compared]
+    if method is None or not method.takes_arguments or not method.compared:
+        known = [one.name for one in METHODS.values() if one.takes_arguments and one.compared]
         raise ValueError(f"{name!r} is no method that takes a number of tokens; choose some of {', '.join(known)}.")
-    return method.make(Row(name, 1, unmerge, (method.schedules or ("",))[0], options), keep, seed)
+    row = Row(name, 1, unmerge, (method.schedules or ("",))[0], options)
+    if not method.pruning:
+        return {"merge": method.make(row, keep, seed), "unmerge": unmerge}
+    if not 0 < keep <= 1 or (isinstance(keep, int) and keep == 1):
+        raise BadBudget(f"{name} takes a fraction of the image tokens, such as 0.3, not {keep:g}.")
+    return {"prune": method.make_pruning(row, keep, seed, layers), "unmerge": unmerge}
 
 
 def way_of(row: Row) -> str:
@@ -268,7 +328,7 @@ def rows_for(
     named, ways = [method.partition(":")[::2] for method in methods], list(unmerge)
     check_names([name for name, _ in named], ways)
     for name, options in named:
-        if options and not METHODS[name].reducer:
+        if options and not METHODS[name].takes_arguments:
             raise ValueError(f"{name} takes no further arguments: leave {options!r} out.")
     rows = [UNTOUCHED]
     for budget in sorted(set(budgets), reverse=True):

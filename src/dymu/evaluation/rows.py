@@ -14,6 +14,7 @@ from dymu.errors import BadBudget, UnsupportedModel
 from dymu.evaluation.methods import METHODS, Row, check_names
 from dymu.families.resolve import find, resolve
 from dymu.handle import Handle, applied, handle_of
+from dymu.hooks.refusals import refuse_to_prune
 from dymu.thresholds import Thresholds
 
 
@@ -43,6 +44,9 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
         raise BadBudget(f"a budget of {row.budget} is more than the {tokens} image tokens that there are; take less.")
     if method.reducer:
         method.make(row, row.budget / tokens, 0).check_fits(max(parts.feature_layers()), tokens)
+    if method.pruning:
+        refuse_to_prune(parts)
+        method.make_pruning(row, row.budget / tokens, 0, len(parts.decoder_layers))
     if row.method == "dtome":
         with running(row, model, None, thresholds, tokens):
             pass
@@ -74,6 +78,10 @@ def running(
         options = {"thresholds": thresholds[row.schedule], "budget": row.budget, "unmerge": row.unmerge}
     elif method.reducer:
         options = {"merge": method.make(row, row.budget / tokens, seed), "unmerge": row.unmerge}
+    elif method.pruning:
+        layers = len(resolve(model).decoder_layers)
+        prune = method.make_pruning(row, row.budget / tokens, seed, layers)
+        options = {"prune": prune, "unmerge": row.unmerge}
     if row.method == "downscale":
         with _smaller(model, processor, math.isqrt(row.budget)):
             yield None

@@ -334,6 +334,8 @@ class _Batch:
                 lines = untouched if row == UNTOUCHED else self.answers(inputs)
                 if handle is None:
                     kept = image_tokens(asker.model, inputs)
+                elif handle.last.ran:  # one number for each prompt, that of its layers on average
+                    kept = [round(sum(layers) / len(layers)) for layers in handle.last.ran]
                 else:
                     of_prompts = items_by_prompt(asker.model, inputs, handle.last.items)
                     kept = [sum(item.kept for item in items) for items in of_prompts]
@@ -438,5 +440,8 @@ class _Batch:
 
 def _encoding(row: Row) -> Row:
     """What rows have in common whose images are encoded alike."""
-    filled = METHODS[row.method].fill(way_of(row)) == "nearest"
+    method = METHODS[row.method]
+    if method.pruning:  # within the language model, all of the encoder's tokens come there
+        return Row("", 0)
+    filled = method.fill(way_of(row)) == "nearest"
     return msgspec.structs.replace(row, unmerge="exact" if filled else "none")

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from dymu.choices import Unmerge
 from dymu.errors import BadBudget, BadPrompt, DymuError
-from dymu.evaluation.methods import reducer_of
+from dymu.evaluation.methods import applying
 from dymu.families.resolve import resolve
 from dymu.files import expanded
 from dymu.handle import Handle, apply
@@ -258,7 +258,7 @@ def _applied(
     if method is not None:
         if thresholds is not None or budget is None:
             raise BadBudget("a method takes a budget, and no thresholds: give it with budget=, without thresholds=.")
-        return apply(model, merge=reducer_of(method, budget, unmerge), unmerge=unmerge)
+        return apply(model, **applying(method, budget, unmerge, len(resolve(model).decoder_layers)))
     if thresholds is None and budget is None:
         if unmerge != "exact":
             raise BadBudget(f"unmerge={unmerge} needs something merged; give a budget as well.")

@@ -126,7 +126,7 @@ class Pruning(ABC):
             raise BadBudget(
                 f"{type(self).__name__} drops nothing ahead of layer {self.starts(layers)[0]} of {layers}: more "
                 f"than {least:.0%} of the image tokens run on average, and {part:.1%} are asked for; let it begin "
-                "earlier, or take a larger budget."
+                "earlier (layer=, layers= or pattern=), or take a larger budget."
             )
         low, high = 0.0, 1 / min(self.parts(layers))
         for _ in range(60):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class PyramidDrop(Pruning):
 
     Args:
         rates: of all image tokens, the fraction that runs from each stage on.
-        layers: where stages begin; empty: at equal distances, so with three at a quarter, half and three quarters.
+        layers: where stages begin, one number for one stage; empty: at equal distances, so with three at a quarter, half and three quarters.
         fill: see `Pruning`.
 
     Raises:
@@ -33,7 +33,8 @@ class PyramidDrop(Pruning):
 
     def __post_init__(self) -> None:
         for name in ("rates", "layers"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            given: Any = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, int | float) else tuple(given))
         for rate in self.rates:
             check_part("rates", rate)
         if not self.rates or (self.layers and len(self.layers) != len(self.rates)):

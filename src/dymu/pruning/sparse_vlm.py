@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class SparseVLM(Pruning):
 
     def __post_init__(self) -> None:
         for name in ("rates", "layers"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            given: Any = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, int | float) else tuple(given))
         for rate in self.rates:
             check_part("rates", rate)
         if len(self.rates) != (len(self.layers) or 3):
