@@ -513,3 +513,30 @@ def test_gradients_pass_and_text_alone_is_untouched() -> None:
     assert gradient is not None
     assert bool(torch.isfinite(gradient).all())
     assert float(gradient.abs().max()) > 0
+
+
+@torch.no_grad()
+def test_unmerging_from_a_layer_on(model: Any) -> None:
+    """From the first one it is unmerging throughout, from none it is compact, and in between layers ahead are as in
+    compact."""
+    inputs = two_prompts(model)
+
+    def seen(**how: Any) -> tuple[Tensor, tuple[Tensor, ...], list[int]]:
+        with dymu.apply(model, merge=dymu.FixedMerge(0.4), **how):
+            _, logits, cache = generated(model, inputs)
+            hidden = model(**inputs, output_hidden_states=True).hidden_states
+        return logits, hidden, [layer.keys.shape[2] for layer in cache.layers]
+
+    exact, compact, half = seen(), seen(unmerge="compact"), seen(unmerge_from=3)
+    assert exact[2] == compact[2] == half[2]
+    tiny.close(seen(unmerge_from=LAYERS)[0], compact[0])
+    words = inputs["attention_mask"].bool() & ~images_of(model, inputs)
+    for layer in range(4):
+        tiny.close(half[1][layer][words], compact[1][layer][words])
+    assert float((half[0] - compact[0]).abs().max()) > 1e-3
+    assert float((half[0] - exact[0]).abs().max()) > 1e-3
+    alone = seen(unmerge="representative", unmerge_from=3, prune=FastV(0.5, 4))[0]
+    assert torch.isfinite(alone).all()
+    for wrong in ({"unmerge_from": LAYERS + 1}, {"unmerge_from": -1}, {"unmerge_from": 2, "unmerge": "compact"}):
+        with pytest.raises(ValueError, match="unmerge_from"):
+            dymu.apply(model, merge=dymu.FixedMerge(0.4), **wrong)

@@ -25,7 +25,7 @@ from dymu.hooks.drift import Drift
 from dymu.hooks.encoder import EncoderHooks
 from dymu.hooks.focus import InFocus, spec_of
 from dymu.hooks.generation import GenerationHooks
-from dymu.hooks.language import LanguageHooks
+from dymu.hooks.language import Attending, LanguageHooks
 from dymu.hooks.probe import check_layers
 from dymu.hooks.refusals import warn_of_hooks
 from dymu.hooks.replaced import Around, Method, Replaced, by_thread, config_view, refuse_copy
@@ -58,6 +58,7 @@ def apply(
     representatives: int = 1,
     backend: str = "auto",
     cache: CacheForm = "merged",
+    unmerge_from: int = 0,
     prune: Pruning | None = None,
 ) -> Handle:
     """Make a stock vision-language model, or a vision encoder by itself, merge image tokens, in place.
@@ -101,6 +102,8 @@ def apply(
             fastest, see docs/triton.md.
         cache: `merged`: the KV cache holds one entry per merged token, M / N of the untouched cache. `fast`: also the
             keys of all tokens, (N + M) / 2N, which saves the time to unmerge them for each new token.
+        unmerge_from: the layer of the language model from which on it attends as `unmerge` says; those ahead of it see
+            each merged token once, as in `compact`.
         prune: which image tokens the layers of the language model run, such as `dymu.pruning.FastV(keep=0.5)`; by
             itself, with nothing merged ahead of them.
 
@@ -148,15 +151,22 @@ def apply(
                 f'cache="fast" keeps the keys of all tokens, and with unmerge="{unmerge}" each merged token has one; '
                 "leave cache out."
             )
-        if isinstance(parts, LoneEncoder) and (
-            prune is not None or (unmerge, representatives, backend, cache) != ("exact", 1, "auto", "merged")
-        ):
-            raise ValueError("an encoder by itself has no language model: leave unmerge, backend, cache and prune out")
+        if isinstance(unmerge_from, bool) or not isinstance(unmerge_from, int) or unmerge_from < 0:
+            raise ValueError(f"unmerge_from={unmerge_from!r}: name a layer of the language model, counted from 0.")
+        if unmerge_from and unmerge in EACH_ONCE:
+            raise ValueError(
+                f'unmerge_from goes with unmerge="exact" or "representative": unmerge="{unmerge}" unmerges in no layer.'
+            )
+        how = Attending(unmerge, representatives, check_backend(backend), cache, unmerge_from, prune)
+        if isinstance(parts, LoneEncoder) and how != Attending():
+            raise ValueError(
+                "an encoder by itself has no language model: leave unmerge, backend, cache, unmerge_from and prune out"
+            )
         if merge is not None:
             _check_reducer(merge)
             if counted:
                 raise BadBudget("a budget needs thresholds; with merge=, the rule says how much is kept.")
-        handle = Handle(parts, calibrated, merge, unmerge, representatives, check_backend(backend), cache, prune)
+        handle = Handle(parts, calibrated, merge, how)
         handle._check_fits(parts)
         if merge is None:
             handle.set_budget(budget, per_second, at_most=at_most, exactly=exactly)
@@ -245,11 +255,7 @@ class Handle:
         parts: Parts | LoneEncoder,
         thresholds: Thresholds | None,
         reducer: Reducer | None,
-        unmerge: Unmerge,
-        representatives: int,
-        backend: str,
-        cache: CacheForm,
-        prune: Pruning | None = None,
+        how: Attending,
     ) -> None:
         self._thresholds, self._calls = thresholds, Calls()
         self._parts, self._state = parts, CallState(self._calls)
@@ -258,7 +264,7 @@ class Handle:
             self._vision = EncoderHooks(parts, self._state, reducer)
         else:
             self._vision = VisionHooks(parts, self._state, reducer)
-            self._language = LanguageHooks(parts, self._state, unmerge, representatives, backend, cache, prune)
+            self._language = LanguageHooks(parts, self._state, how)
             self._generation = GenerationHooks(parts, self._state)
         self._count = Count()
         self._tokens: float | None = None
@@ -646,7 +652,7 @@ class Handle:
         self._within(parts.rotary, "forward", language.rotary)
         for module in parts.mixers:
             self._within(module, "forward", language.mixer)
-        for index, module in enumerate(parts.decoder_layers if language.prune is not None else ()):
+        for index, module in enumerate(parts.decoder_layers if language.by_layer else ()):
             self._within(module, "forward", functools.partial(language.layer, index))
         for module in parts.last_by_token:
             self._within(module, "forward", language.by_token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,27 +36,29 @@ from dymu.unmerging import History, NewTokens, Packed, Step, plan_step
 from dymu.unmerging.virtual import as_phase, turn_between
 
 
+@dataclass(frozen=True)
+class Attending:
+    """How the language model attends, see `dymu.apply`."""
+
+    unmerge: Unmerge = "exact"
+    representatives: int = 1
+    backend: str = "auto"
+    cache: CacheForm = "merged"
+    unmerge_from: int = 0
+    prune: Pruning | None = None
+
+
 class LanguageHooks:
     """What stands around the module that holds both halves, the language model, and its rotary angles.
 
     Args:
         parts: of the model.
         state: of the running call.
-        unmerge, representatives, backend, cache, prune: see `dymu.apply`.
+        how: it attends.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        state: CallState,
-        unmerge: Unmerge,
-        representatives: int,
-        backend: str,
-        cache: CacheForm,
-        prune: Pruning | None = None,
-    ) -> None:
-        self.parts, self._state, self.prune = parts, state, prune
-        self._unmerge, self._representatives, self._backend, self._cache = unmerge, representatives, backend, cache
+    def __init__(self, parts: Parts, state: CallState, how: Attending) -> None:
+        self.parts, self._state, self._how = parts, state, how
         self.rotations = Rotations({}, {})
 
     def adopt(self, parts: Parts, rotations: Rotations) -> None:
@@ -65,25 +68,45 @@ class LanguageHooks:
             UnsupportedModel: it cannot have the form of unmerging, or of the cache, or be pruned.
             ValueError: it has too few layers to be pruned so.
         """
-        if self._unmerge == "representative" and parts.mixers:
+        if self._how.unmerge == "representative" and parts.mixers:
             raise UnsupportedModel(
                 'unmerge="representative" is for language models whose layers all attend, and some of this one\'s mix '
                 'tokens in another way, on all of the full prompt; take unmerge="exact".'
             )
-        if self._unmerge == "restore" and (parts.decoder_kind.axes > 1 or len(rotations.interleaved) > 1):
+        if self._how.unmerge == "restore" and (parts.decoder_kind.axes > 1 or len(rotations.interleaved) > 1):
             raise UnsupportedModel(
                 'unmerge="restore" is for language models with one position for each token and one kind of rotary '
                 'angles; take unmerge="compact".'
             )
-        if self._cache == "fast" and parts.decoder_kind.shared is not None:
+        if self._how.cache == "fast" and parts.decoder_kind.shared is not None:
             raise UnsupportedModel(
                 'cache="fast" would keep the keys that layers of this language model share once for each of them; '
                 "leave cache out."
             )
-        if self.prune is not None:
-            refuse_to_prune(parts)
-            self.prune.starts(len(parts.decoder_layers))
+        if self.by_layer:
+            refuse_to_prune(parts, "prune" if self._how.prune is not None else "unmerge_from")
+            if self._how.unmerge_from > len(parts.decoder_layers):
+                raise ValueError(
+                    f"unmerge_from={self._how.unmerge_from} is beyond the {len(parts.decoder_layers)} layers of the "
+                    "language model; name one of them, or their number for none."
+                )
+            self._starts(parts)
         self.parts, self.rotations = parts, rotations
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers differ in which tokens they run, or in how they attend."""
+        return self._how.prune is not None or self._how.unmerge_from > 0
+
+    def _starts(self, parts: Parts) -> tuple[int, ...]:
+        """The layers from which on they do."""
+        layers = len(parts.decoder_layers)
+        starts = set() if self._how.prune is None else set(self._how.prune.starts(layers))
+        return tuple(sorted((starts | {self._how.unmerge_from}) - {0, layers}))
+
+    def _form(self, layer: int) -> Unmerge:
+        """How a layer attends."""
+        return self._how.unmerge if layer >= self._how.unmerge_from else "compact"
 
     def inner(self, forward: Method, *args: Any, **kwargs: Any) -> Any:
         """Find the placeholders of this call's images and videos."""
@@ -141,7 +164,7 @@ class LanguageHooks:
         rewind = None if cache is None else remembered(cache)
         histories = self._histories(cache)
         history = histories[0]
-        if not history.plain and history.consecutive != (self._unmerge == "none"):
+        if not history.plain and history.consecutive != (self._how.unmerge == "none"):
             raise UnsupportedCache(
                 f'this KV cache was filled {"with" if history.consecutive else "without"} unmerge="none", so that its '
                 "positions are others; start with a new cache."
@@ -152,7 +175,7 @@ class LanguageHooks:
             mask = inputs.pop("attention_mask", None)
             if self.parts.family.both_ways is not None and state.inside:
                 mask = state.mask  # what the model makes of it says more than which tokens are there
-            present = _present(mask, batch, tokens, history, self._unmerge)
+            present = _present(mask, batch, tokens, history, self._how.unmerge)
             for other in histories[1:]:
                 other.hide(history.hidden)
             place = history.places(present, batch, tokens, embeds.device)
@@ -172,7 +195,7 @@ class LanguageHooks:
             else:
                 index = torch.arange(tokens, device=embeds.device).expand(batch, tokens)
                 merged = TokenMap.from_leaders(index if leaders is None else leaders, present)
-                new = NewTokens.of(merged, positions, self._unmerge, self._representatives)
+                new = NewTokens.of(merged, positions, self._form(0), self._how.representatives)
                 first = new.map.first()
                 embeds = take(embeds, first)
                 self._average_added_rows(inputs, new.map, first)
@@ -182,8 +205,11 @@ class LanguageHooks:
             if inputs.get("logits_to_keep") is not None:  # the module that called cuts off the rest
                 inputs["logits_to_keep"] = 0
             block = self._block(batch, tokens, first=history.length == 0)
+            restores = self._how.unmerge == "restore"
 
-            def plan(new: NewTokens, history: History, last: bool) -> tuple[dict[str, Angles], LayerSteps]:
+            def plan(
+                new: NewTokens, history: History, last: bool, unmerge: Unmerge
+            ) -> tuple[dict[str, Angles], LayerSteps]:
                 running, state.unmerging = state.unmerging, False  # so that the rotary module says its own
                 angles, turn = self._turns(embeds, positions, new, history)
                 state.unmerging = running
@@ -192,25 +218,25 @@ class LanguageHooks:
                 step = plan_step(
                     new,
                     history,
-                    unmerge=self._unmerge,
-                    backend=self._backend,
+                    unmerge=unmerge,
+                    backend=self._how.backend,
                     turn=turn,
                     place=place,
                     block=block,
                     beyond_window=self.parts.family.both_ways == "prefix",
-                    distances=self._distances(embeds, history.length + tokens) if self._unmerge == "restore" else None,
-                    shown=self._shown(tokens) if self._unmerge == "restore" else None,
+                    distances=self._distances(embeds, history.length + tokens) if restores else None,
+                    shown=self._shown(tokens) if restores else None,
                 )
                 return angles, self._by_layer(step, history)
 
             state.mapped = Mapped(new.map, new.plain, present)
             state.wanted = state.pruned = packed = None
-            if self.prune is not None:
+            if self.by_layer:
                 state.pruned = self._pruned(plan, new, histories, tokens, present, positions, embeds, cache)
                 begins = state.pruned.begin()
                 state.turns, steps = begins.angles, begins.steps
             else:
-                state.turns, steps = plan(new, history, True)
+                state.turns, steps = plan(new, history, True, self._how.unmerge)
                 packed = self._packed(new)
             if packed is not None:
                 wanted = state.wanted
@@ -291,10 +317,10 @@ class LanguageHooks:
 
     def _histories(self, cache: Any) -> list[History]:
         """Of a KV cache, or of this forward alone, for each segment of layers that run the same tokens."""
-        starts = () if self.prune is None else self.prune.starts(len(self.parts.decoder_layers))
+        starts = self._starts(self.parts) if self.by_layer else ()
         if cache is None:
             return [History() for _ in range(len(starts) + 1)]
-        return adopt(cache, self._cache, starts, len(self.parts.decoder_layers))
+        return adopt(cache, self._how.cache, starts, len(self.parts.decoder_layers))
 
     def _by_layer(self, step: Step, history: History) -> LayerSteps:
         modules, wanted = self.rotations.by_module, self._state.wanted
@@ -318,17 +344,17 @@ class LanguageHooks:
             BadPrompt: a prompt with images comes in chunks.
             UnsupportedModel: the layers would be computed again for gradients.
         """
-        assert self.prune is not None
         state, parts = self._state, self.parts
-        if state.chunked is not None:
+        if state.chunked is not None and self._how.prune is not None:
             raise BadPrompt(
                 "a prompt that is prefilled in chunks cannot be pruned, since its last token is not known when its "
                 "images come; leave prefill_chunk_size or prune out."
             )
         refuse_to_recompute(parts.decoder_layers)
+        starts = (0, *self._starts(parts))
         return PrunedLayers(
-            parts, self.prune, plan, new, histories, self._shown(tokens), present, positions, embeds, cache,
-            self.rotations, self._unmerge, self._representatives,
+            parts, self._how.prune, starts, [*map(self._form, starts)], plan, new, histories, self._shown(tokens),
+            present, positions, embeds, cache, self.rotations, self._how.representatives,
         )  # fmt: skip
 
     def _packed(self, new: NewTokens) -> Packed | None:
@@ -430,7 +456,7 @@ class LanguageHooks:
         Args:
             positions: int64 [B, N] or [B, N, axes], of the new tokens.
         """
-        if self._unmerge == "none" and not (new.plain and history.plain):
+        if self._how.unmerge == "none" and not (new.plain and history.plain):
             history.consecutive = True
             return angles_of(self.parts, like, self._consecutive(new, history)), None
         angles = angles_of(self.parts, like, positions.permute(2, 0, 1) if positions.ndim == 3 else positions)

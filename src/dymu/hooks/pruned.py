@@ -59,8 +59,9 @@ class Segment:
         return hidden.index_put((batch, self.rows[batch, column]), ran[batch, column])
 
 
-Plan = Callable[[NewTokens, History, bool], tuple[dict[str, Angles], LayerSteps]]
-"""Adds new tokens to a history, and says how they rotate and attend; whether it is for the last layers."""
+Plan = Callable[[NewTokens, History, bool, Unmerge], tuple[dict[str, Angles], LayerSteps]]
+"""Adds new tokens to a history, and says how they rotate and attend. Takes whether it is for the last layers, and the
+form of unmerging."""
 
 
 class _Handed(Exception):
@@ -82,7 +83,9 @@ class PrunedLayers:
     """The layers of one forward.
 
     Args:
-        pruning: which tokens they run.
+        pruning: which tokens they run; None: all.
+        starts: the layers from which on they run others, or attend in another form; the first one among them.
+        forms: how they attend from each of these on.
         plan: see `Plan`.
         base: the tokens of the full prompt, to merged ones: what goes into the first layer.
         histories: of the KV cache, for each segment of layers.
@@ -96,7 +99,9 @@ class PrunedLayers:
     def __init__(
         self,
         parts: Parts,
-        pruning: Pruning,
+        pruning: Pruning | None,
+        starts: Sequence[int],
+        forms: Sequence[Unmerge],
         plan: Plan,
         base: NewTokens,
         histories: Sequence[History],
@@ -106,20 +111,19 @@ class PrunedLayers:
         embeds: Tensor,
         cache: Any,
         rotations: Rotations,
-        unmerge: Unmerge,
         representatives: int,
     ) -> None:
         self._parts, self._pruning, self._plan, self._base, self._histories = parts, pruning, plan, base, histories
         self._present, self._positions, self._embeds, self._cache = present, positions, embeds, cache
-        self._rotations, self._unmerge, self._representatives = rotations, unmerge, representatives
+        self._starts, self._forms, self._rotations, self._representatives = starts, forms, rotations, representatives
+        self._chooses = frozenset(() if pruning is None else pruning.starts(len(parts.decoder_layers)))
         self._shown = None if shown is None or not bool(shown.any()) else base.map.any(shown)
-        self._starts = (0, *pruning.starts(len(parts.decoder_layers)))
         self._segments = list[Segment]()
         self._inputs = dict[int, Tensor]()
         self._forwards = dict[int, Callable[[Tensor, Segment, Any], Any]]()
         self._recorded = dict[int, tuple[_Recorder, Segment]]()
         self.ran = list[Tensor]()
-        """Of each segment int64 [B], how many tokens of images and videos its layers ran."""
+        """Of each segment int64 [B], how many tokens of images and videos its layers ran; empty without pruning."""
 
     def begin(self) -> Segment:
         """The segment of the first layers."""
@@ -171,9 +175,9 @@ class PrunedLayers:
     def _add(self, new: NewTokens, rows: Tensor | None) -> None:
         number = len(self._segments)
         history = self._histories[number]
-        angles, steps = self._plan(new, history, number + 1 == len(self._starts))
+        angles, steps = self._plan(new, history, number + 1 == len(self._starts), self._forms[number])
         self._segments.append(Segment(new, rows, angles, steps, history))
-        if self._shown is not None:
+        if self._shown is not None and self._pruning is not None:
             shown = self._shown if rows is None else take(self._shown, rows) & self._segments[-1].there
             self.ran.append(shown.sum(1))
 
@@ -186,10 +190,34 @@ class PrunedLayers:
             return
         there = torch.arange(base.width, device=base.kept.device) < base.kept[:, None]
         ran = there if before.rows is None else before.scatter(torch.zeros_like(there), before.there)
-        runs = there.clone()
-        competes = there if self._pruning.comes_back else ran
-        for row in range(base.batch):
-            of_image = (self._shown[row] & there[row]).nonzero()[:, 0]
+        runs = self._chosen(index, hidden, self._shown, there, ran) if index in self._chooses else ran
+        form = self._forms[len(self._segments)]
+        if bool((runs == there).all()) and form == self._forms[0]:
+            self._add(self._base, None)
+            return
+        stands = torch.arange(base.width, device=runs.device).expand_as(runs)
+        stands = torch.where(runs, stands, -1)
+        if self._pruning is not None and self._pruning.fill == "nearest":
+            stands = self._filled(stands, hidden, runs)
+        group = base.group.clamp(min=0)
+        label = torch.where(base.group < 0, -1, stands.gather(1, group))
+        tokens = TokenMap.from_leaders(leaders_of(label, base.width), self._present)
+        new = NewTokens.of(tokens, self._positions, form, self._representatives)
+        itself = (label == group) & (base.group >= 0)
+        at = torch.where(itself, new.map.group, new.map.width)
+        rows = group.new_zeros(base.batch, new.map.width + 1).scatter(1, at, group)[:, :-1]
+        self._add(new, rows)
+
+    def _chosen(self, index: int, hidden: Tensor, shown: Tensor, there: Tensor, ran: Tensor) -> Tensor:
+        """bool [B, M], the merged tokens that run from layer `index` on.
+
+        Args:
+            shown, there, ran: bool [B, M], those of images and videos, those that there are, those that ran before.
+        """
+        assert self._pruning is not None
+        runs, competes = there.clone(), there if self._pruning.comes_back else ran
+        for row in range(len(runs)):
+            of_image = (shown[row] & there[row]).nonzero()[:, 0]
             if not len(of_image):
                 continue
             chosen = self._pruning.choose(self._ahead(index, hidden, row, of_image, competes[row, of_image]))
@@ -200,21 +228,7 @@ class PrunedLayers:
             if not self._pruning.comes_back and bool((runs[row] & ~ran[row]).any()):
                 raise ValueError(f"{type(self._pruning).__name__} has chosen tokens that it had dropped before.")
         self._recorded.clear()
-        if bool((runs == there).all()):
-            self._add(self._base, None)
-            return
-        stands = torch.arange(base.width, device=runs.device).expand_as(runs)
-        stands = torch.where(runs, stands, -1)
-        if self._pruning.fill == "nearest":
-            stands = self._filled(stands, hidden, runs)
-        group = base.group.clamp(min=0)
-        label = torch.where(base.group < 0, -1, stands.gather(1, group))
-        tokens = TokenMap.from_leaders(leaders_of(label, base.width), self._present)
-        new = NewTokens.of(tokens, self._positions, self._unmerge, self._representatives)
-        itself = (label == group) & (base.group >= 0)
-        at = torch.where(itself, new.map.group, new.map.width)
-        rows = group.new_zeros(base.batch, new.map.width + 1).scatter(1, at, group)[:, :-1]
-        self._add(new, rows)
+        return runs
 
     def _filled(self, stands: Tensor, hidden: Tensor, runs: Tensor) -> Tensor:
         """int64 [B, M]: for image tokens that do not run, the one that does and is most like each."""
@@ -253,11 +267,12 @@ class PrunedLayers:
         before, history = self._segments[-1], self._histories[len(self._segments)]
         if layer != max(self._forwards):
             return before
-        competes = self._segments[0] if self._pruning.comes_back else before
+        competes = self._segments[0] if self._pruning is not None and self._pruning.comes_back else before
         if not history.length:
             return competes
         history = history.copy()  # the layer's cache holds others of the tokens before than that of the layer before
-        angles, steps = self._plan(competes.new, history, False)
+        form = self._forms[self._segments.index(competes)]
+        angles, steps = self._plan(competes.new, history, False, form)
         return Segment(competes.new, competes.rows, angles, steps, history)
 
     def _handed(self, layer: int) -> tuple[_Recorder, Segment]:

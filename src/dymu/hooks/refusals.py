@@ -207,7 +207,7 @@ def refuse_checkpointing(modules: Iterable[nn.Module]) -> None:
         )
 
 
-def refuse_to_prune(parts: Parts) -> None:
+def refuse_to_prune(parts: Parts, argument: str = "prune") -> None:
     """Raises UnsupportedModel where layers of the language model cannot each run tokens of their own."""
     kind = parts.decoder_kind
     why = "some of its layers mix tokens without attention" if parts.mixers else None
@@ -215,8 +215,7 @@ def refuse_to_prune(parts: Parts) -> None:
     why = "its layers get further rows for each token" if kind.per_token is not None else why
     if why is not None:
         raise UnsupportedModel(
-            f"tokens cannot be pruned within this language model: {why}; leave prune out, and let the vision half "
-            "reduce them."
+            f"the layers of this language model cannot each have tokens of their own: {why}; leave {argument} out."
         )
 
 

@@ -20,7 +20,8 @@ class PyramidDrop(Pruning):
 
     Args:
         rates: of all image tokens, the fraction that runs from each stage on.
-        layers: where stages begin, one number for one stage; empty: at equal distances, so with three at a quarter, half and three quarters.
+        layers: where stages begin, one number for one stage; empty: at equal distances, so
+            with three at a quarter, half and three quarters.
         fill: see `Pruning`.
 
     Raises:
