@@ -189,6 +189,13 @@ def test_anchors_are_what_many_are_like() -> None:
     assert sorted(anchors(COSINE, 2).tolist()) == [2, 3]
 
 
+def test_skip_visions_merge_joins_what_all_are_like() -> None:
+    """Of the toy's tokens 3 and 2 are most like all, and join 4 and 1."""
+    kept = largest(-COSINE.sum(1), 4)
+    assert sorted(kept.tolist()) == [0, 1, 4, 5]
+    assert [int(kept[COSINE[token, kept].argmax()]) for token in (3, 2)] == [4, 1]
+
+
 def test_ap_et_keeps_what_cannot_be_combined() -> None:
     x = torch.eye(6, dtype=torch.float64)
     x[4] = torch.nn.functional.normalize(x[0] + x[1], dim=0)

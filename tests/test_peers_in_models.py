@@ -27,6 +27,7 @@ from dymu.reducers import (
     PixelPrune,
     PruMerge,
     Reducer,
+    SkipVision,
     VidCom2,
     VisionZip,
     VisPruner,
@@ -36,7 +37,7 @@ from tiny_processors import processor_for
 
 KEEP = [FasterVLM, VisPruner, HoloV, DivPrune, CDPruner, MMTok, DARTEmbeddings, SAINT, VidCom2]
 """Of which every image keeps as many tokens, and the others go or have the nearest stand for them."""
-MERGE = [Anchors, ApET, HierarchicalPool]
+MERGE = [Anchors, ApET, HierarchicalPool, SkipVision]
 OTHERS: list[Reducer] = [VScan(0.4, 3, 1), DensityPeaks(least=5, neighbours=5), VisionZip(0.2, 0.1), PruMerge()]
 RULES: list[Reducer] = [
     *(kind(0.3) for kind in KEEP),

@@ -14,7 +14,7 @@ from torch import Tensor
 import dymu
 import tiny
 from dymu.errors import BadBudget, UnsupportedCache, UnsupportedModel
-from dymu.pruning import DART, FastV, LayerSkip, Pruning, PyramidDrop, Reroute, SparseVLM
+from dymu.pruning import DART, FastV, LayerSkip, Pruning, PyramidDrop, Reroute, SkipFFN, SparseVLM
 from dymu.pruning.pruning import Ahead
 from dymu.pruning.sparse_vlm import HEADS, raters_of
 
@@ -219,10 +219,10 @@ def test_where_all_run_nothing_changes(model: Any, pruning: Pruning) -> None:
     assert torch.equal(generated(model, inputs)[1], stock)
 
 
-@pytest.mark.parametrize("pruning", SOME_RUN, ids=repr)
-@pytest.mark.parametrize(
-    "how", [{}, {"unmerge": "none"}, {"unmerge": "compact"}, {"unmerge": "representative"}], ids=str
-)
+HOW = [{}, {"unmerge": "none"}, {"unmerge": "compact"}, {"unmerge": "representative"}, {"cache": "fast"}]
+
+
+@pytest.mark.parametrize(("pruning", "how"), zip(SOME_RUN, HOW * 3, strict=False), ids=str)
 @torch.no_grad()
 def test_a_prompt_gets_what_it_gets_alone(model: Any, pruning: Pruning, how: dict[str, Any]) -> None:
     ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (5, 9, 2)]
@@ -540,3 +540,45 @@ def test_unmerging_from_a_layer_on(model: Any) -> None:
     for wrong in ({"unmerge_from": LAYERS + 1}, {"unmerge_from": -1}, {"unmerge_from": 2, "unmerge": "compact"}):
         with pytest.raises(ValueError, match="unmerge_from"):
             dymu.apply(model, merge=dymu.FixedMerge(0.4), **wrong)
+
+
+@pytest.mark.parametrize("forget", [False, True])
+@torch.no_grad()
+def test_skipping_mlps_equals_zeros_in_their_place(model: Any, forget: bool) -> None:
+    """Everything attends to everything; tokens that are forgotten are masked for what follows the prompt."""
+    inputs = two_prompts(model)
+    pruning = SkipFFN(0.4, 2, until=5, forget=forget)
+    tokens, shown = inputs["input_ids"].shape[1], images_of(model, inputs)
+    there = inputs["attention_mask"].bool()
+    everything = [there] * LAYERS
+    fed = there.clone()
+    attentions = masked(model, inputs, everything).attentions
+    for row in range(2):
+        of_image = shown[row].nonzero()[:, 0]
+        last = int(there[row].nonzero()[-1])
+        score = attentions[2][row, :, last, of_image].mean(0)
+        fed[row, of_image] = False
+        fed[row, of_image[best(score, torch.ones(len(of_image), dtype=torch.bool), round(0.4 * len(of_image)))]] = True
+    with dymu.apply(model, prune=pruning) as handle:
+        said, logits, cache = generated(model, inputs)
+        assert handle.last.ran == [[int(row.sum())] * LAYERS for row in shown]
+    model.set_attn_implementation("eager")
+    whole = followed(inputs, said)
+    for layer in model.model.language_model.layers[2:5]:
+        layer.mlp.register_forward_hook(
+            lambda module, args, out: (
+                out * torch.nn.functional.pad(fed, (0, out.shape[1] - tokens), value=True)[..., None]
+            )
+        )
+        if forget:
+
+            def hide(module: Any, args: Any, kwargs: Any) -> Any:
+                mask = kwargs["attention_mask"].clone()
+                mask[:, :, tokens:, :tokens] = mask[:, :, tokens:, :tokens].masked_fill(~fed[:, None, None], -1e30)
+                return args, kwargs | {"attention_mask": mask}
+
+            layer.register_forward_pre_hook(hide, with_kwargs=True)
+    expected = model(**whole).logits[:, -NEW - 1 : -1]
+    tiny.close(logits, expected)
+    left = [int((fed if forget and 2 <= layer < 5 else there).sum(1).max()) + NEW - 1 for layer in range(LAYERS)]
+    assert [layer.keys.shape[2] for layer in cache.layers] == left

@@ -654,6 +654,8 @@ class Handle:
             self._within(module, "forward", language.mixer)
         for index, module in enumerate(parts.decoder_layers if language.by_layer else ()):
             self._within(module, "forward", functools.partial(language.layer, index))
+        for module in parts.decoder_mlps if language.skips_mlps else ():
+            self._within(module, "forward", language.feed)
         for module in parts.last_by_token:
             self._within(module, "forward", language.by_token)
         choosing = parts.choosing_attention

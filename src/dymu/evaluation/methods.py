@@ -225,6 +225,7 @@ METHODS = {
         Method("density-peaks", "density peaks", PALETTE[5], "DensityPeaks", group="P", paper="2406.05127"),
         Method("anchors", "RESTORE's anchors", PALETTE[0], "Anchors", group="P"),
         Method("ap-et", "ApET", PALETTE[1], "ApET", group="P"),
+        Method("skip-vision", "Skip-Vision's merge", PALETTE[3], "SkipVision", group="P", paper="2503.21817"),
         Method(
             "hierarchical", "hierarchical pooling", PALETTE[2], "HierarchicalPool", group="P", paper="2409.14683"
         ),
@@ -234,6 +235,10 @@ METHODS = {
         _within("reroute", "Reroute", PALETTE[3], "Reroute", LAST_ROW, ""),
         _within("sparse-vlm", "SparseVLM", PALETTE[4], "SparseVLM", "attention of the question", "2410.04417"),
         _within("dart-layers", "DART", PALETTE[5], "DART", "keys", "2502.11494"),
+        Method(
+            "skip-ffn", "skip-FFN", PALETTE[0], pruning="SkipFFN", leaves="singles", group="L", needs=LAST_ROW,
+            paper="2503.21817", compared=False,
+        ),
         _within("layer-skip", "layer skipping", GREY, "LayerSkip", "", "2408.16730"),
     )
 }  # fmt: skip

@@ -146,6 +146,12 @@ class Parts(EncoderParts):
         return tuple(map(_plain, find(self.language_model, self.decoder_kind.layers)))
 
     @property
+    def decoder_mlps(self) -> tuple[nn.Module, ...]:
+        """Those of all layers of the language model."""
+        path = "|".join(path for path in self.decoder_kind.by_token if not path.startswith("self_attn"))
+        return tuple(find(layer, path) for layer in self.decoder_layers)
+
+    @property
     def last_by_token(self) -> tuple[nn.Module, ...]:
         """See `Decoder.by_token`: those of the last layer, if it attends."""
         last, found = self.decoder_layers[-1], list[nn.Module]()

@@ -167,6 +167,15 @@ class MergedLayer(DynamicLayer):
         elif self.is_initialized:
             self.keys, self.values = self.keys[..., :entries, :], self.values[..., :entries, :]
 
+    def take(self, index: Tensor) -> None:
+        """Keep the entries at int64 [B, K] of each row."""
+        if self.is_initialized:
+            rows = index.to(self.keys.device)[:, None, :, None]
+            self.keys, self.values = (
+                states.gather(2, rows.expand(-1, states.shape[1], -1, states.shape[3]))
+                for states in (self.keys, self.values)
+            )
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 

@@ -91,7 +91,14 @@ class LanguageHooks:
                     "language model; name one of them, or their number for none."
                 )
             self._starts(parts)
+            if self.skips_mlps:
+                parts.decoder_mlps  # noqa: B018 - which says what is missing
         self.parts, self.rotations = parts, rotations
+
+    @property
+    def skips_mlps(self) -> bool:
+        """Whether some tokens skip MLPs alone."""
+        return self._how.prune is not None and self._how.prune.attends
 
     @property
     def by_layer(self) -> bool:
@@ -257,6 +264,8 @@ class LanguageHooks:
             )
             for one in histories:
                 one.packed = one.stored_by = None
+            if state.pruned is not None:
+                state.pruned.finish()
             if state.pruned is not None and state.pruned.ran and state.report is not None:
                 state.report.ran = state.pruned.counts()
         except BaseException:
@@ -284,6 +293,16 @@ class LanguageHooks:
         if not self._state.unmerging or pruned is None:
             return forward(*args, **kwargs)
         return pruned.run(index, forward, arguments_of(self.parts.decoder_layers[index], "forward", args, kwargs))
+
+    def feed(self, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The MLP of a layer, which some tokens may skip."""
+        fed = None if self._state.pruned is None else self._state.pruned.fed
+        if fed is None or not self._state.unmerging:
+            return forward(x, *args, **kwargs)
+        made = forward(x[fed][None], *args, **kwargs)
+        if not isinstance(made, Tensor):
+            raise UnsupportedModel("this language model's MLPs say more than one row for each token; leave prune out.")
+        return made.new_zeros(*x.shape[:2], made.shape[-1]).index_put((fed,), made[0])
 
     def rotary(self, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The angles of representatives, while the language model runs on merged tokens."""

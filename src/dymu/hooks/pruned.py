@@ -33,6 +33,7 @@ class Segment:
         new: the tokens of the full prompt, to those that run.
         rows: int64 [B, K], which of the merged tokens these are, anything past a row's end; None: all.
         angles: their rotary angles, by kind.
+        fed: bool [B, K], those of them that run the MLP; None: all.
     """
 
     new: NewTokens
@@ -40,6 +41,7 @@ class Segment:
     angles: dict[str, Angles]
     steps: LayerSteps
     history: History
+    fed: Tensor | None = None
 
     @cached_property
     def there(self) -> Tensor:
@@ -122,6 +124,8 @@ class PrunedLayers:
         self._inputs = dict[int, Tensor]()
         self._forwards = dict[int, Callable[[Tensor, Segment, Any], Any]]()
         self._recorded = dict[int, tuple[_Recorder, Segment]]()
+        self.fed: Tensor | None = None
+        """bool [B, K], the tokens that run the MLP of the layer that runs; None: all."""
         self.ran = list[Tensor]()
         """Of each segment int64 [B], how many tokens of images and videos its layers ran; empty without pruning."""
 
@@ -140,10 +144,26 @@ class PrunedLayers:
         if len(self._segments) < len(self._starts) and index == self._starts[len(self._segments)]:
             self._choose(index, hidden)
         segment = self._segments[-1]
+        self.fed = segment.fed
         made = self._forwards[index](hidden, segment, None)
+        self.fed = None
         if isinstance(made, tuple):
             return (segment.scatter(hidden, made[0]), *made[1:])
         return segment.scatter(hidden, made)
+
+    def finish(self) -> None:
+        """Let the KV cache forget what later tokens shall not see."""
+        if self._pruning is None or not self._pruning.forgets or self._cache is None:
+            return
+        for segment in self._segments:
+            if segment.fed is None:
+                continue
+            history = segment.history
+            earlier = segment.fed.new_ones(len(segment.fed), history.entries - segment.fed.shape[1])
+            index = history.keep(torch.cat((earlier, segment.fed), 1))
+            for layer in self._cache.layers:
+                if layer.history is history:
+                    layer.take(index)
 
     def counts(self) -> list[list[int]]:
         """For each prompt, how many tokens of images and videos each layer ran."""
@@ -172,11 +192,12 @@ class PrunedLayers:
             pop_cache(arguments)
         return forward(segment.gather(hidden), **arguments)
 
-    def _add(self, new: NewTokens, rows: Tensor | None) -> None:
+    def _add(self, new: NewTokens, rows: Tensor | None, fed: Tensor | None = None) -> None:
         number = len(self._segments)
         history = self._histories[number]
-        angles, steps = self._plan(new, history, number + 1 == len(self._starts), self._forms[number])
-        self._segments.append(Segment(new, rows, angles, steps, history))
+        last = fed is None and number + 1 == len(self._starts)  # whose MLP may then run for the asked tokens alone
+        angles, steps = self._plan(new, history, last, self._forms[number])
+        self._segments.append(Segment(new, rows, angles, steps, history, fed))
         if self._shown is not None and self._pruning is not None:
             shown = self._shown if rows is None else take(self._shown, rows) & self._segments[-1].there
             self.ran.append(shown.sum(1))
@@ -191,9 +212,12 @@ class PrunedLayers:
         there = torch.arange(base.width, device=base.kept.device) < base.kept[:, None]
         ran = there if before.rows is None else before.scatter(torch.zeros_like(there), before.there)
         runs = self._chosen(index, hidden, self._shown, there, ran) if index in self._chooses else ran
+        fed = before.fed
+        if self._pruning is not None and self._pruning.attends and index in self._chooses:
+            fed, runs = None if bool((runs == there).all()) else runs, there
         form = self._forms[len(self._segments)]
         if bool((runs == there).all()) and form == self._forms[0]:
-            self._add(self._base, None)
+            self._add(self._base, None, fed)
             return
         stands = torch.arange(base.width, device=runs.device).expand_as(runs)
         stands = torch.where(runs, stands, -1)
@@ -206,7 +230,7 @@ class PrunedLayers:
         itself = (label == group) & (base.group >= 0)
         at = torch.where(itself, new.map.group, new.map.width)
         rows = group.new_zeros(base.batch, new.map.width + 1).scatter(1, at, group)[:, :-1]
-        self._add(new, rows)
+        self._add(new, rows, fed if fed is None else take(fed, rows))
 
     def _chosen(self, index: int, hidden: Tensor, shown: Tensor, there: Tensor, ran: Tensor) -> Tensor:
         """bool [B, M], the merged tokens that run from layer `index` on.

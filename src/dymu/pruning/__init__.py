@@ -8,6 +8,7 @@ from dymu.pruning.fast_v import FastV
 from dymu.pruning.layer_skip import LayerSkip
 from dymu.pruning.pruning import Ahead, Pruning
 from dymu.pruning.pyramid_drop import PyramidDrop, Reroute
+from dymu.pruning.skip_ffn import SkipFFN
 from dymu.pruning.sparse_vlm import SparseVLM
 
-__all__ = ["DART", "Ahead", "FastV", "LayerSkip", "Pruning", "PyramidDrop", "Reroute", "SparseVLM"]
+__all__ = ["DART", "Ahead", "FastV", "LayerSkip", "Pruning", "PyramidDrop", "Reroute", "SkipFFN", "SparseVLM"]

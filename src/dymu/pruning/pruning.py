@@ -75,10 +75,17 @@ class Pruning(ABC):
         fill: what stands for a token where it does not run: nothing, or the one that runs and is most like it by the
             hidden states there. Unmerging then goes over the rest of the layers.
         comes_back: whether tokens that did not run compete again.
+        attends: whether tokens that do not run attend and are attended to all the same: they skip the MLP alone.
     """
 
     fill: Fill = field(default="none", kw_only=True)
     comes_back: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the KV cache forgets tokens that attend and do not run, once the prompt has been read."""
+        return False
 
     @abstractmethod
     def starts(self, layers: int) -> tuple[int, ...]:

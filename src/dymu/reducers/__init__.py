@@ -25,6 +25,7 @@ from dymu.reducers.pru_merge import PruMerge
 from dymu.reducers.random_keep import RandomKeep
 from dymu.reducers.reducer import Candidates, Pixels, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
 from dymu.reducers.saint import SAINT
+from dymu.reducers.skip_vision import SkipVision
 from dymu.reducers.stride import Stride
 from dymu.reducers.tome import FixedMerge
 from dymu.reducers.v_scan import VScan
@@ -59,6 +60,7 @@ __all__ = [
     "Reduced",
     "Reducer",
     "Shown",
+    "SkipVision",
     "SomeMerge",
     "Stage",
     "Stride",

@@ -299,6 +299,22 @@ class History:
             self.sizes = None
             self.hidden = None if self.hidden is None else self.hidden[rows]
 
+    def keep(self, kept: Tensor) -> Tensor:
+        """Forget some entries, and what they stand for: it is as if these tokens were not there.
+
+        Args:
+            kept: bool [B, entries].
+
+        Returns:
+            int64 [B, K], which entries are left, in order; past a row's end others that stand for nothing.
+        """
+        tokens, count = self.tokens, kept.sum(1)
+        slot = (kept.cumsum(1) - 1).masked_fill(~kept, -1)
+        slot = torch.where(tokens.slot < 0, -1, slot.gather(1, tokens.slot.clamp(min=0)))
+        self._pieces, self._keys = (replace(tokens, slot=slot),), None
+        self.entries, self.gaps, self.plain = int(count.max()), True, False
+        return (~kept).byte().argsort(dim=1, stable=True)[:, : self.entries]
+
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens, and the entries that only they needed."""
         if length >= self.length:
