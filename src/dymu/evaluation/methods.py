@@ -10,7 +10,7 @@ from ast import literal_eval
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -27,6 +27,20 @@ FORMER = "compact-unsized"
 Remains = Literal["groups", "singles", "filled", "grid"]
 """What is left: groups of merged tokens, single tokens at their positions, such that stand for the others too where the
 language model attends to groups, or the tokens of a smaller image."""
+
+
+class Solved(NamedTuple):
+    """The argument of a method that a budget is solved by, see `dymu.evaluation.solve`; by a larger number fewer tokens
+    are left.
+
+    Attributes:
+        field: of the reducer.
+        least: the least number that it takes.
+    """
+
+    field: str
+    least: float = -math.inf
+
 
 ATTENTION = "attention"
 QUESTION = "the question"
@@ -48,7 +62,7 @@ class Method:
         adapts: whether how many tokens are left depends on the picture.
         paper: its number at arXiv.
         arguments: from what to keep, to the reducer's arguments; None: it has a field `keep`.
-        compared: whether so many tokens can be asked for.
+        solves: what a number of tokens is solved by, on the images of a comparison, where the reducer takes none.
     """
 
     name: str
@@ -64,7 +78,7 @@ class Method:
     adapts: bool = False
     paper: str = ""
     arguments: Callable[[int | float], dict[str, Any]] | None = None
-    compared: bool = True
+    solves: Solved | None = None
 
     def unmerges(self, way: str) -> str:
         """The first of the ways to unmerge that give the same as this one."""
@@ -87,11 +101,13 @@ class Method:
             ValueError: the row names an argument that the method does not have.
         """
         kind: Any = getattr(import_module("dymu.reducers"), self.reducer)
-        settings = {"keep": keep, "seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
+        settings = {"seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
+        if self.solves is None:
+            settings["keep"] = keep
         taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings}
         if self.arguments is not None:
             taken |= self.arguments(keep)
-        elif "keep" not in taken:
+        elif "keep" not in taken and self.solves is None:
             raise TypeError(
                 f"{self.reducer} has no field `keep`, so {self.name} would ignore its budget; add the field."
             )
@@ -159,8 +175,8 @@ METHODS = {
             needs=f"{ATTENTION}, keys", paper="2412.04467", arguments=_of_zip,
         ),
         Method(
-            "pru-merge", "PruMerge", PALETTE[2], "PruMerge", of_images=False, group="E", adapts=True,
-            needs=f"{ATTENTION}, keys", paper="2403.15388", compared=False,
+            "pru-merge", "PruMerge", PALETTE[2], "PruMerge", group="E", adapts=True, needs=f"{ATTENTION}, keys",
+            paper="2403.15388", solves=Solved("outliers"),
         ),
         _prunes("holo-v", "HoloV", PALETTE[3], "HoloV", "E", ATTENTION, "2510.02912"),
         Method(
@@ -169,7 +185,8 @@ METHODS = {
         ),
         _prunes("saint", "SAINT", PALETTE[5], "SAINT", "E", "keys", "2503.11549"),
         Method(
-            "pixel-prune", "PixelPrune", GREY, "PixelPrune", group="E", needs="pixels", adapts=True, compared=False
+            "pixel-prune", "PixelPrune", GREY, "PixelPrune", group="E", needs="pixels", adapts=True,
+            solves=Solved("tolerance", 0.0),
         ),
         _prunes("div-prune", "DivPrune", PALETTE[0], "DivPrune", "P", "", "2503.02175"),
         _prunes("cd-pruner", "CDPruner", PALETTE[1], "CDPruner", "P", QUESTION, "2506.10967"),
@@ -177,6 +194,10 @@ METHODS = {
         _prunes("dart", "DART on embeddings", PALETTE[3], "DARTEmbeddings", "P", QUESTION, "2502.11494"),
         _prunes("vid-com2", "VidCom2", PALETTE[4], "VidCom2", "P", "", "2505.14454"),
         Method("density-peaks", "density peaks", PALETTE[5], "DensityPeaks", group="P", paper="2406.05127"),
+        Method(
+            "density-threshold", "density peaks by a threshold", GREY, "DensityPeaks", group="P", adapts=True,
+            paper="2406.05127", arguments=lambda keep: {"least": 1}, solves=Solved("threshold"),
+        ),
         Method("anchors", "RESTORE's anchors", PALETTE[0], "Anchors", group="P"),
         Method("ap-et", "ApET", PALETTE[1], "ApET", group="P"),
         Method(
@@ -185,7 +206,7 @@ METHODS = {
     )
 }  # fmt: skip
 """By name."""
-COMPARED = [name for name, method in METHODS.items() if name != "untouched" and method.compared]
+COMPARED = [name for name in METHODS if name != "untouched"]
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -229,10 +250,28 @@ def reducer_of(named: str, keep: int | float, unmerge: str, seed: int = 0) -> Re
     """
     name, _, options = named.partition(":")
     method = METHODS.get(name)
-    if method is None or not method.reducer or not method.compared:
-        known = [one.name for one in METHODS.values() if one.reducer and one.compared]
+    if method is None or not method.reducer:
+        known = [one.name for one in METHODS.values() if one.reducer]
         raise ValueError(f"{name!r} is no method that takes a number of tokens; choose some of {', '.join(known)}.")
-    return method.make(Row(name, 1, unmerge, (method.schedules or ("",))[0], options), keep, seed)
+    row = Row(name, 1, unmerge, (method.schedules or ("",))[0], options)
+    check_solved(row)
+    return method.make(row, keep, seed)
+
+
+def is_solved(row: Row) -> bool:
+    """Whether a row says all that its method needs, see `Method.solves`."""
+    solves = METHODS[row.method].solves
+    return solves is None or solves.field in options_of(row.options)
+
+
+def check_solved(row: Row) -> None:
+    """Raises: ValueError, where the number that decides how many tokens are left is not known."""
+    solves = METHODS[row.method].solves
+    if solves is not None and not is_solved(row):
+        raise ValueError(
+            f"{row.method} leaves as many tokens as a picture needs, by {solves.field}: name that number "
+            f"({row.method}:{solves.field}=…), or have it solved for a budget, as dymu evaluate does."
+        )
 
 
 def way_of(row: Row) -> str:

@@ -27,7 +27,9 @@ def series(row: Row) -> str:
     single = METHODS[row.method].leaves == "singles" and row.unmerge == "exact"
     unmerge = " in place" if single else _UNMERGE[row.unmerge]
     schedule = f" ({row.schedule.replace('_', '-')})" if row.method == "dtome" else ""
-    options = f" {row.options}" if row.options else ""
+    solves = METHODS[row.method].solves  # it differs from budget to budget
+    named = [part for part in row.options.split(",") if solves is None or not part.startswith(f"{solves.field}=")]
+    options = f" {','.join(named)}" if any(named) else ""
     return METHODS[row.method].label + options + unmerge + schedule
 
 

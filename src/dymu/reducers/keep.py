@@ -32,6 +32,19 @@ def check_keep(reducer: Any, name: str = "keep") -> None:
     object.__setattr__(reducer, name, keep)  # reducers are frozen
 
 
+def check_finite(reducer: Any, name: str, least: float = -math.inf) -> None:
+    """Refuse a field of a reducer that is no number from `least` on.
+
+    Raises:
+        ValueError: it is not.
+    """
+    value = getattr(reducer, name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value >= least):
+        at_least = "" if math.isinf(least) else f" from {least:g} on"
+        raise ValueError(f"{type(reducer).__name__} takes a number{at_least} for {name}, not {value!r}.")
+
+
 def check_of_images(shown: Shown, images: Collection[int] | None, keep: int | float, exactly: bool = False) -> None:
     """Refuse a number of tokens that images, or frames of videos, cannot keep; a fraction any can, but for rounding.
 

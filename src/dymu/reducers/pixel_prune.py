@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dymu.reducers.keep import check_finite
 from dymu.reducers.reducer import Pixels, Reducer
 from dymu.token_map import TokenMap
 
@@ -56,14 +56,13 @@ class PixelPrune(Reducer):
             pixels; 0: not at all.
 
     Raises:
-        ValueError: `tolerance` is below 0.
+        ValueError: `tolerance` is no finite number, or below 0.
     """
 
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise ValueError(f"tolerance={self.tolerance!r} is no difference of pixels, from 0 on")
+        check_finite(self, "tolerance", least=0.0)
 
     def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap]:
         leaders = []
