@@ -42,6 +42,8 @@ class Solved(NamedTuple):
     least: float = -math.inf
 
 
+SAID = {"schedule"}
+"""Arguments that the method's own take the place of, where it names them."""
 ATTENTION = "attention"
 QUESTION = "the question"
 
@@ -104,7 +106,8 @@ class Method:
         settings = {"seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
         if self.solves is None:
             settings["keep"] = keep
-        taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings}
+        options = options_of(row.options)
+        taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings.keys() - (options.keys() & SAID)}
         if self.arguments is not None:
             taken |= self.arguments(keep)
         elif "keep" not in taken and self.solves is None:
@@ -112,7 +115,7 @@ class Method:
                 f"{self.reducer} has no field `keep`, so {self.name} would ignore its budget; add the field."
             )
         own = [f.name for f in fields(kind) if f.name not in taken]
-        for name, value in options_of(row.options).items():
+        for name, value in options.items():
             if name not in own:
                 raise ValueError(f"{self.name} has no argument {name!r}; it has {', '.join(own) or 'none'}.")
             taken[name] = value
@@ -287,6 +290,12 @@ def check_names(methods: Iterable[str], unmerge: Iterable[str]) -> None:
                 raise ValueError(f"the {what} {name!r} is unknown; choose some of {', '.join(known)}")
 
 
+def _schedules(method: Method, options: str, schedules: Sequence[str]) -> Sequence[str]:
+    if "schedule" in options_of(options):
+        return ("",)
+    return schedules if method.schedules is None else method.schedules
+
+
 def rows_for(
     budgets: Iterable[int],
     methods: Iterable[str] = ("dtome",),
@@ -314,6 +323,6 @@ def rows_for(
         for method, options in ((METHODS[name], options) for name, options in named if name != "untouched"):
             kept = max(round(math.sqrt(budget)), 1) ** 2 if method.square else budget
             for way in ways:
-                for schedule in schedules if method.schedules is None else method.schedules:
+                for schedule in _schedules(method, options, schedules):
                     rows.append(Row(method.name, kept, method.unmerges(way), schedule, options))
     return list(dict.fromkeys(rows))
