@@ -21,18 +21,26 @@ from dymu.reducers import (
     DensityPeaks,
     DivPrune,
     FasterVLM,
+    FixedMerge,
     HierarchicalPool,
     HoloV,
     MMTok,
     PixelPrune,
     PruMerge,
     Reducer,
+    TextAwareMerge,
     VidCom2,
     VisionZip,
     VisPruner,
     VScan,
 )
 from tiny_processors import processor_for
+
+
+def vectors(ids: torch.Tensor) -> torch.Tensor:
+    """Of each word of a prompt eight numbers."""
+    return (ids[:, None] * torch.arange(1, 9) * 0.37).sin()
+
 
 KEEP = [FasterVLM, VisPruner, HoloV, DivPrune, CDPruner, MMTok, DARTEmbeddings, SAINT, VidCom2]
 """Of which every image keeps as many tokens, and the others go or have the nearest stand for them."""
@@ -44,7 +52,9 @@ RULES: list[Reducer] = [
     *(kind(0.3) for kind in MERGE),
     *OTHERS,
     PruMerge(plus=True),
+    PruMerge(outliers=0.5),
     DensityPeaks(keep=0.3),
+    TextAwareMerge(0.4, layers=(1, 2), text=vectors, project=lambda x: x[..., :8], weight=1.0),
 ]
 MODELS = ["clip", "dinov2", "siglip", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl", "mistral3", "smolvlm"]
 
@@ -163,6 +173,60 @@ def test_another_question_keeps_other_tokens(kind):
         assert len(set(kept)) > 1
         with pytest.raises(BadPrompt, match="question"):
             model.get_image_features(images)
+
+
+@pytest.mark.parametrize("name", ["clip", "qwen2_5_vl", "internvl"])
+def test_relevance_of_no_weight_is_plain_merging(name):
+    model = tiny.llava(name) if name == "clip" else tiny.build(name)
+    processor = tiny.full_processor("llava") if name == "clip" else processor_for(name)
+    asked = inputs_for(model, processor, [([photo], "what is it ?") for photo in shown(2)])
+    logits = []
+    for rule in (
+        FixedMerge(0.4, layers=(1, 2)),
+        TextAwareMerge(0.4, layers=(1, 2), text=vectors, project=lambda x: x[..., :8], weight=0.0),
+        TextAwareMerge(0.4, layers=(1, 2), text=vectors, project=lambda x: x[..., :8], weight=2.0),
+    ):
+        with dymu.apply(model, merge=rule):
+            logits.append(model(**asked).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_what_a_text_is_about_never_merges(inverted):
+    model, features = tiny.llava(), []
+
+    def project(x):
+        features.append(x)
+        return x
+
+    for seed in range(4):
+        text = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed))
+        rule = TextAwareMerge(25, layers=(1, 2), text=text, project=project, weight=2.5, inverted=inverted)
+        with dymu.apply(model, merge=rule) as handle:
+            model.get_image_features(tiny.pictures(2, seed=seed))
+            (x,) = features
+            features.clear()
+            for number in range(2):
+                cosine = torch.nn.functional.cosine_similarity(x[number, 1:, None], text, dim=-1).mean(-1)
+                group = handle.last.group(number).flatten()
+                most = cosine.argmin() if inverted else cosine.argmax()
+                assert int((group == group[most]).sum()) == 1
+                assert handle.last.kept[number] == 25
+
+
+def test_text_aware_merging_refuses():
+    with pytest.raises(ValueError, match="name the `layers`"):
+        TextAwareMerge(25, text=torch.ones(1, 8), project=torch.nn.Identity())
+    with pytest.raises(ValueError, match="from 0 on for weight"):
+        TextAwareMerge(25, layers=(1,), text=torch.ones(1, 8), project=torch.nn.Identity(), weight=-1)
+    model, options = tiny.llava(), {"layers": (1,), "project": torch.nn.Identity()}
+    for text, error, said in (
+        (torch.ones(1, 8), ValueError, r"the text is \[1, 8\], and patches are projected to 32 numbers"),
+        (vectors, BadPrompt, "question"),
+    ):
+        with dymu.apply(model, merge=TextAwareMerge(25, text=text, **options)), pytest.raises(error, match=said):
+            model.get_image_features(tiny.pictures(1))
 
 
 def test_an_encoder_by_itself():

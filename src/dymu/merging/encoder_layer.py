@@ -213,12 +213,14 @@ class MergedTokens:
         begins = self.rows(windowed).units.start[:, 0]
         return torch.searchsorted(self.layout.length.cumsum(0), begins, right=True)
 
-    def match(self, keys: Tensor, prefix: int, windowed: bool = False) -> tuple[Tensor, Tensor]:
+    def match(
+        self, keys: Tensor, prefix: int, windowed: bool = False, apart: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Similarity and partner of each A token of every row, see `best_partner`; `keys` are [..., H, D] of patches,
         as they travel."""
         rows = self.rows(windowed).units
         metric = similarity_metric(self.units.metric(keys, self.layout))
-        return best_partner(metric.reshape(*rows.shape, -1), rows, prefix)
+        return best_partner(metric.reshape(*rows.shape, -1), rows, prefix, apart)
 
     def merge(
         self, x: Tensor, into: Tensor, prefix: int, windowed: bool = False, still: Tensor | None = None

@@ -26,6 +26,7 @@ from dymu.reducers.random_keep import RandomKeep
 from dymu.reducers.reducer import Candidates, Pixels, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
 from dymu.reducers.saint import SAINT
 from dymu.reducers.stride import Stride
+from dymu.reducers.text_aware import TextAwareMerge
 from dymu.reducers.tome import FixedMerge
 from dymu.reducers.v_scan import VScan
 from dymu.reducers.vid_com2 import VidCom2
@@ -62,6 +63,7 @@ __all__ = [
     "SomeMerge",
     "Stage",
     "Stride",
+    "TextAwareMerge",
     "ThresholdMerge",
     "Tokens",
     "VScan",

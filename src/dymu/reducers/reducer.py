@@ -79,6 +79,11 @@ class Shown:
             )
 
     @cached_property
+    def notes(self) -> dict[Reducer, Tensor]:
+        """What a reducer keeps from layer to layer of this call."""
+        return {}
+
+    @cached_property
     def item(self) -> Sequence[int]:
         """Of each picture, the number of the image or video that it is of."""
         return [number for number, pictures in enumerate(self.items) for _ in pictures]
@@ -133,6 +138,8 @@ class Candidates:
         keys: [..., H, D], the keys of the layer's attention, likewise.
         windowed: whether the layer attends, and tokens merge, within windows.
         focus: bool [pictures, T], of the tokens ahead of the first layer; see `Shown.focus`.
+        apart: float32 [pictures, T], of these tokens, what the similarity of two is lowered by: the larger one of
+            theirs, of a merged token that of its members; None: nothing.
     """
 
     layer: int
@@ -145,10 +152,12 @@ class Candidates:
     shown: Shown
     windowed: bool = False
     focus: Tensor | None = None
+    apart: Tensor | None = None
 
     @cached_property
     def _matches(self) -> tuple[Tensor, Tensor]:
-        return self.state.match(self.keys, self.prefix, self.windowed)
+        apart = None if self.apart is None else self._in_rows(self.state.map.max(self.apart))
+        return self.state.match(self.keys, self.prefix, self.windowed, apart)
 
     @property
     def similarity(self) -> Tensor:
@@ -170,9 +179,19 @@ class Candidates:
     def focused(self) -> Tensor:
         """bool [rows, A], whether each A token or its partner is in focus."""
         assert self.focus is not None
+        return in_focus(self._in_rows(self.state.map.any(self.focus)), self.partner, self.prefix)
+
+    def _in_rows(self, now: Tensor) -> Tensor:
+        """What stands for the tokens that there are [pictures, M], for those of each row."""
         rows = self.state.rows(self.windowed).units
-        now = rows.pad(self.state.layout.pack(self.state.map.any(self.focus)).view(rows.shape))
-        return in_focus(now, self.partner, self.prefix)
+        return rows.pad(self.state.layout.pack(now).reshape(rows.shape))
+
+    @property
+    def features(self) -> Tensor:
+        """[pictures, M, C] of the tokens that there are, the prefix among them; of a unit, the mean of its patches."""
+        units = self.state.layout.pad(self.state.units.gather(self.x, self.state.layout))
+        mean: Tensor = units.unflatten(-1, (self.state.units.patches, -1)).mean(-2)
+        return mean
 
 
 class SomeMerge(NamedTuple):
