@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from dymu.reducers import (
     VisPruner,
     VScan,
 )
+from tiny_families import FAMILIES
 from tiny_processors import processor_for
 
 
@@ -53,6 +55,7 @@ RULES: list[Reducer] = [
     *OTHERS,
     PruMerge(plus=True),
     PruMerge(outliers=0.5),
+    PixelPrune(0.6),
     DensityPeaks(keep=0.3),
     TextAwareMerge(0.4, layers=(1, 2), text=vectors, project=lambda x: x[..., :8], weight=1.0),
 ]
@@ -249,6 +252,59 @@ def test_pixels_that_neighbours_predict_never_enter():
         model.get_image_features(images)
         assert handle.last.kept[0] < handle.last.original[0]
         assert handle.last.kept[1] == handle.last.original[1]
+
+
+def without_positions(name: str) -> Any:
+    """A model whose vision encoder cannot tell patches apart by where they stand: the same pixels are one token."""
+    model = tiny.build(name)
+    for path, values in [*model.named_parameters(), *model.named_buffers()]:
+        if re.search(r"vis.*(inv_freq|pos_embed\w*|position_embedding\w*)(\.weight)?$", path):
+            values.data.zero_()
+    for module in model.modules():
+        if hasattr(module, "fullatt_block_indexes"):  # windows, too, tell
+            module.fullatt_block_indexes = list(range(tiny.LAYERS))
+    return model
+
+
+def in_three_colours(model: Any) -> list[torch.Tensor]:
+    """Pictures as the model sees them, every unit of one colour."""
+    cell, generator, pictures = tiny.family_of(model).cell, torch.Generator().manual_seed(0), []
+    for picture in tiny.uneven(model, 3):
+        _, height, width = tiny.fitted(model, picture).shape
+        colour = torch.randint(3, (-(-height // cell), -(-width // cell)), generator=generator)
+        field = torch.randn(3, 3, generator=generator)[:, colour]
+        pictures.append(field.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :height, :width].contiguous())
+    return pictures
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pixels_that_enter_once_weigh_as_all_of_their_kind(name):
+    """In every family, units and windows among them: the features are those of the untouched model."""
+    model = without_positions(name)
+    seen = tiny.shown(model, in_three_colours(model))
+    untouched = tiny.features_of(model, **seen).pooler_output
+    with dymu.apply(model, merge=PixelPrune()) as handle:
+        features = tiny.features_of(model, **seen).pooler_output
+        assert all(kept < all_ for kept, all_ in zip(handle.last.kept, handle.last.original, strict=True))
+    for item, expected in zip(features, untouched, strict=True):
+        tiny.close(item, expected, 1e-5)
+    model = tiny.build(name)  # with its positions
+    seen = tiny.shown(model, [torch.randn(picture.shape) for picture in tiny.uneven(model, 3)])
+    untouched = tiny.features_of(model, **seen).pooler_output
+    with dymu.apply(model, merge=PixelPrune()) as handle:
+        features = tiny.features_of(model, **seen).pooler_output
+    for item, expected in zip(features, untouched, strict=True):
+        tiny.close(item, expected, 1e-5)
+
+
+def test_smaller_pictures_are_refused_where_units_count():
+    class Shrunk(Reducer):
+        def before_encoder(self, pixels):
+            return pixels.pixels[..., ::2, ::2], None
+
+    model = tiny.build("internvl")
+    with dymu.apply(model, merge=Shrunk()), pytest.raises(UnsupportedModel, match="Shrunk shows the encoder smaller"):
+        tiny.features_of(model, **tiny.shown(model, tiny.uneven(model, 1)))
 
 
 @pytest.mark.parametrize("kind", [*KEEP, *MERGE])

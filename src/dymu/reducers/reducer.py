@@ -119,10 +119,20 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """Pictures ahead of the encoder, [pictures, 3, height, width]."""
+    """Pictures ahead of the encoder.
+
+    Attributes:
+        pixels: [pictures, 3, height, width]; where pictures have sizes of their own, as the encoder gets them.
+    """
 
     pixels: Tensor
     shown: Shown
+    find_blocks: Callable[[], Sequence[Tensor]] = field(repr=False)
+
+    @cached_property
+    def blocks(self) -> Sequence[Tensor]:
+        """For each picture float [rows, columns, values], the pixels of each patch (unit)."""
+        return self.find_blocks()
 
 
 @dataclass(frozen=True, eq=False)
@@ -516,7 +526,8 @@ class Reducer:
         return getattr(type(self), stage) is not getattr(Reducer, stage)
 
     def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap] | None:
-        """Other pixels, of the same pictures, and a map [pictures, patches] to the patches that enter the encoder.
+        """Other pixels, of the same pictures, and a map [pictures, patches] to the patches (units) that enter the
+        encoder, row after row.
 
         Where the pixels make as many patches as before, the first one of each group enters, as heavy as the group.
         Where they make fewer, those are the groups, and the encoder sees a smaller picture as it would any.
