@@ -51,6 +51,7 @@ OTHERS: list[Reducer] = [VScan(0.4, 3, 1), DensityPeaks(least=5, neighbours=5), 
 RULES: list[Reducer] = [
     *(kind(0.3) for kind in KEEP),
     *(kind(0.3, fill="nearest") for kind in KEEP),
+    DivPrune(0.3, fill="runs"),
     *(kind(0.3) for kind in MERGE),
     *OTHERS,
     PruMerge(plus=True),
@@ -128,6 +129,26 @@ def test_a_number_is_of_the_whole_image(whole, kind):
             assert sum(item.budgeted for item in items) == keep
 
 
+@pytest.mark.parametrize("kind", [FasterVLM, DivPrune])
+def test_runs_that_are_dropped_leave_a_token_each(whole, kind):
+    model, processor = whole
+    asked = inputs_for(model, processor, [([photo], "what is it ?") for photo in shown(2)])
+    with dymu.apply(model, merge=kind(0.3)) as handle:
+        model(**asked)
+        dropped = [(item.leaders < 0) & item.patch for item in handle.last.items]
+    with dymu.apply(model, merge=kind(0.3, fill="runs")) as handle:
+        model(**asked)
+        for item, gone in zip(handle.last.items, dropped, strict=True):
+            assert not bool((item.leaders[item.patch] < 0).any())
+            alone = ~gone & item.patch
+            assert torch.equal(item.leaders[alone], alone.nonzero()[:, 0])
+            groups = item.leaders[gone].unique()
+            for leader in groups.tolist():
+                where = (item.leaders == leader).nonzero()[:, 0]
+                between = torch.arange(int(where[0]), int(where[-1]) + 1)
+                assert torch.equal(where, between[item.patch[between]]), "learned tokens aside, one after the other"
+
+
 @pytest.mark.parametrize("kind", [*KEEP, *MERGE])
 def test_keeping_all_is_the_untouched_model(whole, kind):
     model, processor = whole
@@ -150,7 +171,7 @@ def test_a_picture_of_nan_spoils_no_neighbour(rule):
         model(input_ids=torch.stack(prompts), pixel_values=images)
         assert torch.equal(handle.last.group(0), groups[0])
         assert torch.equal(handle.last.group(2), groups[2])
-        if type(rule) in (*KEEP, *MERGE):
+        if type(rule) in (*KEEP, *MERGE) and getattr(rule, "fill", "") != "runs":
             assert handle.last.kept[1] == handle.last.kept[0]
 
 

@@ -42,7 +42,7 @@ class Solved(NamedTuple):
     least: float = -math.inf
 
 
-SAID = {"schedule"}
+SAID = {"schedule", "fill"}
 """Arguments that the method's own take the place of, where it names them."""
 ATTENTION = "attention"
 QUESTION = "the question"
@@ -82,10 +82,16 @@ class Method:
     arguments: Callable[[int | float], dict[str, Any]] | None = None
     solves: Solved | None = None
 
-    def unmerges(self, way: str) -> str:
-        """The first of the ways to unmerge that give the same as this one."""
+    def unmerges(self, way: str, options: str = "") -> str:
+        """The first of the ways to unmerge that give the same as this one.
+
+        Args:
+            options: see `Row`; what stands for dropped tokens may be said there.
+        """
+        fill = options_of(options).get("fill")
+        leaves = self.leaves if fill is None else "singles" if fill == "none" else "groups"
         of_singles = way if way in ("none", "restore") else "exact"
-        return {"groups": way, "filled": way, "singles": of_singles, "grid": "none"}[self.leaves]
+        return {"groups": way, "filled": way, "singles": of_singles, "grid": "none"}[leaves]
 
     def fill(self, way: str) -> Fill:
         """What stands for dropped tokens where the language model attends in this way."""
@@ -324,5 +330,5 @@ def rows_for(
             kept = max(round(math.sqrt(budget)), 1) ** 2 if method.square else budget
             for way in ways:
                 for schedule in _schedules(method, options, schedules):
-                    rows.append(Row(method.name, kept, method.unmerges(way), schedule, options))
+                    rows.append(Row(method.name, kept, method.unmerges(way, options), schedule, options))
     return list(dict.fromkeys(rows))

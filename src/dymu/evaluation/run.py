@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dymu.errors import AlreadyApplied, BadImage, BadPrompt, BadQuestion
 from dymu.evaluation.divergence import divergences
-from dymu.evaluation.methods import METHODS, UNTOUCHED, Row, way_of
+from dymu.evaluation.methods import METHODS, UNTOUCHED, Row, options_of, way_of
 from dymu.evaluation.results import (
     FORMAT,
     Answers,
@@ -438,5 +438,5 @@ class _Batch:
 
 def _encoding(row: Row) -> Row:
     """What rows have in common whose images are encoded alike."""
-    filled = METHODS[row.method].fill(way_of(row)) == "nearest"
+    filled = "fill" not in options_of(row.options) and METHODS[row.method].fill(way_of(row)) == "nearest"
     return msgspec.structs.replace(row, unmerge="exact" if filled else "none")

@@ -24,7 +24,7 @@ LIKENESS = ["same answer, %", "KL per token, nats"]
 
 def series(row: Row) -> str:
     """A row's name without its budget; rows of the same name form one curve."""
-    single = METHODS[row.method].leaves == "singles" and row.unmerge == "exact"
+    single = row.unmerge == "exact" and METHODS[row.method].unmerges("compact", row.options) == "exact"
     unmerge = " in place" if single else _UNMERGE[row.unmerge]
     schedule = f" ({row.schedule.replace('_', '-')})" if row.method == "dtome" else ""
     solves = METHODS[row.method].solves  # it differs from budget to budget

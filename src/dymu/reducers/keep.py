@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dymu.choices import Fill
 from dymu.errors import BadBudget
-from dymu.reducers.fill import fill_alike
+from dymu.reducers.fill import fill_alike, fill_runs
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.thresholds import number
 
@@ -185,6 +185,8 @@ class FixedKeep(Reducer, ABC):
         reduced = tokens.keep(kept)
         if self.fill == "nearest":
             reduced = type(self).fill_nearest(tokens, reduced)
+        if self.fill == "runs":
+            reduced = fill_runs(tokens, reduced)
         return Reduced(reduced.map) if self.averages else reduced
 
 
