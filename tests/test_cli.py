@@ -462,6 +462,20 @@ def test_evaluate_and_report(dymu_command, refused, folder, asked, tmp_path):
     )
 
 
+def test_evaluate_solves_a_number_and_goes_on_with_it(dymu_command, folder, asked, tmp_path):
+    results = tmp_path / "r.jsonl"
+    run = ["evaluate", folder, "-t", asked, "-b", FEWEST, "-m", "density-threshold", "-o", results, "--timed", 0]
+    code, out, err = dymu_command(*run, "--json")
+    assert code == 0, err
+    assert "an image keeps 10.0 tokens on average." in err
+    _, solved = last_object(out)["results"][0]["rows"]
+    assert solved["tokens_mean"] == FEWEST
+    code, out, err = dymu_command(*run, "--json")
+    assert code == 0, err
+    assert "on average" not in err, "the file says the number"
+    assert last_object(out)["results"][0]["rows"][1] == solved
+
+
 def test_a_report_of_some_ways_to_unmerge(dymu_command, refused, folder, asked, tmp_path):
     results = tmp_path / "r.jsonl"
     run = ["evaluate", folder, "-t", asked, "-b", FEWEST, "-m", "dtome", "-u", "exact", "-u", "none", "-o", results]

@@ -39,7 +39,7 @@ from dymu.measure.costs import cost
 from dymu.measure.results import BadResults
 from dymu.measure.times import Cost
 from dymu.prompting import Answer, generate, inputs_for
-from dymu.reducers import Reduced, Stride, Tokens, VScan
+from dymu.reducers import FixedMerge, RandomKeep, Reduced, Stride, Tokens, VScan
 from dymu.thresholds import Calibrated, Thresholds
 
 WORDS = ("red", "cat", "a")
@@ -136,6 +136,17 @@ def test_rows_are_every_combination_that_says_something():
     (_, scan) = rows_for([8], ["v-scan:side=4,early=3"])
     assert METHODS["v-scan"].make(scan, 8, 0) == VScan(8, side=4, early=3)
     assert series(scan) == "VScan, first half side=4,early=3 + VTU"
+    (_, tome) = rows_for([8], ["tome:schedule=0.5"])
+    assert METHODS["tome"].make(tome, 8, 0) == FixedMerge(8, 0.5)
+    assert tome.key == "tome-8-exact-schedule=0.5"
+    marked = rows_for([8], ["random:fill=runs", "div-prune:fill=none"], ["exact", "original", "none"])
+    assert [row.key.replace("-8", "") for row in marked[1:]] == [
+        *(f"random-{way}-fill=runs" for way in ("exact", "original", "none")),
+        *(f"div-prune-{way}-fill=none" for way in ("exact", "none")),
+    ]
+    assert METHODS["random"].make(marked[2], 8, 3) == RandomKeep(8, 3, "runs")
+    assert series(marked[1]) == "random keep fill=runs + VTU"
+    assert series(Row("random", 8, "exact")) == "random keep in place"
     for wrong, said in (("v-scan:sides=4", "no argument 'sides'"), ("v-scan:side=a", "does not take 'side=a'")):
         (_, row) = rows_for([8], [wrong])
         with pytest.raises(ValueError, match=said):

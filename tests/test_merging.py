@@ -25,6 +25,7 @@ from dymu.merging.layout import BUCKET
 from dymu.merging.match import best_partner, similarity_metric
 from dymu.merging.merge import merge_step, merge_tokens
 from dymu.reducers import EncoderRun, FixedMerge, Shown, ThresholdMerge
+from dymu.reducers.tome import _counts
 from dymu.schedule import fewest, removals
 from dymu.token_map import TokenMap
 
@@ -383,6 +384,43 @@ def test_schedules_lean_the_way_they_say():
         removals(576, 1, 4, "constant")
     with pytest.raises(ValueError, match="reverse_linear"):
         removals(576, 300, 4, "backwards")
+
+
+@pytest.mark.parametrize("layers", [1, 2, 23, 24])
+@pytest.mark.parametrize("r", [3, 8, 13.5])
+@pytest.mark.parametrize("inflection", [-1, -0.5, 0, 0.25, 1])
+def test_an_inflection_is_tomes(layers, r, inflection):
+    removed = removals(2000, 2000 - r * layers, layers, inflection)
+    assert removed[0] == pytest.approx(r * (1 - inflection) if layers > 1 else r, abs=1e-3)
+    assert removed[-1] == pytest.approx(r * (1 + inflection) if layers > 1 else r, abs=1e-3)
+    steps = [after - before for before, after in pairwise(removed)]
+    assert steps == pytest.approx([steps[0]] * len(steps) if steps else [], abs=1e-3)
+    if layers > 1:  # ToMe's program counts in whole tokens, and ends where it ends
+        low = int(r * (1 - inflection))
+        theirs = [int(low + (2 * r - 2 * low) * layer / (layers - 1)) for layer in range(layers)]
+        ours = _counts(2000 - sum(theirs), 2000, layers, inflection, None)
+        assert sum(ours) == sum(theirs)
+        assert max(abs(mine - other) for mine, other in zip(ours, theirs, strict=True)) <= 2
+
+
+def test_named_schedules_are_inflections():
+    for layers in (2, 12, 24):
+        near = (layers - 1) / (layers + 1)
+        for schedule, inflection in zip(SCHEDULES, (0, -near, near), strict=True):
+            expected = removals(900, 450, layers, schedule)
+            assert removals(900, 450, layers, inflection) == pytest.approx(expected)
+
+
+def test_an_inflection_lets_no_layer_out():
+    assert sum(removals(64, 17, 2, 1.0)) == pytest.approx(47), "the first layer removes what the others cannot"
+    assert removals(64, 48, 4, 1.0, [0]) == pytest.approx([16, 0, 0, 0])
+    for wrong in (1.1, -2, math.nan, True, "0.5"):
+        with pytest.raises(ValueError, match="an inflection from -1 to 1"):
+            FixedMerge(10, wrong)
+    model = tiny.llava()
+    with dymu.apply(model, merge=FixedMerge(10, 0.5)) as handle:
+        model.get_image_features(tiny.pictures(2))
+        assert handle.last.kept == [10, 10]
 
 
 @pytest.mark.parametrize("keep", [49, 40, 25, 12, 7, 0.5])

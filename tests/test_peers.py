@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dymu.merging import Layout
+from dymu.merging.match import best_partner
 from dymu.reducers.anchors import anchors
 from dymu.reducers.ap_et import hardest
 from dymu.reducers.cd_pruner import likeliest, relevance_of
@@ -53,6 +55,18 @@ def test_pru_merge_takes_outliers_and_at_least_one() -> None:
         grid = torch.arange(0, 575, int(576 // count / 3))
         assert abs(len(grid) - spaced) <= 1
         assert set(kept.tolist()) == set(grid.tolist()) | set((torch.arange(count) * 12 + 5).tolist())
+
+
+def test_what_a_text_is_about_merges_later() -> None:
+    layout, relevance = Layout.equal(1, 6), torch.tensor([[0.0, 0, 1, 0, 0, 0.4]], dtype=torch.float64)
+    similarity, partner = best_partner(TOY[None], layout, apart=0.0 * relevance)
+    assert torch.equal(similarity, best_partner(TOY[None], layout)[0])
+    torch.testing.assert_close(similarity[0], DEGREES.new_tensor([0.9903, 0.9781, 0.9744]), atol=1e-4, rtol=0)
+    assert partner.tolist() == [[0, 0, 1]]
+    similarity, _ = best_partner(TOY[None], layout, apart=0.5 * relevance)
+    torch.testing.assert_close(similarity[0], DEGREES.new_tensor([0.9903, 0.4781, 0.9744]), atol=1e-4, rtol=0)
+    _, partner = best_partner(TOY[None], layout, apart=3.0 * torch.tensor([[0.0, 1, 0, 0, 0, 0]]))
+    assert partner.tolist() == [[1, 1, 1]], "another partner, where the nearest is relevant"
 
 
 def test_vision_zip_gathers_what_is_not_dominant() -> None:

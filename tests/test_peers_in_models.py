@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from dymu.reducers import (
     DensityPeaks,
     DivPrune,
     FasterVLM,
+    FixedMerge,
     HierarchicalPool,
     HoloV,
     MMTok,
@@ -28,12 +30,20 @@ from dymu.reducers import (
     PruMerge,
     Reducer,
     SkipVision,
+    TextAwareMerge,
     VidCom2,
     VisionZip,
     VisPruner,
     VScan,
 )
+from tiny_families import FAMILIES
 from tiny_processors import processor_for
+
+
+def vectors(ids: torch.Tensor) -> torch.Tensor:
+    """Of each word of a prompt eight numbers."""
+    return (ids[:, None] * torch.arange(1, 9) * 0.37).sin()
+
 
 KEEP = [FasterVLM, VisPruner, HoloV, DivPrune, CDPruner, MMTok, DARTEmbeddings, SAINT, VidCom2]
 """Of which every image keeps as many tokens, and the others go or have the nearest stand for them."""
@@ -42,10 +52,14 @@ OTHERS: list[Reducer] = [VScan(0.4, 3, 1), DensityPeaks(least=5, neighbours=5), 
 RULES: list[Reducer] = [
     *(kind(0.3) for kind in KEEP),
     *(kind(0.3, fill="nearest") for kind in KEEP),
+    DivPrune(0.3, fill="runs"),
     *(kind(0.3) for kind in MERGE),
     *OTHERS,
     PruMerge(plus=True),
+    PruMerge(outliers=0.5),
+    PixelPrune(0.6),
     DensityPeaks(keep=0.3),
+    TextAwareMerge(0.4, layers=(1, 2), text=vectors, project=lambda x: x[..., :8], weight=1.0),
 ]
 MODELS = ["clip", "dinov2", "siglip", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl", "mistral3", "smolvlm"]
 
@@ -116,6 +130,26 @@ def test_a_number_is_of_the_whole_image(whole, kind):
             assert sum(item.budgeted for item in items) == keep
 
 
+@pytest.mark.parametrize("kind", [FasterVLM, DivPrune])
+def test_runs_that_are_dropped_leave_a_token_each(whole, kind):
+    model, processor = whole
+    asked = inputs_for(model, processor, [([photo], "what is it ?") for photo in shown(2)])
+    with dymu.apply(model, merge=kind(0.3)) as handle:
+        model(**asked)
+        dropped = [(item.leaders < 0) & item.patch for item in handle.last.items]
+    with dymu.apply(model, merge=kind(0.3, fill="runs")) as handle:
+        model(**asked)
+        for item, gone in zip(handle.last.items, dropped, strict=True):
+            assert not bool((item.leaders[item.patch] < 0).any())
+            alone = ~gone & item.patch
+            assert torch.equal(item.leaders[alone], alone.nonzero()[:, 0])
+            groups = item.leaders[gone].unique()
+            for leader in groups.tolist():
+                where = (item.leaders == leader).nonzero()[:, 0]
+                between = torch.arange(int(where[0]), int(where[-1]) + 1)
+                assert torch.equal(where, between[item.patch[between]]), "learned tokens aside, one after the other"
+
+
 @pytest.mark.parametrize("kind", [*KEEP, *MERGE])
 def test_keeping_all_is_the_untouched_model(whole, kind):
     model, processor = whole
@@ -138,7 +172,7 @@ def test_a_picture_of_nan_spoils_no_neighbour(rule):
         model(input_ids=torch.stack(prompts), pixel_values=images)
         assert torch.equal(handle.last.group(0), groups[0])
         assert torch.equal(handle.last.group(2), groups[2])
-        if type(rule) in (*KEEP, *MERGE):
+        if type(rule) in (*KEEP, *MERGE) and getattr(rule, "fill", "") != "runs":
             assert handle.last.kept[1] == handle.last.kept[0]
 
 
@@ -166,6 +200,60 @@ def test_another_question_keeps_other_tokens(kind):
             model.get_image_features(images)
 
 
+@pytest.mark.parametrize("name", ["clip", "qwen2_5_vl", "internvl"])
+def test_relevance_of_no_weight_is_plain_merging(name):
+    model = tiny.llava(name) if name == "clip" else tiny.build(name)
+    processor = tiny.full_processor("llava") if name == "clip" else processor_for(name)
+    asked = inputs_for(model, processor, [([photo], "what is it ?") for photo in shown(2)])
+    logits = []
+    for rule in (
+        FixedMerge(0.4, layers=(1, 2)),
+        TextAwareMerge(0.4, layers=(1, 2), text=vectors, project=lambda x: x[..., :8], weight=0.0),
+        TextAwareMerge(0.4, layers=(1, 2), text=vectors, project=lambda x: x[..., :8], weight=2.0),
+    ):
+        with dymu.apply(model, merge=rule):
+            logits.append(model(**asked).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_what_a_text_is_about_never_merges(inverted):
+    model, features = tiny.llava(), []
+
+    def project(x):
+        features.append(x)
+        return x
+
+    for seed in range(4):
+        text = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed))
+        rule = TextAwareMerge(25, layers=(1, 2), text=text, project=project, weight=2.5, inverted=inverted)
+        with dymu.apply(model, merge=rule) as handle:
+            model.get_image_features(tiny.pictures(2, seed=seed))
+            (x,) = features
+            features.clear()
+            for number in range(2):
+                cosine = torch.nn.functional.cosine_similarity(x[number, 1:, None], text, dim=-1).mean(-1)
+                group = handle.last.group(number).flatten()
+                most = cosine.argmin() if inverted else cosine.argmax()
+                assert int((group == group[most]).sum()) == 1
+                assert handle.last.kept[number] == 25
+
+
+def test_text_aware_merging_refuses():
+    with pytest.raises(ValueError, match="name the `layers`"):
+        TextAwareMerge(25, text=torch.ones(1, 8), project=torch.nn.Identity())
+    with pytest.raises(ValueError, match="from 0 on for weight"):
+        TextAwareMerge(25, layers=(1,), text=torch.ones(1, 8), project=torch.nn.Identity(), weight=-1)
+    model, options = tiny.llava(), {"layers": (1,), "project": torch.nn.Identity()}
+    for text, error, said in (
+        (torch.ones(1, 8), ValueError, r"the text is \[1, 8\], and patches are projected to 32 numbers"),
+        (vectors, BadPrompt, "question"),
+    ):
+        with dymu.apply(model, merge=TextAwareMerge(25, text=text, **options)), pytest.raises(error, match=said):
+            model.get_image_features(tiny.pictures(1))
+
+
 def test_an_encoder_by_itself():
     encoder = tiny.llava().model.vision_tower
     untouched = encoder(tiny.pictures(2)).last_hidden_state
@@ -186,6 +274,59 @@ def test_pixels_that_neighbours_predict_never_enter():
         model.get_image_features(images)
         assert handle.last.kept[0] < handle.last.original[0]
         assert handle.last.kept[1] == handle.last.original[1]
+
+
+def without_positions(name: str) -> Any:
+    """A model whose vision encoder cannot tell patches apart by where they stand: the same pixels are one token."""
+    model = tiny.build(name)
+    for path, values in [*model.named_parameters(), *model.named_buffers()]:
+        if re.search(r"vis.*(inv_freq|pos_embed\w*|position_embedding\w*)(\.weight)?$", path):
+            values.data.zero_()
+    for module in model.modules():
+        if hasattr(module, "fullatt_block_indexes"):  # windows, too, tell
+            module.fullatt_block_indexes = list(range(tiny.LAYERS))
+    return model
+
+
+def in_three_colours(model: Any) -> list[torch.Tensor]:
+    """Pictures as the model sees them, every unit of one colour."""
+    cell, generator, pictures = tiny.family_of(model).cell, torch.Generator().manual_seed(0), []
+    for picture in tiny.uneven(model, 3):
+        _, height, width = tiny.fitted(model, picture).shape
+        colour = torch.randint(3, (-(-height // cell), -(-width // cell)), generator=generator)
+        field = torch.randn(3, 3, generator=generator)[:, colour]
+        pictures.append(field.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :height, :width].contiguous())
+    return pictures
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pixels_that_enter_once_weigh_as_all_of_their_kind(name):
+    """In every family, units and windows among them: the features are those of the untouched model."""
+    model = without_positions(name)
+    seen = tiny.shown(model, in_three_colours(model))
+    untouched = tiny.features_of(model, **seen).pooler_output
+    with dymu.apply(model, merge=PixelPrune()) as handle:
+        features = tiny.features_of(model, **seen).pooler_output
+        assert all(kept < all_ for kept, all_ in zip(handle.last.kept, handle.last.original, strict=True))
+    for item, expected in zip(features, untouched, strict=True):
+        tiny.close(item, expected, 1e-5)
+    model = tiny.build(name)  # with its positions
+    seen = tiny.shown(model, [torch.randn(picture.shape) for picture in tiny.uneven(model, 3)])
+    untouched = tiny.features_of(model, **seen).pooler_output
+    with dymu.apply(model, merge=PixelPrune()) as handle:
+        features = tiny.features_of(model, **seen).pooler_output
+    for item, expected in zip(features, untouched, strict=True):
+        tiny.close(item, expected, 1e-5)
+
+
+def test_smaller_pictures_are_refused_where_units_count():
+    class Shrunk(Reducer):
+        def before_encoder(self, pixels):
+            return pixels.pixels[..., ::2, ::2], None
+
+    model = tiny.build("internvl")
+    with dymu.apply(model, merge=Shrunk()), pytest.raises(UnsupportedModel, match="Shrunk shows the encoder smaller"):
+        tiny.features_of(model, **tiny.shown(model, tiny.uneven(model, 1)))
 
 
 @pytest.mark.parametrize("kind", [*KEEP, *MERGE])

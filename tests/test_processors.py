@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 import dymu
 import tiny
@@ -193,6 +195,41 @@ def test_on_the_command_line(call, model, thresholds, photos, tmp_path) -> None:
     assert 0 < data["kept_tokens"] < data["original_tokens"]
     assert Image.open(picture).width > 600
     assert call("check", "a/b", files[0])["passed"]
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "stock"),
+    [
+        ((448, 448), (1, 1), (1, 1)),
+        ((900, 448), (2, 1), (2, 1)),
+        ((640, 480), (1, 1), (4, 3)),
+        ((1300, 300), (3, 1), (4, 1)),
+        ((1000, 1000), (3, 3), (3, 3)),
+    ],
+)
+def test_tiles_by_need(size: tuple[int, int], grid: tuple[int, int], stock: tuple[int, int]) -> None:
+    assert dymu.tiles_for(*size) == grid
+    assert get_optimal_tiled_canvas(size[::-1], (448, 448), 1, 12) == stock
+
+
+def test_a_stock_processor_cuts_the_tiles_that_are_needed() -> None:
+    generator = np.random.default_rng(0)
+    for width, height in generator.integers(1, 3000, (300, 2)).tolist():
+        grid = dymu.tiles_for(width, height, limit=9)
+        assert get_optimal_tiled_canvas((height, width), (448, 448), 1, math.prod(grid)) == grid
+    model, processor = tiny.build("internvl"), processor_for("internvl")
+    side, counts = processor.image_processor.size["height"], []
+    photo = tiny.photos(1)[0].resize((side * 4 // 3, side))
+    for more in ({}, {"max_patches": math.prod(dymu.tiles_for(*photo.size, side=side))}):
+        inputs = processor(images=photo, text="<image> what is ?", return_tensors="pt", **more)
+        counts.append(len(inputs["pixel_values"]))
+        assert image_tokens(model, dict(inputs)) == [36 * counts[-1]]
+        with dymu.apply(model, merge=dymu.FixedMerge(0.5)):
+            assert torch.isfinite(model(**inputs).logits).all()
+    assert counts == [13, 1], "the whole and 4 × 3 tiles, or the whole alone"
+    for wrong in ((0, 5), (5, -1), (5.5, 5), (5, 5, 0), (5, 5, 448, 0)):
+        with pytest.raises(ValueError, match="whole numbers from 1 on"):
+            dymu.tiles_for(*wrong)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dymu
 import tiny
-from dymu.choices import UNMERGE
+from dymu.choices import UNMERGE, Fill
 from dymu.errors import BadBudget, BadPrompt, UnsupportedModel
 from dymu.evaluation.methods import METHODS, Row
 from dymu.hooks.versions import cache_argument, cache_of
@@ -20,6 +20,7 @@ from dymu.merging import above
 from dymu.reducers import (
     AveragePool,
     Candidates,
+    FixedKeep,
     FixedMerge,
     Pixels,
     RandomKeep,
@@ -343,6 +344,31 @@ def test_stride_takes_the_middle_of_equal_parts():
     assert torch.equal(Stride(1.0).in_prompt(six).features, six.features)
 
 
+@dataclass(frozen=True)
+class Named(FixedKeep):
+    """Keeps the tokens whose feature is 1."""
+
+    keep: int | float
+    fill: Fill = "runs"
+
+    def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
+        return (tokens.features[row, : tokens.counts[row], 0] == 1).nonzero()[:, 0]
+
+
+def test_a_run_of_dropped_tokens_is_one():
+    features = torch.tensor([1.0, 1, 0, 3, 1, 5, 1])[None, :, None]
+    reduced = Named(4).in_prompt(tokens(features, 1, 7))
+    assert reduced.map.group.tolist() == [[0, 1, 2, 2, 3, 4, 5]], "1100101: kept 0, 1, 4, 6; and {2, 3}, {5}"
+    left = tokens(features, 1, 7).features_of(reduced)
+    assert left[0, :, 0].tolist() == [1, 1, 1.5, 1, 5, 1]
+    assert Named(7).in_prompt(tokens(torch.ones(1, 7, 1), 1, 7)).map.kept.tolist() == [7]
+    of_two = replace(tokens(torch.tensor([0.0, 0, 1, 0, 0, 0])[None, :, None], 2, 3),
+                     picture=torch.tensor([[0, 0, 0, 0, 1, 2]]))  # fmt: skip
+    assert Named(1).in_prompt(of_two).map.group.tolist() == [[0, 0, 1, 2, 3, 3]], "tiles are one view"
+    film = replace(of_two, shown=replace(of_two.shown, video=True))
+    assert Named(1).in_prompt(film).map.group.tolist() == [[0, 0, 1, 2, 3, 4]], "a frame ends a run"
+
+
 def test_filled_strides_are_blocks_around_the_kept():
     grid = tokens(torch.randn(2, 24, 3), 4, 6)
     plain, filled = Stride(4).in_prompt(grid), Stride(4, fill="nearest").in_prompt(grid)
@@ -506,7 +532,7 @@ def test_an_odd_grid_is_pooled_in_fields_as_equal_as_possible():
 
 def test_every_method_of_the_table_makes_its_reducer():
     for method in METHODS.values():
-        if method.reducer and method.compared:
+        if method.reducer:
             reducer = method.make(Row(method.name, 9, "exact", method.schedules[0]), 9 / 49, 3)
             assert isinstance(reducer, Reducer)
             reducer.check_fits(24, 49)

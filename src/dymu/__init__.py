@@ -22,6 +22,7 @@ _NAMES = {
     "report": ("Report",),
     "thresholds": ("Thresholds",),
     "measure.check": ("ModelCheck", "check"),
+    "media.tiles": ("tiles_for",),
     "token_map": ("TokenMap",),
 }
 """The public names of each module."""
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from dymu.forecast import Forecast
     from dymu.handle import Handle, apply, handle_of
     from dymu.measure.check import ModelCheck, check
+    from dymu.media.tiles import tiles_for
     from dymu.reducers import FixedMerge, Reducer
     from dymu.report import Report
     from dymu.thresholds import Thresholds
@@ -79,6 +81,7 @@ __all__ = [
     "check",
     "evaluate",
     "handle_of",
+    "tiles_for",
 ]
 
 

@@ -47,8 +47,9 @@ Schedule = Literal["constant", "linear", "reverse_linear"]
 """How merges spread over the layers of the encoder: evenly, more in early layers, or more in late ones."""
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
-Fill = Literal["none", "nearest"]
-"""What stands for a dropped token: nothing, or the kept token that is most like it."""
+Fill = Literal["none", "nearest", "runs"]
+"""What stands for a dropped token: nothing, the kept token that is most like it, or the mean of the dropped ones that
+follow each other there, one token more for each such run."""
 
 Arrangement = Literal["batch", "packed", "raster", "padded"]
 """How an encoder's layers get the patches of several pictures: [pictures, N, C], class and register tokens first; all

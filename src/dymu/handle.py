@@ -125,6 +125,8 @@ def apply(
         raise ValueError("give either thresholds (and a budget) or merge=, not both")
     if prune is not None and not isinstance(prune, Pruning):
         raise TypeError(f"prune= takes a dymu.pruning.Pruning such as dymu.pruning.FastV(keep=0.5), not {prune!r}")
+    if prune is not None and prune.fill not in ("none", "nearest"):
+        raise ValueError(f"{type(prune).__name__}(fill={prune.fill!r}): within the language model, none or nearest.")
     counted = any(number is not None for number in (budget, per_second, at_most, exactly))
     if prune is not None and thresholds is None and merge is None and not counted:
         merge = NOTHING

@@ -57,11 +57,32 @@ def layers_to_merge_in(layers: Iterable[int], depth: int) -> tuple[int, ...]:
     return tuple(indices)
 
 
+def shares(schedule: Schedule | float, layers: int) -> list[float]:
+    """How much each layer removes, in proportion to the others.
+
+    Args:
+        schedule: its name; or ToMe's inflection, from -1 (nothing in the last layer, and twice the mean in the first)
+            over 0 (`constant`) to 1, the reverse. A layer of nothing removes what the others cannot.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    rising = range(1, layers + 1)
+    named = {"constant": [1] * layers, "linear": list(reversed(rising)), "reverse_linear": list(rising)}
+    if isinstance(schedule, str) and schedule in named:
+        return [float(share) for share in named[schedule]]
+    if isinstance(schedule, str | bool) or not -1 <= schedule <= 1:
+        raise ValueError(
+            f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}, or an inflection from -1 to 1"
+        )
+    return [max(1 + schedule * (2 * layer / max(layers - 1, 1) - 1), 1e-6) for layer in range(layers)]
+
+
 def removals(
     tokens: float,
     keep: float,
     layers: int,
-    schedule: Schedule,
+    schedule: Schedule | float,
     merging: Collection[int] | None = None,
     alike: bool = False,
 ) -> list[float]:
@@ -75,7 +96,7 @@ def removals(
         tokens: of an image; where images differ, on average.
         keep: of them in the end.
         layers: how many the encoder has.
-        schedule: where to remove.
+        schedule: where to remove, see `shares`.
         merging: indices of the layers that may; None: all.
         alike: see `fewest`.
 
@@ -83,8 +104,7 @@ def removals(
         ValueError: `schedule` is unknown, or `merging` names no layer or one that there is not.
         BadBudget: `keep` is more than `tokens`, or less than `fewest`.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    weights = shares(schedule, layers)
     chosen = set(range(layers) if merging is None else merging)
     if not chosen or not chosen <= set(range(layers)):
         raise ValueError(f"cannot merge in layers {sorted(chosen)}; name some of 0 to {layers - 1}")
@@ -94,12 +114,6 @@ def removals(
             f"cannot keep {keep:g} of {tokens:g} tokens in {len(chosen)} layers, each of which at most halves them; "
             f"keep between {lowest:.4g} and {tokens:g}."
         )
-    rising = range(1, layers + 1)
-    weights = {
-        "constant": [1] * layers,
-        "linear": list(reversed(rising)),
-        "reverse_linear": list(rising),
-    }[schedule]
 
     def removed_at(scale: float) -> list[float]:
         left, removed = float(tokens), []
@@ -108,7 +122,7 @@ def removals(
             left -= removed[-1]
         return removed
 
-    low, high = 0.0, float(tokens)
+    low, high = 0.0, float(tokens) / min(1.0, *weights)
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(removed_at(middle)) < tokens - keep else (low, middle)

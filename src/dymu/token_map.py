@@ -127,6 +127,12 @@ class TokenMap:
         total = embedding_bag(order, flat, begins, mode="sum", include_last_offset=True)
         return total.view(self.batch, bags, *rest)[:, : self.width]
 
+    def max(self, original: Tensor) -> Tensor:
+        """The largest of each group: [B, N] -> [B, M]; rows past `kept` are 0."""
+        label = torch.where(self.group < 0, self.width, self.group)
+        largest = original.new_zeros(self.batch, self.width + 1)
+        return largest.scatter_reduce(1, label, original, "amax", include_self=False)[:, : self.width]
+
     def any(self, original: Tensor) -> Tensor:
         """Whether any of each group is so: bool [B, N] -> [B, M]."""
         return self.sum(original.float()[..., None])[..., 0] > 0

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +34,7 @@ from dymu.cli.app import (
 )
 from dymu.cli.output import Output, check_writable, write_text, write_whole
 from dymu.errors import DymuError
-from dymu.evaluation.methods import COMPARED, METHODS, options_of
+from dymu.evaluation.methods import COMPARED, METHODS, Row, options_of, rows_for
 from dymu.files import expanded
 
 MethodName = StrEnum("MethodName", [(name.upper(), name) for name in COMPARED])  # type: ignore[misc]
@@ -59,9 +59,15 @@ def _method(text: str) -> str:
     return text
 
 
-def _check_arguments(text: str, applying: Callable[[str, float, str, int], Any]) -> None:
+def _check_arguments(text: str) -> None:
+    name, _, options = text.partition(":")
+    method = METHODS[name]
+    row = Row(name, 1, "none", (method.schedules or ("",))[0], options)
     try:
-        applying(text, 1.0, "none", 64)
+        if method.pruning:
+            method.make_pruning(row, 1.0, 0, 64)
+        else:
+            method.make(row, 0.5, 0)
     except ValueError as error:
         raise typer.BadParameter(f"--method {text}: {error}") from error
 
@@ -123,8 +129,9 @@ def evaluate(
     check_workers(ray, workers)
     budgets = [parse_budget(text) for text in budget]
     check_writable(output, "results", (".jsonl",))
+    before = list[Row]()
     if expanded(output).is_file() and expanded(output).stat().st_size:
-        Results.load(output)
+        before = Results.load(output).header.rows
     tasks = [_task(expanded(path)) for path in task]  # before anything heavy is loaded
     check_tasks(tasks)
     named = models.named(model or models.demo_model(), revision)
@@ -141,12 +148,12 @@ def evaluate(
         raise typer.BadParameter("two of the --thresholds files are of one schedule; give one for each.")
     with out.during("loading torch and transformers"):
         quieten_transformers()
-        from dymu.evaluation.methods import applying, rows_for
         from dymu.evaluation.run import evaluate as run_all
         from dymu.evaluation.run import full_tokens
+        from dymu.evaluation.solve import solved
     for text in method:
         if ":" in text:
-            _check_arguments(text, applying)
+            _check_arguments(text)
     with out.during(f"loading {named.name}"):
         loaded = models.load(named, device, dtype)
     full = full_tokens(loaded.model, loaded.processor, calibrated, tasks)
@@ -154,6 +161,9 @@ def evaluate(
         [max(round(each * full if isinstance(each, float) and each <= 1 else each), 1) for each in budgets],
         method, [item.value for item in unmerge], schedules or ["constant"],
     )  # fmt: skip
+    rows = solved(
+        rows, loaded.model, loaded.processor, tasks, limit=limit, batch_size=batch_size, before=before, say=out.note
+    )
     if timed is None:
         timed = 0 if ray else 8
     elif timed and ray:

@@ -66,7 +66,7 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
             "group": method.group,
             "needs": method.needs,
             "adapts": method.adapts,
-            "compared": method.compared,
+            "solves": method.solves.field if method.solves else "",
             "class": method.reducer or method.pruning,
             "paper": method.paper,
         }
@@ -77,14 +77,14 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
     def for_people() -> Iterable[Any]:
         printed = table("method", "group", "class", "needs", "adapts", "arXiv", numbers=False)
         for row in rows:
-            adapts = ("yes" if row["compared"] else "by itself") if row["adapts"] else ""
+            adapts = (f"by {row['solves']}" if row["solves"] else "yes") if row["adapts"] else ""
             printed.add_row(row["name"], row["group"], row["class"], row["needs"], adapts, row["paper"])
         yield printed
         yield ""
         yield "E: in the encoder or right behind it; P: on projected tokens; L: within the language model."
         yield "Classes are those of dymu.reducers; of group L, of dymu.pruning."
         yield "Attention is that of the class token; where an encoder has none, that of all patches."
-        yield "By itself: how many are left depends on the picture alone, so that dymu evaluate takes no budget for it."
+        yield "By an argument: dymu evaluate solves it, so that the images of its tasks keep the budget on average."
 
     output.result({"methods": rows}, for_people)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import re
 from ast import literal_eval
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -31,6 +31,22 @@ Remains = Literal["groups", "singles", "filled", "grid"]
 """What is left: groups of merged tokens, single tokens at their positions, such that stand for the others too where the
 language model attends to groups, or the tokens of a smaller image."""
 
+
+class Solved(NamedTuple):
+    """The argument of a method that a budget is solved by, see `dymu.evaluation.solve`; by a larger number fewer tokens
+    are left.
+
+    Attributes:
+        field: of the reducer.
+        least: the least number that it takes.
+    """
+
+    field: str
+    least: float = -math.inf
+
+
+SAID = {"schedule", "fill"}
+"""Arguments that the method's own take the place of, where it names them."""
 ATTENTION = "attention"
 QUESTION = "the question"
 
@@ -53,7 +69,7 @@ class Method:
         adapts: whether how many tokens are left depends on the picture.
         paper: its number at arXiv.
         arguments: from what to keep, to the reducer's arguments; None: it has a field `keep`.
-        compared: whether so many tokens can be asked for.
+        solves: what a number of tokens is solved by, on the images of a comparison, where the reducer takes none.
         settings: arguments of its class that make it this method.
     """
 
@@ -70,7 +86,7 @@ class Method:
     adapts: bool = False
     paper: str = ""
     arguments: Callable[[int | float], dict[str, Any]] | None = None
-    compared: bool = True
+    solves: Solved | None = None
     pruning: str = ""
     settings: tuple[tuple[str, Any], ...] = ()
 
@@ -79,10 +95,16 @@ class Method:
         """Whether it has further ones."""
         return bool(self.reducer or self.pruning)
 
-    def unmerges(self, way: str) -> str:
-        """The first of the ways to unmerge that give the same as this one."""
+    def unmerges(self, way: str, options: str = "") -> str:
+        """The first of the ways to unmerge that give the same as this one.
+
+        Args:
+            options: see `Row`; what stands for dropped tokens may be said there.
+        """
+        fill = options_of(options).get("fill")
+        leaves = self.leaves if fill is None else "singles" if fill == "none" else "groups"
         of_singles = way if way in ("none", "restore") else "exact"
-        return {"groups": way, "filled": way, "singles": of_singles, "grid": "none"}[self.leaves]
+        return {"groups": way, "filled": way, "singles": of_singles, "grid": "none"}[leaves]
 
     def fill(self, way: str) -> Fill:
         """What stands for dropped tokens where the language model attends in this way."""
@@ -100,15 +122,18 @@ class Method:
             ValueError: the row names an argument that the method does not have.
         """
         kind: Any = getattr(import_module("dymu.reducers"), self.reducer)
-        settings = {"keep": keep, "seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
-        taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings}
+        settings = {"seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
+        if self.solves is None:
+            settings["keep"] = keep
+        options = options_of(row.options)
+        taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings.keys() - (options.keys() & SAID)}
         if self.arguments is not None:
             taken |= self.arguments(keep)
-        elif "keep" not in taken:
+        elif "keep" not in taken and self.solves is None:
             raise TypeError(
                 f"{self.reducer} has no field `keep`, so {self.name} would ignore its budget; add the field."
             )
-        reducer: Reducer = self._made(kind, taken, row)
+        reducer: Reducer = self._made(kind, taken, options)
         return reducer
 
     def make_pruning(self, row: Row, part: float, seed: int, layers: int) -> Pruning:
@@ -125,23 +150,25 @@ class Method:
         """
         kind: Any = getattr(import_module("dymu.pruning"), self.pruning)
         settings = {**dict(self.settings), "seed": seed, "fill": self.fill(way_of(row))}
-        taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings}
-        solved = {f.name for f in fields(kind)} & {"keep", "rates"}
-        pruning: Pruning = self._made(kind, taken, row, solved - {"rates"} | {"seed", "fill"})
+        options = options_of(row.options)
+        taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings.keys() - options.keys()}
+        if "keep" in options:
+            raise ValueError(f"{self.name} keeps what the budget says: leave keep={options['keep']} out.")
+        pruning: Pruning = self._made(kind, taken, options)
         return pruning.for_mean(part, layers)
 
-    def _made(self, kind: Any, taken: dict[str, Any], row: Row, fixed: Collection[str] = ()) -> Any:
-        """A class of the method's with some arguments, and the row's own, which are none of the `fixed` ones."""
-        own = [f.name for f in fields(kind) if f.name not in (fixed or taken)]
+    def _made(self, kind: Any, taken: dict[str, Any], options: Mapping[str, Any]) -> Any:
+        """A class of the method's with some arguments, and a row's own."""
+        own = [f.name for f in fields(kind) if f.name not in taken]
         taken = dict(taken)
-        for name, value in options_of(row.options).items():
+        for name, value in options.items():
             if name not in own:
                 raise ValueError(f"{self.name} has no argument {name!r}; it has {', '.join(own) or 'none'}.")
             taken[name] = value
         try:
             return kind(**taken)
         except TypeError as error:
-            raise ValueError(f"{self.name} does not take {row.options!r}: {error}.") from error
+            raise ValueError(f"{self.name} does not take {options}: {error}.") from error
 
 
 def options_of(text: str) -> dict[str, Any]:
@@ -205,8 +232,8 @@ METHODS = {
             needs=f"{ATTENTION}, keys", paper="2412.04467", arguments=_of_zip,
         ),
         Method(
-            "pru-merge", "PruMerge", PALETTE[2], "PruMerge", of_images=False, group="E", adapts=True,
-            needs=f"{ATTENTION}, keys", paper="2403.15388", compared=False,
+            "pru-merge", "PruMerge", PALETTE[2], "PruMerge", group="E", adapts=True, needs=f"{ATTENTION}, keys",
+            paper="2403.15388", solves=Solved("outliers"),
         ),
         _prunes("holo-v", "HoloV", PALETTE[3], "HoloV", "E", ATTENTION, "2510.02912"),
         Method(
@@ -215,7 +242,8 @@ METHODS = {
         ),
         _prunes("saint", "SAINT", PALETTE[5], "SAINT", "E", "keys", "2503.11549"),
         Method(
-            "pixel-prune", "PixelPrune", GREY, "PixelPrune", group="E", needs="pixels", adapts=True, compared=False
+            "pixel-prune", "PixelPrune", GREY, "PixelPrune", group="E", needs="pixels", adapts=True,
+            solves=Solved("tolerance", 0.0),
         ),
         _prunes("div-prune", "DivPrune", PALETTE[0], "DivPrune", "P", "", "2503.02175"),
         _prunes("cd-pruner", "CDPruner", PALETTE[1], "CDPruner", "P", QUESTION, "2506.10967"),
@@ -223,6 +251,10 @@ METHODS = {
         _prunes("dart", "DART on embeddings", PALETTE[3], "DARTEmbeddings", "P", QUESTION, "2502.11494"),
         _prunes("vid-com2", "VidCom2", PALETTE[4], "VidCom2", "P", "", "2505.14454"),
         Method("density-peaks", "density peaks", PALETTE[5], "DensityPeaks", group="P", paper="2406.05127"),
+        Method(
+            "density-threshold", "density peaks by a threshold", GREY, "DensityPeaks", group="P", adapts=True,
+            paper="2406.05127", arguments=lambda keep: {"least": 1}, solves=Solved("threshold"),
+        ),
         Method("anchors", "RESTORE's anchors", PALETTE[0], "Anchors", group="P"),
         Method("ap-et", "ApET", PALETTE[1], "ApET", group="P"),
         Method("skip-vision", "Skip-Vision's merge", PALETTE[3], "SkipVision", group="P", paper="2503.21817"),
@@ -237,13 +269,13 @@ METHODS = {
         _within("dart-layers", "DART", PALETTE[5], "DART", "keys", "2502.11494"),
         Method(
             "skip-ffn", "skip-FFN", PALETTE[0], pruning="SkipFFN", leaves="singles", group="L", needs=LAST_ROW,
-            paper="2503.21817", compared=False,
+            paper="2503.21817",
         ),
         _within("layer-skip", "layer skipping", GREY, "LayerSkip", "", "2408.16730"),
     )
 }  # fmt: skip
 """By name."""
-COMPARED = [name for name, method in METHODS.items() if name != "untouched" and method.compared]
+COMPARED = [name for name in METHODS if name != "untouched"]
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -289,15 +321,32 @@ def applying(named: str, keep: int | float, unmerge: str, layers: int, seed: int
     """
     name, _, options = named.partition(":")
     method = METHODS.get(name)
-    if method is None or not method.takes_arguments or not method.compared:
-        known = [one.name for one in METHODS.values() if one.takes_arguments and one.compared]
+    if method is None or not method.takes_arguments:
+        known = [one.name for one in METHODS.values() if one.takes_arguments]
         raise ValueError(f"{name!r} is no method that takes a number of tokens; choose some of {', '.join(known)}.")
     row = Row(name, 1, unmerge, (method.schedules or ("",))[0], options)
+    check_solved(row)
     if not method.pruning:
         return {"merge": method.make(row, keep, seed), "unmerge": unmerge}
     if not 0 < keep <= 1 or (isinstance(keep, int) and keep == 1):
         raise BadBudget(f"{name} takes a fraction of the image tokens, such as 0.3, not {keep:g}.")
     return {"prune": method.make_pruning(row, keep, seed, layers), "unmerge": unmerge}
+
+
+def is_solved(row: Row) -> bool:
+    """Whether a row says all that its method needs, see `Method.solves`."""
+    solves = METHODS[row.method].solves
+    return solves is None or solves.field in options_of(row.options)
+
+
+def check_solved(row: Row) -> None:
+    """Raises: ValueError, where the number that decides how many tokens are left is not known."""
+    solves = METHODS[row.method].solves
+    if solves is not None and not is_solved(row):
+        raise ValueError(
+            f"{row.method} leaves as many tokens as a picture needs, by {solves.field}: name that number "
+            f"({row.method}:{solves.field}=…), or have it solved for a budget, as dymu evaluate does."
+        )
 
 
 def way_of(row: Row) -> str:
@@ -311,6 +360,12 @@ def check_names(methods: Iterable[str], unmerge: Iterable[str]) -> None:
         for name in names:
             if name not in known:
                 raise ValueError(f"the {what} {name!r} is unknown; choose some of {', '.join(known)}")
+
+
+def _schedules(method: Method, options: str, schedules: Sequence[str]) -> Sequence[str]:
+    if "schedule" in options_of(options):
+        return ("",)
+    return schedules if method.schedules is None else method.schedules
 
 
 def rows_for(
@@ -340,6 +395,6 @@ def rows_for(
         for method, options in ((METHODS[name], options) for name, options in named if name != "untouched"):
             kept = max(round(math.sqrt(budget)), 1) ** 2 if method.square else budget
             for way in ways:
-                for schedule in schedules if method.schedules is None else method.schedules:
-                    rows.append(Row(method.name, kept, method.unmerges(way), schedule, options))
+                for schedule in _schedules(method, options, schedules):
+                    rows.append(Row(method.name, kept, method.unmerges(way, options), schedule, options))
     return list(dict.fromkeys(rows))

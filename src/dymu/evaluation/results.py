@@ -165,7 +165,7 @@ class Results:
         rows = [
             row
             for row in self.header.rows
-            if row == UNTOUCHED or way_of(row) in {METHODS[row.method].unmerges(way) for way in unmerge}
+            if row == UNTOUCHED or way_of(row) in {METHODS[row.method].unmerges(way, row.options) for way in unmerge}
         ]
         return replace(self, header=msgspec.structs.replace(self.header, rows=rows))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dymu.errors import BadBudget, UnsupportedModel
-from dymu.evaluation.methods import METHODS, Row, check_names
+from dymu.evaluation.methods import METHODS, Row, check_names, check_solved
 from dymu.families.resolve import find, resolve
 from dymu.handle import Handle, applied, handle_of
 from dymu.hooks.refusals import refuse_to_prune
@@ -29,9 +29,10 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
         BadBudget: it keeps more tokens than there are, or fewer than its method can; or there are no thresholds for it.
         UnsupportedModel: its method's budget is of a picture, and the model cuts images into several.
         BadThresholds: see `dymu.apply`.
-        ValueError: an unknown method or way to unmerge.
+        ValueError: an unknown method or way to unmerge, or a number that is still to be solved.
     """
     check_names([row.method], [row.unmerge])
+    check_solved(row)
     method, parts = METHODS[row.method], resolve(model)
     one_size = parts.tower_kind.arrangement == "batch" and not parts.cuts_images and parts.family.unit is None
     if not one_size and not method.of_images:
@@ -98,13 +99,19 @@ def encoded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """
     if inputs.get("pixel_values") is None or not model._supports_mm_encoder_outputs():
         return inputs
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return {**rest, "mm_encoder_outputs": {"image": encoded_images(model, inputs)}}
+
+
+@torch.inference_mode()
+def encoded_images(model: Any, inputs: dict[str, Any]) -> Any:
+    """The images of what a model takes, encoded as the model is now."""
     inner: Any = resolve(model).inner
     names = set(inspect.signature(type(inner).get_image_features).parameters)
     if handle_of(model) is not None:
         names |= {"input_ids", "attention_mask"}  # for reducers that read the question
     taken = {name: value for name, value in inputs.items() if name in names}
-    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    return {**rest, "mm_encoder_outputs": {"image": inner.get_image_features(**taken, return_dict=True)}}
+    return inner.get_image_features(**taken, return_dict=True)
 
 
 @contextmanager

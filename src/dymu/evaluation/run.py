@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dymu.errors import AlreadyApplied, BadImage, BadPrompt, BadQuestion
 from dymu.evaluation.divergence import divergences
-from dymu.evaluation.methods import METHODS, UNTOUCHED, Row, way_of
+from dymu.evaluation.methods import METHODS, UNTOUCHED, Row, options_of, way_of
 from dymu.evaluation.results import (
     FORMAT,
     Answers,
@@ -443,5 +443,5 @@ def _encoding(row: Row) -> Row:
     method = METHODS[row.method]
     if method.pruning:  # within the language model, all of the encoder's tokens come there
         return Row("", 0)
-    filled = method.fill(way_of(row)) == "nearest"
+    filled = "fill" not in options_of(row.options) and method.fill(way_of(row)) == "nearest"
     return msgspec.structs.replace(row, unmerge="exact" if filled else "none")

@@ -24,10 +24,12 @@ LIKENESS = ["same answer, %", "KL per token, nats"]
 
 def series(row: Row) -> str:
     """A row's name without its budget; rows of the same name form one curve."""
-    single = METHODS[row.method].leaves == "singles" and row.unmerge == "exact"
+    single = row.unmerge == "exact" and METHODS[row.method].unmerges("compact", row.options) == "exact"
     unmerge = " in place" if single else _UNMERGE[row.unmerge]
     schedule = f" ({row.schedule.replace('_', '-')})" if row.method == "dtome" else ""
-    options = f" {row.options}" if row.options else ""
+    solves = METHODS[row.method].solves  # it differs from budget to budget
+    named = [part for part in row.options.split(",") if solves is None or not part.startswith(f"{solves.field}=")]
+    options = f" {','.join(named)}" if any(named) else ""
     return METHODS[row.method].label + options + unmerge + schedule
 
 

@@ -200,6 +200,7 @@ class PrunedLayers:
         self._segments.append(Segment(new, rows, angles, steps, history, fed))
         if self._shown is not None and self._pruning is not None:
             shown = self._shown if rows is None else take(self._shown, rows) & self._segments[-1].there
+            shown = shown if fed is None else shown & fed
             self.ran.append(shown.sum(1))
 
     @torch.no_grad()

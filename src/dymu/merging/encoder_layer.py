@@ -15,7 +15,7 @@ from dymu.merging.layout import Layout
 from dymu.merging.match import best_partner, halves, similarity_metric
 from dymu.merging.merge import merge_step, merge_tokens
 from dymu.merging.units import Units
-from dymu.token_map import TokenMap, at_least_float32
+from dymu.token_map import TokenMap, at_least_float32, take
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines [..., D] of the rotary angles of tokens, both halves alike, as the tokens travel."""
@@ -178,6 +178,26 @@ class MergedTokens:
             tokens = TokenMap(torch.where(layout.present, tokens.group, -1), layout.length, layout.longest, padded=True)
         return cls(tokens, layout, None, units or Units(), angles, window)
 
+    def some(self, x: Tensor, tokens: TokenMap, enters: Tensor) -> tuple[Tensor, MergedTokens]:
+        """Of patches as they travel, ahead of the first layer, those that enter it; each unit that does weighs as much
+        as all that it stands for.
+
+        Args:
+            tokens: from these units.
+            enters: int64 [images, M], the unit that enters for each of the M, rising.
+        """
+        layout = Layout.of(tokens.kept)
+
+        def taken(part: Tensor) -> Tensor:
+            return layout.pack(take(self.layout.pad(part), enters))
+
+        x, *angles = (
+            self.units.spread(taken(self.units.gather(part, self.layout)), layout) for part in (x, *(self.angles or ()))
+        )
+        window = None if self.window is None else taken(self.window.view(self.layout.shape)).flatten()
+        turns = (angles[0], angles[1]) if angles else None
+        return x, MergedTokens(tokens, layout, layout.pack(tokens.size()), self.units, turns, window)
+
     @cached_property
     def patches(self) -> Layout:
         """How the patches travel."""
@@ -213,12 +233,14 @@ class MergedTokens:
         begins = self.rows(windowed).units.start[:, 0]
         return torch.searchsorted(self.layout.length.cumsum(0), begins, right=True)
 
-    def match(self, keys: Tensor, prefix: int, windowed: bool = False) -> tuple[Tensor, Tensor]:
+    def match(
+        self, keys: Tensor, prefix: int, windowed: bool = False, apart: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Similarity and partner of each A token of every row, see `best_partner`; `keys` are [..., H, D] of patches,
         as they travel."""
         rows = self.rows(windowed).units
         metric = similarity_metric(self.units.metric(keys, self.layout))
-        return best_partner(metric.reshape(*rows.shape, -1), rows, prefix)
+        return best_partner(metric.reshape(*rows.shape, -1), rows, prefix, apart)
 
     def merge(
         self, x: Tensor, into: Tensor, prefix: int, windowed: bool = False, still: Tensor | None = None

@@ -43,16 +43,17 @@ def a_count(tokens: N, prefix: int) -> N:
     return (tokens + 1) // 2 - (prefix + 1) // 2
 
 
-def best_partner(metric: Tensor, layout: Layout, prefix: int = 0) -> tuple[Tensor, Tensor]:
+def best_partner(metric: Tensor, layout: Layout, prefix: int = 0, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """For every token of A the most similar one of B, see `halves`.
 
     Args:
         metric: unit vectors of all tokens, in `layout`, with D channels.
         layout: of the tokens.
         prefix: leading tokens of each image that never merge.
+        apart: [B, T], what the similarity of two tokens is lowered by: the larger one of theirs.
 
     Returns:
-        similarity: [B, A], cosine to the best partner; -inf where an image has no such token or no B at all.
+        similarity: [B, A], cosine to the best partner, lowered; -inf where an image has no such token or no B at all.
         partner: int64 [B, A], its index within B.
     """
     metric, (in_a, in_b) = layout.pad(metric), halves(prefix)
@@ -61,6 +62,8 @@ def best_partner(metric: Tensor, layout: Layout, prefix: int = 0) -> tuple[Tenso
         return a.new_full(a.shape[:2], -torch.inf), a.new_zeros(a.shape[:2], dtype=torch.long)
     with torch.autocast(metric.device.type, enabled=False):
         scores = torch.bmm(a, b.mT)
+    if apart is not None:
+        scores -= torch.maximum(apart[:, in_a, None], apart[:, None, in_b]).to(scores.dtype)
     if not layout.packed:
         similarity, partner = scores.max(-1)
         return similarity, partner

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from dymu.choices import Arrangement
 from dymu.merging.encoder_layer import Angles, MergedTokens
 from dymu.merging.layout import Layout
 from dymu.merging.units import Units
+from dymu.token_map import TokenMap
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,34 @@ class Pictures:
         if not state.map.padded:
             return rows
         return rows.masked_fill((original.pack(state.map.group).flatten() < 0)[:, None], 0)
+
+    def entering(self, tokens: TokenMap) -> tuple[TokenMap, Tensor]:
+        """In the order of the layers, behind the prefix, what is said of the units of every picture, row after row.
+
+        Args:
+            tokens: from the units [pictures, N]; the first one of each group enters the encoder.
+
+        Returns:
+            The same map, and int64 [pictures, M], the unit that enters for each of the M.
+        """
+        units = Pictures(self.unit_grids).layout(tokens.group.device)
+        leaders = units.index(tokens.first().gather(1, tokens.group.clamp(min=0)))
+        leaders = torch.cat([row[:length] for row, length in zip(leaders, units.lengths, strict=True)])
+        place = (
+            torch.arange(units.total, device=leaders.device) if self.order is None else self.order.to(leaders.device)
+        )
+        of_layers = pad_sequence(list(self.by_layers(place[leaders]).split(units.lengths)), True, -1)
+        here = torch.where(of_layers < 0, -1, of_layers - units.start)
+        ordered = TokenMap.from_leaders(here)
+        enters = (
+            torch.where(here == torch.arange(here.shape[1], device=here.device), here, here.shape[1]).sort(1).values
+        )
+        return ordered.after(self.prefix), self._behind(enters[:, : ordered.width].clamp(max=here.shape[1] - 1))
+
+    def _behind(self, units: Tensor) -> Tensor:
+        """Indices [pictures, M] of units, with the prefix ahead of them."""
+        prefix = torch.arange(self.prefix, device=units.device).expand(len(units), -1)
+        return torch.cat((prefix, units + self.prefix), 1)
 
     def by_layers(self, x: Tensor) -> Tensor:
         """What stands for each unit [units, ...], row after row, in the order of the layers."""

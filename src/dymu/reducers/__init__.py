@@ -27,6 +27,7 @@ from dymu.reducers.reducer import Candidates, Pixels, Reduced, Reducer, Shown, S
 from dymu.reducers.saint import SAINT
 from dymu.reducers.skip_vision import SkipVision
 from dymu.reducers.stride import Stride
+from dymu.reducers.text_aware import TextAwareMerge
 from dymu.reducers.tome import FixedMerge
 from dymu.reducers.v_scan import VScan
 from dymu.reducers.vid_com2 import VidCom2
@@ -64,6 +65,7 @@ __all__ = [
     "SomeMerge",
     "Stage",
     "Stride",
+    "TextAwareMerge",
     "ThresholdMerge",
     "Tokens",
     "VScan",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.keep import check_keep, check_of_items, kept_of, kept_of_rows
+from dymu.reducers.keep import check_finite, check_keep, check_of_items, kept_of, kept_of_rows
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, leaders_of
 
@@ -41,7 +41,7 @@ class DensityPeaks(Reducer):
 
     Raises:
         BadBudget: `keep` is not above 0; or in use, more than there are.
-        ValueError: `threshold` is no number above 0, or `least` or `neighbours` below 1.
+        ValueError: `threshold` is no finite number, or `least` or `neighbours` below 1.
     """
 
     threshold: float = 0.5
@@ -52,8 +52,9 @@ class DensityPeaks(Reducer):
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self)
-        if not (math.isfinite(self.threshold) and self.threshold > 0 and self.least >= 1 and self.neighbours >= 1):
-            raise ValueError(f"{self} needs a threshold above 0, at least one token left and one neighbour")
+        check_finite(self, "threshold")
+        if self.least < 1 or self.neighbours < 1:
+            raise ValueError(f"{self} needs at least one token left and one neighbour")
 
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         if tokens is not None and self.keep is not None:

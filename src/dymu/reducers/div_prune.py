@@ -32,7 +32,7 @@ class DivPrune(FixedKeep):
 
     Args:
         keep: a number of tokens; a float up to 1 is a fraction.
-        fill: what stands for the others: nothing, or the kept token that is most like each.
+        fill: what stands for the others: nothing, the kept token that is most like each, or the mean of each run.
 
     Raises:
         BadBudget: `keep` is not above 0; or in use, more than there are.

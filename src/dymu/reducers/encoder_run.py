@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -49,26 +48,45 @@ class EncoderRun:
         self.states: list[MergedTokens] = []
         self.gives_features = False
         self._entering: TokenMap | None = None
+        self._enters: Tensor | None = None
+        self._smaller = False
         self._dimensions = 3
         shown.sources.follow(pictures, depth, reducer.reads(depth), behind)
 
     def pixels(self, pixels: Tensor) -> Tensor:
         """The pictures that the encoder gets, see `Shown.pixels`."""
         if self.reducer.reduces("before_encoder", self.shown):
-            if self.pictures.arrangement != "batch" or self.pictures.side > 1:
+            before, shape = pixels, (len(self.shown.grids), max(self.shown.counts))
+            asked = Pixels(pixels, self.shown, self._blocks)
+            pixels, self._entering = self.reducer.before_encoder(asked) or (pixels, None)
+            if pixels.shape != before.shape and (self.pictures.arrangement != "batch" or self.pictures.side > 1):
                 raise UnsupportedModel(
-                    f"{type(self.reducer).__name__} acts ahead of the encoder, which dymu can do only where every "
-                    "patch is a token of the language model and all pictures have one size; take another reducer."
+                    f"{type(self.reducer).__name__} shows the encoder smaller pictures, which dymu can do only where "
+                    "every patch is a token of the language model and all pictures have one size; take another reducer."
                 )
-            before = pixels
-            pixels, self._entering = self.reducer.before_encoder(Pixels(pixels, self.shown)) or (pixels, None)
-            shape = (len(before), self.shown.counts[0])
+            self._smaller = pixels.shape != before.shape
             if self._entering is not None and tuple(self._entering.group.shape) != shape:
                 raise ValueError(
                     f"{type(self.reducer).__name__}.before_encoder was asked about patches {list(shape)} and answered "
                     f"a map of {list(self._entering.group.shape)}."
                 )
         return pixels
+
+    def _blocks(self) -> list[Tensor]:
+        """See `Pixels.blocks`."""
+        pixels, grids = self.shown.pixels, self.shown.grids
+        if self.pictures.cut:
+            units = self.pictures.to_units(torch.cat(list(pixels))).unflatten(0, (-1, self.pictures.side**2)).flatten(1)
+            return [
+                part.float().view(*grid, -1) for part, grid in zip(units.split(self.shown.counts), grids, strict=True)
+            ]
+        blocks = []
+        for picture, (rows, columns) in zip(pixels, grids, strict=True):
+            height, width = picture.shape[1] // rows, picture.shape[2] // columns
+            whole = picture[:, : rows * height, : columns * width].float()
+            cut = whole.unflatten(2, (columns, width)).unflatten(1, (rows, height))
+            blocks.append(cut.permute(1, 3, 0, 2, 4).flatten(2))
+        return blocks
 
     def layer(
         self,
@@ -150,32 +168,28 @@ class EncoderRun:
 
     def _enter(self, x: Tensor, angles: Angles | None, window: Tensor | None) -> Tensor:
         """The embedded tokens that go into the first layer."""
-        if self._entering is None:
-            there, said = x[..., 0].numel(), self.pictures.patches
-            if self.pictures.arrangement in ("packed", "raster") and there != said:
-                raise BadPrompt(
-                    f"the encoder has {there} patches, and the pictures are said to have {said}; give the model the "
-                    "sizes that its processor makes, along with their pixels."
-                )
-            # Fewer pixels make fewer patches.
-            x, state = self.pictures.enter(x, angles, window)
-            self.states = [state]
+        if self._smaller:
+            assert self._entering is not None
+            entering = self._entering.after(self.prefix)
+            angles = angles and self.pictures.for_all(angles, x)
+            self.states = [MergedTokens(entering, Layout.of(entering.kept), angles=angles)]
             return x
-        entering = self._entering.after(self.prefix)
-        layout = Layout.of(entering.kept)
-        size = layout.pack(entering.size()) if x.shape[1] == entering.tokens else None
-        self.states = [MergedTokens(entering, layout, size)]
-        if angles is not None:
-            cos, sin = map(self._entered, self.pictures.for_all(angles, x))
-            self.states = [replace(self.states[0], angles=(cos, sin))]
-        return self._entered(x)
+        there, said = x[..., 0].numel(), self.pictures.patches
+        if self.pictures.arrangement in ("packed", "raster") and there != said:
+            raise BadPrompt(
+                f"the encoder has {there} patches, and the pictures are said to have {said}; give the model the "
+                "sizes that its processor makes, along with their pixels."
+            )
+        x, state = self.pictures.enter(x, angles, window)
+        if self._entering is not None:
+            tokens, self._enters = self.pictures.entering(self._entering)
+            x, state = state.some(x, tokens, self._enters)
+        self.states = [state]
+        return x
 
     def _entered(self, x: Tensor) -> Tensor:
-        """Of the embedded tokens [B, T, C] those that enter, in the layout of the first layer."""
-        entering = self.states[0]
-        if self._entering is None or x.shape[1] != entering.map.tokens:
-            return x
-        return entering.layout.pack(take(x, entering.map.first()))
+        """Of the embedded tokens [B, T, C] of a batch those that enter, in the layout of the first layer."""
+        return x if self._enters is None else self.states[0].layout.pack(take(x, self._enters))
 
     def _check(self, into: Tensor, rows: Layout) -> None:
         """Raises ValueError where a reducer's `in_layer` answers something else than partners."""

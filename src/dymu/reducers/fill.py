@@ -1,4 +1,5 @@
-"""What stands for a dropped token: the kept one that is nearest, by what it shows or by where it lies."""
+"""What stands for a dropped token: the kept one that is nearest, by what it shows or by where it lies; or the mean of
+those that are dropped beside it."""
 
 from __future__ import annotations
 
@@ -22,10 +23,26 @@ def fill_beside(tokens: Tokens, reduced: Reduced) -> Reduced:
     first = tokens.map.first()
     box = take(tokens.location, first).nan_to_num()
     centre = (box[..., :2] + box[..., 2:]) / 2
-    picture = tokens.picture.gather(1, first)[..., None]
-    view = picture if tokens.shown.video else picture.clamp(max=1)
-    where = torch.cat((centre, 2.0 * view), -1)
+    where = torch.cat((centre, 2.0 * _view(tokens)[..., None]), -1)
     return _filled(tokens, reduced, -torch.cdist(where, where, compute_mode="donot_use_mm_for_euclid_dist"))
+
+
+def fill_runs(tokens: Tokens, reduced: Reduced) -> Reduced:
+    """Join the dropped tokens of each run, as many as follow each other, row after row of one view, in their mean
+    (after FocusUI, 2026, which trains what stands there)."""
+    dropped = (reduced.map.group < 0) & tokens.present
+    index = torch.arange(dropped.shape[1], device=dropped.device).expand_as(dropped)
+    begins, view = dropped.clone(), _view(tokens)
+    begins[:, 1:] &= ~(dropped[:, :-1] & (view[:, 1:] == view[:, :-1]))
+    first = torch.where(begins, index, -1).cummax(1).values
+    return Reduced(TokenMap.from_leaders(torch.where(dropped, first, index), tokens.present))
+
+
+def _view(tokens: Tokens) -> Tensor:
+    """int64 [B, T], the view of the user's picture that each token is of: the whole image (0), its tiles put together
+    (1), or a frame."""
+    picture = tokens.picture.gather(1, tokens.map.first())
+    return picture if tokens.shown.video else picture.clamp(max=1)
 
 
 def _filled(tokens: Tokens, reduced: Reduced, nearness: Tensor) -> Reduced:

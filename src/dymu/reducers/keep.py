@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dymu.choices import Fill
 from dymu.errors import BadBudget
-from dymu.reducers.fill import fill_alike
+from dymu.reducers.fill import fill_alike, fill_runs
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.thresholds import number
 
@@ -30,6 +30,19 @@ def check_keep(reducer: Any, name: str = "keep") -> None:
     if isinstance(keep, float) and keep > 1 and not keep.is_integer():
         raise BadBudget(f"{name}={keep:g} is neither a whole number of tokens nor a fraction of all.")
     object.__setattr__(reducer, name, keep)  # reducers are frozen
+
+
+def check_finite(reducer: Any, name: str, least: float = -math.inf) -> None:
+    """Refuse a field of a reducer that is no number from `least` on.
+
+    Raises:
+        ValueError: it is not.
+    """
+    value = getattr(reducer, name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value >= least):
+        at_least = "" if math.isinf(least) else f" from {least:g} on"
+        raise ValueError(f"{type(reducer).__name__} takes a number{at_least} for {name}, not {value!r}.")
 
 
 def check_of_images(shown: Shown, images: Collection[int] | None, keep: int | float, exactly: bool = False) -> None:
@@ -172,6 +185,8 @@ class FixedKeep(Reducer, ABC):
         reduced = tokens.keep(kept)
         if self.fill == "nearest":
             reduced = type(self).fill_nearest(tokens, reduced)
+        if self.fill == "runs":
+            reduced = fill_runs(tokens, reduced)
         return Reduced(reduced.map) if self.averages else reduced
 
 

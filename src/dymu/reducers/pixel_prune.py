@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from dymu.reducers.keep import check_finite
 from dymu.reducers.reducer import Pixels, Reducer
 from dymu.token_map import TokenMap
 
@@ -56,23 +57,14 @@ class PixelPrune(Reducer):
             pixels; 0: not at all.
 
     Raises:
-        ValueError: `tolerance` is below 0.
+        ValueError: `tolerance` is no finite number, or below 0.
     """
 
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise ValueError(f"tolerance={self.tolerance!r} is no difference of pixels, from 0 on")
+        check_finite(self, "tolerance", least=0.0)
 
     def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap]:
-        leaders = []
-        for picture, (rows, columns) in zip(pixels.pixels.float(), pixels.shown.grids, strict=True):
-            height, width = picture.shape[1] // rows, picture.shape[2] // columns
-            cut = (
-                picture[:, : rows * height, : columns * width]
-                .unflatten(2, (columns, width))
-                .unflatten(1, (rows, height))
-            )
-            leaders.append(predicted(cut.permute(1, 3, 0, 2, 4).flatten(2), self.tolerance).flatten())
-        return pixels.pixels, TokenMap.from_leaders(torch.stack(leaders))
+        leaders = [predicted(blocks, self.tolerance).flatten() for blocks in pixels.blocks]
+        return pixels.pixels, TokenMap.from_leaders(pad_sequence(leaders, True, -1))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dymu.reducers.faster_vlm import largest
+from dymu.reducers.keep import check_finite
 from dymu.reducers.reducer import Reduced, Reducer, Tokens
 from dymu.token_map import TokenMap, at_least_float32, leaders_of
 
@@ -16,11 +17,11 @@ NEIGHBOURS = 32
 """Tokens that are added to each that stays."""
 
 
-def outliers(score: Tensor, plus: bool) -> Tensor:
-    """int64 [at least 1], rising: those of [N] scores above the third quartile and half as much again of the distance
+def outliers(score: Tensor, plus: bool, beyond: float = 1.5) -> Tensor:
+    """int64 [at least 1], rising: those of [N] scores that lie above the third quartile by `beyond` times its distance
     to the first, at least one; with `plus` also evenly spaced ones, three for each."""
     first, third = (float(torch.quantile(score.detach(), part)) for part in (0.25, 0.75))
-    count = max(int((score > third + 1.5 * (third - first)).sum()), 1)
+    count = max(int((score > third + beyond * (third - first)).sum()), 1)
     kept = torch.zeros_like(score, dtype=torch.bool)
     kept[largest(score, count)] = True
     if plus:
@@ -38,9 +39,18 @@ class PruMerge(Reducer):
 
     Args:
         plus: whether evenly spaced tokens stay, too, about three for each.
+        outliers: how far above the third quartile attention is outstanding, in distances between the first and the
+            third; the authors' number is 1.5. Fewer tokens stay by a larger one.
+
+    Raises:
+        ValueError: `outliers` is no finite number.
     """
 
     plus: bool = False
+    outliers: float = 1.5
+
+    def __post_init__(self) -> None:
+        check_finite(self, "outliers")
 
     def reads(self, layers: int) -> tuple[None]:
         return (None,)
@@ -52,7 +62,7 @@ class PruMerge(Reducer):
         score, keys = tokens.attention(None, heads=False), tokens.of_pictures(sources.keys(None))
         for row, count in enumerate(tokens.counts):
             own, unit = score[row, :count], normalize(keys[row, :count], dim=-1)
-            kept = outliers(own, self.plus)
+            kept = outliers(own, self.plus, self.outliers)
             cosine = unit[kept] @ unit.mT
             near = cosine.scatter(1, kept[:, None], -torch.inf).topk(min(NEIGHBOURS, count - 1)).indices
             x = at_least_float32(tokens.features[row, :count])

@@ -19,7 +19,7 @@ class RandomKeep(FixedKeep):
     Args:
         keep: a number of tokens; a float up to 1 is a fraction.
         seed: of the draw, with the picture itself, so that a picture keeps the same tokens wherever it is shown.
-        fill: what stands for the others: nothing, or the kept token that is most like each.
+        fill: what stands for the others: nothing, the kept token that is most like each, or the mean of each run.
 
     Raises:
         BadBudget: `keep` is not above 0; or in use, more than there are.

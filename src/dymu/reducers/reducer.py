@@ -79,6 +79,11 @@ class Shown:
             )
 
     @cached_property
+    def notes(self) -> dict[Reducer, Tensor]:
+        """What a reducer keeps from layer to layer of this call."""
+        return {}
+
+    @cached_property
     def item(self) -> Sequence[int]:
         """Of each picture, the number of the image or video that it is of."""
         return [number for number, pictures in enumerate(self.items) for _ in pictures]
@@ -114,10 +119,20 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """Pictures ahead of the encoder, [pictures, 3, height, width]."""
+    """Pictures ahead of the encoder.
+
+    Attributes:
+        pixels: [pictures, 3, height, width]; where pictures have sizes of their own, as the encoder gets them.
+    """
 
     pixels: Tensor
     shown: Shown
+    find_blocks: Callable[[], Sequence[Tensor]] = field(repr=False)
+
+    @cached_property
+    def blocks(self) -> Sequence[Tensor]:
+        """For each picture float [rows, columns, values], the pixels of each patch (unit)."""
+        return self.find_blocks()
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +148,8 @@ class Candidates:
         keys: [..., H, D], the keys of the layer's attention, likewise.
         windowed: whether the layer attends, and tokens merge, within windows.
         focus: bool [pictures, T], of the tokens ahead of the first layer; see `Shown.focus`.
+        apart: float32 [pictures, T], of these tokens, what the similarity of two is lowered by: the larger one of
+            theirs, of a merged token that of its members; None: nothing.
     """
 
     layer: int
@@ -145,10 +162,12 @@ class Candidates:
     shown: Shown
     windowed: bool = False
     focus: Tensor | None = None
+    apart: Tensor | None = None
 
     @cached_property
     def _matches(self) -> tuple[Tensor, Tensor]:
-        return self.state.match(self.keys, self.prefix, self.windowed)
+        apart = None if self.apart is None else self._in_rows(self.state.map.max(self.apart))
+        return self.state.match(self.keys, self.prefix, self.windowed, apart)
 
     @property
     def similarity(self) -> Tensor:
@@ -170,9 +189,19 @@ class Candidates:
     def focused(self) -> Tensor:
         """bool [rows, A], whether each A token or its partner is in focus."""
         assert self.focus is not None
+        return in_focus(self._in_rows(self.state.map.any(self.focus)), self.partner, self.prefix)
+
+    def _in_rows(self, now: Tensor) -> Tensor:
+        """What stands for the tokens that there are [pictures, M], for those of each row."""
         rows = self.state.rows(self.windowed).units
-        now = rows.pad(self.state.layout.pack(self.state.map.any(self.focus)).view(rows.shape))
-        return in_focus(now, self.partner, self.prefix)
+        return rows.pad(self.state.layout.pack(now).reshape(rows.shape))
+
+    @property
+    def features(self) -> Tensor:
+        """[pictures, M, C] of the tokens that there are, the prefix among them; of a unit, the mean of its patches."""
+        units = self.state.layout.pad(self.state.units.gather(self.x, self.state.layout))
+        mean: Tensor = units.unflatten(-1, (self.state.units.patches, -1)).mean(-2)
+        return mean
 
 
 class SomeMerge(NamedTuple):
@@ -497,7 +526,8 @@ class Reducer:
         return getattr(type(self), stage) is not getattr(Reducer, stage)
 
     def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap] | None:
-        """Other pixels, of the same pictures, and a map [pictures, patches] to the patches that enter the encoder.
+        """Other pixels, of the same pictures, and a map [pictures, patches] to the patches (units) that enter the
+        encoder, row after row.
 
         Where the pixels make as many patches as before, the first one of each group enters, as heavy as the group.
         Where they make fewer, those are the groups, and the encoder sees a smaller picture as it would any.

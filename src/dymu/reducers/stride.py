@@ -16,7 +16,7 @@ class Stride(FixedKeep):
 
     Args:
         keep: a number of tokens; a float up to 1 is a fraction.
-        fill: what stands for the others: nothing, or the kept token that lies nearest to each.
+        fill: what stands for the others: nothing, the kept token that lies nearest to each, or the mean of each run.
 
     Raises:
         BadBudget: `keep` is not above 0; or in use, more than there are.

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dymu.choices import SCHEDULES, Schedule
+from dymu.choices import Schedule
 from dymu.merging import most_similar
 from dymu.reducers.keep import check_keep, check_of_images, in_tokens, is_part, kept_of
 from dymu.reducers.reducer import Candidates, Reduced, Reducer, Shown, SomeMerge, Stage, Tokens
-from dymu.schedule import fewest, removals
+from dymu.schedule import fewest, removals, shares
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class FixedMerge(Reducer):
     Args:
         keep: tokens left of each image and each frame of a video, class token and registers not counted; a float up to
             1 is a fraction of its own. An image that is cut into tiles keeps so many in all.
-        schedule: how the merges spread over the layers; ToMe's own is `constant`.
+        schedule: how the merges spread over the layers; ToMe's own is `constant`, or its inflection, a number from -1
+            (more in early layers) to 1 (more in late ones).
         layers: indices of the encoder layers that merge; None: all.
 
     Raises:
@@ -37,7 +38,7 @@ class FixedMerge(Reducer):
     """
 
     keep: int | float
-    schedule: Schedule = "constant"
+    schedule: Schedule | float = "constant"
     layers: tuple[int, ...] | None = None
     focuses: ClassVar[bool] = True
 
@@ -45,8 +46,7 @@ class FixedMerge(Reducer):
         check_keep(self)
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        shares(self.schedule, 1)  # ValueError where there is no such
         if self.layers is not None and not (len(self.layers) and min(self.layers) >= 0):
             raise ValueError(f"FixedMerge cannot merge in layers {self.layers}; name some, counted from 0")
 
@@ -104,7 +104,9 @@ class FixedMerge(Reducer):
 
 
 @cache
-def _counts(keep: int, tokens: int, layers: int, schedule: Schedule, merging: tuple[int, ...] | None) -> list[int]:
+def _counts(
+    keep: int, tokens: int, layers: int, schedule: Schedule | float, merging: tuple[int, ...] | None
+) -> list[int]:
     """How many of a picture's tokens each layer merges, of those that should; halving them leaves more in some."""
     keep = max(keep, math.ceil(fewest(tokens, layers if merging is None else len(merging), alike=True)))
     counts: list[int] = []
