@@ -2,11 +2,13 @@
 
 `python -m experiments.forecast models/demo` calibrates on every kind of picture by itself and on all kinds together,
 and holds the forecasts against what held-out pictures of each kind keep: other subjects, backgrounds, fonts and words.
+Those of all kinds together are also fitted on half of the subjects, drawn anew many times, and held against the rest.
 Needs the photos of the demo's recipe, `training/requirements.txt`, and some minutes for every kind.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import dymu
 from benchmarks import record
+from dymu.calibration.forecast import fit
 from dymu.evaluation.summary import share
 from dymu.forecast import COVERED
+from dymu.media.features import features
 from dymu.thresholds import Thresholds
 from experiments import RESULTS
 from experiments.legibility import pages
-from experiments.screenshots import HELD_OUT, screenshots
+from experiments.screenshots import CALIBRATION, HELD_OUT, screenshots
 from scenes import evaluation_pack
 from scenes.composed import Composed, calibration_images
 from training.assets import photos
@@ -40,16 +44,24 @@ BATCH = 10
 LEAST_CROP = 0.45
 """Part of a photo's width, and of its height, that is shown at least."""
 TOGETHER = "all kinds"
+SPLITS = 200
+"""How many times the subjects of all kinds are divided anew."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Pictures of one kind, and of how many subjects those held out are; of fewer than pictures, they are not
-    independent."""
+    """Pictures of one kind, and the subjects of those to calibrate on and of those held out; where they are fewer than
+    pictures, these are not independent."""
 
     calibration: list[Image.Image]
     heldout: list[Image.Image]
-    heldout_subjects: int
+    subjects: tuple[list[str], list[str]]
+
+    @classmethod
+    def of_their_own(cls, calibration: list[Image.Image], heldout: list[Image.Image]) -> Kind:
+        """Of pictures each of which has its own subject."""
+        names = [str(number) for number in range(len(calibration) + len(heldout))]
+        return cls(calibration, heldout, (names[: len(calibration)], names[len(calibration) :]))
 
 
 def crops(count: int) -> Kind:
@@ -58,11 +70,13 @@ def crops(count: int) -> Kind:
     subject = {photo.path: photo.path.stem if photo.name == "background" else photo.name for photo in every}
     names = sorted(set(subject.values()))
     halves = [[photo.path for photo in every if names.index(subject[photo.path]) % 2 == half] for half in (0, 1)]
+    shown = [[paths[number % len(paths)] for number in range(count)] for paths in halves]
     calibration, heldout = (
-        [_crop(paths[number % len(paths)], np.random.default_rng((half, number))) for number in range(count)]
-        for half, paths in enumerate(halves)
+        [_crop(path, np.random.default_rng((half, number))) for number, path in enumerate(paths)]
+        for half, paths in enumerate(shown)
     )
-    return Kind(calibration, heldout, len(names[1::2]))
+    of_calibration, of_heldout = ([subject[path] for path in paths] for paths in shown)
+    return Kind(calibration, heldout, (of_calibration, of_heldout))
 
 
 def _crop(path: Path, rng: np.random.Generator) -> Image.Image:
@@ -77,19 +91,22 @@ def _crop(path: Path, rng: np.random.Generator) -> Image.Image:
 def scenes(count: int) -> Kind:
     """Composed scenes; those held out have other backgrounds and fonts."""
     composed = Composed()
-    return Kind(calibration_images(count), [composed[number].images[0] for number in range(count)], count)
+    return Kind.of_their_own(calibration_images(count), [composed[number].images[0] for number in range(count)])
 
 
 def text(count: int) -> Kind:
     """Pages of words, over a colour or a photo; those held out have other fonts and backgrounds."""
     pack = evaluation_pack()
     calibration, heldout = ([page.image for page in pages(pack, use, count)] for use in ("calibration", "heldout"))
-    return Kind(calibration, heldout, count)
+    return Kind.of_their_own(calibration, heldout)
 
 
 def screens(count: int) -> Kind:
     """Of manuals; a manual is either calibrated on or held out."""
-    return Kind(screenshots(False, count), screenshots(True, count), len(HELD_OUT))
+    of_calibration, of_heldout = (
+        [manuals[number % len(manuals)].name for number in range(count)] for manuals in (CALIBRATION, HELD_OUT)
+    )
+    return Kind(screenshots(False, count), screenshots(True, count), (of_calibration, of_heldout))
 
 
 KINDS: dict[str, Callable[[int], Kind]] = {
@@ -130,8 +147,10 @@ def main(
         "full_tokens": thresholds.encoder.tokens if thresholds.encoder else None,
         "covered": COVERED,
         "heldout": {kind: len(shown.heldout) for kind, shown in kinds.items()},
-        "heldout_subjects": {kind: shown.heldout_subjects for kind, shown in kinds.items()},
+        "heldout_subjects": {kind: len(set(shown.subjects[1])) for kind, shown in kinds.items()},
         "rows": rows,
+        "splits": SPLITS,
+        "anew": anew(model, processor, thresholds, kinds),  # the last set was all kinds
     }
     print(record.write(name, data, RESULTS))
 
@@ -146,6 +165,52 @@ def counts(model: Any, processor: Any, thresholds: Thresholds, budget: float, im
             model.get_image_features(**pixels)
             kept += handle.last.kept
     return kept
+
+
+def anew(model: Any, processor: Any, thresholds: Thresholds, kinds: dict[str, Kind]) -> list[dict[str, Any]]:
+    """Forecasts fitted on half of the subjects of all kinds, drawn anew `SPLITS` times, at the same thresholds.
+
+    Returns:
+        For every kind and budget the part of the other pictures for which the reserve was enough, its mean over the
+        splits, and in how many parts of these the binomial's 95 % interval of it ends below `COVERED`.
+    """
+    assert thresholds.encoder is not None
+    full = thresholds.encoder.tokens
+    shown = {kind: pictures.calibration + pictures.heldout for kind, pictures in kinds.items()}
+    measured = np.array([features(image) for images in shown.values() for image in images])
+    of_kind = np.array([kind for kind, images in shown.items() for _ in images])
+    everything = [image for images in shown.values() for image in images]
+    kept = {budget: np.array(counts(model, processor, thresholds, budget, everything)) for budget in BUDGETS}
+    found: dict[tuple[str, int], list[tuple[float, bool]]] = {}
+    for split in track(range(SPLITS), description="dividing anew"):
+        rng = np.random.default_rng(split)
+        to_fit = np.concatenate([_half([*kind.subjects[0], *kind.subjects[1]], rng) for kind in kinds.values()])
+        of_fit = {budget: kept[budget][to_fit].tolist() for budget in BUDGETS}
+        forecasts = fit(measured[to_fit].tolist(), [full] * int(to_fit.sum()), of_fit)
+        assert forecasts is not None
+        for budget in BUDGETS:
+            reserve = [math.ceil(full * forecasts.at((*row, math.log(full)), budget)[1]) for row in measured]
+            enough = kept[budget] <= np.array(reserve)
+            for kind in kinds:
+                part = share(enough[~to_fit & (of_kind == kind)].astype(np.float64))
+                found.setdefault((kind, budget), []).append((part.mean, part.high < COVERED))
+    return [
+        {
+            "kind": kind,
+            "budget": budget,
+            "enough": round(float(np.mean([part for part, _ in parts])), 3),
+            "below": round(float(np.mean([below for _, below in parts])), 3),
+        }
+        for (kind, budget), parts in found.items()
+    ]
+
+
+def _half(subjects: list[str], rng: np.random.Generator) -> np.ndarray:
+    """Which pictures are of the subjects that are drawn until they have half of all."""
+    names = rng.permutation(sorted(set(subjects)))
+    sizes = np.array([subjects.count(name) for name in names])
+    drawn = set(names[np.cumsum(sizes) - sizes / 2 <= len(subjects) / 2])
+    return np.array([subject in drawn for subject in subjects])
 
 
 def judged(thresholds: Thresholds, budget: float, images: list[Image.Image], kept: list[int]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import tiny
 from dymu.calibration.forecast import FEWEST, fit, ridge
 from dymu.calibration.images import share
 from dymu.errors import BadBudget, BadImage, BadThresholds, DymuError
-from dymu.forecast import LEAST_SD, BudgetForecast, Forecast, Forecasts
+from dymu.forecast import LEAST_SD, LOG_TOKENS, BudgetForecast, Forecast, Forecasts
 from dymu.media.features import NAMES, features
 from dymu.schedule import fewest, fewest_of_any
 from dymu.thresholds import Calibrated, Encoder, Thresholds
@@ -104,8 +104,8 @@ def test_features_of_any_picture_are_finite(mode: str, width: int, height: int, 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (200, 10, 90)])
 def test_a_picture_of_one_colour_has_no_steps_whatever_its_size(size: tuple[int, int], colour: Any) -> None:
     measured = dict(zip(NAMES, features(Image.new("RGB", size, colour)), strict=True))
-    assert [value for name, value in measured.items() if "steps" in name] == [0] * 4
-    assert measured["log_contrast"] == 0
+    assert [value for name, value in measured.items() if "steps" in name] == [0] * 5
+    assert measured["log_contrast"] == measured["log_detail_across"] == 0
     assert measured["log_colourfulness"] == pytest.approx(math.log1p(max(colour) - min(colour)))
 
 
@@ -123,6 +123,21 @@ def test_more_detail_is_more_of_everything_that_counts_it() -> None:
     plain, half, full = (features(picture(detail, size=(192, 192))) for detail in (0.1, 0.5, 1.0))
     assert plain[0] < half[0] < full[0]
     assert plain[1] < half[1] < full[1]
+
+
+def test_detail_across_and_edges_are_those_of_the_pixels() -> None:
+    """Of stripes, each three pixels wide, at the size at which pictures are looked at."""
+    stripes = np.zeros((192, 192), np.uint8)
+    stripes[:, np.arange(192) // 3 % 2 == 1] = 90
+    upright, lying, faint = (
+        dict(zip(NAMES, features(Image.fromarray(pixels)), strict=True))
+        for pixels in (stripes, stripes.T.copy(), stripes // 3)
+    )
+    edges = 63 / 191
+    assert upright["log_detail_across"] == pytest.approx(math.log1p(90 * edges))
+    assert lying["log_detail_across"] == 0
+    assert upright["grey_steps_32"] == lying["grey_steps_32"] == pytest.approx(edges / 2)
+    assert faint["grey_steps_32"] == 0
 
 
 # the fit
@@ -291,8 +306,8 @@ def test_files_of_version_2_are_read_and_hold_none(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"means": [1.0]}, "one mean, sd and slope"),
-        ({"sds": [-1.0] * 8}, "sds"),
-        ({"means": [1e300] * 8}, "means"),
+        ({"sds": [-1.0] * 10}, "sds"),
+        ({"means": [1e300] * 10}, "means"),
         ({"features": []}, "features"),
         ({"budgets": []}, "budgets"),
         ({"unheard_of": 1}, "unheard_of"),
@@ -315,10 +330,17 @@ def test_forecasts_are_for_the_calibrated_budgets() -> None:
         msgspec.structs.replace(made, budgets=made.budgets[::-1])
 
 
-def test_features_that_are_measured_no_more_are_refused() -> None:
-    made = msgspec.structs.replace(fitted(), features=("sharpness", *fitted().features[1:]))
-    with pytest.raises(BadThresholds, match="features that this dymu does not measure; calibrate again"):
-        thresholds(forecasts=made).forecast(picture(0.5), 20)
+@pytest.mark.parametrize("features", [("sharpness", *NAMES[1:], LOG_TOKENS), (*NAMES[:7], LOG_TOKENS)], ids=len)
+def test_forecasts_from_other_features_are_refused(tmp_path: Path, features: tuple[str, ...]) -> None:
+    """Such as the first seven, which dymu measured before; a file that holds them is read, and merges."""
+    count = len(features)
+    entries = tuple(BudgetForecast(budget, -1.0, (0.1,) * count, 0.0, 0.3) for budget in BUDGETS)
+    thresholds(forecasts=Forecasts(features, (0.0,) * count, (1.0,) * count, entries)).save(tmp_path / "t.json")
+    old = Thresholds.load(tmp_path / "t.json")
+    assert old.per_layer(20) == [0.5, 0.6, 0.7]
+    with pytest.raises(BadThresholds, match=r"t\.json holds forecasts from features that .* calibrate again") as caught:
+        old.forecast(picture(0.5), 20)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_fit_is_answered(calibrated) -> None:
