@@ -133,7 +133,7 @@ class Method:
             raise TypeError(
                 f"{self.reducer} has no field `keep`, so {self.name} would ignore its budget; add the field."
             )
-        reducer: Reducer = self._made(kind, taken, options)
+        reducer: Reducer = self._made(kind, taken, options, row)
         return reducer
 
     def make_pruning(self, row: Row, part: float, seed: int, layers: int) -> Pruning:
@@ -154,10 +154,10 @@ class Method:
         taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings.keys() - options.keys()}
         if "keep" in options:
             raise ValueError(f"{self.name} keeps what the budget says: leave keep={options['keep']} out.")
-        pruning: Pruning = self._made(kind, taken, options)
+        pruning: Pruning = self._made(kind, taken, options, row)
         return pruning.for_mean(part, layers)
 
-    def _made(self, kind: Any, taken: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    def _made(self, kind: Any, taken: dict[str, Any], options: Mapping[str, Any], row: Row) -> Any:
         """A class of the method's with some arguments, and a row's own."""
         own = [f.name for f in fields(kind) if f.name not in taken]
         taken = dict(taken)
@@ -168,7 +168,7 @@ class Method:
         try:
             return kind(**taken)
         except TypeError as error:
-            raise ValueError(f"{self.name} does not take {options}: {error}.") from error
+            raise ValueError(f"{self.name} does not take {row.options!r}: {error}.") from error
 
 
 def options_of(text: str) -> dict[str, Any]:
