@@ -49,6 +49,13 @@ KEEP = [FasterVLM, VisPruner, HoloV, DivPrune, CDPruner, MMTok, DARTEmbeddings, 
 """Of which every image keeps as many tokens, and the others go or have the nearest stand for them."""
 MERGE = [Anchors, ApET, HierarchicalPool, SkipVision]
 OTHERS: list[Reducer] = [VScan(0.4, 3, 1), DensityPeaks(least=5, neighbours=5), VisionZip(0.2, 0.1), PruMerge()]
+
+
+def named(rule: object) -> str:
+    """Without the addresses of functions, which differ between processes."""
+    return re.sub(r"<function (\w+) at 0x\w+>", r"\1", str(rule))
+
+
 RULES: list[Reducer] = [
     *(kind(0.3) for kind in KEEP),
     *(kind(0.3, fill="nearest") for kind in KEEP),
@@ -84,7 +91,7 @@ def whole(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return tiny.build(request.param), processor
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=named)
 def test_an_image_is_reduced_as_it_is_alone(whole, rule):
     model, processor = whole
     prompts = [([photo], question) for photo, question in zip(shown(3), ("what ?", "who is it ?", "why"), strict=True)]
@@ -160,7 +167,7 @@ def test_keeping_all_is_the_untouched_model(whole, kind):
         assert handle.last.kept == handle.last.original
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=named)
 def test_a_picture_of_nan_spoils_no_neighbour(rule):
     model = tiny.llava()
     prompts = [tiny.prompt(model, 3, "image", 4, seed=number) for number in range(3)]
@@ -176,7 +183,7 @@ def test_a_picture_of_nan_spoils_no_neighbour(rule):
             assert handle.last.kept[1] == handle.last.kept[0]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=named)
 def test_a_video_is_reduced(rule):
     model, processor = tiny.llava("siglip", "qwen2", "llava_onevision"), tiny.full_processor("llava_onevision")
     frames = [photo.resize((60, 60)) for photo in shown(4)]
