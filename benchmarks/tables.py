@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import typer
 
+from benchmarks import peers
 from benchmarks.record import RESULTS, ROOT, made_by, read
 from dymu.bench import tables as bench_tables
 from dymu.bench.results import Bench
@@ -57,6 +58,7 @@ PAGES = tuple(
                 "triton",
                 "forecast",
                 "counts",
+                "comparison",
             )
         ),
         *(f"experiments/{page}.md" for page in ("saliency", "legibility")),
@@ -563,7 +565,7 @@ FUNCTIONS = (
     kept_tokens, bench, bench_short, bench_tiles, bench_families, families, family_limits, plain_decoders, encoder,
     encoder_buckets, encoder_every, tiles, load, bench_gpu, gpu_prefill, gpu_decode, encoder_gpu, layer_prefill,
     layer_decode, memory, accuracy, accuracy_short, accuracy_by_kind, vlm_accuracy, forms, methods, dynamic,
-    schedules, costs_of_methods, forecast_times, *studies.FUNCTIONS,
+    schedules, costs_of_methods, forecast_times, *peers.FUNCTIONS, *studies.FUNCTIONS,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {function.__name__: function for function in FUNCTIONS}
 
