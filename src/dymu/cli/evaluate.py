@@ -148,6 +148,7 @@ def evaluate(
         raise typer.BadParameter("two of the --thresholds files are of one schedule; give one for each.")
     with out.during("loading torch and transformers"):
         quieten_transformers()
+        from dymu.evaluation.rows import check_budget
         from dymu.evaluation.run import evaluate as run_all
         from dymu.evaluation.run import full_tokens
         from dymu.evaluation.solve import solved
@@ -161,6 +162,8 @@ def evaluate(
         [max(round(each * full if isinstance(each, float) and each <= 1 else each), 1) for each in budgets],
         method, [item.value for item in unmerge], schedules or ["constant"],
     )  # fmt: skip
+    for row in rows:
+        check_budget(row, full)  # before any is solved
     rows = solved(
         rows, loaded.model, loaded.processor, tasks, limit=limit, batch_size=batch_size, before=before, say=out.note
     )

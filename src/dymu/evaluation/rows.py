@@ -41,8 +41,7 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
             f"{row.method} sets one size for every picture, and this model cuts images into several, takes them as "
             f"large as they are, or makes one token of several patches; compare some of {others}."
         )
-    if row.budget > tokens:
-        raise BadBudget(f"a budget of {row.budget} is more than the {tokens} image tokens that there are; take less.")
+    check_budget(row, tokens)
     if method.reducer:
         method.make(row, row.budget / tokens, 0).check_fits(max(parts.feature_layers()), tokens)
     if method.pruning:
@@ -51,6 +50,12 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
     if row.method == "dtome":
         with running(row, model, None, thresholds, tokens):
             pass
+
+
+def check_budget(row: Row, tokens: int) -> None:
+    """Raises: BadBudget, where it is more than the tokens of one image."""
+    if row.budget > tokens:
+        raise BadBudget(f"a budget of {row.budget} is more than the {tokens} image tokens that there are; take less.")
 
 
 @contextmanager
