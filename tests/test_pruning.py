@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -583,3 +584,41 @@ def test_skipping_mlps_equals_zeros_in_their_place(model: Any, forget: bool) -> 
     tiny.close(logits, expected)
     left = [int((fed if forget and 2 <= layer < 5 else there).sum(1).max()) + NEW - 1 for layer in range(LAYERS)]
     assert [layer.keys.shape[2] for layer in cache.layers] == left
+
+
+SEVERAL = [
+    FastV(0.4, 1, fill="nearest"), PyramidDrop((0.7, 0.3)), Reroute((0.3, 0.6)), SparseVLM((0.6, 0.3), (0, 3)),
+    DART(0.3, 2), LayerSkip(0.3, "alternate", "random"), SkipFFN(0.4, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pruning", SEVERAL, ids=str)
+@torch.no_grad()
+def test_what_else_a_language_model_is_asked(pruning: Pruning) -> None:
+    """Assisted decoding says the same, a neighbour of NaN changes nothing, nor does a fast cache, half precision runs, and
+    threads get their own answers."""
+    model = deeper("llava")
+    ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (5, 9)]
+    pictures = tiny.pictures(2)
+    one = tiny.inputs(model, ids[0], pictures[:1])
+    with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning) as handle:
+        said, logits, _ = generated(model, one)
+        ran = handle.last.ran
+        looked_up = model.generate(
+            **one, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, prompt_lookup_num_tokens=2,
+            suppress_tokens=tiny.specials(model),
+        )  # fmt: skip
+        assert torch.equal(looked_up[:, -NEW:], said)
+        pictures[1] = torch.nan
+        beside = generated(model, tiny.inputs(model, ids, pictures))[1]
+        tiny.close(beside[0], logits[0], 1e-4)
+        assert handle.last.ran[0] == ran[0]
+        with ThreadPoolExecutor(3) as pool:
+            for _, of_thread, _ in pool.map(lambda _: generated(model, one), range(6)):
+                tiny.close(of_thread, logits, 1e-4)
+    with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning, cache="fast"):
+        tiny.close(generated(model, one)[1], logits, 1e-4)
+    model.to(torch.bfloat16)
+    with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning):
+        half = generated(model, {**one, "pixel_values": one["pixel_values"].to(torch.bfloat16)})[1]
+        assert torch.isfinite(half).all()

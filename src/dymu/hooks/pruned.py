@@ -162,7 +162,7 @@ class PrunedLayers:
             earlier = segment.fed.new_ones(len(segment.fed), history.entries - segment.fed.shape[1])
             index = history.keep(torch.cat((earlier, segment.fed), 1))
             for layer in self._cache.layers:
-                if layer.history is history:
+                if getattr(layer, "history", None) is history:
                     layer.take(index)
 
     def counts(self) -> list[list[int]]:
