@@ -595,7 +595,7 @@ SEVERAL = [
 @pytest.mark.parametrize("pruning", SEVERAL, ids=str)
 @torch.no_grad()
 def test_what_else_a_language_model_is_asked(pruning: Pruning) -> None:
-    """Assisted decoding says the same, a neighbour of NaN changes nothing, nor does a fast cache, half precision runs, and
+    """Assisted decoding says the same; a neighbour of NaN changes nothing, nor does a fast cache; half precision runs;
     threads get their own answers."""
     model = deeper("llava")
     ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (5, 9)]
