@@ -170,6 +170,17 @@ def forecast() -> str:
     return markdown(header, rows) + made_by(result)
 
 
+def forecast_anew() -> str:
+    """For how many pictures of each kind the reserve of all kinds is enough, over many divisions of the subjects."""
+    result = read(RESULTS / "forecast.json")
+    cells: dict[str, list[str]] = {}
+    for row in sorted(result["anew"], key=lambda row: row["budget"]):
+        cells.setdefault(row["kind"], []).append(f"{100 * row['enough']:.0f} ({100 * row['below']:.0f})")
+    budgets = sorted({row["budget"] for row in result["anew"]})
+    header = ["shown", *(f"{budget} ({budget / result['full_tokens']:.0%})" for budget in budgets)]
+    return markdown(header, [[kind, *row] for kind, row in cells.items()]) + made_by(result)
+
+
 def _percent(cell: dict[str, float]) -> str:
     return f"{100 * cell['mean']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
 
@@ -237,5 +248,5 @@ def _nats(cell: dict[str, float]) -> str:
 
 FUNCTIONS = (
     forms_on_demo, forms_on_text, calibration_size, saliency, saliency_schedules, saliency_paired, legibility,
-    legibility_paired, forecast, dial, guard, legibility_focus,
+    legibility_paired, forecast, forecast_anew, dial, guard, legibility_focus,
 )  # fmt: skip
