@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from benchmarks.record import ROOT
+from benchmarks.record import RESULTS, ROOT, made_by, read
 from dymu.evaluation.methods import METHODS, UNTOUCHED, Row
 from dymu.evaluation.results import Answers, Examples, Results
 from dymu.evaluation.summary import SHARE, Share, share
@@ -130,4 +130,11 @@ def places_15() -> str:
     return _where("peers-15")
 
 
-FUNCTIONS = (peers_30, peers_15, places_15)
+def selection() -> str:
+    """How long a method takes for one image on one thread."""
+    result = read(RESULTS / "methods.json")
+    rows = sorted(result["rows"], key=lambda row: float(row["ms"]))
+    return markdown(["", "milliseconds"], [[row["label"], f"{row['ms']:.1f}"] for row in rows]) + made_by(result)
+
+
+FUNCTIONS = (peers_30, peers_15, places_15, selection)

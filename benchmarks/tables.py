@@ -59,6 +59,7 @@ PAGES = tuple(
                 "forecast",
                 "counts",
                 "comparison",
+                "methods",
             )
         ),
         *(f"experiments/{page}.md" for page in ("saliency", "legibility")),
