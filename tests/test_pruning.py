@@ -134,14 +134,13 @@ def naive(
     if isinstance(pruning, FastV):
         score = out.attentions[start - 1][row, :, last, of_image].mean(0)
         return best(score, competes, round(pruning.keep * count))
-    if isinstance(pruning, PyramidDrop):
-        if pruning.comes_back:  # the layer as it would run on all
-            everything = [run if layer != start else inputs["attention_mask"].bool() for layer, run in enumerate(runs)]
-            out = masked(model, inputs, everything)
-        score = out.attentions[start][row, :, last, of_image].mean(0)
-        rate = pruning.rates[pruning.starts(LAYERS).index(start)]
-        return best(score, competes, round(rate * count))
-    raise NotImplementedError
+    assert isinstance(pruning, PyramidDrop)
+    if pruning.comes_back:  # the layer as it would run on all
+        everything = [run if layer != start else inputs["attention_mask"].bool() for layer, run in enumerate(runs)]
+        out = masked(model, inputs, everything)
+    score = out.attentions[start][row, :, last, of_image].mean(0)
+    rate = pruning.rates[pruning.starts(LAYERS).index(start)]
+    return best(score, competes, round(rate * count))
 
 
 def best(score: Tensor, competes: Tensor, keep: int) -> list[int]:
@@ -270,10 +269,11 @@ def first_ran(model: Any, inputs: dict[str, Any], pruning: Pruning) -> list[int]
 def test_beams_copies_and_files_of_caches(model: Any) -> None:
     inputs = two_prompts(model)
     with dymu.apply(model, prune=PyramidDrop((0.6, 0.3))):
-        beams = model.generate(**inputs, num_beams=3, do_sample=False, max_new_tokens=5)
-        one = {name: value[:1] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-        assert len(beams) == 2
-        assert one
+        beams = model.generate(**inputs, num_beams=3, do_sample=False, max_new_tokens=5, min_new_tokens=5)
+        ids = tiny.prompt(model, 3, "image", 9, seed=9)
+        alone = tiny.inputs(model, ids, tiny.pictures(2)[1:])
+        of_one = model.generate(**alone, num_beams=3, do_sample=False, max_new_tokens=5, min_new_tokens=5)
+        assert torch.equal(beams[1, -5:], of_one[0, -5:])
         _, _, cache = generated(model, inputs)
         other = copy.deepcopy(cache)
         buffer = io.BytesIO()
@@ -293,21 +293,26 @@ def test_positions_of_a_pyramid_are_numbered_anew_with_none() -> None:
     """As in the authors' program: a shorter prompt at each stage, and a token said is moved up by what was dropped."""
     model = deeper("llava")
     inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
-    pruning = PyramidDrop((0.5,), (3,))
-    seen = []
-    with dymu.apply(model, prune=pruning, unmerge="none"):
-        for layer in model.model.language_model.layers:
-            layer.register_forward_pre_hook(
-                lambda module, args, kwargs: seen.append(kwargs["position_embeddings"]), with_kwargs=True
-            )
-        model(**inputs)
-    # hooks stand outside of ours: what layers get inside is the prompt's own length, so compare keys instead
-    tokens = inputs["input_ids"].shape[1]
-    shown = int(images_of(model, inputs).sum())
-    with dymu.apply(model, prune=pruning, unmerge="none"):
-        out = model(**inputs)
-    left = tokens - shown + round(0.5 * shown)
-    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [tokens] * 3 + [left] * 3
+    seen = dict[int, list[Tensor]]()
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, index=index: (
+                seen.setdefault(index, []).append(kwargs["position_embeddings"][0]) or None
+            ),
+            with_kwargs=True,
+        )
+    tokens, shown = inputs["input_ids"].shape[1], int(images_of(model, inputs).sum())
+    lengths = [tokens] * 3 + [tokens - shown + round(0.5 * shown)] * 3
+    rotary = model.model.language_model.rotary_emb
+    with dymu.apply(model, prune=PyramidDrop((0.5,), (3,)), unmerge="none"):
+        cache = model(**inputs).past_key_values
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    for index, length in enumerate(lengths):
+        expected = rotary(torch.zeros(1, 1, 32), torch.arange(length + 1)[None])[0]
+        prompt, said = (angles for angles in seen[index] if angles.shape[1] in (length, 1))
+        tiny.close(prompt, expected[:, :length])
+        tiny.close(said, expected[:, length:])
+    assert [layer.keys.shape[2] for layer in cache.layers] == [length + 1 for length in lengths]
 
 
 class Chooses(Pruning):
@@ -622,3 +627,8 @@ def test_what_else_a_language_model_is_asked(pruning: Pruning) -> None:
     with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning):
         half = generated(model, {**one, "pixel_values": one["pixel_values"].to(torch.bfloat16)})[1]
         assert torch.isfinite(half).all()
+
+
+def test_a_handle_says_what_it_prunes_by() -> None:
+    with dymu.apply(deeper("llava"), prune=FastV(0.5, 2)) as handle:
+        assert "FastV" in repr(handle)

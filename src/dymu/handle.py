@@ -117,8 +117,8 @@ def apply(
         BadThresholds, BadBudget: the thresholds or the budget do not fit.
         BadFocus: what is in focus is no part of a picture.
         ValueError: an unknown `unmerge`, `backend` or `cache`, or any of them for an encoder by itself, a reducer that
-            does not fit the encoder, both `thresholds` and `merge`, or `cache="fast"` with an `unmerge` that shows
-            each merged token once.
+            does not fit the encoder, both `thresholds` and `merge`, `cache="fast"` or an `unmerge_from` with an
+            `unmerge` that shows each merged token once, or an `unmerge_from` or `prune` of layers that there are not.
         TypeError: `merge` is no `Reducer`, or acts in no stage; or `prune` is no `Pruning`.
     """
     if thresholds is not None and merge is not None:
@@ -260,7 +260,7 @@ class Handle:
         how: Attending,
     ) -> None:
         self._thresholds, self._calls = thresholds, Calls()
-        self._parts, self._state = parts, CallState(self._calls)
+        self._parts, self._state, self._pruning = parts, CallState(self._calls), how.prune
         self._vision: VisionHooks | EncoderHooks
         if isinstance(parts, LoneEncoder):
             self._vision = EncoderHooks(parts, self._state, reducer)
@@ -509,6 +509,8 @@ class Handle:
         how = "removed" if self._calls.removed else repr(self._vision.reducer)
         if self._thresholds is not None and not self._calls.removed:
             how = str(self._count if self._count.exactly is not None else replace(self._count, budget=self._tokens))
+        if self._pruning is not None and not self._calls.removed:
+            how = f"{how}, {self._pruning}"
         return f"<dymu.Handle of {type(self._parts.model).__name__}: {how}>"
 
     def _run(self, around: Around, method: Method, *args: Any, **kwargs: Any) -> Any:

@@ -94,8 +94,8 @@ class MergedLayer(DynamicLayer):
     """One layer of the cache: keys and values [B, H, entries, D], the keys rotated to their representatives' positions.
 
     Args:
-        history: shared by all layers of the cache.
-        leads: whether this layer keeps `history` up to date when rows or tokens are dropped (one layer does).
+        history: shared by all layers that run the same tokens.
+        leads: whether this layer keeps `history` up to date when rows or tokens are dropped (one of these layers does).
         window: so many tokens an untouched cache would keep in this layer; None: all.
     """
 

@@ -91,8 +91,6 @@ class LanguageHooks:
                     "language model; name one of them, or their number for none."
                 )
             self._starts(parts)
-            if self.skips_mlps:
-                parts.decoder_mlps  # noqa: B018 - which says what is missing
         self.parts, self.rotations = parts, rotations
 
     @property
@@ -234,7 +232,7 @@ class LanguageHooks:
                     distances=self._distances(embeds, history.length + tokens) if restores else None,
                     shown=self._shown(tokens) if restores else None,
                 )
-                return angles, self._by_layer(step, history)
+                return angles, self._layer_steps(step, history)
 
             state.mapped = Mapped(new.map, new.plain, present)
             state.wanted = state.pruned = packed = None
@@ -341,7 +339,7 @@ class LanguageHooks:
             return [History() for _ in range(len(starts) + 1)]
         return adopt(cache, self._how.cache, starts, len(self.parts.decoder_layers))
 
-    def _by_layer(self, step: Step, history: History) -> LayerSteps:
+    def _layer_steps(self, step: Step, history: History) -> LayerSteps:
         modules, wanted = self.rotations.by_module, self._state.wanted
         in_windows = self.parts.family.both_ways == "windows"
         return LayerSteps(step, history, modules, in_windows, None if wanted is None else ([*modules][-1], wanted))

@@ -183,8 +183,8 @@ class PrunedLayers:
         kind = next((kind for kind, angles in usual.items() if angles is given), None)
         if kind is None:
             raise UnsupportedModel(
-                "this language model's layers get other rotary angles than its rotary module gives, so that none of "
-                "its tokens can be pruned; leave prune out."
+                "this language model's layers get other rotary angles than its rotary module gives, so that none "
+                "can have tokens of its own; leave prune and unmerge_from out."
             )
         arguments["position_embeddings"] = segment.angles[kind]
         arguments["dymu_step"] = segment.steps if recorder is None else recorder

@@ -226,7 +226,7 @@ def refuse_to_recompute(layers: Iterable[nn.Module]) -> None:
     ):
         raise UnsupportedModel(
             "gradient checkpointing computes the language model's layers again, when nothing says any more which "
-            "tokens each of them ran; switch it off, or leave prune out."
+            "tokens each of them ran; switch it off, or leave prune and unmerge_from out."
         )
 
 

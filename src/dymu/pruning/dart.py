@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dymu.pruning.pruning import Ahead, Pruning, check_layer, check_part, part_of
+from dymu.pruning.pruning import Ahead, AtLayer, part_of
 
 
 @dataclass(frozen=True)
-class DART(Pruning):
+class DART(AtLayer):
     """Ahead of one layer the image tokens stay that are least like pivots: those tokens of image and text whose keys in
     the layer before are largest, by the sum of magnitudes.
 
@@ -21,34 +20,21 @@ class DART(Pruning):
     size, then those of the text.
 
     Args:
-        keep: the fraction that stays, pivots of the image included.
-        layer: ahead of which it happens.
+        keep, layer: see `AtLayer`; pivots of the image are among what stays.
         pivots: how many of the image, and as many of the text.
         fill: see `Pruning`.
 
     Raises:
-        BadBudget: `keep` is no fraction.
-        ValueError: `pivots` is below 1; or in use, the language model has no such layer.
+        ValueError: `pivots` is below 1.
     """
 
     keep: float = 0.222
-    layer: int = 2
     pivots: int = 4
 
     def __post_init__(self) -> None:
-        check_part("keep", self.keep)
+        super().__post_init__()
         if isinstance(self.pivots, bool) or not isinstance(self.pivots, int) or self.pivots < 1:
             raise ValueError(f"DART needs at least one pivot, not {self.pivots!r}")
-
-    def starts(self, layers: int) -> tuple[int, ...]:
-        check_layer("layer", self.layer, layers)
-        return (self.layer,)
-
-    def parts(self, layers: int) -> tuple[float, ...]:
-        return (self.keep,)
-
-    def scaled(self, factor: float) -> Self:
-        return replace(self, keep=min(factor * self.keep, 1.0))
 
     def choose(self, ahead: Ahead) -> Tensor:
         norms = ahead.keys(ahead.layer - 1).float().abs().sum((1, 2))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Self
 
@@ -140,6 +140,93 @@ class Pruning(ABC):
             middle = (low + high) / 2
             low, high = (middle, high) if self.scaled(middle).mean(layers) < part else (low, middle)
         return self.scaled(high)
+
+
+@dataclass(frozen=True)
+class AtLayer(Pruning):
+    """A part of the image tokens stays ahead of one layer; the layers before run all, and cache them.
+
+    Args:
+        keep: the fraction that stays.
+        layer: ahead of which it happens.
+
+    Raises:
+        BadBudget: `keep` is no fraction.
+        ValueError: in use, the language model has no such layer.
+    """
+
+    keep: float
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        check_part("keep", self.keep)
+
+    def starts(self, layers: int) -> tuple[int, ...]:
+        check_layer("layer", self.layer, layers)
+        return (self.layer,)
+
+    def parts(self, layers: int) -> tuple[float, ...]:
+        return (self.keep,)
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, keep=min(factor * self.keep, 1.0))
+
+
+@dataclass(frozen=True)
+class InStages(Pruning):
+    """A part of the image tokens runs from each of some layers on.
+
+    Args:
+        rates: of all image tokens, the fractions.
+        layers: which layers, one number for one stage; empty: as the method says.
+
+    Raises:
+        BadBudget: a rate is no fraction.
+        ValueError: rates rise where tokens do not come back, or are not as many as layers; or in use, the language
+            model has too few layers.
+    """
+
+    rates: tuple[float, ...]
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("rates", "layers"):
+            given: Any = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, int | float) else tuple(given))
+        for rate in self.rates:
+            check_part("rates", rate)
+        if not self.rates or (self.layers and len(self.layers) != len(self.rates)):
+            raise ValueError(
+                f"{type(self).__name__} has {len(self.rates)} rates and {len(self.layers)} layers; give one of each "
+                "for every stage."
+            )
+        if not self.comes_back and sorted(self.rates, reverse=True) != list(self.rates):
+            raise ValueError(f"{type(self).__name__} drops for good, so that rates {self.rates} cannot rise.")
+
+    def parts(self, layers: int) -> tuple[float, ...]:
+        return self.rates
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, rates=tuple(min(factor * rate, 1.0) for rate in self.rates))
+
+    def keep_of(self, ahead: Ahead) -> int:
+        """How many of the image tokens run from this layer on."""
+        return part_of(self.rates[self.starts(ahead.layers).index(ahead.layer)], len(ahead.shown))
+
+
+def check_stages(pruning: Pruning, starts: Sequence[int], layers: int) -> tuple[int, ...]:
+    """The layers ahead of which stages begin.
+
+    Raises:
+        ValueError: they do not rise, or there are no such among so many.
+    """
+    for layer in starts:
+        check_layer("layers", layer, layers)
+    if sorted(set(starts)) != list(starts):
+        raise ValueError(
+            f"{type(pruning).__name__} cannot begin stages ahead of layers {tuple(starts)}: name rising ones."
+        )
+    return tuple(starts)
 
 
 def check_part(name: str, part: Any, zero: bool = False) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from dymu.pruning.pruning import Ahead, Pruning, check_layer, check_part, part_of
+from dymu.pruning.pruning import Ahead, InStages, check_stages
 
 
 @dataclass(frozen=True)
-class PyramidDrop(Pruning):
+class PyramidDrop(InStages):
     """Ahead of some layers the image tokens stay to which the prompt's last token would attend most in that very layer,
     on average over heads.
 
@@ -20,8 +20,8 @@ class PyramidDrop(Pruning):
 
     Args:
         rates: of all image tokens, the fraction that runs from each stage on.
-        layers: where stages begin, one number for one stage; empty: at equal distances, so
-            with three at a quarter, half and three quarters.
+        layers: where stages begin, one number for one stage; empty: at equal distances, so with three at
+            a quarter, half and three quarters.
         fill: see `Pruning`.
 
     Raises:
@@ -30,41 +30,14 @@ class PyramidDrop(Pruning):
     """
 
     rates: tuple[float, ...] = (0.5, 0.25, 0.125)
-    layers: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("rates", "layers"):
-            given: Any = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, int | float) else tuple(given))
-        for rate in self.rates:
-            check_part("rates", rate)
-        if not self.rates or (self.layers and len(self.layers) != len(self.rates)):
-            raise ValueError(
-                f"{type(self).__name__} has {len(self.rates)} rates and {len(self.layers)} layers; give one of each "
-                "for every stage."
-            )
-        if not self.comes_back and sorted(self.rates, reverse=True) != list(self.rates):
-            raise ValueError(f"{type(self).__name__} drops for good, so that rates {self.rates} cannot rise.")
 
     def starts(self, layers: int) -> tuple[int, ...]:
         stages = len(self.rates) + 1
-        found = self.layers or tuple(layers * stage // stages for stage in range(1, stages))
-        for layer in found:
-            check_layer("layers", layer, layers)
-        if sorted(set(found)) != list(found):
-            raise ValueError(f"{type(self).__name__} cannot begin stages ahead of layers {found}: name rising ones.")
-        return found
-
-    def parts(self, layers: int) -> tuple[float, ...]:
-        return self.rates
-
-    def scaled(self, factor: float) -> Self:
-        return replace(self, rates=tuple(min(factor * rate, 1.0) for rate in self.rates))
+        return check_stages(self, self.layers or [layers * stage // stages for stage in range(1, stages)], layers)
 
     def choose(self, ahead: Ahead) -> Tensor:
         score = ahead.received(ahead.layer, ahead.shown.new_tensor([ahead.last]))
-        rate = self.rates[self.starts(ahead.layers).index(ahead.layer)]
-        return ahead.best(score, part_of(rate, len(score)))
+        return ahead.best(score, self.keep_of(ahead))
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from dymu.pruning.pruning import Ahead, Pruning, check_layer, check_part, part_of
+from dymu.pruning.pruning import Ahead, InStages, check_stages
 
 HEADS = 14 / 32
 """The part of the heads that is asked, those whose raters look at the picture most."""
 
 
 @dataclass(frozen=True)
-class SparseVLM(Pruning):
+class SparseVLM(InStages):
     """Behind some layers the image tokens stay that get most attention there from the question's raters: its tokens
     whose embeddings have more than the average of those of the picture.
 
@@ -34,33 +33,15 @@ class SparseVLM(Pruning):
     """
 
     rates: tuple[float, ...] = (300 / 576, 200 / 576, 118 / 576)
-    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rates", "layers"):
-            given: Any = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, int | float) else tuple(given))
-        for rate in self.rates:
-            check_part("rates", rate)
-        if len(self.rates) != (len(self.layers) or 3):
-            raise ValueError(f"SparseVLM has {len(self.rates)} rates; give one for each layer, or three.")
-        if sorted(self.rates, reverse=True) != list(self.rates):
-            raise ValueError(f"SparseVLM drops for good, so that rates {self.rates} cannot rise.")
+        super().__post_init__()
+        if not self.layers and len(self.rates) != 3:
+            raise ValueError(f"SparseVLM has {len(self.rates)} rates; give three, or a layer for each.")
 
     def starts(self, layers: int) -> tuple[int, ...]:
         usual = accumulate((of_32 * layers // 32 for of_32 in (2, 6, 15)), lambda before, at: max(before + 1, at))
-        found = tuple(layer + 1 for layer in self.layers or usual)
-        for layer in found:
-            check_layer("layers", layer, layers)
-        if sorted(set(found)) != list(found):
-            raise ValueError(f"SparseVLM cannot choose behind layers {self.layers or found}: name rising ones.")
-        return found
-
-    def parts(self, layers: int) -> tuple[float, ...]:
-        return self.rates
-
-    def scaled(self, factor: float) -> Self:
-        return replace(self, rates=tuple(min(factor * rate, 1.0) for rate in self.rates))
+        return check_stages(self, [layer + 1 for layer in self.layers or usual], layers)
 
     def choose(self, ahead: Ahead) -> Tensor:
         raters = raters_of(ahead.embeds[ahead.shown], ahead.embeds[ahead.texts])
@@ -70,8 +51,7 @@ class SparseVLM(Pruning):
         weights = weights / plain.clamp(min=torch.finfo(torch.float32).tiny)
         weights = weights.masked_fill(~ahead.running, 0)
         heads = weights.sum((1, 2)).argsort(descending=True, stable=True)[: max(round(HEADS * len(weights)), 1)]
-        rate = self.rates[self.starts(ahead.layers).index(ahead.layer)]
-        return ahead.best(weights[heads].mean((0, 1)), part_of(rate, len(ahead.shown)))
+        return ahead.best(weights[heads].mean((0, 1)), self.keep_of(ahead))
 
 
 def raters_of(image: Tensor, words: Tensor) -> Tensor:
