@@ -7,11 +7,13 @@ import math
 import pytest
 
 import tiny
-from dymu.evaluation.methods import Row, applying, is_solved, rows_for
+from dymu.errors import BadBudget
+from dymu.evaluation.methods import Row, applying, is_solved, options_of, rows_for
 from dymu.evaluation.results import Results
 from dymu.evaluation.run import evaluate
 from dymu.evaluation.solve import nearest, solved
 from dymu.evaluation.tables import series
+from dymu.pruning import FastV
 from dymu.reducers import DensityPeaks, PixelPrune, PruMerge
 from test_evaluate import Words
 
@@ -89,3 +91,28 @@ def test_a_row_without_its_number_is_refused(tmp_path):
                 kind(**{name: wrong})
     with pytest.raises(ValueError, match="from 0 on for tolerance, not -1"):
         PixelPrune(-1)
+
+
+PRUNES = ["fast-v:layer=1", "pyramid-drop", "v-scan-drop", "reroute", "sparse-vlm:layers=(0,1,2)",
+          "dart-layers:layer=1", "layer-skip:pattern=all", "skip-ffn"]  # fmt: skip
+
+
+def test_pruning_is_compared_at_a_mean_over_layers(tmp_path) -> None:
+    """The language model has 4 layers; what is recorded is what they ran on average."""
+    model, processor = tiny.llava(text={"num_hidden_layers": 4}), tiny.llava_processor()
+    rows = rows_for([37], PRUNES, ["none", "original", "exact"])
+    assert {row.method for row in rows[1:]} == {name.partition(":")[0] for name in PRUNES}
+    results = evaluate(
+        model, processor, [Words(4)], rows, tmp_path / "results.jsonl", batch_size=4, timed=0, progress=False
+    )
+    for row in rows[1:]:
+        assert mean_of(results, row) == pytest.approx(37, abs=1), row.key
+
+
+def test_fractions_are_asked_for_within_the_language_model() -> None:
+    assert applying("fast-v", 0.5, "exact", 32)["prune"].fill == "nearest"
+    assert applying("fast-v:layer=3", 0.5, "original", 32)["prune"] == FastV((0.5 * 32 - 3) / 29, 3).scaled(1)
+    assert options_of("layers=(1,2),seed=3") == {"layers": (1, 2), "seed": 3}
+    for wrong, keep in (("fast-v", 64), ("fast-v", 0.01), ("fast-v:keep=0.3", 0.5), ("fast-v:depth=3", 0.5)):
+        with pytest.raises((ValueError, BadBudget)):
+            applying(wrong, keep, "exact", 32)
