@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
 import dymu
 import tiny
@@ -632,3 +633,47 @@ def test_what_else_a_language_model_is_asked(pruning: Pruning) -> None:
 def test_a_handle_says_what_it_prunes_by() -> None:
     with dymu.apply(deeper("llava"), prune=FastV(0.5, 2)) as handle:
         assert "FastV" in repr(handle)
+
+
+@pytest.mark.parametrize("how", [*({"prune": pruning} for pruning in SEVERAL), {"unmerge_from": 3}], ids=str)
+@torch.no_grad()
+def test_orders_of_calls(how: dict[str, Any]) -> None:
+    """Adapters ahead and behind, a compiled model, exchanged parts, and removal give what they should."""
+    model = deeper("llava")
+    inputs = two_prompts(model)
+    how = {"merge": dymu.FixedMerge(0.6), **how}
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+
+    def adapted(stock: Any) -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(stock, adapter)
+
+    ahead = adapted(copy.deepcopy(model))
+    plain = ahead(**inputs).logits
+    with dymu.apply(ahead, **how):
+        expected = ahead(**inputs).logits
+    stock = copy.deepcopy(model)
+    handle = dymu.apply(stock, **how)
+    behind = adapted(stock)
+    tiny.close(behind(**inputs).logits, expected)
+    handle.remove()
+    assert torch.equal(behind(**inputs).logits, plain)
+
+    with dymu.apply(model, **how):
+        eager = model(**inputs).logits
+        tiny.close(torch.compile(model, backend="eager")(**inputs).logits, eager)
+        layer = model.model.language_model.layers[3]
+        layer.mlp = nn.Sequential(nn.Linear(32, 32))
+        model.model.language_model.layers[4] = deeper_layer(model)
+        exchanged = model(**inputs).logits
+    assert float((exchanged - eager).abs().max()) > 1e-2
+    with dymu.apply(model, **how):
+        tiny.close(model(**inputs).logits, exchanged)
+
+
+def deeper_layer(model: Any) -> nn.Module:
+    """Layer 4 of another model of this kind."""
+    other: nn.Module = tiny.build("llava", seed=5, text=model.config.text_config.to_dict()).model.language_model.layers[
+        4
+    ]
+    return other.eval()

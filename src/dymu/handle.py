@@ -176,7 +176,7 @@ def apply(
         try:
             handle._install(parts)
             handle._check(parts)
-            handle._places = _places(parts)
+            handle._places = handle._where(parts)
         except BaseException:
             handle.remove()
             raise
@@ -567,9 +567,17 @@ class Handle:
                         self._refused = None
                     except (DymuError, ValueError) as error:
                         self._refused = str(error)
-                    self._places = _places(parts)
+                    self._places = self._where(parts)
         if self._refused is not None:
             raise UnsupportedModel(self._refused)
+
+    def _where(self, parts: Parts | LoneEncoder) -> Places:
+        """Where everything hangs."""
+        more: tuple[nn.Module, ...] = ()
+        if isinstance(parts, Parts) and self._language.by_layer:
+            more = parts.decoder_layers
+            more += parts.decoder_mlps if self._language.skips_mlps else ()
+        return _places(parts, more)
 
     def _check_fits(self, parts: Parts | LoneEncoder) -> None:
         """Refuse parts that the thresholds, or the reducer, are not for."""
@@ -723,13 +731,13 @@ class Places:
     rest: Sequence[Place]
 
 
-def _places(parts: Parts | LoneEncoder) -> Places:
+def _places(parts: Parts | LoneEncoder, more: tuple[nn.Module, ...] = ()) -> Places:
     """The ways from the model to the modules that DyMU relies on, and what stands in the place of their `forward` and
-    `config`."""
+    `config`; `more`: some of the language model."""
     paths = {id(module): path for path, module in parts.model.named_modules()}
     vision, rest = dict[tuple[int, str], Place](), dict[tuple[int, str], Place]()
     of_vision = set[int]() if isinstance(parts, LoneEncoder) else {id(module) for module in parts.vision if module}
-    for module in parts.relied_on:
+    for module in (*parts.relied_on, *more):
         if module is None:
             continue
         places = vision if id(module) in of_vision else rest

@@ -290,7 +290,9 @@ class LanguageHooks:
         pruned = self._state.pruned
         if not self._state.unmerging or pruned is None:
             return forward(*args, **kwargs)
-        return pruned.run(index, forward, arguments_of(self.parts.decoder_layers[index], "forward", args, kwargs))
+        arguments = arguments_of(self.parts.decoder_layers[index], "forward", args, kwargs)
+        # Never compiled: which tokens run depends on the data, and what is traced would run others.
+        return torch.compiler.disable(pruned.run)(index, forward, arguments)
 
     def feed(self, forward: Method, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The MLP of a layer, which some tokens may skip."""
