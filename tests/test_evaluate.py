@@ -311,6 +311,36 @@ def test_divergence_is_that_of_one_forward_for_each_token(thresholds, tmp_path, 
     assert sum(max(kls) > 0.01 for kls in told.values()) > len(rows) // 2
 
 
+@pytest.mark.parametrize(
+    "method", ["cd-pruner", "mm-tok", "fast-v:layer=1", "sparse-vlm:layers=0,rates=0.3", "reroute:rates=(0.5,0.3)"]
+)
+def test_what_a_method_reads_of_the_prompt_is_not_the_untouched_answer(processor, tmp_path, method):
+    """Divergence is that of each token after a prompt which the method has read alone."""
+    model = tiny.llava("clip")
+    model.generation_config.suppress_tokens = [tiny.IMAGE_TOKEN]
+    (row,) = rows_for([20], [method], ["exact"])[1:]
+    task = Lengths(4)
+    results = evaluate(model, processor, [task], [UNTOUCHED, row], tmp_path / "r.jsonl", batch_size=3, timed=0)
+    told = [kl for start in (0, 3) for kl in results.answers[row.key]["words", start].kl]
+    for index, kl in enumerate(told):
+        example, read = task[index], list[list[torch.Tensor]]()
+        inputs = inputs_for(model, processor, [(example.images, example.question)])
+        before = model.generate(**inputs, do_sample=False, max_new_tokens=task.max_new_tokens)
+        said = before[0, inputs["input_ids"].shape[1] :].tolist()
+        for way in (UNTOUCHED, row):
+            with running(way, model, processor, {}, tiny.PATCHES), torch.no_grad():
+                output, read = model(**inputs, use_cache=True), [*read, []]
+                for number, token in enumerate(said):
+                    read[-1].append(output.logits[0, -1].double().log_softmax(0))
+                    there = torch.ones(1, inputs["input_ids"].shape[1] + number + 1, dtype=torch.long)
+                    output = model(
+                        input_ids=torch.tensor([[token]]), attention_mask=there, past_key_values=output.past_key_values
+                    )
+        terms = [float((p.exp() * (p - q)).sum()) for p, q in zip(*read, strict=True)]
+        assert kl == pytest.approx(sum(terms) / len(terms), rel=2e-3, abs=2e-5), index
+    assert max(told) > 0.001
+
+
 def test_nothing_merged_diverges_by_nothing(model, processor, thresholds, tmp_path):
     ways = [way for way in UNMERGE if way != "restore"]  # which adds to logits also where nothing merged
     rows = [UNTOUCHED, *(Row("dtome", tiny.PATCHES, way, "reverse_linear") for way in ways)]

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 
 import dymu
 import tiny
+from dymu.evaluation.methods import applying
 from dymu.prompting import answers, processed
 from tiny_processors import OF_EACH_KIND, processor_for
 
@@ -296,6 +297,29 @@ def test_fixed_merging_and_no_unmerging(plugin, folder, documents, monkeypatch):
     assert said == [12]
     without = make(plugin, folder, documents, budget=12, method="tome", unmerge="none")
     assert pairs(without.loglikelihood(scored(documents))) != with_unmerging
+
+
+@pytest.mark.parametrize("method", ["cd-pruner", "fast-v:layer=1"])
+def test_a_method_reads_the_question_and_not_the_answer(plugin, folder, documents, stock, method):
+    model, processor = stock
+    ours = make(plugin, folder, documents, budget=0.4, method=method)
+    losses = [loss for loss, _ in pairs(ours.loglikelihood(scored(documents)))]
+    wanted = []
+    with dymu.apply(model, **applying(method, 0.4, "exact", len(model.model.language_model.layers))):
+        for document in documents:
+            for continuation in (" cat", " a dog", ""):
+                inputs = inputs_of(processor, document)
+                first = inputs["input_ids"].shape[1]
+                said = inputs_of(processor, document, continuation)["input_ids"][0, first:].tolist()
+                output, loss = model(**inputs, use_cache=True), 0.0
+                for number, token in enumerate(said):
+                    loss -= output.logits[0, -1].log_softmax(0)[token].item()
+                    there = torch.ones(1, first + number + 1, dtype=torch.long)
+                    output = model(
+                        input_ids=torch.tensor([[token]]), attention_mask=there, past_key_values=output.past_key_values
+                    )
+                wanted.append(loss)
+    assert losses == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize(

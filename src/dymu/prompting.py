@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor
 
 from dymu.errors import BadPrompt
 from dymu.families.resolve import resolve
@@ -175,30 +177,38 @@ def answers(model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_to
     ]
 
 
-@torch.inference_mode()
 def logits_of(model: nn.Module, inputs: dict[str, Any], said: Sequence[Tensor]) -> list[Tensor]:
     """The logits [T, V] from which a model would choose each token of what is said after a batch of prompts.
 
+    They are those of generation in which these tokens are chosen, so that whatever reads the prompt does not read them.
+
     Args:
-        said: the tokens [T] after each prompt, none of them a placeholder. One forward runs over prompts and these.
+        said: the tokens [T] after each prompt, none of them a placeholder.
     """
-    ids = inputs["input_ids"]
-    # What comes after a row's own tokens is not read, but must not be a placeholder.
-    after = {"input_ids": pad_sequence(list(said), batch_first=True, padding_value=int(said[0][0]))}
-    after["attention_mask"] = torch.ones_like(after["input_ids"])
-    text = torch.zeros_like(after["input_ids"])  # in what tells kinds of tokens apart
-    whole = {
-        name: torch.cat([value, after.get(name, text)], 1)
-        if isinstance(value, Tensor) and value.shape == ids.shape
-        else value
-        for name, value in inputs.items()
-    }
+    length = max(map(len, said))
+    if not length:
+        return [torch.empty(0, 1) for _ in said]
     stock: Any = model
-    if resolve(stock).family.both_ways == "prefix" and "token_type_ids" in inputs:
-        # Only what stands ahead of what the model said is read both ways.
-        whole["token_type_ids"] = torch.cat((torch.zeros_like(ids), torch.ones_like(after["input_ids"])), 1)
-    logits = stock(**whole, use_cache=False, logits_to_keep=text.shape[1] + 1).logits
+    no_token = len(stock.get_output_embeddings().weight)  # so that nothing ends early
+    _, output = _generate(
+        model, inputs, length, output_logits=True, logits_processor=[_Said(inputs, said)], eos_token_id=no_token,
+        pad_token_id=0,
+    )  # fmt: skip
+    logits = torch.stack(output.logits, dim=1)
     return [of_row[: len(tokens)] for of_row, tokens in zip(logits, said, strict=True)]
+
+
+class _Said(LogitsProcessor):
+    """Leaves nothing to choose but what is said [T] after each prompt, then anything."""
+
+    def __init__(self, inputs: dict[str, Any], said: Sequence[Tensor]) -> None:
+        self._width = inputs["input_ids"].shape[1]
+        anything = int(max(said, key=len)[0])
+        self._said = pad_sequence(list(said), batch_first=True, padding_value=anything)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        chosen = self._said[:, input_ids.shape[1] - self._width, None].to(scores.device)
+        return torch.full_like(scores, -math.inf).scatter(1, chosen, 0.0)
 
 
 @torch.inference_mode()

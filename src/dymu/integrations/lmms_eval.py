@@ -28,7 +28,7 @@ from dymu.evaluation.methods import applying
 from dymu.families.resolve import resolve
 from dymu.files import expanded
 from dymu.handle import Handle, apply
-from dymu.prompting import adds_special_tokens, placeholder_of, processed
+from dymu.prompting import adds_special_tokens, logits_of, placeholder_of, processed
 from dymu.thresholds import beside
 
 _MAX_NEW_TOKENS = 1024
@@ -87,7 +87,6 @@ class Dymu(lmms):
         model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, trust_remote_code=False)
         self.model = model.to(self.device).eval()
         self.max_length = max_length or model.config.get_text_config().max_position_embeddings
-        self._reads_prompts_both_ways = resolve(model).family.both_ways == "prefix"
         self.handle = _applied(model, pretrained, thresholds, budget, method, unmerge)
         self._kept: list[int] = []
         self._original: list[int] = []
@@ -131,20 +130,15 @@ class Dymu(lmms):
                 prompts.append((text + continuation, images))
                 lengths.append(self._tokens_added(text, continuation))
             inputs = self._inputs(prompts)
-            ids, width = inputs["input_ids"], inputs["input_ids"].shape[1]
-            self._check_length(width)
-            if self._reads_prompts_both_ways:
-                said = torch.arange(width, 0, -1)[None] <= torch.tensor(lengths)[:, None]
-                inputs["token_type_ids"] = said.to(ids)
-            keep = max(lengths) + 1
+            self._check_length(inputs["input_ids"].shape[1])
+            asked, said = self._apart(inputs, lengths)
             start = time.perf_counter()
-            logits = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
+            logits = logits_of(self.model, asked, said)
             self._count(time.perf_counter() - start, 0)
-            for row, (index, length) in enumerate(zip(batch, lengths, strict=True)):
-                answer = ids[row, width - length :, None]
-                predicted = logits[row, keep - 1 - length : keep - 1].float().log_softmax(-1)
-                loss = -float(predicted.gather(-1, answer).sum())
-                greedy = bool((predicted.argmax(-1, keepdim=True) == answer).all())
+            for index, answer, predicted in zip(batch, said, logits, strict=True):
+                log_probs = predicted.float().log_softmax(-1)
+                loss = -float(log_probs.gather(-1, answer[:, None]).sum())
+                greedy = bool((log_probs.argmax(-1) == answer).all())
                 results[index] = GenerationResult(text=(loss, greedy))
         return results
 
@@ -208,6 +202,20 @@ class Dymu(lmms):
         texts = [text for text, _ in prompts]
         images = [image for _, shown in prompts for image in shown]
         return processed(self.model, self.processor, texts, images=images or None)
+
+    def _apart(self, inputs: dict[str, Any], lengths: Sequence[int]) -> tuple[dict[str, Any], list[Tensor]]:
+        """Prompts by themselves, and the tokens of their continuations, of so many at the end of each: what reads a
+        prompt, to choose image tokens, must not read an answer."""
+        ids = inputs["input_ids"]
+        places = torch.arange(min(lengths), ids.shape[1]) - torch.tensor(lengths)[:, None]
+        places, before = places.clamp(min=0).to(ids.device), (places < 0).to(ids.device)
+        prompts = {
+            name: value.gather(1, places).masked_fill(before, self.tokenizer.pad_token_id if value is ids else 0)
+            if isinstance(value, Tensor) and value.shape == ids.shape
+            else value
+            for name, value in inputs.items()
+        }
+        return prompts, [row[len(row) - length :] for row, length in zip(ids, lengths, strict=True)]
 
     def _tokens_added(self, text: str, continuation: str) -> int:
         """How many tokens at the end of the whole are the continuation's; one that holds a piece of both is."""

@@ -220,6 +220,11 @@ def check_stages(pruning: Pruning, starts: Sequence[int], layers: int) -> tuple[
     Raises:
         ValueError: they do not rise, or there are no such among so many.
     """
+    if len(starts) >= layers:
+        raise ValueError(
+            f"{type(pruning).__name__} has {len(starts)} stages, and this language model of {layers} layers has room "
+            f"for {layers - 1}: give fewer rates."
+        )
     for layer in starts:
         check_layer("layers", layer, layers)
     if sorted(set(starts)) != list(starts):
