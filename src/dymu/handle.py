@@ -32,7 +32,7 @@ from dymu.hooks.replaced import Around, Method, Replaced, by_thread, config_view
 from dymu.hooks.vision import VisionHooks
 from dymu.media import masks
 from dymu.pruning import Pruning
-from dymu.reducers import Reducer, Stage
+from dymu.reducers import LayerMemory, Reducer, Stage
 from dymu.report import Report
 from dymu.thresholds import Encoder, Thresholds, beside
 from dymu.unmerging import check_backend
@@ -207,6 +207,17 @@ def applied(model: PreTrainedModel, options: dict[str, Any] | None) -> Iterator[
         return
     with apply(model, **options) as handle:
         yield handle
+
+
+@contextmanager
+def remembering(handle: Handle, memory: LayerMemory) -> Iterator[None]:
+    """Inside `with`, let this thread's calls take what layers gave of the same pictures with the same weights."""
+    state = handle._state
+    state.memory = memory
+    try:
+        yield
+    finally:
+        state.memory = None
 
 
 def handle_of(model: PreTrainedModel) -> Handle | None:

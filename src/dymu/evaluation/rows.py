@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ import torch
 from dymu.errors import BadBudget, UnsupportedModel
 from dymu.evaluation.methods import METHODS, Row, check_names, check_solved
 from dymu.families.resolve import find, resolve
-from dymu.handle import Handle, applied, handle_of
+from dymu.handle import Handle, applied, handle_of, remembering
 from dymu.hooks.refusals import refuse_to_prune
+from dymu.reducers import LayerMemory
 from dymu.thresholds import Thresholds
 
 
@@ -97,15 +98,20 @@ def running(
 
 
 @torch.inference_mode()
-def encoded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def encoded(model: Any, inputs: dict[str, Any], memory: LayerMemory) -> dict[str, Any]:
     """What a model takes, with its images encoded as the model is now: for several calls, in any form of unmerging.
 
     A model whose `forward` takes no encoded images gets pixels.
+
+    Args:
+        memory: of what encoded images before with the same weights, and remembers.
     """
     if inputs.get("pixel_values") is None or not model._supports_mm_encoder_outputs():
         return inputs
     rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    return {**rest, "mm_encoder_outputs": {"image": encoded_images(model, inputs)}}
+    handle = handle_of(model)
+    with nullcontext() if handle is None else remembering(handle, memory):
+        return {**rest, "mm_encoder_outputs": {"image": encoded_images(model, inputs)}}
 
 
 @torch.inference_mode()

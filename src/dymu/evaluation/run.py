@@ -39,6 +39,7 @@ from dymu.measure.provenance import device_name, fingerprint, short_hash, thresh
 from dymu.measure.results import BadResults
 from dymu.measure.times import Cost
 from dymu.prompting import Answer, answers, check_question, image_tokens, inputs_for, items_by_prompt
+from dymu.reducers import LayerMemory
 from dymu.thresholds import Thresholds
 
 SAMPLE = 16
@@ -312,6 +313,7 @@ class _Batch:
 
     Attributes:
         newest: the last encoding of their images, and how they were encoded, see `_encoding`.
+        memory: of the encoder's layers, which methods that merge in none of them have in common.
     """
 
     asker: _Asker
@@ -320,6 +322,7 @@ class _Batch:
     start: int
     stop: int
     newest: tuple[Row, dict[str, Any]] | None = None
+    memory: LayerMemory = field(default_factory=LayerMemory)
 
     def answer(self, row: Row) -> None:
         """Ask one row, unless its answers are in the file."""
@@ -416,7 +419,7 @@ class _Batch:
         encoding = _encoding(row)
         if self.newest is None or self.newest[0] != encoding:
             inputs = self.inputs_of() if row.method == "downscale" else self.inputs
-            self.newest = encoding, encoded(self.asker.model, inputs)
+            self.newest = encoding, encoded(self.asker.model, inputs, self.memory)
         return self.newest[1]
 
     def inputs_of(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dymu.hooks.drift import Drift
 from dymu.hooks.focus import InFocus
 from dymu.hooks.pruned import PrunedLayers
 from dymu.item import Item
-from dymu.reducers import ByImage, EncoderRun, Focus, Reducer, Shown
+from dymu.reducers import ByImage, EncoderRun, Focus, LayerMemory, Reducer, Shown
 from dymu.report import Report
 from dymu.token_map import TokenMap
 from dymu.unmerging import History, leaders_within, place_leaders
@@ -254,6 +254,7 @@ class CallState(threading.local):
         pruned: its layers, where each runs some of them only.
         rules: how images of this thread are reduced, all or each in its own way; None: as the handle says.
         focus: what is in focus in them; None: as the handle says.
+        memory: of earlier calls that encode the same pictures with the same weights; None: there is none.
         images: how many images the running call has shown, ahead of its videos.
         last_logits: of how many last tokens the running forward was asked for logits; 0: of all.
     """
@@ -265,6 +266,7 @@ class CallState(threading.local):
         self._cache: weakref.ref[Any] | None = None
         self.rules: Reducer | tuple[Reducer, ...] | None = None
         self.focus: InFocus | None = None
+        self.memory: LayerMemory | None = None
         self._forget()
 
     def _forget(self) -> None:

@@ -192,7 +192,7 @@ class VisionHooks:
         behind = None
         if depth < len(self.parts.encoder_modules):
             behind = functools.partial(self.parts.encoder_layer, depth)
-        run = EncoderRun(rule, depth, shown, pictures, call.dropped, behind)
+        run = EncoderRun(rule, depth, shown, pictures, call.dropped, behind, self._state.memory)
         call.run, pixels = run, run.pixels(pixels)
         if named is None:
             args = (pixels, *args[1:])

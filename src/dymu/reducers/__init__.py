@@ -12,7 +12,7 @@ from dymu.reducers.dart import DARTEmbeddings
 from dymu.reducers.density_peaks import DensityPeaks
 from dymu.reducers.div_prune import DivPrune
 from dymu.reducers.dtome import ThresholdMerge
-from dymu.reducers.encoder_run import EncoderRun
+from dymu.reducers.encoder_run import EncoderRun, LayerMemory
 from dymu.reducers.faster_vlm import FasterVLM
 from dymu.reducers.focus import Focus
 from dymu.reducers.hierarchical_pool import HierarchicalPool
@@ -53,6 +53,7 @@ __all__ = [
     "Focus",
     "HierarchicalPool",
     "HoloV",
+    "LayerMemory",
     "MMTok",
     "PixelPrune",
     "Pixels",

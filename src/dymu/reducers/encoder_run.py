@@ -17,6 +17,29 @@ from dymu.reducers.reducer import Candidates, Pixels, Reducer, Shown, SomeMerge,
 from dymu.token_map import TokenMap, take
 
 
+class LayerMemory:
+    """What the encoder's layers gave of the newest pictures with nothing merged, for later runs over the same pictures
+    that merge nothing in layers."""
+
+    def __init__(self) -> None:
+        self._grids: tuple[tuple[int, int], ...] = ()
+        self._known = dict[int, tuple[Tensor, Tensor]]()
+
+    def given(self, index: int, x: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor | None:
+        """What layer `index` makes of `x`; None where that is not known."""
+        if index not in self._known:
+            return None
+        known, made = self._known[index]
+        alike = index == 0 and grids == self._grids and (known.shape, known.dtype) == (x.shape, x.dtype)
+        return made if known is x or (alike and torch.equal(known, x)) else None
+
+    def keep(self, index: int, x: Tensor, made: Tensor, grids: tuple[tuple[int, int], ...]) -> None:
+        """Remember what layer `index` has made of `x`."""
+        if index == 0:
+            self._grids, self._known = grids, {}
+        self._known[index] = x, made
+
+
 class EncoderRun:
     """One batch of pictures in the encoder.
 
@@ -28,6 +51,7 @@ class EncoderRun:
         protected: leading tokens that never merge, though they count where tokens are paired; more than the prefix
             where the language model does not get the first patch.
         behind: the layer behind the last one that runs; None: there is none.
+        memory: of earlier runs with the same weights; None: there is none.
 
     Attributes:
         states: the tokens ahead of the first layer, and after each.
@@ -42,7 +66,9 @@ class EncoderRun:
         pictures: Pictures,
         protected: int = 0,
         behind: Callable[[], EncoderLayer] | None = None,
+        memory: LayerMemory | None = None,
     ) -> None:
+        self._memory = None if reducer.reduces("in_layer", shown) else memory
         self.reducer, self.depth, self.shown, self.pictures = reducer, depth, shown, pictures
         self.prefix, self.protected = pictures.prefix, max(pictures.prefix, protected)
         self.states: list[MergedTokens] = []
@@ -59,6 +85,7 @@ class EncoderRun:
             before, shape = pixels, (len(self.shown.grids), max(self.shown.counts))
             asked = Pixels(pixels, self.shown, self._blocks)
             pixels, self._entering = self.reducer.before_encoder(asked) or (pixels, None)
+            self._memory = None
             if pixels.shape != before.shape and (self.pictures.arrangement != "batch" or self.pictures.side > 1):
                 raise UnsupportedModel(
                     f"{type(self.reducer).__name__} shows the encoder smaller pictures, which dymu can do only where "
@@ -112,18 +139,7 @@ class EncoderRun:
         state = self.states[-1]
         if index < self.depth:
             self.shown.sources.passed(index, layer, x, state, windowed)
-            x, keys = layer.attend(x, state, windowed)
-            tokens = tuple(length - self.protected for length in self.states[0].layout.lengths)
-            candidates = Candidates(
-                index, self.depth, tokens, self.protected, state, x, keys, self.shown, windowed, self._focus
-            )
-            into, still = self.reducer.in_layer(candidates), None
-            if isinstance(into, SomeMerge):
-                into, still = into
-            if into is not None:
-                self._check(into, state.rows(windowed).units)
-                x, state = state.merge(x, into, self.protected, windowed, still)
-            x = layer.feed_forward(x)
+            x, state = self._through(index, layer, x, state, windowed)
         if index + 1 == self.depth:
             self.shown.sources.finished(layer, x, state)
             x, state = self._reduced(x, state)
@@ -131,6 +147,30 @@ class EncoderRun:
             x = x if x.ndim == self._dimensions else x[None]
         self.states.append(state)
         return x
+
+    def _through(
+        self, index: int, layer: EncoderLayer, x: Tensor, state: MergedTokens, windowed: bool
+    ) -> tuple[Tensor, MergedTokens]:
+        """What a layer gives, and the tokens that are left there."""
+        grids = self.pictures.grids
+        if self._memory is not None and (made := self._memory.given(index, x, grids)) is not None:
+            return made, state
+        entered = x
+        x, keys = layer.attend(x, state, windowed)
+        tokens = tuple(length - self.protected for length in self.states[0].layout.lengths)
+        candidates = Candidates(
+            index, self.depth, tokens, self.protected, state, x, keys, self.shown, windowed, self._focus
+        )
+        into, still = self.reducer.in_layer(candidates), None
+        if isinstance(into, SomeMerge):
+            into, still = into
+        if into is not None:
+            self._check(into, state.rows(windowed).units)
+            x, state = state.merge(x, into, self.protected, windowed, still)
+        x = layer.feed_forward(x)
+        if self._memory is not None:
+            self._memory.keep(index, entered, x, grids)
+        return x, state
 
     @property
     def map(self) -> TokenMap:
