@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from PIL import Image
 import dymu
 import tiny
 from dymu.errors import BadBudget, BadPrompt, UnsupportedModel
+from dymu.evaluation.rows import encoded_images
+from dymu.families.resolve import resolve
+from dymu.handle import remembering
+from dymu.merging import EncoderLayer
 from dymu.prompting import inputs_for, items_by_prompt, video_inputs_for
 from dymu.reducers import (
     SAINT,
@@ -25,6 +30,7 @@ from dymu.reducers import (
     FixedMerge,
     HierarchicalPool,
     HoloV,
+    LayerMemory,
     MMTok,
     PixelPrune,
     PruMerge,
@@ -107,6 +113,39 @@ def test_an_image_is_reduced_as_it_is_alone(whole, rule):
                 assert torch.equal(mine.leaders, theirs.leaders)
             assert torch.isfinite(alone).all()
             tiny.close(logits[row, -len(alone) :], alone, 1e-4)
+
+
+def test_what_layers_gave_is_remembered_to_the_bit(whole, monkeypatch):
+    """Whatever other methods asked before, of these pictures and of others; those that merge in layers ask anew."""
+    model, processor = whole
+    batches = [inputs_for(model, processor, [([photo], "what ?") for photo in shown(2)[::step]]) for step in (1, -1)]
+    rules: list[Reducer] = [*{type(rule): rule for rule in RULES}.values(), FixedMerge(0.5), FixedMerge(0.3)]
+
+    ran = Counter[str]()
+    attend = EncoderLayer.attend
+
+    def encoded(rule: Reducer, asked: dict[str, Any], memory: LayerMemory) -> list[torch.Tensor]:
+        with dymu.apply(model, merge=rule) as handle, remembering(handle, memory), torch.inference_mode():
+            ran.clear()  # of layers that are tried when DyMU is applied
+            return [*encoded_images(model, asked).pooler_output, *(item.leaders for item in handle.last.items)]
+
+    def counting(layer: EncoderLayer, *args: Any) -> Any:
+        ran["layers"] += 1
+        return attend(layer, *args)
+
+    alone = [[encoded(rule, asked, LayerMemory()) for rule in rules] for asked in batches]
+    monkeypatch.setattr(EncoderLayer, "attend", counting)
+    memory, counts = LayerMemory(), list[int]()
+    for asked, fresh in zip(batches, alone, strict=True):
+        for rule, expected in zip(rules, fresh, strict=True):
+            again = encoded(rule, asked, memory)
+            counts.append(ran["layers"])
+            assert len(again) == len(expected)
+            assert all(map(torch.equal, again, expected)), rule
+    depth = max(resolve(model).feature_layers())
+    in_layers = [type(rule) in (FixedMerge, TextAwareMerge, PixelPrune) for rule in rules]
+    first = [index in (0, len(rules)) for index in range(len(counts))]
+    assert counts == [depth if new or here else 0 for new, here in zip(first, in_layers * 2, strict=True)]
 
 
 @pytest.mark.parametrize("fill", ["none", "nearest"])
