@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dymu.merging import Layout
+from dymu.merging import Layout, peaks
 from dymu.merging.match import best_partner
 from dymu.reducers.anchors import anchors
 from dymu.reducers.ap_et import hardest
 from dymu.reducers.cd_pruner import likeliest, relevance_of
 from dymu.reducers.dart import unlike_pivots
-from dymu.reducers.density_peaks import peaks
 from dymu.reducers.div_prune import far_apart
 from dymu.reducers.faster_vlm import largest
 from dymu.reducers.hierarchical_pool import ward

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dymu
 import tiny
 from dymu.errors import BadBudget, UnsupportedCache, UnsupportedModel
-from dymu.pruning import DART, FastV, LayerSkip, Pruning, PyramidDrop, Reroute, SkipFFN, SparseVLM
+from dymu.pruning import DART, FastV, Joined, LayerSkip, Pruning, PyramidDrop, Reroute, SkipFFN, SparseVLM
 from dymu.pruning.pruning import Ahead
 from dymu.pruning.sparse_vlm import HEADS, raters_of
 
@@ -205,8 +205,10 @@ ALL_RUN = [
 ]  # fmt: skip
 SOME_RUN = [
     FastV(0.4, 1), PyramidDrop((0.7, 0.3)), Reroute((0.3, 0.6)), SparseVLM((0.6, 0.3), (0, 3)), DART(0.3, 2),
+    SparseVLM((0.6, 0.4), (0, 3), recycle=True),
     LayerSkip(0.3, "all", "last-row"), LayerSkip(0.3, "alternate", "random"), LayerSkip(0.2, score="size"),
     FastV(0.4, 1, fill="nearest"), PyramidDrop((0.7, 0.3), fill="nearest"), DART(0.3, 2, fill="nearest"),
+    SparseVLM((0.6, 0.4), (0, 3), recycle=True, fill="nearest"),
 ]  # fmt: skip
 
 
@@ -325,7 +327,7 @@ class Chooses(Pruning):
     def scaled(self, factor: float) -> Chooses:
         return self
 
-    def __init__(self, at: int, choose: Callable[[Ahead], Tensor | None]) -> None:
+    def __init__(self, at: int, choose: Callable[[Ahead], Tensor | Joined | None]) -> None:
         object.__setattr__(self, "at", at)
         object.__setattr__(self, "_choose", choose)
         object.__setattr__(self, "fill", "none")
@@ -333,7 +335,7 @@ class Chooses(Pruning):
     def starts(self, layers: int) -> tuple[int, ...]:
         return (self.at,)  # type: ignore[attr-defined]
 
-    def choose(self, ahead: Ahead) -> Tensor | None:
+    def choose(self, ahead: Ahead) -> Tensor | Joined | None:
         return self._choose(ahead)  # type: ignore[attr-defined]
 
 
@@ -370,6 +372,66 @@ def test_what_a_rule_reads_is_what_the_stock_model_has(model: Any) -> None:
         assert torch.equal(at[ahead.shown], images_of(model, inputs)[row].nonzero()[:, 0])
 
 
+@torch.no_grad()
+def test_a_mean_in_place_of_some_equals_masking(model: Any) -> None:
+    """Three tokens of which the middle one runs on as their mean, the others being masked."""
+    if getattr(model.config.get_text_config(), "sliding_window", None):
+        return  # there windows count the tokens that are left
+    inputs, at = two_prompts(model), 2
+    shown = images_of(model, inputs)
+    runs = [inputs["attention_mask"].bool()] * at + [inputs["attention_mask"].bool().clone() for _ in range(at, LAYERS)]
+    places = [row.nonzero()[:, 0] for row in shown]
+    for layer in range(at, LAYERS):
+        for row, of_image in enumerate(places):
+            runs[layer][row, of_image[[0, 3, 5, *range(8, len(of_image))]]] = False
+
+    def choose(ahead: Ahead) -> Joined:
+        into = torch.full_like(ahead.shown, -1)
+        into[3:6] = 4
+        return Joined(torch.tensor([1, 2, 4, 6, 7]), into)
+
+    def mean(module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        for row, of_image in enumerate(places):
+            hidden[row, of_image[4]] = hidden[row, of_image[3:6]].mean(0)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    hook = model.model.language_model.layers[at].register_forward_pre_hook(mean, with_kwargs=True)
+    expected = masked(model, inputs, runs).logits
+    hook.remove()
+    with dymu.apply(model, prune=Chooses(at, choose), unmerge="original"):
+        logits = model(**inputs).logits
+    texts = inputs["attention_mask"].bool() & ~shown
+    tiny.close(logits[texts], expected[texts])
+
+
+@torch.enable_grad()
+def test_gradients_reach_what_is_joined() -> None:
+    model, joined = deeper("llava"), list[Tensor]()
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+
+    def choose(ahead: Ahead) -> Joined:
+        into = torch.full_like(ahead.shown, -1)
+        into[2:5] = 3
+        return Joined(torch.tensor([0, 3]), into)
+
+    layer = model.model.language_model.layers[2]
+    before = layer.register_forward_hook(
+        lambda module, args, out: joined.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with dymu.apply(model, prune=Chooses(3, choose)):
+        logits = model(**inputs).logits
+        joined[-1].retain_grad()  # those before are of layers that were tried when DyMU was applied
+        logits[0, -1].square().sum().backward()
+    before.remove()
+    at = images_of(model, inputs)[0].nonzero()[:, 0]
+    gradient = joined[-1].grad
+    assert gradient is not None
+    reached = gradient[0, at].abs().sum(-1) > 0
+    assert reached.nonzero()[:, 0].tolist() == [0, 2, 3, 4]
+    tiny.close(gradient[0, at[2]], gradient[0, at[4]])
+
+
 def toy(**more: Any) -> Ahead:
     """Six image tokens of peers in the field's toy example, one word ahead and two behind."""
     degrees = torch.tensor([0.0, 8, 20, 90, 103, 180]).deg2rad()
@@ -402,6 +464,35 @@ def test_toy_of_each_method() -> None:
     assert LayerSkip(0.5, "alternate").choose(toy()) is None
     # keys grow with the place: pivots are 4 and 5; the first keeps 0, which is least like it, the second 1
     assert DART(4 / 6, pivots=2).choose(toy()).tolist() == [0, 1, 4, 5]
+
+
+def test_recycling_keeps_what_the_authors_keep() -> None:
+    """Of 576 tokens they keep 300, 200 and 110, and add 9, 4 and 3 means, which makes their 192 a mean of 206.5."""
+    many = torch.randn(640, 8, generator=torch.Generator().manual_seed(0))
+    counts, centres, running = (309, 204, 113), (9, 4, 3), torch.ones(576, dtype=torch.bool)
+    rule = SparseVLM(tuple(count / 576 for count in counts), (2, 6, 15), recycle=True)
+    assert round(576 * rule.mean(32), 1) == 206.5
+    for layer, count, means in zip(rule.starts(32), counts, centres, strict=True):
+        ahead = toy(
+            layer=layer, layers=32, hidden=many, embeds=many, shown=torch.arange(4, 580), running=running, last=639,
+            size=torch.ones(576), alike=lambda layer, rows: torch.ones(len(rows), 640),
+            attend=lambda layer, rows: many[None, :, 0].expand(2, len(rows), -1).exp(),
+        )  # fmt: skip
+        joined = rule.choose(ahead)
+        assert isinstance(joined, Joined)
+        assert (len(joined.rows), len(joined.into[joined.into >= 0].unique())) == (count, means)
+        assert int((joined.into >= 0).sum()) == int(0.3 * (int(running.sum()) - count)) + 1
+        score, x = many[4:580, 0].masked_fill(~running, -torch.inf), many[4:580]
+        kept = [row for row in joined.rows.tolist() if joined.into[row] < 0]
+        others = (joined.into >= 0).nonzero()[:, 0]
+        assert score[kept].min() >= score[others].max()
+        assert (
+            score[others].min() >= score[running & ~torch.isin(torch.arange(576), torch.tensor([*kept, *others]))].max()
+        )
+        for other in others:  # each to the nearest centre
+            near = torch.cdist(x[other][None], x[joined.into[others].unique()])[0]
+            assert joined.into[other] == joined.into[others].unique()[near.argmin()]
+        running = torch.zeros_like(running).index_fill(0, joined.rows, True)
 
 
 def test_counts_of_the_papers() -> None:

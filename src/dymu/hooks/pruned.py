@@ -18,7 +18,7 @@ from dymu.families.resolve import Parts
 from dymu.hooks.attention import Angles, LayerSteps, Rotations
 from dymu.hooks.replaced import Method
 from dymu.hooks.versions import pop_cache
-from dymu.pruning import Ahead, Pruning
+from dymu.pruning import Ahead, Joined, Pruning
 from dymu.token_map import TokenMap, leaders_of, take
 from dymu.unmerging import History, NewTokens
 from dymu.unmerging.rows import attention_rows
@@ -124,6 +124,8 @@ class PrunedLayers:
         self._inputs = dict[int, Tensor]()
         self._forwards = dict[int, Callable[[Tensor, Segment, Any], Any]]()
         self._recorded = dict[int, tuple[_Recorder, Segment]]()
+        self._into = torch.arange(base.map.width, device=embeds.device).repeat(base.map.batch, 1)
+        self._newly: Tensor | None = None
         self.fed: Tensor | None = None
         """bool [B, K], the tokens that run the MLP of the layer that runs; None: all."""
         self.ran = list[Tensor]()
@@ -143,6 +145,7 @@ class PrunedLayers:
         self._forwards[index], self._inputs[index] = partial(self._forward, forward, arguments), hidden
         if len(self._segments) < len(self._starts) and index == self._starts[len(self._segments)]:
             self._choose(index, hidden)
+            hidden = self._inputs[index] = self._with_means(hidden)
         segment = self._segments[-1]
         self.fed = segment.fed
         made = self._forwards[index](hidden, segment, None)
@@ -207,6 +210,7 @@ class PrunedLayers:
     def _choose(self, index: int, hidden: Tensor) -> None:
         """Begin a segment."""
         base, before = self._base.map, self._segments[-1]
+        self._newly = None
         if self._shown is None:
             self._add(self._base, None)
             return
@@ -221,7 +225,7 @@ class PrunedLayers:
             self._add(self._base, None, fed)
             return
         stands = torch.arange(base.width, device=runs.device).expand_as(runs)
-        stands = torch.where(runs, stands, -1)
+        stands = torch.where(runs, stands, -1).gather(1, self._into)
         if self._pruning is not None and self._pruning.fill == "nearest":
             stands = self._filled(stands, hidden, runs)
         group = base.group.clamp(min=0)
@@ -248,6 +252,9 @@ class PrunedLayers:
             chosen = self._pruning.choose(self._ahead(index, hidden, row, of_image, competes[row, of_image]))
             if chosen is None:
                 continue
+            if isinstance(chosen, Joined):
+                self._join(row, of_image, chosen.into)
+                chosen = chosen.rows
             runs[row, of_image] = False
             runs[row, of_image[chosen]] = True
             if not self._pruning.comes_back and bool((runs[row] & ~ran[row]).any()):
@@ -255,12 +262,32 @@ class PrunedLayers:
         self._recorded.clear()
         return runs
 
+    def _join(self, row: int, of_image: Tensor, into: Tensor) -> None:
+        """Note that of one prompt image tokens are joined, see `Joined`: what stood for them before, too."""
+        joined = into >= 0
+        if self._newly is None:
+            self._newly = torch.full_like(self._into, -1)
+        self._newly[row, of_image[joined]] = of_image[into[joined]]
+        onward = torch.arange(self._into.shape[1], device=into.device)
+        onward[of_image[joined]] = of_image[into[joined]]
+        self._into[row] = onward[self._into[row]]
+
+    def _with_means(self, hidden: Tensor) -> Tensor:
+        """What goes into a layer [B, M, C], with the means of tokens that were joined ahead of it."""
+        if self._newly is None:
+            return hidden
+        joined, into = self._newly >= 0, self._newly.clamp(min=0)
+        count = joined.new_zeros(joined.shape, dtype=torch.float32).scatter_add(1, into, joined.float())[..., None]
+        members = torch.where(joined[..., None], hidden, 0).float()
+        total = torch.zeros_like(members).scatter_add(1, into[..., None].expand_as(members), members)
+        return torch.where(count > 0, total / count.clamp(min=1), hidden).to(hidden.dtype)
+
     def _filled(self, stands: Tensor, hidden: Tensor, runs: Tensor) -> Tensor:
         """int64 [B, M]: for image tokens that do not run, the one that does and is most like each."""
         assert self._shown is not None
         filled = stands.clone()
         for row, shown in enumerate(self._shown):
-            kept, dropped = (shown & runs[row]).nonzero()[:, 0], (shown & ~runs[row]).nonzero()[:, 0]
+            kept, dropped = (shown & runs[row]).nonzero()[:, 0], (shown & (stands[row] < 0)).nonzero()[:, 0]
             dropped = dropped[dropped < self._base.map.kept[row]]
             if len(kept) and len(dropped):
                 x = normalize(hidden[row].float(), dim=-1)

@@ -64,6 +64,20 @@ class Ahead:
         return score.argsort(descending=True, stable=True)[: min(keep, int(self.running.sum()))].sort().values
 
 
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Tokens that run, among them some as the mean of several.
+
+    Attributes:
+        rows: int64, which of the image tokens (0 to V - 1) run.
+        into: int64 [V], for each token of a mean the one of `rows` in whose place the mean runs, itself included; -1
+            for others.
+    """
+
+    rows: Tensor
+    into: Tensor
+
+
 @dataclass(frozen=True)
 class Pruning(ABC):
     """Which image tokens the layers of the language model run.
@@ -104,8 +118,8 @@ class Pruning(ABC):
         """The same with all fractions so many times as large, but none above 1."""
 
     @abstractmethod
-    def choose(self, ahead: Ahead) -> Tensor | None:
-        """int64, which of the image tokens (0 to V - 1) run from this layer on; None: all.
+    def choose(self, ahead: Ahead) -> Tensor | Joined | None:
+        """int64, which of the image tokens (0 to V - 1) run from this layer on, some perhaps as means; None: all.
 
         Everything is of one prompt, so that no prompt depends on others in a batch.
         """

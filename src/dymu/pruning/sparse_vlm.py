@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from dymu.pruning.pruning import Ahead, InStages, check_stages
+from dymu.merging import distances, nearest_of, peaks
+from dymu.pruning.pruning import Ahead, InStages, Joined, check_stages
 
 HEADS = 14 / 32
 """The part of the heads that is asked, those whose raters look at the picture most."""
+RECYCLED = 0.3
+"""The part of the dropped tokens that means are made of."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class SparseVLM(InStages):
     Args:
         rates: of all image tokens, the fraction that is left behind each layer.
         layers: these layers; the authors' are 2, 6 and 15 of 32; empty: as far in, but no two the same.
+        recycle: whether some of what is left are means of dropped tokens (version 1.5): of the 30 % with most attention
+            a tenth, the peaks of density among their hidden states, each the mean of those nearest to it.
         fill: see `Pruning`.
 
     Raises:
@@ -33,6 +38,7 @@ class SparseVLM(InStages):
     """
 
     rates: tuple[float, ...] = (300 / 576, 200 / 576, 118 / 576)
+    recycle: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +49,7 @@ class SparseVLM(InStages):
         usual = accumulate((of_32 * layers // 32 for of_32 in (2, 6, 15)), lambda before, at: max(before + 1, at))
         return check_stages(self, [layer + 1 for layer in self.layers or usual], layers)
 
-    def choose(self, ahead: Ahead) -> Tensor:
+    def choose(self, ahead: Ahead) -> Tensor | Joined:
         raters = raters_of(ahead.embeds[ahead.shown], ahead.embeds[ahead.texts])
         rows = ahead.texts[raters]
         weights = ahead.attend(ahead.layer - 1, rows)[..., ahead.shown]
@@ -51,7 +57,24 @@ class SparseVLM(InStages):
         weights = weights / plain.clamp(min=torch.finfo(torch.float32).tiny)
         weights = weights.masked_fill(~ahead.running, 0)
         heads = weights.sum((1, 2)).argsort(descending=True, stable=True)[: max(round(HEADS * len(weights)), 1)]
-        return ahead.best(weights[heads].mean((0, 1)), self.keep_of(ahead))
+        score, keep = weights[heads].mean((0, 1)), self.keep_of(ahead)
+        return _recycled(ahead, score, keep) if self.recycle else ahead.best(score, keep)
+
+
+def _recycled(ahead: Ahead, score: Tensor, keep: int) -> Tensor | Joined:
+    """The `keep` image tokens that run on, some of them means of tokens that do not."""
+    dropped = int(ahead.running.sum()) - keep
+    asked = int(RECYCLED * dropped) + 1
+    centres = asked // 10 + 1
+    if dropped < 1 or centres >= keep:
+        return ahead.best(score, keep)
+    kept = ahead.best(score, keep - centres)
+    some = replace(ahead, running=ahead.running.index_fill(0, kept, False)).best(score, asked)
+    distance = distances(ahead.hidden[ahead.shown[some]].float())
+    centre = peaks(distance, centres).argsort(descending=True, stable=True)[:centres]
+    into = torch.full_like(ahead.shown, -1)
+    into[some] = some[centre[nearest_of(distance, centre)]]
+    return Joined(torch.cat((kept, some[centre])).sort().values, into)
 
 
 def raters_of(image: Tensor, words: Tensor) -> Tensor:

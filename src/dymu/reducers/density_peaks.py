@@ -3,28 +3,16 @@ the others."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from dymu.merging import distances, nearest_of, peaks
 from dymu.reducers.faster_vlm import largest
 from dymu.reducers.keep import check_finite, check_keep, check_of_items, kept_of, kept_of_rows
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, leaders_of
-
-
-def peaks(distance: Tensor, neighbours: int) -> Tensor:
-    """[N], how much each of N tokens is a peak: its density, by the mean square of the least distances [N, N], itself
-    counted, times the distance to the nearest denser one, for the densest that to the farthest of all."""
-    near = distance.square().topk(min(neighbours, len(distance)), largest=False).values
-    density = (-near.mean(1)).exp()
-    index = torch.arange(len(density), device=density.device)
-    denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (index < index[:, None]))
-    nearest = distance.masked_fill(~denser, torch.inf).amin(1)
-    return density * torch.where(nearest.isinf(), distance.max(), nearest)
 
 
 @dataclass(frozen=True)
@@ -68,15 +56,12 @@ class DensityPeaks(Reducer):
         label = torch.full_like(tokens.map.first(), -1)
         keeps = None if self.keep is None else kept_of_rows(self.keep, tokens)
         for row, count in enumerate(tokens.counts):
-            x = tokens.values(row)
-            x = x - x.mean(0)  # so that no digits are lost to what all have in common
-            distance = torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
+            distance = distances(tokens.values(row))
             score = peaks(distance, self.neighbours)
             if keeps is not None:
                 centres = largest(score, keeps[row])
             else:
                 centres = (score > self.threshold).nonzero()[:, 0]
                 centres = centres if len(centres) else largest(score, self.least)
-            label[row, :count] = distance[:, centres].argmin(1)
-            label[row, centres] = torch.arange(len(centres), device=label.device)
+            label[row, :count] = nearest_of(distance, centres)
         return Reduced(TokenMap.from_leaders(leaders_of(label, label.shape[1]), tokens.present))
