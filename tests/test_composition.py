@@ -26,7 +26,8 @@ from by_hand import unmerged_by_hand
 from dymu.errors import DymuError, UnsupportedModel
 from dymu.families.resolve import resolve
 from dymu.hooks.versions import going_on
-from dymu.reducers import AveragePool, RandomKeep, ThresholdMerge
+from dymu.pruning import DART, FastV, SkipFFN, SparseVLM
+from dymu.reducers import SAINT, AveragePool, CDPruner, FasterVLM, RandomKeep, ThresholdMerge, VScan
 from tiny import answer, asked
 
 NOTHING = ThresholdMerge((2.0,) * tiny.LAYERS)
@@ -170,6 +171,40 @@ def test_a_model_may_change_before_apply_and_after(model, change):
     assert torch.equal(model(**inputs).logits, stock)
     with dymu.apply(model, merge=NOTHING):
         assert torch.equal(answer(model, **inputs), text)
+
+
+METHODS_AND_ALL = [
+    ({"merge": FasterVLM(0.4)}, {"merge": FasterVLM(1.0)}),
+    ({"merge": VScan(0.4, 3, 1)}, {"merge": VScan(1.0, 3, 1)}),
+    ({"merge": SAINT(0.4)}, {"merge": SAINT(1.0)}),
+    ({"merge": CDPruner(0.4)}, {"merge": CDPruner(1.0)}),
+    ({"prune": FastV(0.4, 1)}, {"prune": FastV(1.0, 1)}),
+    ({"prune": SparseVLM((0.5,), (0,), recycle=True)}, {"prune": SparseVLM((1.0,), (0,), recycle=True)}),
+    ({"prune": DART(0.5, 1, pivots=2)}, {"prune": DART(1.0, 1)}),
+    ({"merge": SOME, "prune": SkipFFN(0.4)}, {"merge": NOTHING, "prune": SkipFFN(1.0)}),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("change", [adapt_the_encoder, adapt_the_decoder, quantise], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(("some", "everything"), METHODS_AND_ALL, ids=str)
+def test_methods_read_layers_as_they_are_now(model, change, some, everything):
+    """Attention, keys and hidden states come through adapters and quantised layers, whichever came first."""
+    inputs = asked(model)
+    early = copy.deepcopy(model)
+    change(early)
+    stock = early(**inputs).logits
+    with dymu.apply(early, **everything):
+        tiny.close(early(**inputs).logits, stock, 1e-4)
+    with dymu.apply(early, **some) as handle:
+        reduced, counts = early(**inputs).logits, (handle.last.kept, handle.last.ran)
+    assert float((reduced - stock).abs().max()) > 1e-3 * float(stock.abs().max())
+    with dymu.apply(model, **some) as handle:
+        model(**inputs)
+        change(model)
+        tiny.close(model(**inputs).logits, reduced, 1e-4)
+        assert (handle.last.kept, handle.last.ran) == counts
+    assert torch.equal(model(**inputs).logits, stock)
 
 
 def test_the_whole_inside_may_be_exchanged():

@@ -196,12 +196,18 @@ def test_runs_that_are_dropped_leave_a_token_each(whole, kind):
                 assert torch.equal(where, between[item.patch[between]]), "learned tokens aside, one after the other"
 
 
-@pytest.mark.parametrize("kind", [*KEEP, *MERGE])
-def test_keeping_all_is_the_untouched_model(whole, kind):
+ALL: list[Reducer] = [
+    *(kind(1.0) for kind in (*KEEP, *MERGE)), VScan(1.0, 3, 1), DensityPeaks(keep=1.0), FixedMerge(1.0),
+    TextAwareMerge(1.0, layers=(1, 2), text=vectors, project=lambda x: x[..., :8]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ALL, ids=named)
+def test_keeping_all_is_the_untouched_model(whole, rule):
     model, processor = whole
     asked = inputs_for(model, processor, [([photo], "what is it ?") for photo in shown(2)])
     untouched, there = model(**asked).logits, asked["attention_mask"].bool()
-    with dymu.apply(model, merge=kind(1.0)) as handle:
+    with dymu.apply(model, merge=rule) as handle:
         tiny.close(model(**asked).logits[there], untouched[there], 1e-5)
         assert handle.last.kept == handle.last.original
 

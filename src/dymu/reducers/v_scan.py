@@ -20,6 +20,8 @@ def scanned(local: Tensor, overall: Tensor, window: Tensor, keep: int) -> Tensor
         local, overall: [N] scores.
         window: int64 [N], which window each lies in.
     """
+    if keep == len(window):
+        return torch.arange(keep, device=window.device)
     windows = window.unique().tolist()
     of_each = keep // 2 // len(windows)
     kept = torch.zeros_like(window, dtype=torch.bool)
@@ -35,7 +37,8 @@ class VScan(KeepOfPictures):
     """Of every picture, tokens of much attention stay, half of them spread over windows by an early encoder layer, the
     rest by the last; every other token is averaged into the one that it is most like.
 
-    Where half of `keep` is no multiple of the number of windows, fewer stay, as in the authors' program.
+    Where half of `keep` is no multiple of the number of windows, fewer stay, as in the authors' program; where all are
+    asked for, all do.
 
     Args:
         keep: of an image or video, a number of tokens; a float up to 1 is a fraction.
