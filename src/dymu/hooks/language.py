@@ -16,7 +16,7 @@ from dymu.families.resolve import Parts
 from dymu.hooks.attention import Angles, LayerSteps, Rotations, angles_of
 from dymu.hooks.cache import adopt, recall, remembered
 from dymu.hooks.call import PIXELS, CallState, Mapped, Prompts, arguments_of
-from dymu.hooks.pruned import Plan, PrunedLayers
+from dymu.hooks.pruned import Plan, Prompt, PrunedLayers, Stage
 from dymu.hooks.refusals import (
     drops_out,
     refuse_attention_weights,
@@ -237,7 +237,8 @@ class LanguageHooks:
             state.mapped = Mapped(new.map, new.plain, present)
             state.wanted = state.pruned = packed = None
             if self.by_layer:
-                state.pruned = self._pruned(plan, new, histories, tokens, present, positions, embeds, cache)
+                prompt = Prompt(new, self._shown(tokens), present, positions, embeds)
+                state.pruned = self._pruned(plan, histories, prompt, cache)
                 begins = state.pruned.begin()
                 state.turns, steps = begins.angles, begins.steps
             else:
@@ -346,17 +347,7 @@ class LanguageHooks:
         in_windows = self.parts.family.both_ways == "windows"
         return LayerSteps(step, history, modules, in_windows, None if wanted is None else ([*modules][-1], wanted))
 
-    def _pruned(
-        self,
-        plan: Plan,
-        new: NewTokens,
-        histories: list[History],
-        tokens: int,
-        present: Tensor | None,
-        positions: Tensor,
-        embeds: Tensor,
-        cache: Any,
-    ) -> PrunedLayers:
+    def _pruned(self, plan: Plan, histories: list[History], prompt: Prompt, cache: Any) -> PrunedLayers:
         """The layers of a forward, each on what is left for it.
 
         Raises:
@@ -371,10 +362,9 @@ class LanguageHooks:
             )
         refuse_to_recompute(parts.decoder_layers)
         starts = (0, *self._starts(parts))
-        return PrunedLayers(
-            parts, self._how.prune, starts, [*map(self._form, starts)], plan, new, histories, self._shown(tokens),
-            present, positions, embeds, cache, self.rotations, self._how.representatives,
-        )  # fmt: skip
+        stages = [Stage(start, self._form(start), history) for start, history in zip(starts, histories, strict=True)]
+        how = self._how
+        return PrunedLayers(parts, how.prune, stages, plan, prompt, cache, self.rotations, how.representatives)
 
     def _packed(self, new: NewTokens) -> Packed | None:
         """How rows that keep different numbers of tokens travel as one; None: they do not."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,33 @@ from dymu.token_map import TokenMap, leaders_of, take
 from dymu.unmerging import History, NewTokens
 from dymu.unmerging.rows import attention_rows
 from dymu.unmerging.virtual import as_phase
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What goes into the first layer of one forward.
+
+    Attributes:
+        new: the tokens of the full prompt, to merged ones.
+        shown: bool [B, N], the tokens of images and videos; None: there are none, so that everything runs.
+        present: bool [B, N], the tokens that there are; None: all.
+        positions: of the tokens, see `NewTokens.of`.
+        embeds: [B, M, C], of the merged tokens.
+    """
+
+    new: NewTokens
+    shown: Tensor | None
+    present: Tensor | None
+    positions: Tensor
+    embeds: Tensor
+
+
+class Stage(NamedTuple):
+    """Layers from `start` on, to the next stage: in which form they attend, and to what of the KV cache."""
+
+    start: int
+    form: Unmerge
+    history: History
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +114,8 @@ class PrunedLayers:
 
     Args:
         pruning: which tokens they run; None: all.
-        starts: the layers from which on they run others, or attend in another form; the first one among them.
-        forms: how they attend from each of these on.
+        stages: of layers that run the same tokens and attend in the same form; the first one begins at layer 0.
         plan: see `Plan`.
-        base: the tokens of the full prompt, to merged ones: what goes into the first layer.
-        histories: of the KV cache, for each segment of layers.
-        shown: bool [B, N], the tokens of images and videos; None: there are none, so that everything runs.
-        present: bool [B, N], the tokens that there are; None: all.
-        positions: of the tokens, see `NewTokens.of`.
-        embeds: [B, M, C], what goes into the first layer.
         cache: the KV cache; None: there is none.
     """
 
@@ -102,29 +123,24 @@ class PrunedLayers:
         self,
         parts: Parts,
         pruning: Pruning | None,
-        starts: Sequence[int],
-        forms: Sequence[Unmerge],
+        stages: Sequence[Stage],
         plan: Plan,
-        base: NewTokens,
-        histories: Sequence[History],
-        shown: Tensor | None,
-        present: Tensor | None,
-        positions: Tensor,
-        embeds: Tensor,
+        prompt: Prompt,
         cache: Any,
         rotations: Rotations,
         representatives: int,
     ) -> None:
-        self._parts, self._pruning, self._plan, self._base, self._histories = parts, pruning, plan, base, histories
-        self._present, self._positions, self._embeds, self._cache = present, positions, embeds, cache
-        self._starts, self._forms, self._rotations, self._representatives = starts, forms, rotations, representatives
+        self._parts, self._pruning, self._stages, self._plan = parts, pruning, stages, plan
+        self._prompt, self._base, self._cache = prompt, prompt.new.map, cache
+        self._rotations, self._representatives = rotations, representatives
         self._chooses = frozenset(() if pruning is None else pruning.starts(len(parts.decoder_layers)))
-        self._shown = None if shown is None or not bool(shown.any()) else base.map.any(shown)
+        shown = prompt.shown
+        self._shown = None if shown is None or not bool(shown.any()) else self._base.any(shown)
         self._segments = list[Segment]()
         self._inputs = dict[int, Tensor]()
         self._forwards = dict[int, Callable[[Tensor, Segment, Any], Any]]()
         self._recorded = dict[int, tuple[_Recorder, Segment]]()
-        self._into = torch.arange(base.map.width, device=embeds.device).repeat(base.map.batch, 1)
+        self._into = torch.arange(self._base.width, device=prompt.embeds.device).repeat(self._base.batch, 1)
         self._newly: Tensor | None = None
         self.fed: Tensor | None = None
         """bool [B, K], the tokens that run the MLP of the layer that runs; None: all."""
@@ -133,7 +149,7 @@ class PrunedLayers:
 
     def begin(self) -> Segment:
         """The segment of the first layers."""
-        self._add(self._base, None)
+        self._add(self._prompt.new, None)
         return self._segments[0]
 
     def run(self, index: int, forward: Method, arguments: dict[str, Any]) -> Any:
@@ -143,7 +159,7 @@ class PrunedLayers:
             for passed in [at for at in known if at != index - 1]:
                 del known[passed]
         self._forwards[index], self._inputs[index] = partial(self._forward, forward, arguments), hidden
-        if len(self._segments) < len(self._starts) and index == self._starts[len(self._segments)]:
+        if len(self._segments) < len(self._stages) and index == self._stages[len(self._segments)].start:
             self._choose(index, hidden)
             hidden = self._inputs[index] = self._with_means(hidden)
         segment = self._segments[-1]
@@ -170,8 +186,8 @@ class PrunedLayers:
 
     def counts(self) -> list[list[int]]:
         """For each prompt, how many tokens of images and videos each layer ran."""
-        ends = (*self._starts[1:], len(self._parts.decoder_layers))
-        layers = [end - start for start, end in zip(self._starts, ends, strict=True)]
+        starts = [*(stage.start for stage in self._stages), len(self._parts.decoder_layers)]
+        layers = [end - start for start, end in pairwise(starts)]
         return [
             [int(count) for count, times in zip(of_prompt, layers, strict=True) for _ in range(times)]
             for of_prompt in torch.stack(self.ran, 1).tolist()
@@ -197,10 +213,10 @@ class PrunedLayers:
 
     def _add(self, new: NewTokens, rows: Tensor | None, fed: Tensor | None = None) -> None:
         number = len(self._segments)
-        history = self._histories[number]
-        last = fed is None and number + 1 == len(self._starts)  # whose MLP may then run for the asked tokens alone
-        angles, steps = self._plan(new, history, last, self._forms[number])
-        self._segments.append(Segment(new, rows, angles, steps, history, fed))
+        stage = self._stages[number]
+        last = fed is None and number + 1 == len(self._stages)  # whose MLP may then run for the asked tokens alone
+        angles, steps = self._plan(new, stage.history, last, stage.form)
+        self._segments.append(Segment(new, rows, angles, steps, stage.history, fed))
         if self._shown is not None and self._pruning is not None:
             shown = self._shown if rows is None else take(self._shown, rows) & self._segments[-1].there
             shown = shown if fed is None else shown & fed
@@ -209,10 +225,10 @@ class PrunedLayers:
     @torch.no_grad()
     def _choose(self, index: int, hidden: Tensor) -> None:
         """Begin a segment."""
-        base, before = self._base.map, self._segments[-1]
+        base, before = self._base, self._segments[-1]
         self._newly = None
         if self._shown is None:
-            self._add(self._base, None)
+            self._add(self._prompt.new, None)
             return
         there = torch.arange(base.width, device=base.kept.device) < base.kept[:, None]
         ran = there if before.rows is None else before.scatter(torch.zeros_like(there), before.there)
@@ -220,9 +236,9 @@ class PrunedLayers:
         fed = before.fed
         if self._pruning is not None and self._pruning.attends and index in self._chooses:
             fed, runs = None if bool((runs == there).all()) else runs, there
-        form = self._forms[len(self._segments)]
-        if bool((runs == there).all()) and form == self._forms[0]:
-            self._add(self._base, None, fed)
+        form = self._stages[len(self._segments)].form
+        if bool((runs == there).all()) and form == self._stages[0].form:
+            self._add(self._prompt.new, None, fed)
             return
         stands = torch.arange(base.width, device=runs.device).expand_as(runs)
         stands = torch.where(runs, stands, -1).gather(1, self._into)
@@ -230,8 +246,8 @@ class PrunedLayers:
             stands = self._filled(stands, hidden, runs)
         group = base.group.clamp(min=0)
         label = torch.where(base.group < 0, -1, stands.gather(1, group))
-        tokens = TokenMap.from_leaders(leaders_of(label, base.width), self._present)
-        new = NewTokens.of(tokens, self._positions, form, self._representatives)
+        tokens = TokenMap.from_leaders(leaders_of(label, base.width), self._prompt.present)
+        new = NewTokens.of(tokens, self._prompt.positions, form, self._representatives)
         itself = (label == group) & (base.group >= 0)
         at = torch.where(itself, new.map.group, new.map.width)
         rows = group.new_zeros(base.batch, new.map.width + 1).scatter(1, at, group)[:, :-1]
@@ -288,22 +304,22 @@ class PrunedLayers:
         filled = stands.clone()
         for row, shown in enumerate(self._shown):
             kept, dropped = (shown & runs[row]).nonzero()[:, 0], (shown & (stands[row] < 0)).nonzero()[:, 0]
-            dropped = dropped[dropped < self._base.map.kept[row]]
+            dropped = dropped[dropped < self._base.kept[row]]
             if len(kept) and len(dropped):
                 x = normalize(hidden[row].float(), dim=-1)
                 filled[row, dropped] = kept[(x[dropped] @ x[kept].mT).argmax(1)]
         return filled
 
     def _ahead(self, index: int, hidden: Tensor, row: int, of_image: Tensor, running: Tensor) -> Ahead:
-        tokens = self._base.map
-        kept = int(tokens.kept[row])
-        there = tokens.group[row] >= 0 if self._present is None else self._present[row] & (tokens.group[row] >= 0)
+        tokens, present = self._base, self._prompt.present
+        kept, there = int(tokens.kept[row]), tokens.group[row] >= 0
+        there = there if present is None else present[row] & there
         last = int(tokens.group[row, there.nonzero()[-1, 0]])
         return Ahead(
             layer=index,
             layers=len(self._parts.decoder_layers),
             hidden=hidden[row, :kept],
-            embeds=self._embeds[row, :kept],
+            embeds=self._prompt.embeds[row, :kept],
             shown=of_image,
             running=running,
             size=tokens.size()[row, of_image],
@@ -316,14 +332,14 @@ class PrunedLayers:
 
     def _ran_in(self, layer: int) -> Segment:
         """What ran in the layer before, or what competes to run in the next one."""
-        before, history = self._segments[-1], self._histories[len(self._segments)]
+        before, history = self._segments[-1], self._stages[len(self._segments)].history
         if layer != max(self._forwards):
             return before
         competes = self._segments[0] if self._pruning is not None and self._pruning.comes_back else before
         if not history.length:
             return competes
         history = history.copy()  # the layer's cache holds others of the tokens before than that of the layer before
-        form = self._forms[self._segments.index(competes)]
+        form = self._stages[self._segments.index(competes)].form
         angles, steps = self._plan(competes.new, history, False, form)
         return Segment(competes.new, competes.rows, angles, steps, history)
 
@@ -359,9 +375,9 @@ class PrunedLayers:
 
     def _own(self, segment: Segment, row: int) -> Tensor:
         """int64 [M], where each merged token stands among those of a segment; -1: nowhere."""
-        width = self._base.map.width
+        width = self._base.width
         if segment.rows is None:
-            return torch.arange(width, device=self._base.map.group.device)
+            return torch.arange(width, device=self._base.group.device)
         there = segment.there[row]
         own = segment.rows.new_full((width,), -1)
         own[segment.rows[row, there]] = torch.arange(len(there), device=own.device)[there]
