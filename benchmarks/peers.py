@@ -16,6 +16,8 @@ FOLDER = ROOT / "training" / "results"
 FORMS = ("none", "original", "compact", "exact")
 REFERENCE = "dtome"
 """What the others are told from."""
+BESIDE = (REFERENCE, "mm-tok", "random", "downscale")
+"""What methods within the language model stand beside."""
 
 
 class Compared:
@@ -46,24 +48,29 @@ class Compared:
         """That of a row less that of another, on each question."""
         return share(self.of(row, field) - self.of(other, field), (-1, 1) if field == "scores" else (-np.inf, np.inf))
 
-    def methods(self) -> list[dict[str, Row]]:
-        """For each method, in order, its row of each form; those of single tokens equal `exact` in most."""
+    def methods(self, within: bool = False) -> list[dict[str, Row]]:
+        """For each method, in order, its row of each form; those of single tokens equal `exact` in most.
+
+        Args:
+            within: those within the language model, and some to tell them from; else all others.
+        """
         found = dict[tuple[str, str], dict[str, Row]]()
         for row in self.results.header.rows:
-            if row != UNTOUCHED:
+            group = METHODS[row.method].group
+            if group and (group == "L" or row.method in BESIDE if within else group != "L"):
                 found.setdefault((row.method, row.options), {})[row.unmerge] = row
         return list(found.values())
 
-    def made_by(self) -> str:
+    def made_by(self, asked: str = "") -> str:
         """Where the numbers come from."""
-        asked = f"{int(self._asked.sum())} questions"
+        asked = asked or f"{int(self._asked.sum())} questions"
         return f"\n\n<sub>`{self.path.relative_to(ROOT)}`, {asked}: {provenance(self.results)}</sub>"
 
 
-def _forms(name: str) -> str:
+def _forms(name: str, within: bool = False) -> str:
     """Right answers in every form, what exact unmerging adds, and how far that is from the untouched model."""
     compared = Compared(name)
-    rows = compared.methods()
+    rows = compared.methods(within)
     reference = next(forms["exact"] for forms in rows if forms["exact"].method == REFERENCE)
     lines = []
     for forms in sorted(rows, key=lambda forms: compared.of(_most(forms), "kl").mean()):
@@ -115,6 +122,37 @@ def _percent(part: Share) -> str:
     return f"{100 * part.mean:.0f} [{100 * part.low:.0f}, {100 * part.high:.0f}]"
 
 
+def _times(name: str) -> str:
+    """Times of a prompt by itself, in parts of the untouched model's, of the same prompts."""
+    compared = Compared(name)
+    costs = compared.results.costs
+    prompts = sorted(set.intersection(*(set(costs[row.key]) for row in compared.results.header.rows)))
+
+    def part(row: Row, field: str) -> float:
+        return float(
+            np.median([getattr(costs[row.key][prompt], field) for prompt in prompts])
+            / np.median([getattr(costs[UNTOUCHED.key][prompt], field) for prompt in prompts])
+        )
+
+    lines = []
+    for forms in [*compared.methods(), *(rows for rows in compared.methods(within=True) if _group(rows) == "L")]:
+        encoder = float(np.median([part(row, "encoder_ms") for row in forms.values()]))
+        prefill = [f"{part(forms[way], 'prefill_ms'):.2f}" if way in forms else "" for way in FORMS]
+        lines.append([series(msgspec.structs.replace(forms["none"], unmerge="none")), f"{encoder:.2f}", *prefill])
+    lines.sort(key=lambda line: float(line[1]))
+    header = ["parts of the untouched model's", "encoder, choosing within", *(f"prefill, {way}" for way in FORMS)]
+    return markdown(header, lines) + compared.made_by(f"{len(prompts)} prompts by themselves")
+
+
+def _group(forms: dict[str, Row]) -> str:
+    return METHODS[next(iter(forms.values())).method].group
+
+
+def peers_50() -> str:
+    """Of a mean of 50 %."""
+    return _forms("peers-50")
+
+
 def peers_30() -> str:
     """Of a mean of 30 %."""
     return _forms("peers-30")
@@ -125,9 +163,34 @@ def peers_15() -> str:
     return _forms("peers-15")
 
 
+def peers_8() -> str:
+    """Of a mean of 8 %."""
+    return _forms("peers-8")
+
+
+def layers_50() -> str:
+    """Of a mean over layers of 50 %."""
+    return _forms("peers-50", within=True)
+
+
+def layers_30() -> str:
+    """Of a mean over layers of 30 %."""
+    return _forms("peers-30", within=True)
+
+
+def places_30() -> str:
+    """Of a mean of 30 %."""
+    return _where("peers-30")
+
+
 def places_15() -> str:
     """Of a mean of 15 %."""
     return _where("peers-15")
+
+
+def peers_times() -> str:
+    """Of a mean of 30 %."""
+    return _times("peers-times")
 
 
 def selection() -> str:
@@ -137,4 +200,6 @@ def selection() -> str:
     return markdown(["", "milliseconds"], [[row["label"], f"{row['ms']:.1f}"] for row in rows]) + made_by(result)
 
 
-FUNCTIONS = (peers_30, peers_15, places_15, selection)
+FUNCTIONS = (
+    peers_50, peers_30, peers_15, peers_8, layers_50, layers_30, places_30, places_15, peers_times, selection,
+)  # fmt: skip

@@ -24,8 +24,8 @@ def ward(distance: Tensor, clusters: int) -> tuple[Tensor, list[float]]:
     Returns:
         int64 [N], for each token the first of its cluster; and the heights at which they were joined.
     """
-    squares = distance.square().fill_diagonal_(torch.inf)
-    size, label = squares.new_ones(len(squares)), torch.arange(len(squares), device=squares.device)
+    squares = distance.cpu().square().fill_diagonal_(torch.inf)  # a GPU would be waited for at each step
+    size, label = squares.new_ones(len(squares)), torch.arange(len(squares))
     least, nearest = squares.min(1)
     heights = list[float]()
     for _ in range(len(squares) - clusters):
@@ -43,7 +43,7 @@ def ward(distance: Tensor, clusters: int) -> tuple[Tensor, list[float]]:
         stale = (nearest == first) | (nearest == second)
         stale[first] = True
         least[stale], nearest[stale] = squares[stale].min(1)
-    return label, heights
+    return label.to(distance.device), heights
 
 
 @dataclass(frozen=True)

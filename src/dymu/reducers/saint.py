@@ -16,12 +16,13 @@ from dymu.reducers.reducer import Tokens
 def least_alike(cosine: Tensor, keep: int) -> Tensor:
     """int64 [keep], those of N tokens that are left when again and again the one of the largest sum of cosines [N, N]
     to those that are left has gone; of equal ones the first."""
+    device, cosine = cosine.device, cosine.cpu()  # a GPU would be waited for at each step
     total = cosine.sum(1)
     for _ in range(len(cosine) - keep):
         gone = int(total.argmax())
         total = total - cosine[gone]
         total[gone] = -torch.inf
-    return total.isfinite().nonzero()[:, 0]
+    return total.isfinite().nonzero()[:, 0].to(device)
 
 
 @dataclass(frozen=True)
