@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from dymu.families.resolve import resolve
 from dymu.handle import remembering
 from dymu.merging import EncoderLayer
 from dymu.prompting import inputs_for, items_by_prompt, video_inputs_for
+from dymu.pruning import SparseVLM
 from dymu.reducers import (
     SAINT,
     Anchors,
@@ -34,6 +37,7 @@ from dymu.reducers import (
     MMTok,
     PixelPrune,
     PruMerge,
+    RandomKeep,
     Reducer,
     SkipVision,
     TextAwareMerge,
@@ -396,3 +400,38 @@ def test_numbers_that_cannot_be_kept(kind):
         dymu.apply(model, merge=VScan(0.3, early=40))
     with dymu.apply(model, merge=VisionZip(40, 10)), pytest.raises(BadBudget, match="take fewer"):
         model(**asked)
+
+
+ODD: list[Callable[[], Any]] = [
+    lambda: ApET(4, basis=math.nan), lambda: ApET(4, basis=True), lambda: ApET(4, basis="3"),
+    lambda: DensityPeaks(least=2.5), lambda: DensityPeaks(neighbours=None), lambda: DensityPeaks(threshold=10**400),
+    lambda: HoloV(4, stretches=math.inf), lambda: VScan(4, side="6"), lambda: VScan(4, early=2.5),
+    lambda: VisPruner(4, important=None), lambda: VisPruner(4, important=1.5), lambda: PruMerge(plus="no"),
+    lambda: PruMerge(outliers=math.nan), lambda: HierarchicalPool(4, unit=1), lambda: RandomKeep(4, seed="1"),
+    lambda: FixedMerge(4, layers="3"), lambda: FixedMerge(4, layers=2.5), lambda: FixedMerge(4, schedule=None),
+    lambda: DivPrune(4, fill="neerest"), lambda: DivPrune(10**400), lambda: DivPrune(math.nan), lambda: DivPrune(0),
+    lambda: TextAwareMerge(4, layers=(1,), text=3, project=len),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", ODD, ids=range(len(ODD)))
+def test_arguments_that_are_none_are_named(make: Callable[[], Any]) -> None:
+    with pytest.raises((ValueError, BadBudget)) as error:
+        make()
+    assert re.fullmatch(r"[^\n]{20,200}", str(error.value))
+
+
+@pytest.mark.parametrize("rule", [CDPruner(4), MMTok(4), DARTEmbeddings(4)], ids=str)
+def test_a_prompt_without_words_is_refused_where_they_are_read(rule: Any) -> None:
+    model = tiny.llava()
+    ids = tiny.prompt(model, 3, "image")
+    image = ids[ids == model.config.image_token_id][None]
+    with dymu.apply(model, merge=rule), pytest.raises(BadPrompt, match="no word beside its image"):
+        model(input_ids=image, pixel_values=tiny.pictures(1))
+
+
+def test_a_prompt_that_ends_with_its_image_has_no_raters() -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, tiny.prompt(model, 5, "image"), tiny.pictures(1))
+    with dymu.apply(model, prune=SparseVLM((0.3,), (0,))), pytest.raises(BadPrompt, match="behind the image"):
+        model(**inputs)

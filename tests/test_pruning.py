@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dymu
 import tiny
-from dymu.errors import BadBudget, UnsupportedCache, UnsupportedModel
+from dymu.errors import BadBudget, BadPrompt, UnsupportedCache, UnsupportedModel
 from dymu.pruning import DART, FastV, Joined, LayerSkip, Pruning, PyramidDrop, Reroute, SkipFFN, SparseVLM
 from dymu.pruning.pruning import Ahead
 from dymu.pruning.sparse_vlm import HEADS, raters_of
@@ -364,9 +364,10 @@ def test_what_a_rule_reads_is_what_the_stock_model_has(model: Any) -> None:
             tiny.close(weights[:, 1], expected[:, int(ahead.shown[3])])
         tiny.close(ahead.hidden, stock.hidden_states[3][row, at])
         tiny.close(ahead.embeds, stock.hidden_states[0][row, at])
-        stored = stock.past_key_values.layers[2].keys[row]
-        if stored.shape[1] == there.shape[1]:  # a layer with a window has forgotten some
-            tiny.close(keys.transpose(0, 1), stored[:, at])
+        ids = inputs["input_ids"][row, at]
+        alone = model(**tiny.inputs(model, ids, tiny.pictures(2)[row : row + 1])).past_key_values.layers[2].keys[0]
+        if alone.shape[1] == len(at):  # a layer with a window has forgotten some
+            tiny.close(keys.transpose(0, 1), alone)
         tiny.close(alike.sum(1), torch.ones(2))
         assert not alike[1, int(ahead.shown[3]) + 1 :].any()
         assert torch.equal(at[ahead.shown], images_of(model, inputs)[row].nonzero()[:, 0])
@@ -430,6 +431,70 @@ def test_gradients_reach_what_is_joined() -> None:
     reached = gradient[0, at].abs().sum(-1) > 0
     assert reached.nonzero()[:, 0].tolist() == [0, 2, 3, 4]
     tiny.close(gradient[0, at[2]], gradient[0, at[4]])
+
+
+@pytest.mark.parametrize("pruning", [*SOME_RUN[:9], SkipFFN(0.4, forget=False)], ids=repr)
+@torch.no_grad()
+def test_what_is_tried_for_an_answer_is_no_part_of_the_prompt(pruning: Pruning) -> None:
+    """With a draft model, candidates from the prompt, and no cache, as in plain greedy decoding."""
+    model, draft = deeper("llava"), tiny.build("llava").eval()
+    words = tiny.prompt(model, 3, "image", 7, seed=4)
+    inputs = tiny.inputs(model, torch.cat((words, words[-4:])), tiny.pictures(1))
+    hows: list[dict[str, Any]] = [{"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}]
+    with dymu.apply(model, prune=pruning) as handle:
+        said, logits, _ = generated(model, inputs)
+        ran = handle.last.ran
+        for how in hows:
+            again, others, _ = generated(model, inputs, **how)
+            assert torch.equal(again, said), how
+            assert handle.last.ran == ran
+            tiny.close(others, logits, 1e-4)
+
+
+def test_answers_come_behind_what_forgets() -> None:
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 7, seed=4), tiny.pictures(1))
+    with dymu.apply(model, prune=SkipFFN(0.4)), pytest.raises(BadPrompt, match="forget=False"):
+        generated(model, inputs, use_cache=False)
+
+
+@torch.no_grad()
+def test_padding_changes_no_choice() -> None:
+    """Without positions, too, which the stock model then counts from the padding on."""
+    model = deeper("llava")
+    ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (2, 15)]
+    for pruning in SOME_RUN:
+        with dymu.apply(model, prune=pruning):
+            logits = model(**tiny.inputs(model, ids, tiny.pictures(2))).logits
+            for row, prompt in enumerate(ids):
+                alone = model(**tiny.inputs(model, prompt, tiny.pictures(2)[row : row + 1])).logits
+                tiny.close(logits[row, -1], alone[0, -1], 1e-4)
+
+
+WRONG: list[tuple[Any, type[Exception], str]] = [
+    (torch.tensor([-1]), ValueError, "must answer int64"), (torch.tensor([9999]), ValueError, "must answer int64"),
+    (torch.tensor([1.0]), ValueError, "must answer int64"), ([1, 2], ValueError, "must answer int64"),
+    (torch.ones(49, dtype=torch.bool), ValueError, "must answer int64"), (torch.tensor([1, 1]), ValueError, "twice"),
+    (torch.tensor([], dtype=torch.long), BadBudget, "leaves no image token"),
+    (Joined(torch.tensor([0]), torch.tensor([0])), ValueError, "must answer int64"),
+    (Joined(torch.tensor([0]), torch.full((49,), 5)), ValueError, "does not run"),
+    (Joined(torch.tensor([0, 1]), torch.arange(49).sub(1).clamp(min=0)), ValueError, "does not run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "error", "sentence"), WRONG, ids=range(len(WRONG)))
+@torch.no_grad()
+def test_what_a_rule_may_not_answer(answer: Any, error: type[Exception], sentence: str) -> None:
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+    with dymu.apply(model, prune=Chooses(2, lambda ahead: answer)), pytest.raises(error, match=sentence):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("at", [0, 6, 99, -1, 2.5, "2"])
+def test_stages_that_there_are_not(at: Any) -> None:
+    with pytest.raises(ValueError, match="image tokens can be dropped ahead of layers 1 to 5"):
+        dymu.apply(deeper("llava"), prune=Chooses(at, lambda ahead: None))
 
 
 def toy(**more: Any) -> Ahead:
@@ -547,6 +612,12 @@ BAD = [
     (lambda: FastV(float("nan")), BadBudget), (lambda: PyramidDrop((0.3, 0.5)), ValueError),
     (lambda: PyramidDrop((0.5,), (1, 2)), ValueError), (lambda: PyramidDrop(()), ValueError),
     (lambda: SparseVLM((0.5,)), ValueError), (lambda: DART(pivots=0), ValueError),
+    (lambda: FastV(fill="neerest"), ValueError), (lambda: FastV(fill="runs"), ValueError),
+    (lambda: FastV(layer=2.5), ValueError), (lambda: LayerSkip(seed="1"), ValueError),
+    (lambda: SparseVLM(recycle="no"), ValueError), (lambda: SkipFFN(forget=0), ValueError),
+    (lambda: SkipFFN(fill="nearest"), ValueError), (lambda: PyramidDrop(None), BadBudget),
+    (lambda: PyramidDrop((0.5,), (2.5,)), ValueError), (lambda: PyramidDrop((0.5,), None), ValueError),
+    (lambda: FastV(10**400), BadBudget), (lambda: DART(pivots=True), ValueError),
     (lambda: LayerSkip(score="best"), ValueError), (lambda: LayerSkip(pattern="some"), ValueError),
 ]  # fmt: skip
 

@@ -71,7 +71,7 @@ def shares(schedule: Schedule | float, layers: int) -> list[float]:
     named = {"constant": [1] * layers, "linear": list(reversed(rising)), "reverse_linear": list(rising)}
     if isinstance(schedule, str) and schedule in named:
         return [float(share) for share in named[schedule]]
-    if isinstance(schedule, str | bool) or not -1 <= schedule <= 1:
+    if isinstance(schedule, bool) or not isinstance(schedule, int | float) or not -1 <= schedule <= 1:
         raise ValueError(
             f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}, or an inflection from -1 to 1"
         )

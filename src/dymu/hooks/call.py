@@ -239,7 +239,8 @@ class CallState(threading.local):
         prompts: of the running forward, if it shows anything.
         asked: the prompts that pictures are encoded for, within a forward or ahead of one.
         collecting: whether items that are encoded add to the report, instead of beginning a new one.
-        generating: whether `generate` runs, whose forwards share one report.
+        generating: whether `generate` runs, whose forwards share one report, and
+        prompted: how many tokens its prompts have, those in the cache among them; None: that is not known.
         inside: whether the module that holds both halves runs.
         mask: the padding mask [B, N] that the running forward was given, and
         types: the kinds of its tokens, int64 [B, N], where they say which tokens attend to later ones.
@@ -274,6 +275,7 @@ class CallState(threading.local):
         self.asked: Prompts | None = None
         self.collecting = self.generating = self.knows_ids = self.unmerging = self.inside = False
         self.chunked: tuple[int, Tensor] | None = None
+        self.prompted: int | None = None
         self.encoding: Any = None
         self.mapped: Mapped | None = None
         self.turns: dict[str, tuple[Tensor, Tensor]] = {}

@@ -45,15 +45,15 @@ class GenerationHooks:
     def generate(self, generate: Method, *args: Any, **kwargs: Any) -> Any:
         """One report for all forwards of `generate`."""
         state = self._state
-        nested = state.generating
+        nested, before = state.generating, state.prompted
         try:
             if not nested:
                 state.begin_report(cache=cache_among(kwargs))
                 recall(self.parts.inner, cache_among(kwargs))
-            state.generating = True
+            state.generating, state.prompted = True, _prompted(args, kwargs)
             return generate(*args, **kwargs)
         finally:
-            state.generating = nested
+            state.generating, state.prompted = nested, before
 
     def encode(
         self, encode: Method, inputs_tensor: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -123,6 +123,17 @@ class GenerationHooks:
             return prefill(*args, **kwargs)
         finally:
             self._state.chunked = None
+
+
+def _prompted(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
+    """How many tokens the prompts of a call of `generate` have, those in the cache among them."""
+    given = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    prompts = next((each for each in given if isinstance(each, Tensor) and each.ndim > 1), None)
+    if prompts is None:
+        return None
+    mask, past = kwargs.get("attention_mask"), length(cache_among(kwargs))
+    whole = not past or mask is None or mask.shape[1] == prompts.shape[1]
+    return prompts.shape[1] if whole else past + prompts.shape[1]
 
 
 def _new_ids(ids: Tensor, inputs: dict[str, Any]) -> Tensor:

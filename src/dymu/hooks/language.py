@@ -31,6 +31,7 @@ from dymu.hooks.refusals import (
 from dymu.hooks.replaced import Method
 from dymu.hooks.versions import cache_among, cache_argument, cuts_logits, pop_cache
 from dymu.pruning import Pruning
+from dymu.pruning.pruning import check_stages
 from dymu.token_map import TokenMap, take
 from dymu.unmerging import History, NewTokens, Packed, Step, plan_step
 from dymu.unmerging.virtual import as_phase, turn_between
@@ -106,7 +107,8 @@ class LanguageHooks:
     def _starts(self, parts: Parts) -> tuple[int, ...]:
         """The layers from which on they do."""
         layers = len(parts.decoder_layers)
-        starts = set() if self._how.prune is None else set(self._how.prune.starts(layers))
+        prune = self._how.prune
+        starts = set() if prune is None else set(check_stages(prune, prune.starts(layers), layers))
         return tuple(sorted((starts | {self._how.unmerge_from}) - {0, layers}))
 
     def _form(self, layer: int) -> Unmerge:
@@ -237,7 +239,8 @@ class LanguageHooks:
             state.mapped = Mapped(new.map, new.plain, present)
             state.wanted = state.pruned = packed = None
             if self.by_layer:
-                prompt = Prompt(new, self._shown(tokens), present, positions, embeds)
+                read = tokens if state.prompted is None else min(state.prompted - history.length, tokens)
+                prompt = Prompt(new, self._shown(tokens), present, positions, embeds, read if read > 0 else tokens)
                 state.pruned = self._pruned(plan, histories, prompt, cache)
                 begins = state.pruned.begin()
                 state.turns, steps = begins.angles, begins.steps

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dymu.choices import Unmerge
-from dymu.errors import UnsupportedModel
+from dymu.errors import BadPrompt, UnsupportedModel
 from dymu.families.resolve import Parts
 from dymu.hooks.attention import Angles, LayerSteps, Rotations
 from dymu.hooks.replaced import Method
 from dymu.hooks.versions import pop_cache
 from dymu.pruning import Ahead, Joined, Pruning
+from dymu.pruning.pruning import check_chosen
 from dymu.token_map import TokenMap, leaders_of, take
 from dymu.unmerging import History, NewTokens
 from dymu.unmerging.rows import attention_rows
-from dymu.unmerging.virtual import as_phase
+from dymu.unmerging.virtual import as_pairs, as_phase, interleaved, turn_between, usual_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Prompt:
         present: bool [B, N], the tokens that there are; None: all.
         positions: of the tokens, see `NewTokens.of`.
         embeds: [B, M, C], of the merged tokens.
+        read: how many of the tokens are the prompt; those behind them are an answer, or tried for one.
     """
 
     new: NewTokens
@@ -43,6 +45,7 @@ class Prompt:
     present: Tensor | None
     positions: Tensor
     embeds: Tensor
+    read: int
 
 
 class Stage(NamedTuple):
@@ -133,6 +136,11 @@ class PrunedLayers:
         self._parts, self._pruning, self._stages, self._plan = parts, pruning, stages, plan
         self._prompt, self._base, self._cache = prompt, prompt.new.map, cache
         self._rotations, self._representatives = rotations, representatives
+        if pruning is not None and pruning.forgets and prompt.read < prompt.new.map.tokens:
+            raise BadPrompt(
+                f"{type(pruning).__name__} forgets tokens when the prompt has been read, and here tokens of an answer "
+                "come along with it: leave use_cache=False and assistants out, or take forget=False."
+            )
         self._chooses = frozenset(() if pruning is None else pruning.starts(len(parts.decoder_layers)))
         shown = prompt.shown
         self._shown = None if shown is None or not bool(shown.any()) else self._base.any(shown)
@@ -268,6 +276,7 @@ class PrunedLayers:
             chosen = self._pruning.choose(self._ahead(index, hidden, row, of_image, competes[row, of_image]))
             if chosen is None:
                 continue
+            check_chosen(self._pruning, chosen, len(of_image))
             if isinstance(chosen, Joined):
                 self._join(row, of_image, chosen.into)
                 chosen = chosen.rows
@@ -313,7 +322,7 @@ class PrunedLayers:
     def _ahead(self, index: int, hidden: Tensor, row: int, of_image: Tensor, running: Tensor) -> Ahead:
         tokens, present = self._base, self._prompt.present
         kept, there = int(tokens.kept[row]), tokens.group[row] >= 0
-        there = there if present is None else present[row] & there
+        there = (there if present is None else present[row] & there)[: self._prompt.read]
         last = int(tokens.group[row, there.nonzero()[-1, 0]])
         return Ahead(
             layer=index,
@@ -395,9 +404,16 @@ class PrunedLayers:
         return (logits * handed.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
 
     def _keys(self, layer: int, row: int) -> Tensor:
-        """[M, Hkv, D], see `Ahead.keys`."""
+        """[M, Hkv, D], see `Ahead.keys`; turned as if the prompt's first token stood at position 0, whatever padding is
+        ahead of it."""
         handed, segment = self._handed(layer)
         keys = handed.key[row, :, -segment.new.map.width :].transpose(0, 1)
+        rotation = self._rotations.by_module[id(handed.module)]
+        first = as_phase(*self._rotations.joined(self._segments[0].angles))[row, 0]
+        first = first[rotation.start : rotation.start + rotation.pairs]
+        pairs = as_pairs(keys, rotation.channels)
+        pairs[..., : rotation.pairs] *= turn_between(first, torch.ones_like(first))
+        keys = usual_order(interleaved(pairs, keys.dtype), rotation.channels)
         own = self._own(segment, row)
         return keys[own.clamp(min=0)].masked_fill((own < 0)[:, None, None], 0)
 

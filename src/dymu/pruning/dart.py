@@ -33,7 +33,7 @@ class DART(AtLayer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.pivots, bool) or not isinstance(self.pivots, int) or self.pivots < 1:
+        if self.pivots < 1:
             raise ValueError(f"DART needs at least one pivot, not {self.pivots!r}")
 
     def choose(self, ahead: Ahead) -> Tensor:

@@ -40,6 +40,7 @@ class LayerSkip(Pruning):
     comes_back: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_part("keep", self.keep)
         for name, known in (("pattern", get_args(Pattern)), ("score", get_args(Score))):
             if getattr(self, name) not in known:

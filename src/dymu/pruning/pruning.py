@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from dymu.checks import check_fields, whole_numbers
 from dymu.choices import Fill
 from dymu.errors import BadBudget
 
@@ -27,7 +28,7 @@ class Ahead:
         shown: int64 [V], the rows that are of images and videos.
         running: bool [V], those of them that ran in the layer before.
         size: float32 [V], how many tokens of the full prompt each of them stands for.
-        last: the row of the last token.
+        last: the row of the prompt's last token; behind it may stand tokens of an answer that is tried.
         attend: float [H, R, M], the attention of some rows int64 [R] in a layer: this one, as it would run, or the one
             before. What did not run there gets 0.
         alike: float [R, M], attention likewise if all queries and keys were the same ahead of rotation.
@@ -50,8 +51,8 @@ class Ahead:
 
     @property
     def texts(self) -> Tensor:
-        """int64, the rows behind the last image or video."""
-        return torch.arange(int(self.shown.max()) + 1, len(self.hidden), device=self.hidden.device)
+        """int64, the rows of the prompt behind its last image or video."""
+        return torch.arange(int(self.shown.max()) + 1, self.last + 1, device=self.hidden.device)
 
     def received(self, layer: int, rows: Tensor) -> Tensor:
         """float [V], the attention that image tokens get from some rows, the mean over these and over heads."""
@@ -95,6 +96,14 @@ class Pruning(ABC):
     fill: Fill = field(default="none", kw_only=True)
     comes_back: ClassVar[bool] = False
     attends: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.fill == "runs" or (self.fill != "none" and self.attends):
+            raise ValueError(
+                f"{type(self).__name__} cannot have fill={self.fill!r}: within the language model the nearest token "
+                "stands for one that is gone, or nothing does; for tokens that attend, nothing."
+            )
 
     @property
     def forgets(self) -> bool:
@@ -166,13 +175,14 @@ class AtLayer(Pruning):
 
     Raises:
         BadBudget: `keep` is no fraction.
-        ValueError: in use, the language model has no such layer.
+        ValueError: `layer` is no whole number, or in use, the language model has no such layer.
     """
 
     keep: float
     layer: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_part("keep", self.keep)
 
     def starts(self, layers: int) -> tuple[int, ...]:
@@ -204,11 +214,13 @@ class InStages(Pruning):
     layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rates", "layers"):
-            given: Any = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, int | float) else tuple(given))
-        for rate in self.rates:
+        super().__post_init__()
+        given: Any = self.rates
+        rates = given if isinstance(given, list | tuple) else (given,)
+        for rate in rates:
             check_part("rates", rate)
+        object.__setattr__(self, "rates", tuple(map(float, rates)))
+        object.__setattr__(self, "layers", whole_numbers(self, "layers"))
         if not self.rates or (self.layers and len(self.layers) != len(self.rates)):
             raise ValueError(
                 f"{type(self).__name__} has {len(self.rates)} rates and {len(self.layers)} layers; give one of each "
@@ -226,6 +238,32 @@ class InStages(Pruning):
     def keep_of(self, ahead: Ahead) -> int:
         """How many of the image tokens run from this layer on."""
         return part_of(self.rates[self.starts(ahead.layers).index(ahead.layer)], len(ahead.shown))
+
+
+def check_chosen(pruning: Pruning, chosen: Any, tokens: int) -> None:
+    """Refuse what `choose` may not answer about so many image tokens.
+
+    Raises:
+        ValueError: it is none of these tokens, or one twice; or tokens are joined to one that does not run.
+        BadBudget: it is nothing.
+    """
+    name = f"{type(pruning).__name__}.choose"
+    rows, into = (chosen.rows, chosen.into) if isinstance(chosen, Joined) else (chosen, None)
+    for answer, shape, least in ((rows, None, 0), (into, tokens, -1)):
+        if answer is None:
+            continue
+        fits = isinstance(answer, Tensor) and answer.dtype == torch.int64 and answer.ndim == 1
+        fits = fits and (shape is None or len(answer) == shape) and bool(((answer >= least) & (answer < tokens)).all())
+        if not fits:
+            raise ValueError(f"{name} must answer int64 indices of {tokens} image tokens, and answered {answer!r}.")
+    if not len(rows):
+        raise BadBudget(f"{name} leaves no image token; let at least one run.")
+    if len(rows.unique()) < len(rows):
+        raise ValueError(f"{name} names an image token twice: {rows.tolist()}.")
+    if into is not None:
+        centres = into[into >= 0].unique()
+        if not bool(torch.isin(centres, rows).all()) or not torch.equal(into[centres], centres):
+            raise ValueError(f"{name} joins tokens to one that does not run, or that is joined to another itself.")
 
 
 def check_stages(pruning: Pruning, starts: Sequence[int], layers: int) -> tuple[int, ...]:
@@ -250,7 +288,8 @@ def check_stages(pruning: Pruning, starts: Sequence[int], layers: int) -> tuple[
 
 def check_part(name: str, part: Any, zero: bool = False) -> None:
     """Raises: BadBudget, unless it is a fraction above 0 (or from 0 on) up to 1."""
-    if isinstance(part, bool) or not isinstance(part, int | float) or not math.isfinite(part) or part > 1 or part < 0:
+    number: Any = -1 if type(part) is bool or not isinstance(part, Real) else part
+    if not 0 <= number <= 1:
         raise BadBudget(f"{name}={part!r} is no fraction of the image tokens; give one from 0 to 1.")
     if not part and not zero:
         raise BadBudget(f"{name}=0 would keep no image token; take a fraction above 0.")

@@ -40,11 +40,10 @@ class SkipFFN(Pruning):
     attends: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_part("keep", self.keep)
         if self.score not in get_args(Score):
             raise ValueError(f"unknown score {self.score!r}; choose one of {', '.join(get_args(Score))}")
-        if self.fill != "none":
-            raise ValueError("nothing stands for tokens that skip the MLP, since they attend; leave fill out.")
 
     @property
     def forgets(self) -> bool:

@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from dymu.errors import BadPrompt
 from dymu.merging import distances, nearest_of, peaks
 from dymu.pruning.pruning import Ahead, InStages, Joined, check_stages
 
@@ -34,6 +35,7 @@ class SparseVLM(InStages):
 
     Raises:
         BadBudget: a rate is no fraction.
+        BadPrompt: in use, no word follows the image.
         ValueError: rates rise, or are not as many as layers; or in use, the language model has too few layers.
     """
 
@@ -50,6 +52,11 @@ class SparseVLM(InStages):
         return check_stages(self, [layer + 1 for layer in self.layers or usual], layers)
 
     def choose(self, ahead: Ahead) -> Tensor | Joined:
+        if not len(ahead.texts):
+            raise BadPrompt(
+                "SparseVLM asks the words behind the image which tokens they are about, and this prompt ends with it: "
+                "put the question behind the image, or take another method."
+            )
         raters = raters_of(ahead.embeds[ahead.shown], ahead.embeds[ahead.texts])
         rows = ahead.texts[raters]
         weights = ahead.attend(ahead.layer - 1, rows)[..., ahead.shown]

@@ -45,7 +45,7 @@ class ApET(FixedKeep):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.basis < 1:
-            raise ValueError(f"basis={self.basis!r}: at least one token approximates the others")
+            raise ValueError(f"basis={self.basis!r}: at least one token approximates the others.")
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         return hardest(tokens.unit(row), keep, self.basis)

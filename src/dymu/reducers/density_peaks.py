@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dymu.checks import check_fields
 from dymu.merging import distances, nearest_of, peaks
 from dymu.reducers.faster_vlm import largest
 from dymu.reducers.keep import check_finite, check_keep, check_of_items, kept_of, kept_of_rows
@@ -40,6 +41,7 @@ class DensityPeaks(Reducer):
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self)
+        check_fields(self)
         check_finite(self, "threshold")
         if self.least < 1 or self.neighbours < 1:
             raise ValueError(f"{self} needs at least one token left and one neighbour")

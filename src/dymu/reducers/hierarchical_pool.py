@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dymu.checks import check_fields
 from dymu.reducers.keep import check_keep, check_of_items, kept_of, kept_of_rows
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, leaders_of
@@ -64,6 +65,7 @@ class HierarchicalPool(Reducer):
 
     def __post_init__(self) -> None:
         check_keep(self)
+        check_fields(self)
 
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         if tokens is not None:

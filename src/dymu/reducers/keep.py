@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dymu.checks import check_fields
 from dymu.choices import Fill
 from dymu.errors import BadBudget
 from dymu.reducers.fill import fill_alike, fill_runs
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.thresholds import number
+
+MANY = 2**53
+"""More tokens than any image has."""
 
 
 def check_keep(reducer: Any, name: str = "keep") -> None:
@@ -25,24 +30,26 @@ def check_keep(reducer: Any, name: str = "keep") -> None:
         BadBudget: it is no number, or nothing would be kept.
     """
     keep = number(getattr(reducer, name), f"`{name}` is a number of tokens or a fraction of them")
-    if not (keep > 0 and math.isfinite(keep)):
-        raise BadBudget(f"cannot keep {keep:g} tokens of an image; keep at least 1.")
+    if not 0 < keep < MANY:
+        raise BadBudget(f"cannot keep {keep!r:.30} tokens of an image; keep at least 1.")
     if isinstance(keep, float) and keep > 1 and not keep.is_integer():
         raise BadBudget(f"{name}={keep:g} is neither a whole number of tokens nor a fraction of all.")
     object.__setattr__(reducer, name, keep)  # reducers are frozen
 
 
-def check_finite(reducer: Any, name: str, least: float = -math.inf) -> None:
-    """Refuse a field of a reducer that is no number from `least` on.
+def check_finite(reducer: Any, name: str, least: float = -math.inf, most: float = math.inf) -> None:
+    """Refuse a field of a reducer that is no number from `least` to `most`.
 
     Raises:
         ValueError: it is not.
     """
     value = getattr(reducer, name)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value >= least):
-        at_least = "" if math.isinf(least) else f" from {least:g} on"
-        raise ValueError(f"{type(reducer).__name__} takes a number{at_least} for {name}, not {value!r}.")
+    if not (is_number and abs(value) <= sys.float_info.max and least <= value <= most):
+        bounds = (
+            "" if math.isinf(least) else f" from {least:g} on" if math.isinf(most) else f" from {least:g} to {most:g}"
+        )
+        raise ValueError(f"{type(reducer).__name__} takes a number{bounds} for {name}, not {value!r}.")
 
 
 def check_of_images(shown: Shown, images: Collection[int] | None, keep: int | float, exactly: bool = False) -> None:
@@ -164,8 +171,7 @@ class FixedKeep(Reducer, ABC):
 
     def __post_init__(self) -> None:
         check_keep(self)
-        if self.fill not in get_args(Fill):
-            raise ValueError(f"unknown fill {self.fill!r}; choose {' or '.join(get_args(Fill))}")
+        check_fields(self)
 
     def check_fits(self, layers: int, tokens: int | None = None) -> None:
         if tokens is not None:

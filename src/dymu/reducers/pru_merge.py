@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dymu.checks import check_fields
 from dymu.reducers.faster_vlm import largest
 from dymu.reducers.keep import check_finite
 from dymu.reducers.reducer import Reduced, Reducer, Tokens
@@ -50,6 +51,7 @@ class PruMerge(Reducer):
     outliers: float = 1.5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_finite(self, "outliers")
 
     def reads(self, layers: int) -> tuple[None]:

@@ -275,7 +275,16 @@ class Tokens:
 
     @property
     def words(self) -> Sequence[Tensor]:
-        """For each row the embeddings [words, C] of `text`."""
+        """For each row the embeddings [words, C] of `text`.
+
+        Raises:
+            BadPrompt: a prompt has no word.
+        """
+        if not all(map(len, self.text)):
+            raise BadPrompt(
+                "a reducer reads the question, and a prompt has no word beside its image: ask something, or take "
+                "another reducer."
+            )
         return [self.shown.embed(ids).nan_to_num(0, 0, 0) for ids in self.text]
 
     def indices(self, row: int) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dymu.checks import check_fields
 from dymu.reducers.keep import check_finite
 from dymu.reducers.reducer import Candidates, SomeMerge
 from dymu.reducers.tome import FixedMerge
@@ -48,7 +49,10 @@ class TextAwareMerge(FixedMerge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self)
         check_finite(self, "weight", least=0.0)
+        if not callable(self.project) or not (isinstance(self.text, Tensor) or callable(self.text)):
+            raise ValueError("TextAwareMerge takes vectors, or what gives them, for text, and a function for project.")
         if self.layers is None:
             raise ValueError("TextAwareMerge reads relevance ahead of the first layer that merges: name the `layers`.")
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dymu.checks import whole_numbers
 from dymu.choices import Schedule
 from dymu.merging import most_similar
 from dymu.reducers.keep import check_keep, check_of_images, in_tokens, is_part, kept_of
@@ -45,7 +46,7 @@ class FixedMerge(Reducer):
     def __post_init__(self) -> None:
         check_keep(self)
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            object.__setattr__(self, "layers", whole_numbers(self, "layers"))
         shares(self.schedule, 1)  # ValueError where there is no such
         if self.layers is not None and not (len(self.layers) and min(self.layers) >= 0):
             raise ValueError(f"FixedMerge cannot merge in layers {self.layers}; name some, counted from 0")

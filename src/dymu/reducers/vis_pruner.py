@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from dymu.choices import Fill
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.keep import KeepOfPictures
+from dymu.reducers.keep import KeepOfPictures, check_finite
 from dymu.reducers.reducer import Tokens
 
 ROUND = 8
@@ -57,8 +57,7 @@ class VisPruner(KeepOfPictures):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.important <= 1:
-            raise ValueError(f"important={self.important!r} is no part of the kept tokens, from 0 to 1")
+        check_finite(self, "important", 0, 1)
 
     def reads(self, layers: int) -> tuple[int | None, ...]:
         return (-1, None)

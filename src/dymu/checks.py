@@ -1,0 +1,44 @@
+"""What the arguments of methods may be, by how their classes annotate them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from numbers import Integral
+from typing import Any, get_args
+
+from dymu.choices import Fill
+
+
+def whole_numbers(owner: Any, name: str) -> tuple[int, ...]:
+    """The numbers that a field holds, as Python's own; one for several of one.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    given = getattr(owner, name)
+    several = (given,) if isinstance(given, Integral) else given
+    try:
+        numbers = tuple(several)
+    except TypeError:
+        numbers = (None,)
+    if any(isinstance(each, bool) or not isinstance(each, Integral) for each in numbers):
+        raise ValueError(f"{type(owner).__name__} takes whole numbers for {name}, such as (2, 4), not {given!r}.")
+    return tuple(map(int, numbers))
+
+
+def check_fields(owner: Any) -> None:
+    """Refuse what a dataclass was given for fields that are annotated `bool`, `int` or `Fill`, and is none.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for field in fields(owner):
+        value, wanted = getattr(owner, field.name), ""
+        if field.type == "bool" and not isinstance(value, bool):
+            wanted = "True or False"
+        elif field.type == "int" and (isinstance(value, bool) or not isinstance(value, Integral)):
+            wanted = "a whole number"
+        elif field.type == "Fill" and value not in get_args(Fill):
+            wanted = f"one of {', '.join(get_args(Fill))}"
+        if wanted:
+            raise ValueError(f"{type(owner).__name__} takes {wanted} for {field.name}, not {value!r}.")
