@@ -441,7 +441,7 @@ def test_one_token_is_not_all_of_them():
 
 @pytest.mark.parametrize("kind", [RandomKeep, Stride])
 def test_an_unknown_fill_is_refused(kind):
-    with pytest.raises(ValueError, match="unknown fill 'nearst'; choose none or nearest"):
+    with pytest.raises(ValueError, match="takes one of none, nearest, runs for fill, not 'nearst'"):
         kind(9, fill="nearst")
 
 

@@ -49,7 +49,7 @@ def check_finite(reducer: Any, name: str, least: float = -math.inf, most: float 
         bounds = (
             "" if math.isinf(least) else f" from {least:g} on" if math.isinf(most) else f" from {least:g} to {most:g}"
         )
-        raise ValueError(f"{type(reducer).__name__} takes a number{bounds} for {name}, not {value!r}.")
+        raise ValueError(f"{type(reducer).__name__} takes a number{bounds} for {name}, not {value!r:.30}.")
 
 
 def check_of_images(shown: Shown, images: Collection[int] | None, keep: int | float, exactly: bool = False) -> None:
