@@ -87,13 +87,14 @@ def _forms(name: str, within: bool = False) -> str:
                 points(compared.less("scores", most, forms["none"])) if exact else "",
                 points(compared.less("scores", most, forms["original"])) if "original" in forms else "",
                 "; ".join(filter(None, divergences)),
+                points(compared.less("scores", most, reference)) if most != reference else "",
                 _nats(compared.less("kl", most, reference)) if most != reference else "",
             ]
         )
     full = 100 * compared.of(UNTOUCHED, "scores").mean()
     header = [
         f"right, %; untouched {full:.1f}", "tokens", *FORMS, "exact less untouched", "exact less none",
-        "exact less original", f"KL: {'; '.join(FORMS)}", f"exact's KL less {METHODS[REFERENCE].label}'s",
+        "exact less original", f"KL: {'; '.join(FORMS)}", f"exact less {METHODS[REFERENCE].label}'s", "the same in KL",
     ]  # fmt: skip
     return markdown(header, lines) + compared.made_by()
 

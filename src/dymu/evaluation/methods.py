@@ -152,14 +152,14 @@ class Method:
         settings = {**dict(self.settings), "seed": seed, "fill": self.fill(way_of(row))}
         options = options_of(row.options)
         taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings.keys() - options.keys()}
-        if "keep" in options:
-            raise ValueError(f"{self.name} keeps what the budget says: leave keep={options['keep']} out.")
         pruning: Pruning = self._made(kind, taken, options, row)
         return pruning.for_mean(part, layers)
 
     def _made(self, kind: Any, taken: dict[str, Any], options: Mapping[str, Any], row: Row) -> Any:
         """A class of the method's with some arguments, and a row's own."""
-        own = [f.name for f in fields(kind) if f.name not in taken]
+        if "keep" in options:
+            raise ValueError(f"{self.name} keeps what the budget says: leave keep={options['keep']} out.")
+        own = [f.name for f in fields(kind) if f.name not in taken and f.name != "keep"]
         taken = dict(taken)
         for name, value in options.items():
             if name not in own:
