@@ -127,7 +127,7 @@ def _times(name: str) -> str:
     """Times of a prompt by itself, in parts of the untouched model's, of the same prompts."""
     compared = Compared(name)
     costs = compared.results.costs
-    prompts = sorted(set.intersection(*(set(costs[row.key]) for row in compared.results.header.rows)))
+    prompts = sorted(set.intersection(*(set(costs.get(row.key, {})) for row in compared.results.header.rows)))
 
     def part(row: Row, field: str) -> float:
         return float(

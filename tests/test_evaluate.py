@@ -147,7 +147,10 @@ def test_rows_are_every_combination_that_says_something():
     assert METHODS["random"].make(marked[2], 8, 3) == RandomKeep(8, 3, "runs")
     assert series(marked[1]) == "random keep fill=runs + VTU"
     assert series(Row("random", 8, "exact")) == "random keep in place"
-    for wrong, said in (("v-scan:sides=4", "no argument 'sides'"), ("v-scan:side=a", "does not take 'side=a'")):
+    for wrong, said in (
+        ("v-scan:sides=4", "no argument 'sides'"),
+        ("v-scan:side=a", "takes a whole number for side, not 'a'"),
+    ):
         (_, row) = rows_for([8], [wrong])
         with pytest.raises(ValueError, match=said):
             METHODS["v-scan"].make(row, 8, 0)

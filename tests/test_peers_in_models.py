@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -435,3 +436,29 @@ def test_a_prompt_that_ends_with_its_image_has_no_raters() -> None:
     inputs = tiny.inputs(model, tiny.prompt(model, 5, "image"), tiny.pictures(1))
     with dymu.apply(model, prune=SparseVLM((0.3,), (0,))), pytest.raises(BadPrompt, match="behind the image"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("rule", [CDPruner(4), MMTok(4), DARTEmbeddings(4), FasterVLM(4)], ids=str)
+def test_tokens_are_for_the_question_that_chose_them(rule: Any) -> None:
+    model, processor = tiny.llava(), tiny.full_processor("llava")
+    one, two = shown(2)
+    asked = inputs_for(model, processor, [([one], "what ?"), ([two], "why")])
+    other = inputs_for(model, processor, [([one], "who ?"), ([two], "why")])
+    mask = {"attention_mask": asked["attention_mask"]}
+    reads = not isinstance(rule, FasterVLM)
+    with dymu.apply(model, merge=rule):
+        expected = model(**asked).logits
+        ids, pixels = asked["input_ids"], asked["pixel_values"]
+        output = model.get_image_features(pixels, input_ids=ids, **mask, return_dict=True)
+        given = {"mm_encoder_outputs": {"image": output}}
+        tiny.close(model(input_ids=ids, **mask, **given).logits, expected)
+        more = torch.cat((ids, ids[:, -2:]), 1)  # what follows is no other question
+        there = torch.cat((mask["attention_mask"], torch.ones_like(ids[:, -2:])), 1)
+        model(input_ids=more, attention_mask=there, **given)
+        with pytest.raises(BadPrompt, match="another question") if reads else nullcontext():
+            model(input_ids=other["input_ids"], attention_mask=other["attention_mask"], **given)
+        for wrong in (mask["attention_mask"][:, :-1], mask["attention_mask"][:1], "x"):
+            with pytest.raises(BadPrompt, match="give one as large"):
+                model.get_image_features(pixels, input_ids=ids, attention_mask=wrong)
+        with pytest.raises(BadPrompt, match="are the ids"):
+            model.get_image_features(pixels, input_ids=[1, 2])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dymu
 import tiny
-from dymu.errors import BadBudget, BadPrompt, UnsupportedCache, UnsupportedModel
+from dymu.errors import BadBudget, BadFocus, BadPrompt, UnsupportedCache, UnsupportedModel
 from dymu.pruning import DART, FastV, Joined, LayerSkip, Pruning, PyramidDrop, Reroute, SkipFFN, SparseVLM
 from dymu.pruning.pruning import Ahead
 from dymu.pruning.sparse_vlm import HEADS, raters_of
@@ -230,7 +230,8 @@ HOW = [{}, {"unmerge": "none"}, {"unmerge": "compact"}, {"unmerge": "representat
 def test_a_prompt_gets_what_it_gets_alone(model: Any, pruning: Pruning, how: dict[str, Any]) -> None:
     ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (5, 9, 2)]
     pictures = tiny.pictures(3)
-    with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning, **how) as handle:
+    merge = None if isinstance(pruning, SparseVLM) else dymu.FixedMerge(0.6)  # which knows no merged tokens
+    with dymu.apply(model, merge=merge, prune=pruning, **how) as handle:
         _, logits, _ = generated(model, tiny.inputs(model, ids, pictures))
         ran = handle.last.ran
         for row, of_prompt in enumerate(ids):
@@ -247,11 +248,11 @@ def test_a_second_picture_in_a_later_turn_equals_the_same_in_masks(pruning: Prun
     first = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
     with dymu.apply(model, prune=pruning) as handle:
         said, _, cache = generated(model, first)
-        more = tiny.prompt(model, 2, "image", 3, seed=2)[None]
-        ids = torch.cat((first["input_ids"], said, more), 1)
-        inputs = {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs["pixel_values"] = tiny.inputs(model, more[0], tiny.pictures(1, 5))["pixel_values"]
-        _, logits, cache = generated(model, inputs, past_key_values=cache)
+        if isinstance(pruning, SparseVLM):
+            with pytest.raises(BadPrompt, match="of tokens in a KV cache"):
+                second_turn(model, first, said, cache)
+            return
+        ids, logits, cache = second_turn(model, first, said, cache)
         assert torch.isfinite(logits).all()
         ran = handle.last.ran[0]
         assert cache.get_seq_length() == ids.shape[1] + NEW - 1
@@ -259,6 +260,15 @@ def test_a_second_picture_in_a_later_turn_equals_the_same_in_masks(pruning: Prun
         words = int((ids != model.config.image_token_id).sum()) + NEW - 1
         of_first = [stored_here - words - now for stored_here, now in zip(stored, ran, strict=True)]
         assert of_first == first_ran(model, first, pruning)
+
+
+def second_turn(model: Any, first: dict[str, Any], said: Tensor, cache: Any) -> tuple[Tensor, Tensor, Any]:
+    """The ids of a conversation of two turns, and the logits and cache of the second."""
+    more = tiny.prompt(model, 2, "image", 3, seed=2)[None]
+    ids = torch.cat((first["input_ids"], said, more), 1)
+    inputs = {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["pixel_values"] = tiny.inputs(model, more[0], tiny.pictures(1, 5))["pixel_values"]
+    return ids, *generated(model, inputs, past_key_values=cache)[1:]
 
 
 def first_ran(model: Any, inputs: dict[str, Any], pruning: Pruning) -> list[int]:
@@ -449,6 +459,51 @@ def test_what_is_tried_for_an_answer_is_no_part_of_the_prompt(pruning: Pruning) 
             assert torch.equal(again, said), how
             assert handle.last.ran == ran
             tiny.close(others, logits, 1e-4)
+
+
+@pytest.mark.parametrize("pruning", [FastV(0.4, 1), PyramidDrop((0.7, 0.3)), DART(0.3, 2), SkipFFN(0.4)], ids=repr)
+@torch.no_grad()
+def test_words_ahead_may_be_in_the_cache(pruning: Pruning) -> None:
+    model = deeper("llava").double()
+    for seed in range(4):
+        inputs = tiny.inputs(model, tiny.prompt(model, 12, "image", 5, seed=seed), tiny.pictures(1, seed).double())
+        ids = inputs["input_ids"]
+        with dymu.apply(model, prune=pruning) as handle:
+            whole, ran = model(**inputs).logits[:, -1], handle.last.ran
+            cache = model(input_ids=ids[:, :9], use_cache=True).past_key_values
+            rest = {**inputs, "input_ids": ids[:, 9:], "attention_mask": torch.ones_like(ids)}
+            logits = model(**rest, past_key_values=cache).logits[:, -1]
+            assert handle.last.ran == ran
+        tiny.close(logits, whole, 1e-6)
+
+
+@torch.no_grad()
+def test_what_has_gone_for_good_stays_away() -> None:
+    """A rule that answers None later on means all that are left."""
+
+    class Twice(Chooses):
+        def starts(self, layers: int) -> tuple[int, ...]:
+            return (1, 3)
+
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+    with dymu.apply(model, prune=Twice(1, lambda ahead: torch.arange(5) if ahead.layer == 1 else None)) as handle:
+        model(**inputs)
+        assert handle.last.ran == [[49, 5, 5, 5, 5, 5]]
+
+
+def test_forms_that_pruning_does_not_have() -> None:
+    with pytest.raises(UnsupportedModel, match="leave prune out"):
+        dymu.apply(deeper("llava"), prune=FastV(0.4, 1), unmerge="restore")
+    with pytest.raises(BadFocus, match="nothing merges"):
+        dymu.apply(deeper("llava"), prune=FastV(0.4, 1), focus="text")
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+    merged = dymu.apply(model, merge=dymu.FixedMerge(0.5), prune=SparseVLM((0.5,), (1,)))
+    with merged, pytest.raises(UnsupportedModel, match="of merged tokens"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="behind layers 0 to 4"):
+        SparseVLM((0.5,), (5,)).starts(6)
 
 
 def test_answers_come_behind_what_forgets() -> None:

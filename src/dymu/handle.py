@@ -388,6 +388,8 @@ class Handle:
             raise BadFocus("DyMU was removed from this model; apply it again to set a focus.")
         if focus is None and adds:
             raise BadFocus("focus_adds says nothing without a focus; give one, or leave it out.")
+        if focus is not None and self._pruning is not None and self._vision.reducer == NOTHING:
+            raise BadFocus("nothing merges in the encoder, so that nothing can merge last there; leave the focus out.")
         if focus is not None and not getattr(self._vision.reducer, "focuses", False):
             raise BadFocus(f"{type(self._vision.reducer).__name__} knows no focus; take thresholds, or FixedMerge.")
         if adds and exact:

@@ -42,6 +42,8 @@ class Item:
         covered: the part of a picture's height, and of its width, that its patches cover, from the upper left corner.
         kept_by_layer: int64 [layers, pictures], the tokens left of each picture after every encoder layer that may
             merge; none where no encoder ran.
+        chosen_for: int64 [words], the ids of the prompt that a reducer has read to choose these tokens; None: it read
+            none.
     """
 
     leaders: Tensor
@@ -53,6 +55,7 @@ class Item:
     video: bool
     covered: tuple[float, float] = (1.0, 1.0)
     kept_by_layer: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64, device="cpu"))
+    chosen_for: Tensor | None = None
 
     def __repr__(self) -> str:
         what = f"video of {self.pictures} frames" if self.video else f"image in {self.pictures} parts"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dymu.errors import BadBudget, UnsupportedModel
-from dymu.evaluation.methods import METHODS, Row, check_names, check_solved
-from dymu.families.resolve import find, resolve
+from dymu.evaluation.methods import METHODS, Row, check_names, check_solved, way_of
+from dymu.families.resolve import Parts, find, resolve
 from dymu.handle import Handle, applied, handle_of, remembering
 from dymu.hooks.refusals import refuse_to_prune
 from dymu.reducers import LayerMemory
@@ -35,6 +35,12 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
     check_names([row.method], [row.unmerge])
     check_solved(row)
     method, parts = METHODS[row.method], resolve(model)
+    if method.pruning and way_of(row) == "restore":
+        raise BadBudget(f'unmerge="restore" is for tokens that all layers run, and {row.method} is no such method.')
+    try:
+        _check_layers(row, parts, tokens)
+    except ValueError as error:
+        raise BadBudget(f"{row.method} does not fit this model: {error}") from error
     one_size = parts.tower_kind.arrangement == "batch" and not parts.cuts_images and parts.family.unit is None
     if not one_size and not method.of_images:
         others = ", ".join(name for name, other in METHODS.items() if other.of_images)
@@ -43,14 +49,20 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
             f"large as they are, or makes one token of several patches; compare some of {others}."
         )
     check_budget(row, tokens)
+    if row.method == "dtome":
+        with running(row, model, None, thresholds, tokens):
+            pass
+
+
+def _check_layers(row: Row, parts: Parts, tokens: int) -> None:
+    """Raises: ValueError, BadBudget or UnsupportedModel, where a row's method names layers that there are not, or
+    cannot keep its budget."""
+    method = METHODS[row.method]
     if method.reducer:
         method.make(row, row.budget / tokens, 0).check_fits(max(parts.feature_layers()), tokens)
     if method.pruning:
         refuse_to_prune(parts)
         method.make_pruning(row, row.budget / tokens, 0, len(parts.decoder_layers))
-    if row.method == "dtome":
-        with running(row, model, None, thresholds, tokens):
-            pass
 
 
 def check_budget(row: Row, tokens: int) -> None:

@@ -131,7 +131,21 @@ class Prompts:
         if self.leaders is None:
             self.leaders = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         self.leaders = place_leaders(self.leaders, mask, [item.leaders for item in carried])
+        self._check_questions(modality, carried)
         return carried
+
+    def _check_questions(self, modality: Modality, items: Sequence[Item]) -> None:
+        """Raises: BadPrompt, where tokens were chosen for prompts that begin otherwise than these."""
+        known = self.present is None or (isinstance(self.present, Tensor) and self.present.ndim == 2)
+        if self.ids is None or not known or all(item.chosen_for is None for item in items):
+            return
+        texts = self.text_of(modality, [len(item.leaders) for item in items])
+        for item, text in zip(items, texts, strict=True):
+            if item.chosen_for is not None and not torch.equal(text[: len(item.chosen_for)], item.chosen_for):
+                raise BadPrompt(
+                    f"the tokens of this {modality} were chosen for another question: encode it again along with this "
+                    "one, or take a reducer that reads none."
+                )
 
     @property
     def shown(self) -> Tensor | None:

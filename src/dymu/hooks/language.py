@@ -74,6 +74,10 @@ class LanguageHooks:
                 'unmerge="representative" is for language models whose layers all attend, and some of this one\'s mix '
                 'tokens in another way, on all of the full prompt; take unmerge="exact".'
             )
+        if self._how.unmerge == "restore" and self._how.prune is not None:
+            raise UnsupportedModel(
+                'unmerge="restore" is for tokens that all layers run: leave prune out, or take another form.'
+            )
         if self._how.unmerge == "restore" and (parts.decoder_kind.axes > 1 or len(rotations.interleaved) > 1):
             raise UnsupportedModel(
                 'unmerge="restore" is for language models with one position for each token and one kind of rotary '

@@ -275,6 +275,8 @@ class PrunedLayers:
                 continue
             chosen = self._pruning.choose(self._ahead(index, hidden, row, of_image, competes[row, of_image]))
             if chosen is None:
+                if not (self._pruning.comes_back or self._pruning.attends):
+                    runs[row] = ran[row]
                 continue
             check_chosen(self._pruning, chosen, len(of_image))
             if isinstance(chosen, Joined):
@@ -393,8 +395,23 @@ class PrunedLayers:
         return own
 
     def _alike(self, layer: int, row: int, rows: Tensor) -> Tensor:
-        """[R, M], see `Ahead.alike`."""
+        """[R, M], see `Ahead.alike`.
+
+        Raises:
+            BadPrompt: attention goes to tokens in the KV cache, too, whose angles are not known.
+            UnsupportedModel: or to merged tokens.
+        """
         handed, segment = self._handed(layer)
+        if bool((self._base.size() > 1).any()):
+            raise UnsupportedModel(
+                f"{type(self._pruning).__name__} compares attention with that of equal keys, which it does not know of "
+                "merged tokens: leave thresholds and merge out, or take another method."
+            )
+        if segment.history.entries > segment.new.map.width:
+            raise BadPrompt(
+                f"{type(self._pruning).__name__} compares attention with that of equal keys, and of tokens in a KV "
+                "cache it does not know where they stand: give the whole prompt at once, or take another method."
+            )
         rotation = self._rotations.by_module[id(handed.module)]
         turn = as_phase(*self._rotations.joined(self._segments[0].angles))[row]
         own = turn[:, rotation.start : rotation.start + rotation.pairs]
@@ -404,16 +421,17 @@ class PrunedLayers:
         return (logits * handed.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
 
     def _keys(self, layer: int, row: int) -> Tensor:
-        """[M, Hkv, D], see `Ahead.keys`; turned as if the prompt's first token stood at position 0, whatever padding is
-        ahead of it."""
+        """[M, Hkv, D], see `Ahead.keys`; turned as if the first token of a conversation stood at position 0, whatever
+        padding is ahead of it."""
         handed, segment = self._handed(layer)
         keys = handed.key[row, :, -segment.new.map.width :].transpose(0, 1)
-        rotation = self._rotations.by_module[id(handed.module)]
-        first = as_phase(*self._rotations.joined(self._segments[0].angles))[row, 0]
-        first = first[rotation.start : rotation.start + rotation.pairs]
-        pairs = as_pairs(keys, rotation.channels)
-        pairs[..., : rotation.pairs] *= turn_between(first, torch.ones_like(first))
-        keys = usual_order(interleaved(pairs, keys.dtype), rotation.channels)
+        if segment.history.entries == segment.new.map.width:
+            rotation = self._rotations.by_module[id(handed.module)]
+            first = as_phase(*self._rotations.joined(self._segments[0].angles))[row, 0]
+            first = first[rotation.start : rotation.start + rotation.pairs]
+            pairs = as_pairs(keys, rotation.channels)
+            pairs[..., : rotation.pairs] *= turn_between(first, torch.ones_like(first))
+            keys = usual_order(interleaved(pairs, keys.dtype), rotation.channels)
         own = self._own(segment, row)
         return keys[own.clamp(min=0)].masked_fill((own < 0)[:, None, None], 0)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dymu.errors import UnsupportedModel
+from dymu.errors import BadPrompt, UnsupportedModel
 from dymu.families.resolve import Modality, Parts, find
 from dymu.hooks.call import CallState, Features, Prompts, arguments_of, carry_items
 from dymu.hooks.focus import InFocus
@@ -76,6 +76,14 @@ class _Call:
         return self.windows[id(segments)][1]
 
 
+def _check_prompts(ids: Any, present: Any) -> None:
+    """Raises: BadPrompt, where these are no ids [B, N], or no mask of them."""
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        raise BadPrompt("input_ids beside images are the ids [prompts, tokens] of the prompts that show them.")
+    if present is not None and not (isinstance(present, Tensor) and present.shape == ids.shape):
+        raise BadPrompt("attention_mask beside images says which of input_ids are there: give one as large.")
+
+
 class VisionHooks:
     """What stands around `get_image_features` and `get_video_features`, the encoder, its layers, and what follows it.
 
@@ -105,6 +113,8 @@ class VisionHooks:
         state, before = self._state, self._state.asked
         ids = kwargs.pop("input_ids", None)
         present = None if ids is None else kwargs.pop("attention_mask", None)
+        if ids is not None:
+            _check_prompts(ids, present)
         try:
             if ids is not None:
                 state.asked = Prompts.of(self.parts, ids, present=present)
@@ -147,6 +157,10 @@ class VisionHooks:
         kept = torch.stack([state.map.kept - dropped for state in run.states[1 : run.depth + 1]])
         each = kept.split([item.pictures for item in items], dim=1)
         items = [replace(item, kept_by_layer=layers) for item, layers in zip(items, each, strict=True)]
+        if "text" in run.shown.__dict__:  # the reducer has read it
+            texts = iter(run.shown.text)
+            read = [[next(texts) for _ in range(item.pictures)] for item in items]
+            items = [replace(item, chosen_for=of[0]) if of else item for item, of in zip(items, read, strict=True)]
         self._prove(items, output.pooler_output)
         carry_items(output.pooler_output, items)
         state.encoded(modality, items, output.pooler_output)

@@ -88,7 +88,7 @@ class Dymu(lmms):
         self.model = model.to(self.device).eval()
         self.max_length = max_length or model.config.get_text_config().max_position_embeddings
         self.handle = _applied(model, pretrained, thresholds, budget, method, unmerge)
-        self._kept: list[int] = []
+        self._kept: list[float] = []
         self._original: list[int] = []
         self._seconds, self._new_tokens = 0.0, 0
 
@@ -243,8 +243,12 @@ class Dymu(lmms):
         self._seconds += seconds
         self._new_tokens += new_tokens
         if self.handle is not None:
-            self._kept += self.handle.last.kept
-            self._original += self.handle.last.original
+            report = self.handle.last
+            if report.ran:  # of each prompt that shows something, the mean over its layers
+                self._kept += [sum(layers) / len(layers) for layers in report.ran if any(layers)]
+            else:
+                self._kept += report.kept
+            self._original += report.original
 
 
 def _device(named: str | None) -> torch.device:

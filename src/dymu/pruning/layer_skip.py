@@ -23,8 +23,9 @@ class LayerSkip(Pruning):
         keep: the fraction that runs in a skipping layer.
         pattern: which layers skip: every other one from the second on, all (but the first), all after the second, or
             every other one after the second.
-        score: what runs: tokens at equal distances; drawn at random, afresh in each layer; those that stand for most
-            tokens; or those to which the prompt's last token attends most.
+        score: what runs: tokens at equal distances of whole tokens, from the first one on, as in the authors' program,
+            so that the end of the picture never runs where `keep` is no 1 / k; drawn at random, afresh in each layer;
+            those that stand for most tokens; or those to which the prompt's last token attends most.
         seed: of the draw.
         fill: see `Pruning`.
 

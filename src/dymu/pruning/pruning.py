@@ -128,7 +128,8 @@ class Pruning(ABC):
 
     @abstractmethod
     def choose(self, ahead: Ahead) -> Tensor | Joined | None:
-        """int64, which of the image tokens (0 to V - 1) run from this layer on, some perhaps as means; None: all.
+        """int64, which of the image tokens (0 to V - 1) run from this layer on, some perhaps as means; None: all that
+        may.
 
         Everything is of one prompt, so that no prompt depends on others in a batch.
         """

@@ -48,6 +48,12 @@ class SparseVLM(InStages):
             raise ValueError(f"SparseVLM has {len(self.rates)} rates; give three, or a layer for each.")
 
     def starts(self, layers: int) -> tuple[int, ...]:
+        for layer in self.layers:
+            if not 0 <= layer < layers - 1:
+                raise ValueError(
+                    f"layers={self.layers}: SparseVLM cuts behind layers 0 to {layers - 2} of this language model; "
+                    "name some of those."
+                )
         usual = accumulate((of_32 * layers // 32 for of_32 in (2, 6, 15)), lambda before, at: max(before + 1, at))
         return check_stages(self, [layer + 1 for layer in self.layers or usual], layers)
 

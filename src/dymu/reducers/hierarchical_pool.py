@@ -49,8 +49,7 @@ def ward(distance: Tensor, clusters: int) -> tuple[Tensor, list[float]]:
 
 @dataclass(frozen=True)
 class HierarchicalPool(Reducer):
-    """Of every image, tokens are clustered by Ward's rule over 1 - cosine, and each cluster is the mean of its tokens,
-    made one long.
+    """Of every image, tokens are clustered by Ward's rule over 1 - cosine, and each cluster is the mean of its tokens.
 
     Args:
         keep: clusters; a float up to 1 is a fraction. A pool factor of 3 is 1 / 3.
