@@ -455,6 +455,7 @@ def test_tokens_are_for_the_question_that_chose_them(rule: Any) -> None:
         more = torch.cat((ids, ids[:, -2:]), 1)  # what follows is no other question
         there = torch.cat((mask["attention_mask"], torch.ones_like(ids[:, -2:])), 1)
         model(input_ids=more, attention_mask=there, **given)
+        model.generate(**asked, do_sample=False, max_new_tokens=2, num_beams=2)
         with pytest.raises(BadPrompt, match="another question") if reads else nullcontext():
             model(input_ids=other["input_ids"], attention_mask=other["attention_mask"], **given)
         for wrong in (mask["attention_mask"][:, :-1], mask["attention_mask"][:1], "x"):

@@ -824,7 +824,8 @@ def test_what_else_a_language_model_is_asked(pruning: Pruning) -> None:
     ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (5, 9)]
     pictures = tiny.pictures(2)
     one = tiny.inputs(model, ids[0], pictures[:1])
-    with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning) as handle:
+    merge = None if isinstance(pruning, SparseVLM) else dymu.FixedMerge(0.6)
+    with dymu.apply(model, merge=merge, prune=pruning) as handle:
         said, logits, _ = generated(model, one)
         ran = handle.last.ran
         looked_up = model.generate(
@@ -839,10 +840,10 @@ def test_what_else_a_language_model_is_asked(pruning: Pruning) -> None:
         with ThreadPoolExecutor(3) as pool:
             for _, of_thread, _ in pool.map(lambda _: generated(model, one), range(6)):
                 tiny.close(of_thread, logits, 1e-4)
-    with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning, cache="fast"):
+    with dymu.apply(model, merge=merge, prune=pruning, cache="fast"):
         tiny.close(generated(model, one)[1], logits, 1e-4)
     model.to(torch.bfloat16)
-    with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning):
+    with dymu.apply(model, merge=merge, prune=pruning):
         half = generated(model, {**one, "pixel_values": one["pixel_values"].to(torch.bfloat16)})[1]
         assert torch.isfinite(half).all()
 
@@ -858,7 +859,8 @@ def test_orders_of_calls(how: dict[str, Any]) -> None:
     """Adapters ahead and behind, a compiled model, exchanged parts, and removal give what they should."""
     model = deeper("llava")
     inputs = two_prompts(model)
-    how = {"merge": dymu.FixedMerge(0.6), **how}
+    if not isinstance(how.get("prune"), SparseVLM):
+        how = {"merge": dymu.FixedMerge(0.6), **how}
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
 
     def adapted(stock: Any) -> Any:

@@ -131,7 +131,6 @@ class Prompts:
         if self.leaders is None:
             self.leaders = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         self.leaders = place_leaders(self.leaders, mask, [item.leaders for item in carried])
-        self._check_questions(modality, carried)
         return carried
 
     def _check_questions(self, modality: Modality, items: Sequence[Item]) -> None:
@@ -153,12 +152,22 @@ class Prompts:
         masks = list(self.placeholders.values())
         return torch.stack(masks).any(0) if masks else None
 
-    def show_encoded(self, outputs: Mapping[str, Any]) -> list[Item]:
-        """Take over the token maps of items that were encoded ahead of the call."""
+    def show_encoded(self, outputs: Mapping[str, Any], masked: bool = False) -> list[Item]:
+        """Take over the token maps of items that were encoded ahead of the call.
+
+        Args:
+            masked: whether `present` says which tokens are there, so that questions can be told apart.
+
+        Raises:
+            BadPrompt: see `show`, or tokens were chosen for other questions.
+        """
         items = list[Item]()
         for modality in self.placeholders:
             if outputs.get(modality) is not None:
-                items += self.show(modality, outputs[modality].pooler_output)
+                carried = self.show(modality, outputs[modality].pooler_output)
+                if masked:
+                    self._check_questions(modality, carried)
+                items += carried
         return items
 
     def images(self, how: str) -> list[int]:

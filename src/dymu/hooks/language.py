@@ -140,7 +140,7 @@ class LanguageHooks:
             if ahead or any(inputs.get(name) is not None for name in PIXELS):
                 state.knows_ids = True
                 state.prompts = state.asked = Prompts.of(parts, ids, inputs.get("inputs_embeds"), state.mask)
-                items = [] if state.chunked else state.prompts.show_encoded(encoded)
+                items = [] if state.chunked else state.prompts.show_encoded(encoded, masked=True)
                 if not (ahead and state.generating):
                     state.begin_report(items)
                 state.collecting = True
