@@ -282,7 +282,8 @@ class PrunedLayers:
             if isinstance(chosen, Joined):
                 if self._pruning.comes_back or self._pruning.attends:
                     raise ValueError(
-                        f"{type(self._pruning).__name__}.choose joins tokens that run again or attend; answer rows alone."
+                        f"{type(self._pruning).__name__}.choose joins tokens that run again or attend: answer rows "
+                        "alone."
                     )
                 self._join(row, of_image, chosen.into)
                 chosen = chosen.rows
