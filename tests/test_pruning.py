@@ -230,8 +230,7 @@ HOW = [{}, {"unmerge": "none"}, {"unmerge": "compact"}, {"unmerge": "representat
 def test_a_prompt_gets_what_it_gets_alone(model: Any, pruning: Pruning, how: dict[str, Any]) -> None:
     ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (5, 9, 2)]
     pictures = tiny.pictures(3)
-    merge = None if isinstance(pruning, SparseVLM) else dymu.FixedMerge(0.6)  # which knows no merged tokens
-    with dymu.apply(model, merge=merge, prune=pruning, **how) as handle:
+    with dymu.apply(model, merge=dymu.FixedMerge(0.6), prune=pruning, **how) as handle:
         _, logits, _ = generated(model, tiny.inputs(model, ids, pictures))
         ran = handle.last.ran
         for row, of_prompt in enumerate(ids):
@@ -379,8 +378,49 @@ def test_what_a_rule_reads_is_what_the_stock_model_has(model: Any) -> None:
         if alone.shape[1] == len(at):  # a layer with a window has forgotten some
             tiny.close(keys.transpose(0, 1), alone)
         tiny.close(alike.sum(1), torch.ones(2))
-        assert not alike[1, int(ahead.shown[3]) + 1 :].any()
+        assert torch.equal(alike > 0, attention[0].sum(0) > 0)
         assert torch.equal(at[ahead.shown], images_of(model, inputs)[row].nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "glm4v"])
+@pytest.mark.parametrize("how", [
+    {}, *({"merge": dymu.FixedMerge(0.5), "unmerge": form} for form in ("exact", "compact", "none", "original")),
+], ids=str)  # fmt: skip
+@torch.no_grad()
+def test_equal_queries_and_keys_are_those_of_a_model_that_makes_no_others(name: str, how: dict[str, Any]) -> None:
+    """Behind merging, and behind layers that joined some tokens and let the nearest one stand for others."""
+    model = deeper(name)
+    for module in model.modules():
+        for part in (getattr(module, of, None) for of in ("q_proj", "k_proj")):
+            if part is not None and hasattr(module, "layer_idx"):
+                part.weight.zero_()
+                part.bias = nn.Parameter(torch.ones(len(part.weight)))
+        if hasattr(module, "layer_idx"):  # which norms would take the sum over a head from
+            for norm in (of for of in ("q_norm", "k_norm") if hasattr(module, of)):
+                setattr(module, norm, nn.Identity())
+    inputs, looked = two_prompts(model), []
+
+    def choose(ahead: Ahead) -> Joined | None:
+        if ahead.layer == 1:
+            into = torch.full_like(ahead.shown, -1)
+            into[[2, 3, 4]] = 3
+            return Joined(torch.tensor([1, 3, 5, 6]), into)
+        rows = ahead.texts[1:]
+        for layer in (2, 3):
+            for weights in ahead.attend(layer, rows):
+                tiny.close(ahead.alike(layer, rows), weights)
+        looked.append(ahead.attend(3, rows)[0, :, ahead.shown[3]].mean() / ahead.attend(3, rows).mean())
+        return None
+
+    class Twice(Chooses):
+        def starts(self, layers: int) -> tuple[int, ...]:
+            return (1, 3)
+
+    pruning = Twice(1, choose)
+    object.__setattr__(pruning, "fill", "nearest")
+    with dymu.apply(model, prune=pruning, **how):
+        model(**inputs)
+    assert len(looked) == 2
 
 
 @torch.no_grad()
@@ -497,11 +537,6 @@ def test_forms_that_pruning_does_not_have() -> None:
         dymu.apply(deeper("llava"), prune=FastV(0.4, 1), unmerge="restore")
     with pytest.raises(BadFocus, match="nothing merges"):
         dymu.apply(deeper("llava"), prune=FastV(0.4, 1), focus="text")
-    model = deeper("llava")
-    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
-    merged = dymu.apply(model, merge=dymu.FixedMerge(0.5), prune=SparseVLM((0.5,), (1,)))
-    with merged, pytest.raises(UnsupportedModel, match="of merged tokens"):
-        model(**inputs)
     with pytest.raises(ValueError, match="behind layers 0 to 4"):
         SparseVLM((0.5,), (5,)).starts(6)
 
@@ -824,7 +859,7 @@ def test_what_else_a_language_model_is_asked(pruning: Pruning) -> None:
     ids = [tiny.prompt(model, 3, "image", n, seed=n) for n in (5, 9)]
     pictures = tiny.pictures(2)
     one = tiny.inputs(model, ids[0], pictures[:1])
-    merge = None if isinstance(pruning, SparseVLM) else dymu.FixedMerge(0.6)
+    merge = dymu.FixedMerge(0.6)
     with dymu.apply(model, merge=merge, prune=pruning) as handle:
         said, logits, _ = generated(model, one)
         ran = handle.last.ran
@@ -859,8 +894,7 @@ def test_orders_of_calls(how: dict[str, Any]) -> None:
     """Adapters ahead and behind, a compiled model, exchanged parts, and removal give what they should."""
     model = deeper("llava")
     inputs = two_prompts(model)
-    if not isinstance(how.get("prune"), SparseVLM):
-        how = {"merge": dymu.FixedMerge(0.6), **how}
+    how = {"merge": dymu.FixedMerge(0.6), **how}
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
 
     def adapted(stock: Any) -> Any:

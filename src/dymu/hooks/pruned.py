@@ -380,11 +380,15 @@ class PrunedLayers:
     def _attention(self, layer: int, row: int, rows: Tensor) -> Tensor:
         """[H, R, M], see `Ahead.attend`."""
         handed, segment = self._handed(layer)
-        step = segment.steps.at(handed.module, handed.query.shape[-1], handed.window)
+        return self._weights(handed.query, handed.key, handed, segment, row, rows)
+
+    def _weights(
+        self, query: Tensor, key: Tensor, handed: _Recorder, segment: Segment, row: int, rows: Tensor
+    ) -> Tensor:
+        """[H, R, M], by queries and keys in place of those that the layer has handed over."""
+        step = segment.steps.at(handed.module, query.shape[-1], handed.window)
         own = self._own(segment, row)
-        weights = attention_rows(
-            handed.query, handed.key, step, row, own[rows], handed.scaling, handed.window, handed.softcap
-        )
+        weights = attention_rows(query, key, step, row, own[rows], handed.scaling, handed.window, handed.softcap)
         weights = weights[..., -segment.new.map.width :]
         there = own >= 0
         return weights.index_select(-1, own.clamp(min=0)).masked_fill(~there, 0)
@@ -404,26 +408,19 @@ class PrunedLayers:
 
         Raises:
             BadPrompt: attention goes to tokens in the KV cache, too, whose angles are not known.
-            UnsupportedModel: or to merged tokens.
         """
         handed, segment = self._handed(layer)
-        if bool((self._base.size() > 1).any()):
-            raise UnsupportedModel(
-                f"{type(self._pruning).__name__} compares attention with that of equal keys, which it does not know of "
-                "merged tokens: leave thresholds and merge out, or take another method."
-            )
         if segment.history.entries > segment.new.map.width:
             raise BadPrompt(
                 f"{type(self._pruning).__name__} compares attention with that of equal keys, and of tokens in a KV "
                 "cache it does not know where they stand: give the whole prompt at once, or take another method."
             )
         rotation = self._rotations.by_module[id(handed.module)]
-        turn = as_phase(*self._rotations.joined(self._segments[0].angles))[row]
-        own = turn[:, rotation.start : rotation.start + rotation.pairs]
-        logits = 2 * torch.einsum("rp,mp->rm", own[rows], own.conj()).real + rotation.size - 2 * rotation.pairs
-        index = torch.arange(len(turn), device=turn.device)
-        hidden = (index > rows[:, None]) | (self._own(segment, row) < 0)
-        return (logits * handed.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+        turn = as_phase(*self._rotations.joined(segment.angles))[:, None]
+        pairs = as_pairs(turn.real.new_ones(*turn.shape[:-1], rotation.size))
+        pairs[..., : rotation.pairs] *= turn[..., rotation.start : rotation.start + rotation.pairs]
+        same = usual_order(interleaved(pairs, turn.real.dtype), rotation.channels)
+        return self._weights(same, same, handed, segment, row, rows)[0]
 
     def _keys(self, layer: int, row: int) -> Tensor:
         """[M, Hkv, D], see `Ahead.keys`; turned as if the first token of a conversation stood at position 0, whatever

@@ -61,7 +61,7 @@ class PruMerge(Reducer):
         label = torch.full_like(tokens.map.first(), -1)
         features = at_least_float32(tokens.features).clone()
         sources = tokens.shown.sources
-        score, keys = tokens.attention(None, heads=False), tokens.of_pictures(sources.keys(None))
+        score, keys = tokens.attention(None, heads=False), tokens.of_pictures(sources.keys(None, heads=False))
         for row, count in enumerate(tokens.counts):
             own, unit = score[row, :count], normalize(keys[row, :count], dim=-1)
             kept = outliers(own, self.plus, self.outliers)

@@ -87,11 +87,17 @@ class Sources:
                 received[row, :length] += logits.softmax(-1).mean(0) / query.shape[-2]
         return [grid[..., 0] for grid in self._by_picture(rows.pack(received[..., None]), state)]
 
-    def keys(self, layer: int | None = -1) -> list[Tensor]:
-        """For each picture float32 [rows, columns, D], the keys of a layer ahead of rotation, their mean over heads."""
+    def keys(self, layer: int | None = -1, heads: bool = True) -> list[Tensor]:
+        """For each picture float32 [rows, columns, D], the keys of a layer ahead of rotation.
+
+        Args:
+            layer: see `Reducer.reads`.
+            heads: whether their mean over heads is taken, or those of all heads side by side.
+        """
         ahead = self._of(layer)
         _, key, _ = ahead.layer.project(ahead.layer.norm1(ahead.x))
-        return self._by_picture(at_least_float32(key).mean(-2), ahead.state)
+        key = at_least_float32(key)
+        return self._by_picture(key.mean(-2) if heads else key.flatten(-2), ahead.state)
 
     def features(self) -> list[Tensor]:
         """For each picture float32 [rows, columns, C], what the last layer gave; of a unit, the mean of its patches."""
