@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from dymu.reducers import (
     Reduced,
     Reducer,
     Shown,
+    SomeMerge,
     Stage,
     Stride,
     ThresholdMerge,
@@ -481,6 +483,11 @@ class Answers(Reducer):
     in_prompt = after_encoder
 
 
+def numbered(tokens: Tokens, change: Callable[[Tensor], Tensor]) -> Reduced:
+    """What keeps all, with its groups called otherwise."""
+    return Reduced(replace(tokens.map, group=change(tokens.map.group)))
+
+
 @pytest.mark.parametrize(
     ("stage", "answer", "error", "sentence"),
     [
@@ -490,7 +497,21 @@ class Answers(Reducer):
         ("after_encoder", lambda t: Reduced(TokenMap.identity(2, 40)), ValueError, r"answered a map of \[2, 40\]"),
         ("in_prompt", lambda t: Reduced(t.map, t.features[..., :5]), ValueError, "answered features"),
         ("after_encoder", lambda t: t.keep(torch.zeros_like(t.present)), BadBudget, "leaves no token"),
-        ("in_prompt", lambda t: t.keep(torch.arange(2)[:, None] > 0), BadBudget, "leaves no token of an image"),
+        ("in_prompt", lambda t: t.keep((torch.arange(2)[:, None] > 0).expand_as(t.present)), BadBudget, "leaves no"),
+        (
+            "in_prompt",
+            lambda t: t.map,
+            ValueError,
+            "must answer a Reduced, or None for no change, and answered a Token",
+        ),
+        ("in_prompt", lambda t: numbered(t, lambda group: group * 2), ValueError, "none left out"),
+        ("after_encoder", lambda t: numbered(t, lambda group: group - 2), ValueError, "answered a map that is none"),
+        ("after_encoder", lambda t: numbered(t, lambda group: group + 1), ValueError, "answered a map that is none"),
+        ("after_encoder", lambda t: numbered(t, lambda group: group % 7), ValueError, "answered a map that is none"),
+        ("before_encoder", lambda p: TokenMap(torch.full((2, 49), -1), torch.ones(2).long(), 1), ValueError, "is none"),
+        ("in_prompt", lambda t: Reduced(t.map, t.features.long()), ValueError, "features of torch.int64"),
+        ("in_prompt", lambda t: Reduced(t.map, None, of_places=True), ValueError, "without features"),
+        ("in_layer", lambda c: SomeMerge(c.partner, torch.zeros(3).bool()), ValueError, r"must say bool \[2\]"),
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused(stage, answer, error, sentence):
@@ -499,6 +520,24 @@ def test_an_answer_that_does_not_fit_is_refused(stage, answer, error, sentence):
         with pytest.raises(error, match=sentence) as raised:
             model.get_image_features(tiny.pictures(2))
         assert f"Answers.{stage}" in str(raised.value)
+
+
+@pytest.mark.parametrize("kept", [torch.ones(2, 49), torch.ones(2, 2).bool(), torch.tensor([[0, 1], [0, 1]])])
+def test_what_is_kept_is_said_of_every_token(kept):
+    applied = dymu.apply(model := tiny.llava(), merge=Answers(lambda t: t.keep(kept), "in_prompt"))
+    with applied, pytest.raises(ValueError, match=r"keep takes bool \[2, 49\], which tokens stay, not torch"):
+        model.get_image_features(tiny.pictures(2))
+
+
+@pytest.mark.parametrize(("layer", "named"), [(99, (99,)), ("a", ("a",)), (0, ())])
+def test_a_layer_that_cannot_be_read_is_named(layer, named):
+    class Reads(Answers):
+        def reads(self, layers: int) -> Any:
+            return named
+
+    applied = dymu.apply(model := tiny.llava(), merge=Reads(lambda t: (t.attention(layer), None)[1], "in_prompt"))
+    with applied, pytest.raises(ValueError, match=f"encoder layer {layer!r}.*name"):
+        model.get_image_features(tiny.pictures(2))
 
 
 def test_a_reducer_that_reduces_nothing_is_refused():

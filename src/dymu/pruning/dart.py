@@ -17,7 +17,8 @@ class DART(AtLayer):
     the layer before are largest, by the sum of magnitudes.
 
     The program that could be read goes through its pivots in no order; here those of the image come first, by falling
-    size, then those of the text.
+    size, then those of the text. By a fraction of 0.222 it keeps 124 of 576, since each pivot's part is cut to a whole
+    number; here `keep` is what stays.
 
     Args:
         keep, layer: see `AtLayer`; pivots of the image are among what stays.
@@ -28,7 +29,7 @@ class DART(AtLayer):
         ValueError: `pivots` is below 1.
     """
 
-    keep: float = 0.222
+    keep: float = 124 / 576
     pivots: int = 4
 
     def __post_init__(self) -> None:

@@ -20,7 +20,9 @@ from dymu.token_map import TokenMap, leaders_of
 class DensityPeaks(Reducer):
     """Of every image or video, tokens that are peaks stand for all that are nearest to them: as their mean.
 
-    How many depends on the picture, unless `keep` says it. The distance is Euclidean, over the root of the channels.
+    How many depends on the picture, unless `keep` says it. The distance is Euclidean, over the root of the channels;
+    the authors' program adds sine positions to its features, and noise to tell equal densities apart: here features
+    are as they are, and of equal ones the first is denser.
 
     Args:
         threshold: of what is a peak.

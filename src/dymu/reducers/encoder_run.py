@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dymu.errors import BadPrompt, UnsupportedModel
 from dymu.merging import EncoderLayer, Layout, MergedTokens, Pictures, a_count
 from dymu.merging.encoder_layer import Angles
+from dymu.reducers.answers import check_entering, check_partners, check_reduced
 from dymu.reducers.reducer import Candidates, Pixels, Reducer, Shown, SomeMerge, Tokens
 from dymu.token_map import TokenMap, take
 
@@ -84,7 +85,7 @@ class EncoderRun:
         if self.reducer.reduces("before_encoder", self.shown):
             before, shape = pixels, (len(self.shown.grids), max(self.shown.counts))
             asked = Pixels(pixels, self.shown, self._blocks)
-            pixels, self._entering = self.reducer.before_encoder(asked) or (pixels, None)
+            pixels, self._entering = check_entering(self.reducer.before_encoder(asked), before, shape, self.reducer)
             self._memory = None
             if pixels.shape != before.shape and (self.pictures.arrangement != "batch" or self.pictures.side > 1):
                 raise UnsupportedModel(
@@ -92,11 +93,6 @@ class EncoderRun:
                     "every patch is a token of the language model and all pictures have one size; take another reducer."
                 )
             self._smaller = pixels.shape != before.shape
-            if self._entering is not None and tuple(self._entering.group.shape) != shape:
-                raise ValueError(
-                    f"{type(self.reducer).__name__}.before_encoder was asked about patches {list(shape)} and answered "
-                    f"a map of {list(self._entering.group.shape)}."
-                )
         return pixels
 
     def _blocks(self) -> list[Tensor]:
@@ -165,7 +161,8 @@ class EncoderRun:
         if isinstance(into, SomeMerge):
             into, still = into
         if into is not None:
-            self._check(into, state.rows(windowed).units)
+            rows = state.rows(windowed).units
+            check_partners(into, still, (rows.batch, a_count(rows.longest, self.protected)), self.reducer)
             x, state = state.merge(x, into, self.protected, windowed, still)
         x = layer.feed_forward(x)
         if self._memory is not None:
@@ -231,15 +228,6 @@ class EncoderRun:
         """Of the embedded tokens [B, T, C] of a batch those that enter, in the layout of the first layer."""
         return x if self._enters is None else self.states[0].layout.pack(take(x, self._enters))
 
-    def _check(self, into: Tensor, rows: Layout) -> None:
-        """Raises ValueError where a reducer's `in_layer` answers something else than partners."""
-        shape = (rows.batch, a_count(rows.longest, self.protected))
-        if into.dtype != torch.int64 or tuple(into.shape) != shape:
-            raise ValueError(
-                f"{type(self.reducer).__name__}.in_layer must answer int64 {list(shape)}, the partner of each A token "
-                f"or -1, and answered {into.dtype} {list(into.shape)}."
-            )
-
     def _reduced(self, x: Tensor, state: MergedTokens) -> tuple[Tensor, MergedTokens]:
         """The patches that the last layer gave, reduced once more, and which they are; both as they travel."""
         if not self.reducer.reduces("after_encoder", self.shown):
@@ -249,7 +237,7 @@ class EncoderRun:
         reduced = self.reducer.after_encoder(tokens)
         if reduced is None:
             return x, state
-        reduced.check_answers(self.reducer, "after_encoder", tokens)
+        reduced = check_reduced(reduced, self.reducer, "after_encoder", tokens)
         merges = reduced.map.after(self.protected)
         if reduced.features is None:
             units = merges.average(units, state.map.size())

@@ -17,6 +17,15 @@ def fill_alike(tokens: Tokens, reduced: Reduced) -> Reduced:
     return _filled(tokens, reduced, unit @ unit.mT)
 
 
+def fill_alike_in_picture(tokens: Tokens, reduced: Reduced) -> Reduced:
+    """The same among the tokens of each picture (tile, frame); of one that keeps none, among all."""
+    unit = normalize(at_least_float32(tokens.features), dim=-1)
+    picture, kept = tokens.picture.gather(1, tokens.map.first()), reduced.map.group >= 0
+    own = picture[:, :, None] == picture[:, None]
+    apart = ~own & (own & kept[:, None]).any(-1, keepdim=True)
+    return _filled(tokens, reduced, (unit @ unit.mT).masked_fill(apart, -torch.inf))
+
+
 def fill_beside(tokens: Tokens, reduced: Reduced) -> Reduced:
     """Let each dropped token stand with the kept one that lies nearest in the user's picture, of the same view: the
     whole image, its tiles put together, or a frame."""

@@ -52,7 +52,8 @@ class HierarchicalPool(Reducer):
     """Of every image, tokens are clustered by Ward's rule over 1 - cosine, and each cluster is the mean of its tokens.
 
     Args:
-        keep: clusters; a float up to 1 is a fraction. A pool factor of 3 is 1 / 3.
+        keep: clusters; a float up to 1 is a fraction. A pool factor of 3 is 1 / 3, but for rounding: its
+            libraries cut what is left to a whole number.
         unit: whether each mean is made one long, as a late-interaction score wants it; else it stays the mean.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dymu.checks import check_fields
 from dymu.choices import Fill
 from dymu.errors import BadBudget
-from dymu.reducers.fill import fill_alike, fill_runs
+from dymu.reducers.fill import fill_alike, fill_alike_in_picture, fill_runs
 from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.thresholds import number
 
@@ -119,6 +119,13 @@ def shared_out(total: int, weights: Sequence[float], most: Sequence[int]) -> lis
     return parts
 
 
+def of_pictures(keep: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
+    """The same, for pictures of one image or video; each keeps at least one, where there are as many."""
+    if keep < len(most):
+        return shared_out(keep, weights, most)
+    return [1 + more for more in shared_out(keep - len(most), weights, [count - 1 for count in most])]
+
+
 def check_of_items(shown: Shown, keep: int | float) -> None:
     """Refuse a number of tokens that an image with all its tiles, or a video, cannot keep.
 
@@ -197,12 +204,14 @@ class FixedKeep(Reducer, ABC):
 
 
 class KeepOfPictures(FixedKeep):
-    """The same, of every picture (tile, frame) its part."""
+    """The same, of every picture (tile, frame) its part, and what stands for a token is of its own picture."""
+
+    fill_nearest = fill_alike_in_picture
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         indices = tokens.indices(row)
         counts = [len(index) for index in indices]
-        parts = shared_out(keep, counts, counts)
+        parts = of_pictures(keep, counts, counts)
         return torch.cat(
             [index[self.choose_of(tokens, row, index, part)] for index, part in zip(indices, parts, strict=True)]
         )

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dymu.item import Item
 from dymu.merging import PictureTokens
+from dymu.reducers.answers import check_reduced
 from dymu.reducers.reducer import Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, leaders_of, take
 
@@ -48,15 +49,21 @@ def tokens_of(items: Sequence[Item], features: Sequence[Tensor], shown: Shown) -
 
 def _placed(item: Item, of_pictures: Sequence[Tensor]) -> Tensor:
     """[N, ...] of the tokens of an item, of what stands at the patches of its pictures, [rows, columns, ...]; 0 at
-    learned tokens."""
+    learned tokens. Numbers of a token that lies between patches are interpolated, as its features are; what is no
+    number is that of the nearest patch."""
     device = item.patch.device
     found = torch.zeros(len(item.patch), *of_pictures[0].shape[2:], dtype=of_pictures[0].dtype, device=device)
     for number in range(item.pictures):
         own, grid = item.patch & (item.picture == number), of_pictures[number].to(device)
-        row, column = (
-            at.round().long().clamp(0, size - 1) for at, size in zip(item.at[own].mT, grid.shape[:2], strict=True)
-        )
-        found[own] = grid[row, column]
+        at = item.at[own].clamp(min=0).minimum(torch.tensor(grid.shape[:2], device=device) - 1)
+        if not grid.is_floating_point():
+            found[own] = grid[tuple(at.round().long().mT)]
+            continue
+        low, high = at.floor().long(), at.ceil().long()
+        part = (at - low).to(grid.dtype).view(-1, 2, *(1,) * (grid.ndim - 2))
+        for row, of_rows in ((low[:, 0], 1 - part[:, 0]), (high[:, 0], part[:, 0])):
+            for column, of_columns in ((low[:, 1], 1 - part[:, 1]), (high[:, 1], part[:, 1])):
+                found[own] += of_rows * of_columns * grid[row, column]
     return found
 
 
@@ -85,7 +92,7 @@ def reduce_in_prompt(reducer: Reducer, items: list[Item], features: Any, shown: 
     reduced = reducer.in_prompt(tokens)
     if reduced is None:
         return items, features
-    reduced.check_answers(reducer, "in_prompt", tokens)
+    reduced = check_reduced(reduced, reducer, "in_prompt", tokens)
     merged = tokens.features_of(reduced)
     places = reduced.map if reduced.of_places else tokens.map.then(reduced.map)
     pairs = zip(items, features, tokens.map.group, places.group, merged, strict=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dymu.errors import BadBudget, BadPrompt
+from dymu.errors import BadPrompt
 from dymu.merging import MergedTokens, PictureTokens, in_focus
 from dymu.reducers.sources import Sources
 from dymu.token_map import TokenMap, at_least_float32, leaders_of, take
@@ -332,7 +332,15 @@ class Tokens:
         return reduced.map.average(self.features, self.size)
 
     def keep(self, kept: Tensor) -> Reduced:
-        """Keep the tokens bool [B, T] as they are, in their order, and drop the others."""
+        """Keep the tokens bool [B, T] as they are, in their order, and drop the others.
+
+        Raises:
+            ValueError: `kept` is something else.
+        """
+        if kept.dtype != torch.bool or kept.shape != self.present.shape:
+            raise ValueError(
+                f"keep takes bool {list(self.present.shape)}, which tokens stay, not {kept.dtype} {list(kept.shape)}."
+            )
         kept = kept & self.present
         count = kept.sum(1)
         group = (kept.cumsum(1) - 1).masked_fill(~kept, -1)
@@ -463,27 +471,6 @@ class Reduced:
     map: TokenMap
     features: Tensor | None = None
     of_places: bool = False
-
-    def check_answers(self, reducer: Reducer, stage: Stage, tokens: Tokens) -> None:
-        """Refuse what does not fit the tokens that the reducer was asked to reduce.
-
-        Raises:
-            BadBudget: nothing is left of an image.
-            ValueError: the map or the features are of other shapes.
-        """
-        name, shape = f"{type(reducer).__name__}.{stage}", tuple(self.map.group.shape)
-        asked = (len(tokens.features), tokens.map.tokens if self.of_places else tokens.map.width)
-        if shape != asked:
-            raise ValueError(f"{name} was asked about tokens {list(asked)} and answered a map of {list(shape)}.")
-        expected = (*shape[:1], self.map.width, tokens.features.shape[-1])
-        if self.features is not None and tuple(self.features.shape) != expected:
-            raise ValueError(
-                f"{name} answered features {list(self.features.shape)}; its map asks for {list(expected)}."
-            )
-        empty = (self.map.kept < 1) & (tokens.map.kept > 0)
-        is_of_items = stage == "in_prompt" or tokens.shown.single  # of an image's tiles, some may go
-        if bool(empty.any() if is_of_items else empty.all()):
-            raise BadBudget(f"{name} leaves no token of an image; keep at least one of each.")
 
 
 class Reducer:

@@ -107,14 +107,14 @@ class Sources:
     def _index(self, layer: int | None) -> int:
         if layer is None:
             return self._depth
-        if not -self._depth <= layer < self._depth:
-            raise ValueError(f"a reducer reads encoder layer {layer} of {self._depth} that run; name one of those.")
+        if not isinstance(layer, int) or not -self._depth <= layer < self._depth:
+            raise ValueError(f"a reducer reads encoder layer {layer!r} of {self._depth} that run; name one of those.")
         return layer % self._depth
 
     def _of(self, layer: int | None) -> _Ahead:
         index = self._index(layer)
         if index not in self._ahead:
-            raise KeyError(f"a reducer reads encoder layer {layer}, which it does not name in `reads`")
+            raise ValueError(f"a reducer reads encoder layer {layer}, which its `reads` does not name; name it there.")
         return self._ahead[index]
 
     def _by_picture(self, x: Tensor, state: MergedTokens) -> list[Tensor]:

@@ -44,7 +44,7 @@ class VScan(KeepOfPictures):
         keep: of an image or video, a number of tokens; a float up to 1 is a fraction.
         side: rows and columns of a window.
         early: the encoder layer of the local scores, by index; where it attends within windows, the last before it that
-            does not.
+            does not, if there is one.
 
     Raises:
         BadBudget: `keep` is not above 0; or in use, more than there are.
@@ -74,7 +74,7 @@ class VScan(KeepOfPictures):
         windows = []
         for rows, columns in tokens.shown.grids:
             row_of, column_of = (torch.arange(size, device=index.device) // self.side for size in (rows, columns))
-            windows.append((row_of[:, None] * columns + column_of).float())
-        scores = (tokens.attention(self.early), tokens.attention(), tokens.of_pictures(windows))
-        local, overall, window = (score[row, index] for score in scores)
-        return scanned(local, overall, window.round().long(), keep)
+            windows.append(row_of[:, None] * columns + column_of)
+        window = tokens.find_places(windows).gather(1, tokens.map.first())
+        local, overall, window = (of[row, index] for of in (tokens.attention(self.early), tokens.attention(), window))
+        return scanned(local, overall, window, keep)

@@ -10,7 +10,8 @@ from torch.nn.functional import normalize
 
 from dymu.choices import Fill
 from dymu.reducers.faster_vlm import largest
-from dymu.reducers.keep import FixedKeep, shared_out
+from dymu.reducers.fill import fill_alike_in_picture
+from dymu.reducers.keep import FixedKeep, of_pictures
 from dymu.reducers.reducer import Tokens
 
 WIDTHS = tuple(2.0**power for power in range(-3, 2))
@@ -34,11 +35,12 @@ class VidCom2(FixedKeep):
     """Of a video, tokens stay that are least like the mean of all, and of their frame; frames least like all keep more.
 
     An image is a video of one frame, a tiled one of as many as it has tiles. Frames keep whole tokens that together are
-    `keep`, where the authors' program rounds each.
+    `keep`, where the authors' program rounds each; at least one each, where `keep` is as many.
 
     Args:
         keep: a number of tokens; a float up to 1 is a fraction.
-        fill: what stands for the others: nothing, the kept token that is most like each, or the mean of each run.
+        fill: what stands for the others: nothing, the most similar one that its frame keeps, or the
+            mean of each run.
 
     Raises:
         BadBudget: `keep` is not above 0; or in use, more than there are.
@@ -46,6 +48,7 @@ class VidCom2(FixedKeep):
 
     keep: int | float
     fill: Fill = "none"
+    fill_nearest = fill_alike_in_picture
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         x = tokens.values(row)
@@ -56,7 +59,7 @@ class VidCom2(FixedKeep):
         counts = [len(frame) for frame in frames]
         weights = [rate * count for rate, count in zip(share.tolist(), counts, strict=True)]
         kept = []
-        for frame, count in zip(frames, shared_out(keep, weights, counts), strict=True):
+        for frame, count in zip(frames, of_pictures(keep, weights, counts), strict=True):
             alike = of_video[frame] + likeness(x[frame], x[frame].mean(0))
             kept.append(frame[largest(-alike, count)])
         return torch.cat(kept)
