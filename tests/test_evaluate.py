@@ -25,7 +25,7 @@ from dymu.choices import UNMERGE
 from dymu.errors import AlreadyApplied, BadBudget, BadImage, BadOutput, BadPrompt, DymuError, UnsupportedModel
 from dymu.evaluation.chart import draw_chart
 from dymu.evaluation.divergence import divergence, divergences
-from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Method, Row, rows_for
+from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Method, Row, applying, rows_for
 from dymu.evaluation.results import Answers, Examples, Header, Line, Model, ResultFile, Results
 from dymu.evaluation.rows import running
 from dymu.evaluation.run import evaluate, full_tokens
@@ -131,7 +131,7 @@ def test_rows_are_every_combination_that_says_something():
     assert "downscale-9-none" in keys, "the square nearest to 8"
     with pytest.raises(ValueError, match="'best' is unknown"):
         rows_for([8], ["best"])
-    with pytest.raises(ValueError, match="dtome takes no further arguments: leave 'side=4' out"):
+    with pytest.raises(ValueError, match="dtome takes no further arguments but unmerge_from: leave 'side=4' out"):
         rows_for([8], ["dtome:side=4"])
     (_, scan) = rows_for([8], ["v-scan:side=4,early=3"])
     assert METHODS["v-scan"].make(scan, 8, 0) == VScan(8, side=4, early=3)
@@ -139,6 +139,13 @@ def test_rows_are_every_combination_that_says_something():
     (_, tome) = rows_for([8], ["tome:schedule=0.5"])
     assert METHODS["tome"].make(tome, 8, 0) == FixedMerge(8, 0.5)
     assert tome.key == "tome-8-exact-schedule=0.5"
+    later = rows_for([8], ["dtome:unmerge_from=2", "fast-v:layer=1,unmerge_from=2"], ["exact"], ["linear"])
+    assert [row.key for row in later[1:]] == [
+        "dtome-8-exact-linear-unmerge_from=2", "fast-v-8-exact-layer=1,unmerge_from=2",
+    ]  # fmt: skip
+    for method in ("downscale:unmerge_from=2", "dtome:unmerge_from=2,side=4"):
+        with pytest.raises(ValueError, match="takes no further arguments"):
+            rows_for([8], [method])
     marked = rows_for([8], ["random:fill=runs", "div-prune:fill=none"], ["exact", "original", "none"])
     assert [row.key.replace("-8", "") for row in marked[1:]] == [
         *(f"random-{way}-fill=runs" for way in ("exact", "original", "none")),
@@ -254,6 +261,26 @@ class Lengths(Words):
     def __getitem__(self, index: int) -> Example:
         images = (tiny.photos(index + 1)[index],) * (1, 2, 0, 1)[index % 4]
         return Example(images, "what is this ? " + "what is red ? " * (index % 3), ("cat",), "cat", {})
+
+
+def test_a_row_may_unmerge_from_a_layer_on(model, processor, thresholds, tmp_path):
+    layers = len(model.model.language_model.layers)
+    names = ["tome", "tome:unmerge_from=1", f"tome:unmerge_from={layers}"]
+    rows = [*rows_for([16], names), *rows_for([16], ["tome"], ["compact"])[1:]]
+    results = evaluate(model, processor, [Words()], rows, tmp_path / "r.jsonl", batch_size=7, timed=0, progress=False)
+    exact, later, never, compact = ([*results.answers[row.key].values()][0].kl for row in rows[1:])
+    assert never == pytest.approx(compact)
+    assert later != pytest.approx(exact)
+    assert later != pytest.approx(compact)
+    assert applying("tome:unmerge_from=1", 16, "exact", layers)["unmerge_from"] == 1
+    for options, way in (
+        (f"unmerge_from={layers + 1}", "exact"),
+        ("unmerge_from=1", "none"),
+        ("unmerge_from=a", "exact"),
+    ):
+        (row,) = rows_for([16], [f"tome:{options}"], [way])[1:]
+        with pytest.raises(BadBudget, match=r"cannot run: .*unmerge"):
+            evaluate(model, processor, [Words()], [row], tmp_path / "s.jsonl", timed=0)
 
 
 def direct(row: Row, model, processor, thresholds, example: Example, most: int) -> tuple[list[int], float]:

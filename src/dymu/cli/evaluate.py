@@ -34,7 +34,7 @@ from dymu.cli.app import (
 )
 from dymu.cli.output import Output, check_writable, write_text, write_whole
 from dymu.errors import DymuError
-from dymu.evaluation.methods import COMPARED, METHODS, Row, options_of, rows_for
+from dymu.evaluation.methods import COMPARED, METHODS, Row, rows_for
 from dymu.files import expanded
 
 MethodName = StrEnum("MethodName", [(name.upper(), name) for name in COMPARED])  # type: ignore[misc]
@@ -50,10 +50,8 @@ def _method(text: str) -> str:
     name, _, options = text.partition(":")
     if name not in COMPARED:
         raise typer.BadParameter(f"{name!r} is no method to compare; choose some of {', '.join(COMPARED)}.")
-    if options and not METHODS[name].takes_arguments:
-        raise typer.BadParameter(f"{name} takes no further arguments: leave {options!r} out.")
     try:
-        options_of(options)
+        METHODS[name].check_options(options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return text

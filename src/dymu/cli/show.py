@@ -84,6 +84,7 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
         yield "E: in the encoder or right behind it; P: on projected tokens; L: within the language model."
         yield "Classes are those of dymu.reducers; of group L, of dymu.pruning."
         yield "Attention is that of the class token; where an encoder has none, that of all patches."
+        yield "dymu.reducers.TextAwareMerge reads vectors of a text tower, which no argument names: from Python alone."
         yield "By an argument: dymu evaluate solves it, so that the images of its tasks keep the budget on average."
 
     output.result({"methods": rows}, for_people)

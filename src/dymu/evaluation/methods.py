@@ -47,6 +47,8 @@ class Solved(NamedTuple):
 
 SAID = {"schedule", "fill"}
 """Arguments that the method's own take the place of, where it names them."""
+FROM = "unmerge_from"
+"""An argument of every method that leaves something to unmerge, see `dymu.apply`."""
 ATTENTION = "attention"
 QUESTION = "the question"
 
@@ -91,9 +93,16 @@ class Method:
     settings: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def takes_arguments(self) -> bool:
-        """Whether it has further ones."""
+    def takes_number(self) -> bool:
+        """Whether it is made from a number of tokens alone."""
         return bool(self.reducer or self.pruning)
+
+    def check_options(self, options: str) -> None:
+        """Raises: ValueError, where they are no arguments, or it takes none of that name."""
+        named = options_of(options).keys()
+        if named and not self.takes_number and (named != {FROM} or self.leaves == "grid"):
+            but = "" if self.leaves == "grid" else f" but {FROM}"
+            raise ValueError(f"{self.name} takes no further arguments{but}: leave {options!r} out.")
 
     def unmerges(self, way: str, options: str = "") -> str:
         """The first of the ways to unmerge that give the same as this one.
@@ -162,6 +171,8 @@ class Method:
         own = [f.name for f in fields(kind) if f.name not in taken and f.name != "keep"]
         taken = dict(taken)
         for name, value in options.items():
+            if name == FROM:
+                continue
             if name not in own:
                 raise ValueError(f"{self.name} has no argument {name!r}; it has {', '.join(own) or 'none'}.")
             taken[name] = value
@@ -321,16 +332,21 @@ def applying(named: str, keep: int | float, unmerge: str, layers: int, seed: int
     """
     name, _, options = named.partition(":")
     method = METHODS.get(name)
-    if method is None or not method.takes_arguments:
-        known = [one.name for one in METHODS.values() if one.takes_arguments]
+    if method is None or not method.takes_number:
+        known = [one.name for one in METHODS.values() if one.takes_number]
         raise ValueError(f"{name!r} is no method that takes a number of tokens; choose some of {', '.join(known)}.")
     row = Row(name, 1, unmerge, (method.schedules or ("",))[0], options)
     check_solved(row)
     if not method.pruning:
-        return {"merge": method.make(row, keep, seed), "unmerge": unmerge}
+        return {"merge": method.make(row, keep, seed), **attending(row)}
     if not 0 < keep <= 1 or (isinstance(keep, int) and keep == 1):
         raise BadBudget(f"{name} takes a fraction of the image tokens, such as 0.3, not {keep:g}.")
-    return {"prune": method.make_pruning(row, keep, seed, layers), "unmerge": unmerge}
+    return {"prune": method.make_pruning(row, keep, seed, layers), **attending(row)}
+
+
+def attending(row: Row) -> dict[str, Any]:
+    """How the language model attends in a row, as `dymu.apply` takes it."""
+    return {"unmerge": row.unmerge, FROM: options_of(row.options).get(FROM, 0)}
 
 
 def is_solved(row: Row) -> bool:
@@ -388,8 +404,7 @@ def rows_for(
     named, ways = [method.partition(":")[::2] for method in methods], list(unmerge)
     check_names([name for name, _ in named], ways)
     for name, options in named:
-        if options and not METHODS[name].takes_arguments:
-            raise ValueError(f"{name} takes no further arguments: leave {options!r} out.")
+        METHODS[name].check_options(options)
     rows = [UNTOUCHED]
     for budget in sorted(set(budgets), reverse=True):
         for method, options in ((METHODS[name], options) for name, options in named if name != "untouched"):

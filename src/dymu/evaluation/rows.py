@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dymu.errors import BadBudget, UnsupportedModel
-from dymu.evaluation.methods import METHODS, Row, check_names, check_solved, way_of
+from dymu.errors import BadBudget, DymuError, UnsupportedModel
+from dymu.evaluation.methods import FROM, METHODS, Row, attending, check_names, check_solved, options_of, way_of
 from dymu.families.resolve import Parts, find, resolve
 from dymu.handle import Handle, applied, handle_of, remembering
 from dymu.hooks.refusals import refuse_to_prune
@@ -49,9 +49,12 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
             f"large as they are, or makes one token of several patches; compare some of {others}."
         )
     check_budget(row, tokens)
-    if row.method == "dtome":
-        with running(row, model, None, thresholds, tokens):
-            pass
+    if row.method == "dtome" or FROM in options_of(row.options):
+        try:
+            with running(row, model, None, thresholds, tokens):
+                pass
+        except ValueError as error:
+            raise error if isinstance(error, DymuError) else BadBudget(f"{row.key} cannot run: {error}") from error
 
 
 def _check_layers(row: Row, parts: Parts, tokens: int) -> None:
@@ -94,13 +97,13 @@ def running(
                 f"there are no thresholds of the schedule {row.schedule!r}; calibrate them with "
                 f"`dymu calibrate … --schedule {row.schedule}`."
             )
-        options = {"thresholds": thresholds[row.schedule], "budget": row.budget, "unmerge": row.unmerge}
+        options = {"thresholds": thresholds[row.schedule], "budget": row.budget, **attending(row)}
     elif method.reducer:
-        options = {"merge": method.make(row, row.budget / tokens, seed), "unmerge": row.unmerge}
+        options = {"merge": method.make(row, row.budget / tokens, seed), **attending(row)}
     elif method.pruning:
         layers = len(resolve(model).decoder_layers)
         prune = method.make_pruning(row, row.budget / tokens, seed, layers)
-        options = {"prune": prune, "unmerge": row.unmerge}
+        options = {"prune": prune, **attending(row)}
     if row.method == "downscale":
         with _smaller(model, processor, math.isqrt(row.budget)):
             yield None
