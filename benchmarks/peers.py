@@ -179,6 +179,16 @@ def layers_30() -> str:
     return _forms("peers-30", within=True)
 
 
+def peers_vlm() -> str:
+    """Of a mean of 30 %, of the strong model."""
+    return _forms("peers-vlm-30")
+
+
+def layers_vlm() -> str:
+    """Of a mean over layers of 30 %, of the strong model."""
+    return _forms("peers-vlm-30", within=True)
+
+
 def places_30() -> str:
     """Of a mean of 30 %."""
     return _where("peers-30")
@@ -195,12 +205,15 @@ def peers_times() -> str:
 
 
 def selection() -> str:
-    """How long a method takes for one image on one thread."""
-    result = read(RESULTS / "methods.json")
+    """How long a method takes for one image, on one thread and on a GPU."""
+    result, on_gpu = read(RESULTS / "methods.json"), read(RESULTS / "methods_gpu.json")
+    there = {row["method"]: f"{row['ms']:.1f}" for row in on_gpu["rows"]}
     rows = sorted(result["rows"], key=lambda row: float(row["ms"]))
-    return markdown(["", "milliseconds"], [[row["label"], f"{row['ms']:.1f}"] for row in rows]) + made_by(result)
+    cells = [[row["label"], f"{row['ms']:.1f}", there[row["method"]]] for row in rows]
+    return markdown(["milliseconds", "CPU", on_gpu["device"]], cells) + made_by(result) + made_by(on_gpu)
 
 
 FUNCTIONS = (
-    peers_50, peers_30, peers_15, peers_8, layers_50, layers_30, places_30, places_15, peers_times, selection,
+    peers_50, peers_30, peers_15, peers_8, layers_50, layers_30, peers_vlm, layers_vlm, places_30, places_15,
+    peers_times, selection,
 )  # fmt: skip
