@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import dymu
 import tiny
 from dymu.errors import BadBudget, BadFocus, BadPrompt, UnsupportedCache, UnsupportedModel
+from dymu.prompting import video_inputs_for
 from dymu.pruning import DART, FastV, Joined, LayerSkip, Pruning, PyramidDrop, Reroute, SkipFFN, SparseVLM
 from dymu.pruning.pruning import Ahead
 from dymu.pruning.sparse_vlm import HEADS, raters_of
@@ -587,6 +588,30 @@ def test_stages_that_there_are_not(at: Any) -> None:
         dymu.apply(deeper("llava"), prune=Chooses(at, lambda ahead: None))
 
 
+@pytest.mark.parametrize("merge", [None, dymu.FixedMerge(0.6)])
+@torch.no_grad()
+def test_a_rule_knows_which_picture_a_token_is_of(merge: Any) -> None:
+    """Of images of one prompt, and of frames of a video behind an image."""
+    model, found = deeper("llava"), list[list[int]]()
+
+    def look(ahead: Ahead) -> None:
+        found.append(ahead.picture.unique_consecutive(return_counts=True)[1].tolist())
+
+    with dymu.apply(model, merge=merge, prune=Chooses(2, look)) as handle:
+        rows = [tiny.prompt(model, 3, "image", 2, "image", n, seed=n) for n in (4, 6)]
+        model(**tiny.inputs(model, rows, tiny.pictures(4)))
+        kept = handle.last.kept
+        assert found == [kept[:2], kept[2:]]
+    model, processor = deeper("llava_onevision"), tiny.full_processor("llava_onevision")
+    frames = [photo.resize((60, 60)) for photo in tiny.photos(4)]
+    found.clear()
+    with dymu.apply(model, merge=merge, prune=Chooses(2, look)) as handle:
+        model(**video_inputs_for(model, processor, frames, "what ?"))
+        (item,) = handle.last.items
+        assert len(found[0]) == item.pictures == 4
+        assert sum(found[0]) == item.kept
+
+
 def toy(**more: Any) -> Ahead:
     """Six image tokens of peers in the field's toy example, one word ahead and two behind."""
     degrees = torch.tensor([0.0, 8, 20, 90, 103, 180]).deg2rad()
@@ -603,7 +628,7 @@ def toy(**more: Any) -> Ahead:
     return Ahead(
         **{
             "layer": 2, "layers": 8, "hidden": hidden, "embeds": hidden, "shown": torch.arange(1, 7),
-            "running": torch.ones(6, dtype=torch.bool), "size": torch.tensor([1.0, 4, 1, 2, 1, 3]), "last": 8,
+            "picture": torch.zeros(6, dtype=torch.long), "running": torch.ones(6, dtype=torch.bool), "size": torch.tensor([1.0, 4, 1, 2, 1, 3]), "last": 8,
             "attend": attend, "alike": lambda layer, rows: torch.full((len(rows), 9), 1 / 9),
             "keys": lambda layer: hidden[:, None] * torch.arange(1.0, 10)[:, None, None], "norm": lambda x: x, **more,
         }
@@ -617,6 +642,10 @@ def test_toy_of_each_method() -> None:
     assert LayerSkip(0.5, score="size").choose(toy()).tolist() == [1, 3, 5]
     assert LayerSkip(0.5).choose(toy()).tolist() == [0, 2, 4]
     assert LayerSkip(0.5, "alternate").choose(toy()) is None
+    two = toy(picture=torch.tensor([0, 0, 0, 0, 1, 1]))
+    assert LayerSkip(0.5).choose(two).tolist() == [0, 2, 4], "half of each picture"
+    assert LayerSkip(0.5, score="size").choose(two).tolist() == [1, 3, 5]
+    assert LayerSkip(0.5, score="last-row").choose(two).tolist() == [2, 3, 4]
     # keys grow with the place: pivots are 4 and 5; the first keeps 0, which is least like it, the second 1
     assert DART(4 / 6, pivots=2).choose(toy()).tolist() == [0, 1, 4, 5]
 

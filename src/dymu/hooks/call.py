@@ -85,6 +85,7 @@ class Prompts:
     ) -> None:
         self.placeholders, self.ids, self.present = placeholders, ids, present
         self.leaders: Tensor | None = None
+        self._pictures = dict[Modality, Tensor]()
 
     @classmethod
     def of(cls, parts: Parts, ids: Tensor | None, embeds: Tensor | None = None, present: Any = None) -> Prompts:
@@ -131,6 +132,9 @@ class Prompts:
         if self.leaders is None:
             self.leaders = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         self.leaders = place_leaders(self.leaders, mask, [item.leaders for item in carried])
+        starts = accumulate((item.pictures for item in carried), initial=0)
+        numbered = [item.picture + start for item, start in zip(carried, starts, strict=False)]
+        self._pictures[modality] = torch.cat(numbered).to(mask.device)
         return carried
 
     def _check_questions(self, modality: Modality, items: Sequence[Item]) -> None:
@@ -151,6 +155,19 @@ class Prompts:
         """bool [B, N], the placeholders of all images and videos; None: nothing is shown."""
         masks = list(self.placeholders.values())
         return torch.stack(masks).any(0) if masks else None
+
+    @property
+    def picture(self) -> Tensor | None:
+        """int64 [B, N], which picture (image, tile, frame) each token is of, numbered throughout; -1: of none. None:
+        nothing is shown."""
+        shown, start = self.shown, 0
+        if shown is None:
+            return None
+        picture = torch.where(shown, 0, -1)
+        for modality, numbers in self._pictures.items():
+            picture = picture.masked_scatter(self.placeholders[modality], numbers + start)
+            start += 1 + int(numbers.max())
+        return picture
 
     def show_encoded(self, outputs: Mapping[str, Any], masked: bool = False) -> list[Item]:
         """Take over the token maps of items that were encoded ahead of the call.

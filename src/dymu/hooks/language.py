@@ -244,7 +244,7 @@ class LanguageHooks:
             state.wanted = state.pruned = packed = None
             if self.by_layer:
                 read = tokens if state.prompted is None else min(state.prompted - history.length, tokens)
-                prompt = Prompt(new, self._shown(tokens), present, positions, embeds, read if read > 0 else tokens)
+                prompt = Prompt(new, self._picture(tokens), present, positions, embeds, read if read > 0 else tokens)
                 state.pruned = self._pruned(plan, histories, prompt, cache)
                 begins = state.pruned.begin()
                 state.turns, steps = begins.angles, begins.steps
@@ -486,6 +486,11 @@ class LanguageHooks:
         """bool [B, N], which of the new tokens are of images or videos, if that is known."""
         shown = None if self._state.prompts is None else self._state.prompts.shown
         return shown if shown is not None and shown.shape[1] == tokens else None
+
+    def _picture(self, tokens: int) -> Tensor | None:
+        """int64 [B, N], see `Prompt.picture`, if that is known."""
+        picture = None if self._state.prompts is None else self._state.prompts.picture
+        return picture if picture is not None and picture.shape[1] == tokens else None
 
     def _distances(self, like: Tensor, length: int) -> Tensor:
         """float32 [length]: log(2 - D(t)), where D is the mean cosine of what t positions rotate by."""

@@ -33,7 +33,8 @@ class Prompt:
 
     Attributes:
         new: the tokens of the full prompt, to merged ones.
-        shown: bool [B, N], the tokens of images and videos; None: there are none, so that everything runs.
+        picture: int64 [B, N], which picture (image, tile, frame) each token is of, -1: of none; None: there are none,
+            so that everything runs.
         present: bool [B, N], the tokens that there are; None: all.
         positions: of the tokens, see `NewTokens.of`.
         embeds: [B, M, C], of the merged tokens.
@@ -41,7 +42,7 @@ class Prompt:
     """
 
     new: NewTokens
-    shown: Tensor | None
+    picture: Tensor | None
     present: Tensor | None
     positions: Tensor
     embeds: Tensor
@@ -142,7 +143,7 @@ class PrunedLayers:
                 "come along with it: leave use_cache=False and assistants out, or take forget=False."
             )
         self._chooses = frozenset(() if pruning is None else pruning.starts(len(parts.decoder_layers)))
-        shown = prompt.shown
+        shown = None if prompt.picture is None else prompt.picture >= 0
         self._shown = None if shown is None or not bool(shown.any()) else self._base.any(shown)
         self._segments = list[Segment]()
         self._inputs = dict[int, Tensor]()
@@ -328,6 +329,7 @@ class PrunedLayers:
 
     def _ahead(self, index: int, hidden: Tensor, row: int, of_image: Tensor, running: Tensor) -> Ahead:
         tokens, present = self._base, self._prompt.present
+        assert self._prompt.picture is not None
         kept, there = int(tokens.kept[row]), tokens.group[row] >= 0
         there = (there if present is None else present[row] & there)[: self._prompt.read]
         last = int(tokens.group[row, there.nonzero()[-1, 0]])
@@ -337,6 +339,7 @@ class PrunedLayers:
             hidden=hidden[row, :kept],
             embeds=self._prompt.embeds[row, :kept],
             shown=of_image,
+            picture=self._prompt.picture[row, tokens.first()[row, of_image]],
             running=running,
             size=tokens.size()[row, of_image],
             last=last,

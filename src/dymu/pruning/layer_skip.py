@@ -20,7 +20,7 @@ class LayerSkip(Pruning):
     """Skipping layers run a part of the image tokens; the others pass unchanged and compete again in the next one.
 
     Args:
-        keep: the fraction that runs in a skipping layer.
+        keep: the fraction that runs in a skipping layer, of each picture (image, tile, frame).
         pattern: which layers skip: every other one from the second on, all (but the first), all after the second, or
             every other one after the second.
         score: what runs: tokens at equal distances of whole tokens, from the first one on, as in the authors' program,
@@ -64,14 +64,24 @@ class LayerSkip(Pruning):
         starts = self.starts(ahead.layers)
         if self.pattern.startswith("alternate") and (ahead.layer - starts[0]) % 2:
             return None
-        tokens, device = len(ahead.shown), ahead.hidden.device
-        keep = math.ceil(round(self.keep * tokens, 6))
-        if self.score == "uniform":
-            return torch.arange(keep, device=device) * (tokens // keep)
+        score, kept = self._score(ahead), list[Tensor]()
+        for number in ahead.picture.unique().tolist():
+            index = (ahead.picture == number).nonzero()[:, 0]
+            keep = math.ceil(round(self.keep * len(index), 6))
+            if score is None:
+                kept.append(index[torch.arange(keep, device=index.device) * (len(index) // keep)])
+            else:
+                kept.append(index[score[index].argsort(descending=True, stable=True)[:keep].sort().values])
+        return torch.cat(kept)
+
+    def _score(self, ahead: Ahead) -> Tensor | None:
+        """[V], by which tokens run; None: by their places."""
         if self.score == "random":
             generator = torch.Generator("cpu").manual_seed(self.seed * 4096 + ahead.layer)
-            drawn = torch.rand(tokens, generator=generator, dtype=torch.float64, device="cpu")
-            return drawn.argsort()[:keep].sort().values.to(device)
+            drawn = torch.rand(len(ahead.shown), generator=generator, dtype=torch.float64, device="cpu")
+            return -drawn.to(ahead.hidden.device)
         if self.score == "size":
-            return ahead.best(ahead.size, keep)
-        return ahead.best(ahead.received(ahead.layer, ahead.shown.new_tensor([ahead.last])), keep)
+            return ahead.size
+        if self.score == "last-row":
+            return ahead.received(ahead.layer, ahead.shown.new_tensor([ahead.last]))
+        return None

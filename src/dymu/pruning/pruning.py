@@ -26,6 +26,7 @@ class Ahead:
         hidden: [M, C], what comes out of the layer before; of rows that it did not run, of the last that did.
         embeds: [M, C], what went into the first layer.
         shown: int64 [V], the rows that are of images and videos.
+        picture: int64 [V], which picture (image, tile, frame) each of them is of; a merged token, its first one.
         running: bool [V], those of them that ran in the layer before.
         size: float32 [V], how many tokens of the full prompt each of them stands for.
         last: the row of the prompt's last token; behind it may stand tokens of an answer that is tried.
@@ -41,6 +42,7 @@ class Ahead:
     hidden: Tensor
     embeds: Tensor
     shown: Tensor
+    picture: Tensor
     running: Tensor
     size: Tensor
     last: int
