@@ -595,7 +595,7 @@ def test_a_rule_knows_which_picture_a_token_is_of(merge: Any) -> None:
     model, found = deeper("llava"), list[list[int]]()
 
     def look(ahead: Ahead) -> None:
-        found.append(ahead.picture.unique_consecutive(return_counts=True)[1].tolist())
+        found.append(ahead.picture.unique(return_counts=True)[1].tolist())
 
     with dymu.apply(model, merge=merge, prune=Chooses(2, look)) as handle:
         rows = [tiny.prompt(model, 3, "image", 2, "image", n, seed=n) for n in (4, 6)]
@@ -628,7 +628,8 @@ def toy(**more: Any) -> Ahead:
     return Ahead(
         **{
             "layer": 2, "layers": 8, "hidden": hidden, "embeds": hidden, "shown": torch.arange(1, 7),
-            "picture": torch.zeros(6, dtype=torch.long), "running": torch.ones(6, dtype=torch.bool), "size": torch.tensor([1.0, 4, 1, 2, 1, 3]), "last": 8,
+            "picture": torch.zeros(6, dtype=torch.long), "running": torch.ones(6, dtype=torch.bool),
+            "size": torch.tensor([1.0, 4, 1, 2, 1, 3]), "last": 8,
             "attend": attend, "alike": lambda layer, rows: torch.full((len(rows), 9), 1 / 9),
             "keys": lambda layer: hidden[:, None] * torch.arange(1.0, 10)[:, None, None], "norm": lambda x: x, **more,
         }
