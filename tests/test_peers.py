@@ -228,11 +228,46 @@ def test_saint_drops_the_most_alike() -> None:
 def test_ward_joins_by_its_rule() -> None:
     distance = torch.cdist(TOY, TOY)
     label, heights = ward(1 - COSINE, 1)
-    torch.testing.assert_close(heights, [0.0097, 0.0256, 0.0521, 1.0329, 2.2910], atol=1e-4, rtol=0)
+    expected = torch.tensor([0.0097, 0.0256, 0.0521, 1.0329, 2.2910], dtype=torch.float64)
+    torch.testing.assert_close(heights, expected, atol=1e-4, rtol=0)
     assert groups(ward(1 - COSINE, 3)[0]) == [[0, 1, 2], [3, 4], [5]]
     assert groups(ward(1 - COSINE, 4)[0]) == [[0, 1], [2], [3, 4], [5]]
     assert groups(ward(distance, 6)[0]) == [[i] for i in range(6)]
     assert len(label.unique()) == 1
+
+
+def one_by_one(distance: Tensor, clusters: int) -> tuple[list[set[int]], list[float]]:
+    """Ward's clusters, the two of the least distance joined at each step; and the heights."""
+    groups, heights = [{i} for i in range(len(distance))], list[float]()
+    square = {(a, b): float(distance[a, b]) ** 2 for a in range(len(distance)) for b in range(len(distance)) if a != b}
+    alive = [*range(len(distance))]
+    while len(alive) > clusters:
+        a, b = min(itertools.combinations(alive, 2), key=square.__getitem__)
+        apart, (m, n) = square[a, b], (len(groups[a]), len(groups[b]))
+        heights.append(math.sqrt(apart))
+        alive.remove(b)
+        for c in alive:
+            if c != a:
+                k = len(groups[c])
+                joined = ((m + k) * square[a, c] + (n + k) * square[b, c] - k * apart) / (m + n + k)
+                square[a, c] = square[c, a] = joined
+        groups[a] |= groups[b]
+    return [groups[a] for a in alive], heights
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ward_all_at_once_is_ward_one_by_one(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(2, 40, (1,), generator=generator))
+    x = torch.nn.functional.normalize(torch.randn(count, 4, generator=generator, dtype=torch.float64), dim=-1)
+    distance = (1 - x @ x.mT).clamp(0, 2)
+    for clusters in (1, count // 3 + 1, count):
+        expected, heights = one_by_one(distance, clusters)
+        label, found = ward(distance, clusters)
+        assert sorted(map(sorted, expected)) == groups(label)
+        torch.testing.assert_close(found[: len(heights)], torch.tensor(heights, dtype=torch.float64))
+    same = ward(torch.zeros(count, count, dtype=torch.float64), min(count, 3))[0]
+    assert len(same.unique()) == min(count, 3), "ties, too, end"
 
 
 def test_whole_parts_are_shared_out() -> None:

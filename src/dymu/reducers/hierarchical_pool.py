@@ -16,35 +16,53 @@ from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, leaders_of
 
 
-def ward(distance: Tensor, clusters: int) -> tuple[Tensor, list[float]]:
+def ward(distance: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Join again and again the two clusters of the least distance, by Ward's rule (of Lance and Williams).
+
+    All pairs of which each is the other's nearest join at once, since no other can come nearer to either by joining; of
+    the tree that this makes, the joins of least height count.
 
     Args:
         distance: [N, N], of single tokens.
 
     Returns:
-        int64 [N], for each token the first of its cluster; and the heights at which they were joined.
+        int64 [N], for each token the first of its cluster; and [N - 1], the heights of all joins, rising.
     """
-    squares = distance.cpu().square().fill_diagonal_(torch.inf)  # a GPU would be waited for at each step
-    size, label = squares.new_ones(len(squares)), torch.arange(len(squares))
-    least, nearest = squares.min(1)
-    heights = list[float]()
-    for _ in range(len(squares) - clusters):
-        one = int(least.argmin())
-        first, second = sorted((one, int(nearest[one])))
-        height, total = squares[first, second].clone(), size + size[first] + size[second]
-        joined = (size + size[first]) * squares[first] + (size + size[second]) * squares[second] - size * height
-        heights.append(float(height.sqrt()))
-        squares[first] = squares[:, first] = joined / total
-        squares[second] = squares[:, second] = squares[first, first] = torch.inf
-        size[first] += size[second]
-        label[label == second] = first
-        closer = squares[first] < least
-        least[closer], nearest[closer] = squares[first][closer], first
-        stale = (nearest == first) | (nearest == second)
-        stale[first] = True
-        least[stale], nearest[stale] = squares[stale].min(1)
-    return label.to(distance.device), heights
+    squares = distance.square()
+    squares = ((squares + squares.mT) / 2).fill_diagonal_(torch.inf)
+    first = torch.arange(len(squares), device=squares.device)
+    into, size, height = first.clone(), torch.ones_like(squares[0]), torch.zeros_like(squares[0])
+    heights, ones, others = [height[:0]], [first[:0]], [first[:0]]
+    while len(squares) > 1:
+        nearest, index = squares.argmin(1), torch.arange(len(squares), device=squares.device)
+        one = ((nearest[nearest] == index) & (index < nearest)).nonzero()[:, 0]
+        other = nearest[one]
+        between = squares[one, other]
+        height[one] = torch.stack((between, height[one], height[other])).amax(0)
+        heights.append(height[one])
+        ones.append(first[one])
+        others.append(first[other])
+        squares[one] = _from_both(squares[one], squares[other], between, size[one], size[other], size)
+        grown = size.index_add(0, one, size[other])
+        squares[:, one] = _from_both(squares.mT[one], squares.mT[other], between, size[one], size[other], grown).mT
+        left = torch.ones_like(index, dtype=torch.bool).index_fill(0, other, False)
+        squares = squares[left][:, left]
+        squares = ((squares + squares.mT) / 2).fill_diagonal_(torch.inf)
+        first, size, height = first[left], grown[left], height[left]
+    made = torch.cat(heights)
+    order = made.argsort(stable=True)
+    joined = order[: len(distance) - clusters]
+    into[torch.cat(others)[joined]] = torch.cat(ones)[joined]
+    for _ in range(len(distance).bit_length()):
+        into = into[into]
+    return into, made[order].sqrt()
+
+
+def _from_both(one: Tensor, other: Tensor, between: Tensor, size: Tensor, added: Tensor, sizes: Tensor) -> Tensor:
+    """[pairs, M], squared distances from two clusters that join to all, by those [pairs, M] from each of them."""
+    size, added = size[:, None], added[:, None]
+    joined = (size + sizes) * one + (added + sizes) * other - sizes * between[:, None]
+    return joined / (size + added + sizes)
 
 
 @dataclass(frozen=True)
