@@ -170,6 +170,21 @@ def test_any_budget_between_is_met(tower: str, processor: CLIPImageProcessorPil,
         before = upper.budget, counts + new
 
 
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_budget_is_the_mean_over_images_that_were_not_seen(tower: str, processor: CLIPImageProcessorPil) -> None:
+    """Each of two draws keeps what was calibrated on the other; on average, as one may be a little simpler."""
+    model, budgets = tiny.llava(tower, layer=-1), [10, 15, 20, 28, 36]
+    draws = [[photo for seed in range(start, start + 8) for photo in tiny.photos(6, seed)] for start in (0, 100)]
+    means = []
+    for seen, unseen in (draws, draws[::-1]):
+        thresholds = dymu.calibrate(model, processor, seen, budgets, progress=False)
+        pixels = processor(images=unseen, return_tensors="pt")["pixel_values"]
+        means.append([sum(kept(model, thresholds, budget, pixels)) / len(unseen) for budget in budgets])
+        assert means[-1] == sorted(means[-1])
+        assert means[-1] == pytest.approx(budgets, rel=0.1)
+    assert np.mean(means, 0) == pytest.approx(budgets, rel=0.03)
+
+
 def test_the_grid_is_what_can_be_left(processor, images) -> None:
     """Also where few layers merge; and where padding leaves other counts than budgets, dials fall from these."""
     few = dymu.calibrate(tiny.llava("clip", layer=-1), processor, images, merge_layers=[2], progress=False)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dymu.merging import Layout, peaks
+from dymu.merging import Layout, MergedTokens, peaks
 from dymu.merging.match import best_partner
+from dymu.reducers import Candidates, FixedMerge, Reducer, Shown, ThresholdMerge
 from dymu.reducers.anchors import anchors
 from dymu.reducers.ap_et import hardest
 from dymu.reducers.cd_pruner import likeliest, relevance_of
@@ -66,6 +67,37 @@ def test_what_a_text_is_about_merges_later() -> None:
     torch.testing.assert_close(similarity[0], DEGREES.new_tensor([0.9903, 0.4781, 0.9744]), atol=1e-4, rtol=0)
     _, partner = best_partner(TOY[None], layout, apart=3.0 * torch.tensor([[0.0, 1, 0, 0, 0, 0]]))
     assert partner.tolist() == [[1, 1, 1]], "another partner, where the nearest is relevant"
+
+
+def in_one_layer(rule: Reducer, x: Tensor) -> tuple[list[list[int]], Tensor, Tensor]:
+    """The groups that the only layer leaves of tokens [N, C] that are their own keys, and their features and sizes."""
+    state = MergedTokens.unmerged(Layout.equal(1, len(x)))
+    shown = Shown(torch.empty(0), ((1, len(x)),), single=True, video=False)
+    into = rule.in_layer(Candidates(0, 1, (len(x),), 0, state, x[None], x[None, :, None], shown))
+    if into is None:
+        return [[i] for i in range(len(x))], x, torch.ones(len(x))
+    assert isinstance(into, Tensor)
+    merged, state = state.merge(x[None], into, 0)
+    assert state.size is not None
+    return groups(state.map.group[0]), merged[0], state.size[0]
+
+
+def test_tome_merges_so_many_and_dtome_what_is_alike() -> None:
+    assert in_one_layer(FixedMerge(6), TOY)[0] == [[i] for i in range(6)]
+    found, x, size = in_one_layer(FixedMerge(4), TOY)
+    assert sorted(found) == [[0, 1, 2], [3], [4], [5]]
+    first = found.index([0, 1, 2])
+    torch.testing.assert_close(x[first], DEGREES.new_tensor([0.9767, 0.1604]), atol=1e-4, rtol=0)
+    assert size.tolist() == [3 if number == first else 1 for number in range(4)]
+    torch.testing.assert_close((size[:, None] * x).sum(0), TOY.sum(0))
+    assert sorted(in_one_layer(ThresholdMerge((0.975,)), TOY)[0]) == [[0, 1, 2], [3], [4], [5]]
+    assert sorted(in_one_layer(ThresholdMerge((0.97,)), TOY)[0]) == [[0, 1, 2], [3, 4], [5]]
+    many = torch.randn(60, 3, generator=torch.Generator().manual_seed(8))
+    taus = torch.linspace(0.2, 1.0, 30).tolist()
+    left = [len(in_one_layer(ThresholdMerge((tau,)), many)[0]) for tau in taus]
+    assert left == sorted(left)
+    assert left[0] == 30, "half of them, at most"
+    assert left[-1] == len(in_one_layer(ThresholdMerge((2.0,)), many)[0]) == 60
 
 
 def test_vision_zip_gathers_what_is_not_dominant() -> None:

@@ -26,6 +26,7 @@ from dymu.reducers import (
     SAINT,
     Anchors,
     ApET,
+    AveragePool,
     CDPruner,
     DARTEmbeddings,
     DensityPeaks,
@@ -41,12 +42,14 @@ from dymu.reducers import (
     RandomKeep,
     Reducer,
     SkipVision,
+    Stride,
     TextAwareMerge,
     VidCom2,
     VisionZip,
     VisPruner,
     VScan,
 )
+from dymu.reducers.pru_merge import outliers
 from tiny_families import FAMILIES
 from tiny_processors import processor_for
 
@@ -203,6 +206,8 @@ def test_runs_that_are_dropped_leave_a_token_each(whole, kind):
 
 ALL: list[Reducer] = [
     *(kind(1.0) for kind in (*KEEP, *MERGE)), VScan(1.0, 3, 1), DensityPeaks(keep=1.0), FixedMerge(1.0),
+    FasterVLM(1.0, fill="nearest"), DivPrune(1.0, fill="runs"), VisionZip(0.6, 0.4), DensityPeaks(-1.0),
+    AveragePool(1.0), RandomKeep(1.0), Stride(1.0),
     TextAwareMerge(1.0, layers=(1, 2), text=vectors, project=lambda x: x[..., :8]),
 ]  # fmt: skip
 
@@ -211,9 +216,18 @@ ALL: list[Reducer] = [
 def test_keeping_all_is_the_untouched_model(whole, rule):
     model, processor = whole
     asked = inputs_for(model, processor, [([photo], "what is it ?") for photo in shown(2)])
-    untouched, there = model(**asked).logits, asked["attention_mask"].bool()
+    there, word = asked["attention_mask"], torch.full((2, 1), 5)
+
+    def said() -> list[torch.Tensor]:
+        """Logits of the prompts, and of a word behind them."""
+        out = model(**asked, use_cache=True)
+        behind = tiny.going_on(model, word, torch.cat((there, torch.ones_like(word)), 1))
+        return [out.logits[there.bool()], model(**behind, past_key_values=out.past_key_values).logits]
+
+    untouched = said()
     with dymu.apply(model, merge=rule) as handle:
-        tiny.close(model(**asked).logits[there], untouched[there], 1e-5)
+        for logits, expected in zip(said(), untouched, strict=True):
+            tiny.close(logits, expected, 1e-5)
         assert handle.last.kept == handle.last.original
 
 
@@ -309,6 +323,36 @@ def test_text_aware_merging_refuses():
     ):
         with dymu.apply(model, merge=TextAwareMerge(25, text=text, **options)), pytest.raises(error, match=said):
             model.get_image_features(tiny.pictures(1))
+
+
+def test_pru_merge_reads_the_keys_of_all_heads_side_by_side():
+    """And queries likewise, of the layer behind the features; their means over heads would name other neighbours."""
+    model, images = tiny.llava(), tiny.pictures(3)
+    hidden = model.model.vision_tower(images, output_hidden_states=True).hidden_states[-2]
+    layer = model.model.vision_tower.encoder.layers[-1]
+    query, key = (part(layer.layer_norm1(hidden)) for part in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+    score = (query[:, :1] @ key.mT / query.shape[-1] ** 0.5).softmax(-1)[:, 0, 1:]
+    others = 0
+    with dymu.apply(model, merge=PruMerge()) as handle:
+        features = model.get_image_features(images).pooler_output
+        groups = [handle.last.group(number).flatten() for number in range(3)]
+    for number, group in enumerate(groups):
+        x, keys, attention = hidden[number, 1:], key[number, 1:], score[number]
+        kept = outliers(attention, plus=False)
+        assert len(group.unique()) == len(kept)
+        heads = keys.unflatten(-1, (layer.self_attn.num_heads, -1))
+        cosine, of_means = (
+            torch.nn.functional.cosine_similarity(own[kept, None], own, dim=-1) for own in (keys, heads.mean(1))
+        )
+        assert torch.equal(group[kept[cosine.argmax(0)]], group)
+        for row, one in enumerate(kept.tolist()):
+            near, other = (
+                [i for i in of[row].argsort(descending=True).tolist() if i != one][:32] for of in (cosine, of_means)
+            )
+            others += set(near) != set(other)
+            y = x[one] + attention[near] @ x[near]
+            tiny.close(features[number][one], model.model.multi_modal_projector(y), 1e-5)
+    assert others
 
 
 def test_an_encoder_by_itself():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -202,7 +204,7 @@ def test_what_is_said_equals_masking_and_layers_cache_what_they_ran(model: Any, 
 
 ALL_RUN = [
     FastV(1.0, 1), PyramidDrop((1.0, 1.0)), Reroute((1.0,)), SparseVLM((1.0, 1.0), (0, 3)), DART(1.0, 2),
-    LayerSkip(1.0, "all"), LayerSkip(1.0, "alternate", "random"),
+    LayerSkip(1.0, "all"), LayerSkip(1.0, "alternate", "random"), SkipFFN(1.0, 1), SkipFFN(1.0, 2, until=4),
 ]  # fmt: skip
 SOME_RUN = [
     FastV(0.4, 1), PyramidDrop((0.7, 0.3)), Reroute((0.3, 0.6)), SparseVLM((0.6, 0.3), (0, 3)), DART(0.3, 2),
@@ -582,6 +584,25 @@ def test_what_a_rule_may_not_answer(answer: Any, error: type[Exception], sentenc
         model(**inputs)
 
 
+@pytest.mark.parametrize("name", ["comes_back", "attends"])
+@torch.no_grad()
+def test_nothing_is_joined_that_runs_again_or_attends(name: str) -> None:
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+    into = torch.full((49,), -1)
+    into[[0, 1]] = 0
+    kind = type("Joins", (Chooses,), {name: True})
+    refused = pytest.raises(ValueError, match=r"Joins\.choose joins tokens that run again or attend: answer rows alone")
+    with dymu.apply(model, prune=kind(2, lambda ahead: Joined(torch.tensor([0, 5]), into))), refused:
+        model(**inputs)
+    with dymu.apply(model, prune=Chooses(2, lambda ahead: Joined(torch.tensor([0, 5]), into))) as handle:
+        model(**inputs)
+        assert handle.last.ran == [[49, 49, 2, 2, 2, 2]]
+    with dymu.apply(model, prune=kind(2, lambda ahead: torch.tensor([0, 5]))) as handle:
+        model(**inputs)
+        assert handle.last.ran == [[49, 49, 2, 2, 2, 2]]
+
+
 @pytest.mark.parametrize("at", [0, 6, 99, -1, 2.5, "2"])
 def test_stages_that_there_are_not(at: Any) -> None:
     with pytest.raises(ValueError, match="image tokens can be dropped ahead of layers 1 to 5"):
@@ -647,6 +668,13 @@ def test_toy_of_each_method() -> None:
     assert LayerSkip(0.5).choose(two).tolist() == [0, 2, 4], "half of each picture"
     assert LayerSkip(0.5, score="size").choose(two).tolist() == [1, 3, 5]
     assert LayerSkip(0.5, score="last-row").choose(two).tolist() == [2, 3, 4]
+    many = torch.randn(20, 2)
+    ten = toy(
+        hidden=many, embeds=many, shown=torch.arange(3, 13), picture=torch.zeros(10), running=torch.ones(10).bool(),
+        size=torch.arange(10.0),
+    )  # fmt: skip
+    assert LayerSkip(0.2).choose(ten).tolist() == [0, 5]
+    assert LayerSkip(0.2, score="size").choose(ten).tolist() == [8, 9]
     # keys grow with the place: pivots are 4 and 5; the first keeps 0, which is least like it, the second 1
     assert DART(4 / 6, pivots=2).choose(toy()).tolist() == [0, 1, 4, 5]
 
@@ -718,6 +746,7 @@ def test_dart_keeps_as_many_as_asked() -> None:
     )  # fmt: skip
     assert len(DART(0.222).choose(ahead)) == round(0.222 * 576)
     assert len(set(DART(0.222).choose(ahead).tolist())) == round(0.222 * 576)
+    assert len(DART().choose(ahead)) == 4 + 8 * 15
 
 
 def test_raters_speak_of_the_picture() -> None:
@@ -819,6 +848,7 @@ def test_unmerging_from_a_layer_on(model: Any) -> None:
     exact, compact, half = seen(), seen(unmerge="compact"), seen(unmerge_from=3)
     assert exact[2] == compact[2] == half[2]
     tiny.close(seen(unmerge_from=LAYERS)[0], compact[0])
+    tiny.close(seen(unmerge_from=0, prune=FastV(1.0, 3))[0], exact[0])  # layer by layer
     words = inputs["attention_mask"].bool() & ~images_of(model, inputs)
     for layer in range(4):
         tiny.close(half[1][layer][words], compact[1][layer][words])
@@ -872,6 +902,23 @@ def test_skipping_mlps_equals_zeros_in_their_place(model: Any, forget: bool) -> 
     tiny.close(logits, expected)
     left = [int((fed if forget and 2 <= layer < 5 else there).sum(1).max()) + NEW - 1 for layer in range(LAYERS)]
     assert [layer.keys.shape[2] for layer in cache.layers] == left
+
+
+@pytest.mark.parametrize("score", ["uniform", "random", "last-row"])
+@torch.no_grad()
+def test_a_skipped_token_passes_to_the_bit(model: Any, score: Any) -> None:
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 5, seed=1), tiny.pictures(1))
+    at = images_of(model, inputs)[0].nonzero()[:, 0]
+    keep = math.ceil(0.2 * len(at))
+    with dymu.apply(model, prune=LayerSkip(0.2, "all", score)) as handle:
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+        assert handle.last.ran == [[len(at)] + [keep] * (LAYERS - 1)]
+    same = [(before == after)[0].all(-1) for before, after in itertools.pairwise(hidden[:LAYERS])]
+    assert not same[0].any()
+    added = getattr(model.config.vision_config, "deepstack_visual_indexes", [])  # to what comes out of the first ones
+    for of_layer in same[1 + len(added) :]:  # behind the last one comes a norm
+        assert int(of_layer[at].sum()) == len(at) - keep
+        assert int(of_layer.sum()) == len(at) - keep, "text runs"
 
 
 SEVERAL = [

@@ -245,6 +245,27 @@ def standing(
     return turned(query, take(phase(at[-1]), new.representative)), turned(key, torch.cat(of_keys, 1))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    ("unmerge", "expected"),
+    [("exact", 0.5215), ("compact", 0.4235), ("original", 0.2687), ("none", 0.4194), ("restore", 0.6397)],
+)
+def test_two_merged_tokens_and_a_word_of_one_head_by_hand(unmerge, expected, name):
+    """The merged one, at 0 for 0 and 1, says 1 and the word behind it 0; queries and keys are alike, and turn by one
+    radian for each place. With `restore` the two are 2 - cos 2 times as heavy, by the place where their key stands."""
+    tokens = TokenMap.from_leaders(torch.tensor([[0, 0, 2]]))
+    more = {"distances": (2 - torch.arange(3.0).cos()).log(), "shown": torch.tensor([[True, True, False]])}
+    step, new, positions = grow(History(), tokens, unmerge, size=2, **more)
+    at = torch.arange(2)[None] if unmerge == "none" else positions.gather(1, new.representative)
+    turned = torch.view_as_real(phase(at, 2)[0])[:, 0]
+    query = turned[None, None]
+    value = torch.tensor([1.0, 0.0], dtype=torch.float64)[None, None, :, None].expand(-1, -1, -1, 2)
+    if name not in IN_FLOAT64:
+        query, value, step = query.float(), value.float(), as_float32(step)
+    said = BACKENDS[name](query, query, value, step, 2**-0.5)
+    assert said[0, :, 0, 0].tolist() == pytest.approx([1, expected], abs=1e-4)
+
+
 @given(st.data())
 def test_a_representative_gets_what_exact_gives_its_token(data):
     """Of each group what `exact` would give the one virtual query, before it takes the mean."""
