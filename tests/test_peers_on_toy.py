@@ -416,7 +416,7 @@ def test_odd_grids_and_numbers(method: Any, grid: tuple[int, int]) -> None:
         tokens = seen(x, grid, said, random(5, 6, seed=1))
         for keep in sorted({1, 2, count // 2, count - 1, count} & {*range(1, count + 1)}):
             if method.name == "vision-zip" and keep == 1:
-                with pytest.raises(BadBudget):  # of two kinds of tokens there is one each
+                with pytest.raises(BadBudget, match="at least 2"):  # of two kinds of tokens there is one each
                     made(keep)
                 continue
             if method.name == "tome" and keep == count:
@@ -425,7 +425,8 @@ def test_odd_grids_and_numbers(method: Any, grid: tuple[int, int]) -> None:
             made(keep).check_fits(24, count)
             reduced, y = answered(made(keep), tokens)
             assert torch.isfinite(y).all()
-            assert method.name == "pool" or len(y) == keep or (method.name in FEWER and len(y) < keep < count)
+            of_fields = method.name == "pool" and min(grid) > 1 and abs(len(y) - keep) <= min(grid) / 2
+            assert of_fields or len(y) == keep or (method.name in FEWER and len(y) < keep < count)
             if constant and method.name != "vision-zip":
                 torch.testing.assert_close(y, torch.ones_like(y))
             if method.unmerges("compact") == "compact":  # something stands for every token

@@ -202,6 +202,10 @@ def options_of(text: str) -> dict[str, Any]:
 
 def _of_zip(keep: int | float) -> dict[str, int | float]:
     """The paper's shares of 64 tokens."""
+    if keep == 1 and not isinstance(keep, float):
+        raise BadBudget(
+            "vision-zip keeps a dominant token and one that gathers others: give it at least 2 of an image."
+        )
     contextual = keep * 10 / 64 if isinstance(keep, float) and keep <= 1 else max(round(keep * 10 / 64), 1)
     return {"dominant": keep - contextual, "contextual": contextual}
 

@@ -18,9 +18,9 @@ from dymu.token_map import TokenMap, leaders_of
 class AveragePool(Reducer):
     """The grid of an image's tokens is averaged over fields as equal as possible, about `keep` of them.
 
-    A grid of R x C tokens, `keep` being a part p of them, becomes round(R sqrt p) x round(C sqrt p) fields. Where an
-    image is one picture, the encoder's tokens are averaged, else those in the prompt: of the whole image, of its tiles
-    put together, and of each frame of a video.
+    A grid of R x C tokens, `keep` being a part p of them, becomes R sqrt p x C sqrt p fields, one side rounded down or
+    up and the other what comes nearest to `keep` then. Where an image is one picture, the encoder's tokens are
+    averaged, else those in the prompt: of the whole image, of its tiles put together, and of each frame of a video.
 
     Args:
         keep: tokens of an image or video; a float up to 1 is a fraction.
@@ -59,17 +59,23 @@ class AveragePool(Reducer):
             part = self._part(sum(int((grid >= 0).sum()) for grid in grids))
             begin = 0
             for grid in grids:
-                fields = _fields(grid, math.sqrt(part))
+                fields = _fields(grid, part)
                 field[row, grid[grid >= 0]] = (begin + fields)[grid >= 0]
                 begin += int(fields.max()) + 1
         first = field.gather(1, tokens.map.first()).masked_fill(~tokens.present, -1)
         return Reduced(TokenMap.from_leaders(leaders_of(first, tokens.map.tokens), tokens.present))
 
 
-def _fields(grid: Tensor, scale: float) -> Tensor:
+def _fields(grid: Tensor, part: float) -> Tensor:
     """int64 [rows, columns], the field that each cell of a grid lies in."""
-    rows, columns = grid.shape
-    down, across = max(round(rows * scale), 1), max(round(columns * scale), 1)
+    sides, wanted, scale = grid.shape, part * grid.numel(), math.sqrt(part)
+    found = set[tuple[int, int]]()
+    for axis, (side, other) in enumerate((sides, sides[::-1])):
+        for fields in {max(int(side * scale), 1), min(math.ceil(side * scale), side)}:
+            pair = fields, min(max(round(wanted / fields), 1), other)
+            found.add(pair[::-1] if axis else pair)
+    rows, columns = sides
+    down, across = min(found, key=lambda pair: (abs(pair[0] * pair[1] - wanted), abs(pair[0] - rows * scale), pair))
     row = torch.arange(rows, device=grid.device) * down // rows
     column = torch.arange(columns, device=grid.device) * across // columns
     return row[:, None] * across + column
