@@ -487,6 +487,21 @@ def test_a_report_of_some_ways_to_unmerge(dymu_command, refused, folder, asked, 
     assert "no rows that unmerge by restore; take some of: exact, none" in refused("report", results, "-u", "restore")
 
 
+def test_a_row_unmerges_from_a_layer_on(dymu_command, refused, folder, asked, tmp_path):
+    run = ["evaluate", folder, "-t", asked, "-b", FEWEST, "-u", "exact", "-u", "none", "--timed", 0]
+    code, out, err = dymu_command(*run, "-m", "dtome:unmerge_from=1", "-o", tmp_path / "r.jsonl", "--json")
+    assert code == 0, err
+    assert "only dtome merges" not in err
+    (told,) = last_object(out)["results"]
+    assert [row["row"]["options"] for row in told["rows"]] == ["", "unmerge_from=1"]
+    for method in ("dtome", "density-threshold"):
+        said = refused(*run, "-m", f"{method}:unmerge_from=99", "-o", tmp_path / "s.jsonl")
+        assert "unmerge_from is a layer of the language model" in said
+    code, _, err = dymu_command(*run, "-m", "downscale:unmerge_from=1", "-o", tmp_path / "s.jsonl")
+    assert code == 2
+    assert "takes no further arguments" in " ".join(err.split())
+
+
 def test_evaluate_refuses(refused, folder, asked, tmp_path):
     end = ("-o", tmp_path / "r.jsonl")
     assert "does not exist" in refused("evaluate", folder, "-t", "nothing", *end)

@@ -273,14 +273,17 @@ def test_a_row_may_unmerge_from_a_layer_on(model, processor, thresholds, tmp_pat
     assert later != pytest.approx(exact)
     assert later != pytest.approx(compact)
     assert applying("tome:unmerge_from=1", 16, "exact", layers)["unmerge_from"] == 1
-    for options, way in (
-        (f"unmerge_from={layers + 1}", "exact"),
-        ("unmerge_from=1", "none"),
-        ("unmerge_from=a", "exact"),
-    ):
-        (row,) = rows_for([16], [f"tome:{options}"], [way])[1:]
-        with pytest.raises(BadBudget, match=r"cannot run: .*unmerge"):
+    wrong = ((f"unmerge_from={layers + 1}", "exact"), ("unmerge_from=1", "none"), ("unmerge_from=a", "exact"))
+    for options, way in wrong:
+        row = Row("tome", 16, way, "constant", options)
+        with pytest.raises(BadBudget, match=r"cannot run: .*from 0 to"):
             evaluate(model, processor, [Words()], [row], tmp_path / "s.jsonl", timed=0)
+    with pytest.raises(ValueError, match="counted from 0"):
+        rows_for([16], ["tome:unmerge_from=a"])
+    forms = rows_for([16], ["tome", "tome:unmerge_from=0", "tome:unmerge_from=2", "stride:unmerge_from=2"], UNMERGE)
+    later = [row for row in forms if row.options]
+    assert [(row.method, row.unmerge) for row in later] == [("tome", "exact"), ("tome", "representative")]
+    assert len(forms) == 1 + len(UNMERGE) + 2 + 1
 
 
 def direct(row: Row, model, processor, thresholds, example: Example, most: int) -> tuple[list[int], float]:

@@ -20,7 +20,7 @@ from dymu.reducers.div_prune import far_apart
 from dymu.reducers.faster_vlm import largest
 from dymu.reducers.hierarchical_pool import ward
 from dymu.reducers.holo_v import in_stretches
-from dymu.reducers.keep import shared_out
+from dymu.reducers.keep import of_pictures, shared_out
 from dymu.reducers.mm_tok import covering
 from dymu.reducers.pixel_prune import predicted
 from dymu.reducers.pru_merge import outliers
@@ -307,4 +307,9 @@ def test_whole_parts_are_shared_out() -> None:
     assert shared_out(10, [1, 3], [9, 5]) == [5, 5]
     assert shared_out(0, [1, 2], [3, 3]) == [0, 0]
     assert shared_out(3, [math.nan, 1, math.nan], [2, 1, 2]) == [1, 1, 1]
+    assert shared_out(4, [5, 1, 1, 1], [9, 9, 9, 9]) == [3, 1, 0, 0], "the largest remainders, of equal ones the first"
+    assert shared_out(9, [5, 1, 1, 1], [3, 9, 9, 9]) == [3, 2, 2, 2]
+    assert of_pictures(3, [9, 1, 1], [9, 9, 9]) == [1, 1, 1]
+    assert of_pictures(5, [9, 1, 1], [9, 9, 9]) == [3, 1, 1]
+    assert of_pictures(2, [1, 9, 9], [9, 9, 9]) == [0, 1, 1]
     assert sum(shared_out(17, [0.2, 0.5, 0.3], [30, 30, 30])) == 17

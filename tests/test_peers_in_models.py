@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ from dymu.reducers import (
     VisPruner,
     VScan,
 )
+from dymu.reducers.prompt import _placed
 from dymu.reducers.pru_merge import outliers
 from tiny_families import FAMILIES
 from tiny_processors import processor_for
@@ -256,6 +258,33 @@ def test_a_video_is_reduced(rule):
         assert torch.isfinite(answer.logits).all()
         (item,) = handle.last.items
         assert 1 <= item.budgeted < int(item.patch.sum())
+
+
+@pytest.mark.parametrize("rule", [kind(0.3, fill="nearest") for kind in (FasterVLM, VisPruner, HoloV, SAINT, VidCom2)]
+                         + [DARTEmbeddings(0.3, fill="nearest"), VScan(0.3, side=3, early=1)], ids=named)  # fmt: skip
+def test_a_frame_is_represented_by_itself(rule):
+    """And keeps a token, where as many as there are frames are kept."""
+    model, processor = tiny.llava("siglip", "qwen2", "llava_onevision"), tiny.full_processor("llava_onevision")
+    frames = [photo.resize((60, 60)) for photo in shown(4)]
+    frames[2] = frames[0]  # of which every token has a twin elsewhere
+    for one in (rule, replace(rule, keep=4)):
+        with dymu.apply(model, merge=one) as handle:
+            model(**video_inputs_for(model, processor, frames, "what ?"))
+            (item,) = handle.last.items
+            own = item.patch & (item.leaders >= 0)
+            assert torch.equal(item.picture[item.leaders[own]], item.picture[own])
+            assert min(item.fresh) >= 1 or type(one) is VScan
+
+
+def test_scores_between_patches_are_read_as_features_are_pooled():
+    model, processor = tiny.llava("siglip", "qwen2", "llava_onevision"), tiny.full_processor("llava_onevision")
+    frames = [photo.resize((60, 60)) for photo in shown(3)]
+    with dymu.apply(model, merge=RandomKeep(0.5)) as handle:
+        model(**video_inputs_for(model, processor, frames, "what ?"))
+        (item,) = handle.last.items
+    assert item.mixes
+    read = _placed(item, [picture.permute(1, 2, 0) for picture in item.shown])
+    tiny.close(read[item.patch], item.seen[item.patch], 1e-5)
 
 
 @pytest.mark.parametrize("kind", [CDPruner, MMTok, DARTEmbeddings])

@@ -385,7 +385,7 @@ def test_what_a_rule_reads_is_what_the_stock_model_has(model: Any) -> None:
         assert torch.equal(at[ahead.shown], images_of(model, inputs)[row].nonzero()[:, 0])
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "glm4v"])
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "glm4v", "paligemma+gemma2"])
 @pytest.mark.parametrize("how", [
     {}, *({"merge": dymu.FixedMerge(0.5), "unmerge": form} for form in ("exact", "compact", "none", "original")),
 ], ids=str)  # fmt: skip

@@ -17,7 +17,7 @@ from dymu.choices import UNMERGE, Fill
 from dymu.errors import BadBudget, BadPrompt, UnsupportedModel
 from dymu.evaluation.methods import METHODS, Row
 from dymu.hooks.versions import cache_argument, cache_of
-from dymu.merging import above
+from dymu.merging import a_count, above
 from dymu.reducers import (
     AveragePool,
     Candidates,
@@ -511,6 +511,9 @@ def numbered(tokens: Tokens, change: Callable[[Tensor], Tensor]) -> Reduced:
         ("before_encoder", lambda p: TokenMap(torch.full((2, 49), -1), torch.ones(2).long(), 1), ValueError, "is none"),
         ("in_prompt", lambda t: Reduced(t.map, t.features.long()), ValueError, "features of torch.int64"),
         ("in_prompt", lambda t: Reduced(t.map, None, of_places=True), ValueError, "without features"),
+        ("in_layer", lambda c: c.partner + 24, ValueError, "none of its row's B tokens"),
+        ("in_layer", lambda c: c.partner - 25, ValueError, "none of its row's B tokens"),
+        ("before_encoder", lambda p: TokenMap.from_leaders(torch.full((2, 49), -1)), BadBudget, "nothing of a picture"),
         ("in_layer", lambda c: SomeMerge(c.partner, torch.zeros(3).bool()), ValueError, r"must say bool \[2\]"),
     ],
 )
@@ -520,6 +523,42 @@ def test_an_answer_that_does_not_fit_is_refused(stage, answer, error, sentence):
         with pytest.raises(error, match=sentence) as raised:
             model.get_image_features(tiny.pictures(2))
         assert f"Answers.{stage}" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "mistral3"])
+def test_a_partner_of_a_neighbour_is_refused(name):
+    """Of pictures that travel in one row behind each other."""
+    model = tiny.build(name)
+    seen = tiny.shown(model, tiny.uneven(model, 3))
+
+    def beyond(candidates: Candidates) -> Tensor:
+        into = torch.full_like(candidates.partner, -1)
+        units = candidates.state.rows(candidates.windowed).units
+        into[1, 0] = units.lengths[1] - a_count(units.lengths[1], 0)
+        return into
+
+    applied = dymu.apply(model, merge=Answers(beyond, "in_layer"))
+    with applied, pytest.raises(ValueError, match="none of its row's B tokens"):
+        tiny.features_of(model, **seen)
+
+
+@pytest.mark.parametrize("stage", ["after_encoder", "in_prompt"])
+def test_a_map_need_not_say_that_it_drops_some(stage):
+    """What one row drops is no token of another."""
+    model, ids = tiny.llava(), [tiny.prompt(tiny.llava(), 3, "image", n, seed=n) for n in (5, 5)]
+
+    def answer(tokens: Tokens) -> Reduced:
+        group = torch.arange(49).repeat(2, 1)
+        group[1, 20:] = -1
+        return Reduced(TokenMap(group, torch.tensor([49, 20]), 49))
+
+    def alone(tokens: Tokens) -> Reduced:
+        return tokens.keep(torch.ones_like(tokens.present))
+
+    with dymu.apply(model, merge=Answers(answer, stage)):
+        together = model(**tiny.inputs(model, ids, tiny.pictures(2))).logits
+    with dymu.apply(model, merge=Answers(alone, stage)):
+        tiny.close(together[0], model(**tiny.inputs(model, ids, tiny.pictures(2))).logits[0])
 
 
 @pytest.mark.parametrize("kept", [torch.ones(2, 49), torch.ones(2, 2).bool(), torch.tensor([[0, 1], [0, 1]])])

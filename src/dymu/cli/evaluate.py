@@ -60,6 +60,8 @@ def _method(text: str) -> str:
 def _check_arguments(text: str) -> None:
     name, _, options = text.partition(":")
     method = METHODS[name]
+    if not method.takes_number:
+        return
     row = Row(name, 1, "none", (method.schedules or ("",))[0], options)
     try:
         if method.pruning:
@@ -134,19 +136,20 @@ def evaluate(
     check_tasks(tasks)
     named = models.named(model or models.demo_model(), revision)
     named.check_budgets(budgets)
-    files: list[Any] = thresholds or ([None] if "dtome" in method else [])
+    by_thresholds = any(text.partition(":")[0] == "dtome" for text in method)
+    files: list[Any] = thresholds or ([None] if by_thresholds else [])
     calibrated = [named.thresholds(file) for file in files]
     for each in calibrated:
         for tokens in budgets:
             each.tokens_for(tokens)
-    if calibrated and "dtome" not in method:
+    if calibrated and not by_thresholds:
         out.note("only dtome merges by --thresholds, and it is not compared: add -m dtome.")
     schedules = [each.schedule or "" for each in calibrated]
     if len(set(schedules)) < len(schedules):
         raise typer.BadParameter("two of the --thresholds files are of one schedule; give one for each.")
     with out.during("loading torch and transformers"):
         quieten_transformers()
-        from dymu.evaluation.rows import check_budget
+        from dymu.evaluation.rows import check_budget, check_from
         from dymu.evaluation.run import evaluate as run_all
         from dymu.evaluation.run import full_tokens
         from dymu.evaluation.solve import solved
@@ -160,8 +163,9 @@ def evaluate(
         [max(round(each * full if isinstance(each, float) and each <= 1 else each), 1) for each in budgets],
         method, [item.value for item in unmerge], schedules or ["constant"],
     )  # fmt: skip
-    for row in rows:
-        check_budget(row, full)  # before any is solved
+    for row in rows:  # before any is solved
+        check_budget(row, full)
+        check_from(row, loaded.model)
     rows = solved(
         rows, loaded.model, loaded.processor, tasks, limit=limit, batch_size=batch_size, before=before, say=out.note
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
-from dymu.choices import UNMERGE, Fill
+from dymu.choices import EACH_ONCE, UNMERGE, Fill
 from dymu.errors import BadBudget
 from dymu.files import Count
 from dymu.measure.charts import GREY, PALETTE
@@ -189,7 +189,7 @@ def options_of(text: str) -> dict[str, Any]:
         ValueError: it is no list of such.
     """
     found = dict[str, Any]()
-    for part in filter(None, re.split(r",(?![^(]*\))", text)):
+    for part in _parts(text):
         name, equals, value = part.partition("=")
         if not (equals and name.isidentifier() and value) or name in found:
             raise ValueError(f"{part!r} is no argument of a method: write name=value, several with commas between.")
@@ -198,6 +198,11 @@ def options_of(text: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name] = value
     return found
+
+
+def _parts(text: str) -> list[str]:
+    """The arguments, one by one."""
+    return [part for part in re.split(r",(?![^(]*\))", text) if part]
 
 
 def _of_zip(keep: int | float) -> dict[str, int | float]:
@@ -397,7 +402,8 @@ def rows_for(
     """The untouched model and every combination of the others, without those that would give the same results twice.
 
     Methods that can only keep squares take the square nearest to the budget. For single tokens all but
-    `restore` and `none` equal `exact`, and a smaller image leaves nothing to unmerge.
+    `restore` and `none` equal `exact`, and a smaller image leaves nothing to unmerge. A layer to unmerge from goes with
+    ways that unmerge.
 
     Args:
         methods: names, each with further arguments if wanted: `holo-v:stretches=8`.
@@ -414,6 +420,28 @@ def rows_for(
         for method, options in ((METHODS[name], options) for name, options in named if name != "untouched"):
             kept = max(round(math.sqrt(budget)), 1) ** 2 if method.square else budget
             for way in ways:
+                if (said := _from_layer(method, way, options)) is None:
+                    continue
                 for schedule in _schedules(method, options, schedules):
-                    rows.append(Row(method.name, kept, method.unmerges(way, options), schedule, options))
+                    rows.append(Row(method.name, kept, method.unmerges(way, options), schedule, said))
     return list(dict.fromkeys(rows))
+
+
+def _from_layer(method: Method, way: str, options: str) -> str | None:
+    """The options of a row, without a layer to unmerge from where that changes nothing; None: this way unmerges in no
+    layer.
+
+    Raises:
+        ValueError: it is no layer.
+    """
+    named = options_of(options)
+    if FROM not in named:
+        return options
+    layer = named.pop(FROM)
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ValueError(f"{FROM}={layer!r}: name a layer of the language model, counted from 0.")
+    if layer and way in EACH_ONCE:
+        return None
+    if layer and method.unmerges("compact", options) == "compact":
+        return options
+    return ",".join(part for part in _parts(options) if not part.startswith(f"{FROM}="))

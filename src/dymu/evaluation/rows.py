@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dymu.errors import BadBudget, DymuError, UnsupportedModel
+from dymu.choices import EACH_ONCE
+from dymu.errors import BadBudget, UnsupportedModel
 from dymu.evaluation.methods import FROM, METHODS, Row, attending, check_names, check_solved, options_of, way_of
 from dymu.families.resolve import Parts, find, resolve
 from dymu.handle import Handle, applied, handle_of, remembering
@@ -49,12 +50,10 @@ def check(row: Row, model: Any, tokens: int, thresholds: Mapping[str, Thresholds
             f"large as they are, or makes one token of several patches; compare some of {others}."
         )
     check_budget(row, tokens)
-    if row.method == "dtome" or FROM in options_of(row.options):
-        try:
-            with running(row, model, None, thresholds, tokens):
-                pass
-        except ValueError as error:
-            raise error if isinstance(error, DymuError) else BadBudget(f"{row.key} cannot run: {error}") from error
+    check_from(row, model)
+    if row.method == "dtome":
+        with running(row, model, None, thresholds, tokens):
+            pass
 
 
 def _check_layers(row: Row, parts: Parts, tokens: int) -> None:
@@ -66,6 +65,17 @@ def _check_layers(row: Row, parts: Parts, tokens: int) -> None:
     if method.pruning:
         refuse_to_prune(parts)
         method.make_pruning(row, row.budget / tokens, 0, len(parts.decoder_layers))
+
+
+def check_from(row: Row, model: Any) -> None:
+    """Raises: BadBudget, where a row unmerges from a layer on that there is not, or in no layer."""
+    layer, layers = options_of(row.options).get(FROM, 0), len(resolve(model).decoder_layers)
+    known = isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer <= layers
+    if not known or (layer and way_of(row) in EACH_ONCE):
+        raise BadBudget(
+            f"{row.key} cannot run: {FROM} is a layer of the language model, from 0 to {layers}, with exact or "
+            "representative."
+        )
 
 
 def check_budget(row: Row, tokens: int) -> None:

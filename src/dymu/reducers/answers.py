@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dymu.errors import BadBudget
+from dymu.merging import Layout, a_count
 from dymu.reducers.reducer import Reduced, Reducer, Stage, Tokens
 from dymu.token_map import TokenMap
 
 
-def check_reduced(reduced: Any, reducer: Reducer, stage: Stage, tokens: Tokens) -> Reduced:
+def check_reduced(answer: Any, reducer: Reducer, stage: Stage, tokens: Tokens) -> Reduced:
     """What a reducer answered, if it fits the tokens that it was asked to reduce.
 
     Raises:
@@ -20,11 +22,12 @@ def check_reduced(reduced: Any, reducer: Reducer, stage: Stage, tokens: Tokens) 
         ValueError: it is no `Reduced`, its map is none of these tokens, or its features are of another shape or kind.
     """
     name = f"{type(reducer).__name__}.{stage}"
-    if not isinstance(reduced, Reduced):
-        raise ValueError(f"{name} must answer a Reduced, or None for no change, and answered a {_kind(reduced)}.")
+    if not isinstance(answer, Reduced):
+        raise ValueError(f"{name} must answer a Reduced, or None for no change, and answered a {_kind(answer)}.")
+    reduced: Reduced = answer
     width = tokens.map.tokens if reduced.of_places else tokens.map.width
     there = tokens.map.group >= 0 if reduced.of_places else tokens.present
-    _check_map(reduced.map, (len(tokens.features), width), name, there)
+    reduced = replace(reduced, map=_checked(reduced.map, (len(tokens.features), width), name, there))
     features, expected = reduced.features, (len(tokens.features), reduced.map.width, tokens.features.shape[-1])
     if features is None and reduced.of_places:
         raise ValueError(f"{name} answered a map from places without features; give both.")
@@ -51,7 +54,8 @@ def check_entering(
         shape: of a map, see `Reducer.before_encoder`.
 
     Raises:
-        ValueError: they do not.
+        BadBudget: nothing of a picture enters.
+        ValueError: they do not fit.
     """
     name = f"{type(reducer).__name__}.before_encoder"
     if answer is None:
@@ -61,46 +65,61 @@ def check_entering(
     pixels, tokens = answer
     if not pixels.is_floating_point():
         raise ValueError(f"{name} answered pixels of {pixels.dtype}; give floating-point numbers.")
-    if pixels.shape != before.shape and tokens is None:
-        raise ValueError(f"{name} answered other pixels {list(pixels.shape)} without a map of their patches; give one.")
     if tokens is not None:
-        _check_map(tokens, shape, name)
+        tokens = _checked(tokens, shape, name)
+        if bool((tokens.kept < 1).any()):
+            raise BadBudget(f"{name} lets nothing of a picture enter; let at least one patch of each.")
     return pixels, tokens
 
 
-def check_partners(into: Any, still: Any, shape: tuple[int, int], reducer: Reducer) -> None:
-    """Refuse what is no answer of `Reducer.in_layer` about so many rows and A tokens.
+def check_partners(into: Any, still: Any, rows: Layout, prefix: int, reducer: Reducer) -> None:
+    """Refuse what is no answer of `Reducer.in_layer` about the tokens of some rows.
+
+    Args:
+        prefix: see `Candidates`.
 
     Raises:
         ValueError: it is none.
     """
-    name = f"{type(reducer).__name__}.in_layer"
+    name, shape = f"{type(reducer).__name__}.in_layer", (rows.batch, a_count(rows.longest, prefix))
     if not isinstance(into, Tensor) or into.dtype != torch.int64 or tuple(into.shape) != shape:
         raise ValueError(
             f"{name} must answer int64 {list(shape)}, the partner of each A token or -1, and answered {_kind(into)}."
         )
     if still is not None and (not isinstance(still, Tensor) or still.dtype != torch.bool or still.shape != shape[:1]):
         raise ValueError(f"{name} must say bool [{shape[0]}], which rows do not merge, and said {_kind(still)}.")
+    if torch.compiler.is_compiling() or not into.numel():
+        return
+    length = rows.length[:, None]
+    ours = torch.arange(shape[1], device=into.device) < a_count(length, prefix)
+    theirs = (length - prefix).clamp(min=0) - a_count(length, prefix).clamp(min=0)
+    if not bool(((into >= -1) & (into < torch.where(ours, theirs, 0))).all()):
+        raise ValueError(
+            f"{name} names a partner that is none of its row's B tokens; name an index among these, or -1, also for A "
+            "tokens that a row does not have."
+        )
 
 
-def _check_map(tokens: Any, shape: tuple[int, int], name: str, there: Tensor | None = None) -> None:
+def _checked(tokens: Any, shape: tuple[int, int], name: str, there: Tensor | None = None) -> TokenMap:
     if not isinstance(tokens, TokenMap):
         raise ValueError(f"{name} must answer a TokenMap, and answered a {_kind(tokens)}.")
     group, kept = tokens.group, tokens.kept
     if tuple(group.shape) != shape:
         raise ValueError(f"{name} was asked about tokens {list(shape)} and answered a map of {list(group.shape)}.")
-    whole = group.dtype == kept.dtype == torch.int64 and tuple(kept.shape) == shape[:1]
+    whole, dropped = group.dtype == kept.dtype == torch.int64 and tuple(kept.shape) == shape[:1], True
     if whole:
         width = max(tokens.width, 1)
         counts = group.new_zeros(shape[0], width).scatter_add(1, group.clamp(0, width - 1), (group >= 0).long())
         named = torch.arange(width, device=group.device) < kept[:, None]
         fits = ((group >= -1) & (group < tokens.width)).all() & ((counts > 0) == named).all()
-        whole = bool(fits if there is None else fits & ~((group >= 0) & ~there).any())
+        fits = fits if there is None else fits & ~((group >= 0) & ~there).any()
+        whole, dropped = torch.stack((fits, (group < 0).any())).tolist()
     if not whole:
         raise ValueError(
-            f"{name} answered a map that is none: number the groups of each row from 0 on with none left out, -1 for "
-            "dropped tokens and for those past a row's end, as TokenMap.from_leaders does."
+            f"{name} answered a map that is none: number the groups of each row in int64 from 0 on with none left out, "
+            "-1 for dropped tokens and for those past a row's end, as TokenMap.from_leaders does."
         )
+    return replace(tokens, padded=True) if dropped and not tokens.padded else tokens
 
 
 def _kind(answer: Any) -> str:

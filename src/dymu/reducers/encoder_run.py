@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from dymu.errors import BadPrompt, UnsupportedModel
-from dymu.merging import EncoderLayer, Layout, MergedTokens, Pictures, a_count
+from dymu.merging import EncoderLayer, Layout, MergedTokens, Pictures
 from dymu.merging.encoder_layer import Angles
 from dymu.reducers.answers import check_entering, check_partners, check_reduced
 from dymu.reducers.reducer import Candidates, Pixels, Reducer, Shown, SomeMerge, Tokens
@@ -93,6 +93,11 @@ class EncoderRun:
                     "every patch is a token of the language model and all pictures have one size; take another reducer."
                 )
             self._smaller = pixels.shape != before.shape
+            if self._smaller and self._entering is None:
+                raise ValueError(
+                    f"{type(self.reducer).__name__}.before_encoder answered other pixels {list(pixels.shape)} without "
+                    "a map of their patches; give one."
+                )
         return pixels
 
     def _blocks(self) -> list[Tensor]:
@@ -161,8 +166,7 @@ class EncoderRun:
         if isinstance(into, SomeMerge):
             into, still = into
         if into is not None:
-            rows = state.rows(windowed).units
-            check_partners(into, still, (rows.batch, a_count(rows.longest, self.protected)), self.reducer)
+            check_partners(into, still, state.rows(windowed).units, self.protected, self.reducer)
             x, state = state.merge(x, into, self.protected, windowed, still)
         x = layer.feed_forward(x)
         if self._memory is not None:

@@ -57,6 +57,7 @@ def _view(tokens: Tokens) -> Tensor:
 def _filled(tokens: Tokens, reduced: Reduced, nearness: Tensor) -> Reduced:
     """Fill by the nearness [B, T, T] of two tokens; of equally near ones the first is taken."""
     kept = reduced.map.group >= 0
+    nearness = nearness.nan_to_num(torch.finfo(nearness.dtype).min, neginf=-torch.inf)  # NaN is nearest to nothing
     nearest = nearness.masked_fill(~kept[:, None], -torch.inf).argmax(-1)
     group = torch.where(kept, reduced.map.group, reduced.map.group.gather(1, nearest))
     group = group.masked_fill(~tokens.present, -1)

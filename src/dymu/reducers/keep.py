@@ -110,11 +110,14 @@ def shared_out(total: int, weights: Sequence[float], most: Sequence[int]) -> lis
         there = [index for index, part in enumerate(parts) if part < most[index]]
         scale = left / (sum(weights[index] for index in there) or 1)
         wanted = {index: weights[index] * scale for index in there}
-        more = {index: min(int(wanted[index]), most[index] - parts[index]) for index in there}
-        if not any(more.values()):
-            more = dict.fromkeys(sorted(there, key=lambda index: -(wanted[index] % 1))[:left], 1)
-        for index, count in more.items():
-            parts[index] += count
+        full = [index for index in there if wanted[index] >= most[index] - parts[index]]
+        for index in full:
+            parts[index] = most[index]
+        if not full:
+            for index in there:
+                parts[index] += int(wanted[index])
+            for index in sorted(there, key=lambda index: -(wanted[index] % 1))[: total - sum(parts)]:
+                parts[index] += 1
         left = total - sum(parts)
     return parts
 

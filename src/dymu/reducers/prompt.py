@@ -49,21 +49,24 @@ def tokens_of(items: Sequence[Item], features: Sequence[Tensor], shown: Shown) -
 
 def _placed(item: Item, of_pictures: Sequence[Tensor]) -> Tensor:
     """[N, ...] of the tokens of an item, of what stands at the patches of its pictures, [rows, columns, ...]; 0 at
-    learned tokens. Numbers of a token that lies between patches are interpolated, as its features are; what is no
-    number is that of the nearest patch."""
+    learned tokens. Numbers of a token that lies between patches are interpolated, as features of frames are (of tiles
+    that a family shrinks once they are put together, only about so at their seams); what is no number is that of the
+    nearest patch."""
     device = item.patch.device
     found = torch.zeros(len(item.patch), *of_pictures[0].shape[2:], dtype=of_pictures[0].dtype, device=device)
     for number in range(item.pictures):
-        own, grid = item.patch & (item.picture == number), of_pictures[number].to(device)
+        own, grid = (item.patch & (item.picture == number)).nonzero()[:, 0], of_pictures[number].to(device)
         at = item.at[own].clamp(min=0).minimum(torch.tensor(grid.shape[:2], device=device) - 1)
         if not grid.is_floating_point():
             found[own] = grid[tuple(at.round().long().mT)]
             continue
         low, high = at.floor().long(), at.ceil().long()
         part = (at - low).to(grid.dtype).view(-1, 2, *(1,) * (grid.ndim - 2))
-        for row, of_rows in ((low[:, 0], 1 - part[:, 0]), (high[:, 0], part[:, 0])):
-            for column, of_columns in ((low[:, 1], 1 - part[:, 1]), (high[:, 1], part[:, 1])):
-                found[own] += of_rows * of_columns * grid[row, column]
+        found[own] = sum(
+            of_rows * of_columns * grid[row, column]
+            for row, of_rows in ((low[:, 0], 1 - part[:, 0]), (high[:, 0], part[:, 0]))
+            for column, of_columns in ((low[:, 1], 1 - part[:, 1]), (high[:, 1], part[:, 1]))
+        )
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,12 +106,12 @@ class Sources:
         ahead = self._of(None)
         return self._by_picture(at_least_float32(ahead.x), ahead.state)
 
-    def _index(self, layer: int | None) -> int:
+    def _index(self, layer: Any) -> int:
         if layer is None:
             return self._depth
-        if not isinstance(layer, int) or not -self._depth <= layer < self._depth:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not -self._depth <= int(layer) < self._depth:
             raise ValueError(f"a reducer reads encoder layer {layer!r} of {self._depth} that run; name one of those.")
-        return layer % self._depth
+        return int(layer) % self._depth
 
     def _of(self, layer: int | None) -> _Ahead:
         index = self._index(layer)
