@@ -209,7 +209,7 @@ def selection() -> str:
     result, on_gpu = read(RESULTS / "methods.json"), read(RESULTS / "methods_gpu.json")
     there = {row["method"]: f"{row['ms']:.1f}" for row in on_gpu["rows"]}
     rows = sorted(result["rows"], key=lambda row: float(row["ms"]))
-    cells = [[row["label"], f"{row['ms']:.1f}", there[row["method"]]] for row in rows]
+    cells = [[row["label"], f"{row['ms']:.1f}", there.get(row["method"], "")] for row in rows]
     return markdown(["milliseconds", "CPU", on_gpu["device"]], cells) + made_by(result) + made_by(on_gpu)
 
 
