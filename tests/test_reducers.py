@@ -579,6 +579,24 @@ def test_a_layer_that_cannot_be_read_is_named(layer, named):
         model.get_image_features(tiny.pictures(2))
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [None, True, 3, [0] * 4, [0, 1, 2, 3, 4], [0, -1], [0, 49], torch.ones(4), torch.ones(49).bool(), slice(None)],
+)
+def test_what_stays_is_said_by_indices(answer):
+    @dataclass(frozen=True)
+    class Mine(FixedKeep):
+        keep: int | float
+        fill: Fill = "none"
+
+        def choose(self, tokens, row, keep):
+            return answer
+
+    applied = dymu.apply(model := tiny.llava(), merge=Mine(4))
+    with applied, pytest.raises(ValueError, match=r"Mine\.choose must answer int64 indices of 49 tokens, each once"):
+        model.get_image_features(tiny.pictures(1))
+
+
 def test_a_reducer_that_reduces_nothing_is_refused():
     class Misspelt(Reducer):
         def in_promt(self, tokens: Tokens) -> None: ...

@@ -166,6 +166,23 @@ def kept_of_rows(keep: int | float, tokens: Tokens) -> list[int]:
     return keeps
 
 
+def _chosen(reducer: Reducer, chosen: Any, keep: int, count: int) -> Tensor:
+    """int64 [up to keep], which of so many tokens a reducer's `choose` says that stay.
+
+    Raises:
+        ValueError: it is none of these tokens, one twice, or more than `keep`.
+    """
+    whole = not isinstance(chosen, Tensor) and isinstance(chosen, Sequence)
+    index = torch.tensor(chosen) if whole and all(type(each) is int for each in chosen) else chosen
+    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1 and len(index) <= keep
+    if not fits or not bool(((index >= 0) & (index < count)).all()) or len(index.unique()) < len(index):
+        raise ValueError(
+            f"{type(reducer).__name__}.choose must answer int64 indices of {count} tokens, each once and at most "
+            f"{keep} of them, and answered {chosen!r:.80}."
+        )
+    return index
+
+
 class FixedKeep(Reducer, ABC):
     """Of every image or video, `keep` tokens stay where they stand; `fill` says what stands for the others.
 
@@ -197,7 +214,7 @@ class FixedKeep(Reducer, ABC):
     def in_prompt(self, tokens: Tokens) -> Reduced:
         kept = torch.zeros_like(tokens.present)
         for row, keep in enumerate(kept_of_rows(self.keep, tokens)):
-            kept[row, self.choose(tokens, row, keep)] = True
+            kept[row, _chosen(self, self.choose(tokens, row, keep), keep, tokens.counts[row])] = True
         reduced = tokens.keep(kept)
         if self.fill == "nearest":
             reduced = type(self).fill_nearest(tokens, reduced)
