@@ -26,6 +26,9 @@ def merge_step(into: Tensor, before: Layout, prefix: int = 0, still: Tensor | No
 
     Returns:
         TokenMap from the T tokens to those that remain, and their layout. One host synchronisation.
+
+    Raises:
+        ValueError: a partner is none of its row's B tokens, or a row that is `still` has one.
     """
     batch, tokens, device = before.batch, before.longest, into.device
     in_a, in_b = halves(prefix)
@@ -41,8 +44,26 @@ def merge_step(into: Tensor, before: Layout, prefix: int = 0, still: Tensor | No
         group = torch.where(still[:, None], torch.arange(tokens, device=device), group)
     if before.packed:
         group.masked_fill_(~before.present, -1)
-    after = Layout.of(before.length - (into >= 0).sum(1))
+    after = _joined(into if still is None else into.masked_fill(still[:, None] & (into >= 0), -2), before, prefix)
     return TokenMap(group, after.length, after.longest, before.packed), after
+
+
+def _joined(into: Tensor, before: Layout, prefix: int) -> Layout:
+    """The layout after `merge_step`, whose one synchronisation also brings what tells partners from nonsense."""
+    length = before.length - (into >= 0).sum(1)
+    if not into.shape[1]:
+        return Layout.of(length)
+    if before.packed:
+        ours = torch.arange(into.shape[1], device=into.device) < a_count(before.length[:, None], prefix)
+        into = torch.where(ours, into, torch.where(into == -1, -1, -2))
+    lengths, least, most = torch.stack((length, into.amin(1), into.amax(1))).tolist()
+    in_b = (max(0, tokens - prefix - a_count(tokens, prefix)) for tokens in before.lengths)
+    if min(least, default=-1) < -1 or any(last >= count for last, count in zip(most, in_b, strict=True)):
+        raise ValueError(
+            "Reducer.in_layer named a partner that is none of its row's B tokens; name an index among these, or -1; only "
+            "-1 for A tokens that a row does not have and in rows that are said not to merge."
+        )
+    return Layout(length, tuple(lengths))
 
 
 def merge_tokens(

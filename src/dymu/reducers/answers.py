@@ -73,7 +73,7 @@ def check_entering(
 
 
 def check_partners(into: Any, still: Any, rows: Layout, prefix: int, reducer: Reducer) -> None:
-    """Refuse what is no answer of `Reducer.in_layer` about the tokens of some rows.
+    """Refuse what is no answer of `Reducer.in_layer` about the tokens of some rows; `merge_step` looks at the numbers.
 
     Args:
         prefix: see `Candidates`.
@@ -88,16 +88,6 @@ def check_partners(into: Any, still: Any, rows: Layout, prefix: int, reducer: Re
         )
     if still is not None and (not isinstance(still, Tensor) or still.dtype != torch.bool or still.shape != shape[:1]):
         raise ValueError(f"{name} must say bool [{shape[0]}], which rows do not merge, and said {_kind(still)}.")
-    if torch.compiler.is_compiling() or not into.numel():
-        return
-    length = rows.length[:, None]
-    ours = torch.arange(shape[1], device=into.device) < a_count(length, prefix)
-    theirs = (length - prefix).clamp(min=0) - a_count(length, prefix).clamp(min=0)
-    if not bool(((into >= -1) & (into < torch.where(ours, theirs, 0))).all()):
-        raise ValueError(
-            f"{name} names a partner that is none of its row's B tokens; name an index among these, or -1, also for A "
-            "tokens that a row does not have."
-        )
 
 
 def _checked(tokens: Any, shape: tuple[int, int], name: str, there: Tensor | None = None) -> TokenMap:
