@@ -60,8 +60,8 @@ def _joined(into: Tensor, before: Layout, prefix: int) -> Layout:
     in_b = (max(0, tokens - prefix - a_count(tokens, prefix)) for tokens in before.lengths)
     if min(least, default=-1) < -1 or any(last >= count for last, count in zip(most, in_b, strict=True)):
         raise ValueError(
-            "Reducer.in_layer named a partner that is none of its row's B tokens; name an index among these, or -1, and "
-            "only -1 for A tokens that a row does not have and in rows that are said not to merge."
+            "Reducer.in_layer named a partner that is none of its row's B tokens; name an index among these, or -1, "
+            "and only -1 for A tokens that a row does not have and in rows that are said not to merge."
         )
     return Layout(length, tuple(lengths))
 
