@@ -29,16 +29,18 @@ def whole_numbers(owner: Any, name: str) -> tuple[int, ...]:
 def check_fields(owner: Any) -> None:
     """Refuse what a dataclass was given for fields that are annotated `bool`, `int` or `Fill`, and is none.
 
+    Annotations are strings where a module asks for that (`from __future__ import annotations`).
+
     Raises:
         ValueError: naming the field.
     """
     for field in fields(owner):
         value, wanted = getattr(owner, field.name), ""
-        if field.type == "bool" and not isinstance(value, bool):
+        if field.type in (bool, "bool") and not isinstance(value, bool):
             wanted = "True or False"
-        elif field.type == "int" and (isinstance(value, bool) or not isinstance(value, Integral)):
+        elif field.type in (int, "int") and (isinstance(value, bool) or not isinstance(value, Integral)):
             wanted = "a whole number"
-        elif field.type == "Fill" and value not in get_args(Fill):
+        elif field.type in (Fill, "Fill") and value not in get_args(Fill):
             wanted = f"one of {', '.join(get_args(Fill))}"
         if wanted:
             raise ValueError(f"{type(owner).__name__} takes {wanted} for {field.name}, not {value!r}.")

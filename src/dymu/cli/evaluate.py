@@ -34,10 +34,9 @@ from dymu.cli.app import (
 )
 from dymu.cli.output import Output, check_writable, write_text, write_whole
 from dymu.errors import DymuError
-from dymu.evaluation.methods import COMPARED, METHODS, Row, rows_for
+from dymu.evaluation.methods import COMPARED, METHODS, Row, own_options, rows_for
 from dymu.files import expanded
 
-MethodName = StrEnum("MethodName", [(name.upper(), name) for name in COMPARED])  # type: ignore[misc]
 UnmergeName = StrEnum("UnmergeName", [(name.upper(), name) for name in UNMERGE])  # type: ignore[misc]
 
 BUDGETS = ["0.3", "0.15"]
@@ -212,10 +211,11 @@ def report(
                      help="Only rows that unmerge so, and those with nothing to unmerge. Give several."),
     ] = None,
     against: Annotated[
-        MethodName | None,
-        typer.Option(metavar="METHOD", help="Tell differences from this method's rows at the nearest budget.",
-                     show_default="untouched"),
-    ] = None,
+        str,
+        typer.Option(metavar="METHOD",
+                     help="Tell differences from this method's rows at the nearest budget; "
+                     "with arguments (holo-v:stretches=8), from rows with these."),
+    ] = "untouched",
     by: Annotated[
         list[str] | None,
         typer.Option(
@@ -240,7 +240,7 @@ def report(
     read = [(path, Results.load(path)) for path in results]
     if unmerge:
         read = [(path, _only(path, loaded, [way.value for way in unmerge])) for path, loaded in read]
-    pages = _say(out, read, against.value if against else "untouched", by or [], quiet=output is not None)
+    pages = _say(out, read, against, by or [], quiet=output is not None)
     if output is not None:
         write_text(output, "\n\n".join(pages) + "\n")
         out.wrote(output)
@@ -319,7 +319,11 @@ def _say(
 
     pages, printed = [], []
     for path, results in read:
-        methods = dict.fromkeys(row.method for row in results.header.rows)
+        methods = dict.fromkeys(
+            name
+            for row in results.header.rows
+            for name in (row.method, *(f"{row.method}:{own}" for own in [own_options(row)] if own))
+        )
         if against not in ("untouched", *methods):
             raise errors.BadInput(f"{path} has no rows of {against}; compare with one of: {', '.join(methods)}.")
         left_out = skipped(results)

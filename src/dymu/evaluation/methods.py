@@ -358,6 +358,12 @@ def attending(row: Row) -> dict[str, Any]:
     return {"unmerge": row.unmerge, FROM: options_of(row.options).get(FROM, 0)}
 
 
+def own_options(row: Row) -> str:
+    """A row's arguments, without the number that its budget is solved by, which differs from budget to budget."""
+    solves = METHODS[row.method].solves
+    return ",".join(part for part in _parts(row.options) if solves is None or not part.startswith(f"{solves.field}="))
+
+
 def is_solved(row: Row) -> bool:
     """Whether a row says all that its method needs, see `Method.solves`."""
     solves = METHODS[row.method].solves

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from dymu.errors import DymuError
-from dymu.evaluation.methods import UNTOUCHED, Row
+from dymu.evaluation.methods import UNTOUCHED, Row, options_of, own_options
 from dymu.evaluation.results import Answers, Examples, Results
 from dymu.evaluation.tasks.scoring import f1, yes_or_no
 from dymu.measure.times import Times
@@ -109,17 +109,25 @@ def parts_by(results: Results, measure: str, count: int = 3) -> list[Part]:
 
 
 def compared_with(row: Row, rows: Sequence[Row], method: str) -> Row | None:
-    """The row of `method` that `row` is compared with: unmerged alike if possible, then of the nearest budget.
+    """The row of `method` that `row` is compared with: unmerged alike if possible, then of the nearest budget, then
+    with the fewest arguments.
 
-    None for a row of that method itself, for the untouched model, and where there is none.
+    Args:
+        method: a name, with arguments where only rows with these are meant: `holo-v:stretches=8`.
+
+    Returns:
+        None for such a row itself, for the untouched model, and where there is none.
     """
-    if row.method == method or row == UNTOUCHED:
+    name, _, options = method.partition(":")
+    them = [other for other in rows if other.method == name and options in ("", own_options(other))]
+    if row in them or row == UNTOUCHED:
         return None
     return min(
-        (other for other in rows if other.method == method),
+        them,
         key=lambda other: (
             other.unmerge != row.unmerge,
             abs(other.budget - row.budget),
+            len(options_of(own_options(other))),
             other.schedule != row.schedule,
         ),
         default=None,

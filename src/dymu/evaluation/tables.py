@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Row
+from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Row, own_options
 from dymu.evaluation.results import Results
 from dymu.evaluation.summary import ALL, Part, RowSummary, Share
 from dymu.measure.markdown import markdown
@@ -27,16 +27,18 @@ def series(row: Row) -> str:
     single = row.unmerge == "exact" and METHODS[row.method].unmerges("compact", row.options) == "exact"
     unmerge = " in place" if single else _UNMERGE[row.unmerge]
     schedule = f" ({row.schedule.replace('_', '-')})" if row.method == "dtome" else ""
-    solves = METHODS[row.method].solves  # it differs from budget to budget
-    named = [part for part in row.options.split(",") if solves is None or not part.startswith(f"{solves.field}=")]
-    options = f" {','.join(named)}" if any(named) else ""
-    return METHODS[row.method].label + options + unmerge + schedule
+    return labelled(row.method, own_options(row)) + unmerge + schedule
+
+
+def labelled(method: str, options: str) -> str:
+    """How tables call a method with some arguments."""
+    return METHODS[method].label + (f" {options}" if options else "")
 
 
 def accuracy_table(summaries: Sequence[RowSummary], against: str = "untouched") -> str:
     """Mean tokens, right answers over all kinds and for each, paired differences from `against`'s rows, `likeness`."""
     of_kind = {kind: share.n for kind, share in summaries[0].accuracy.items() if kind != ALL}
-    header = ["", "tokens", f"all (n = {summaries[0].accuracy[ALL].n})", f"against {METHODS[against].label}"]
+    header = ["", "tokens", f"all (n = {summaries[0].accuracy[ALL].n})", _against(against)]
     header += [*LIKENESS, *(f"{kind} ({count})" for kind, count in of_kind.items())]
     lines = []
     for row in summaries:
@@ -55,7 +57,7 @@ def part_table(parts: Sequence[tuple[Part, Sequence[RowSummary]]], against: str 
     header = [""]
     for part, summaries in parts:
         span = " to ".join(dict.fromkeys((_short(part.low), _short(part.high))))
-        header += [f"{part.measure} {span} (n = {summaries[0].accuracy[ALL].n})", f"against {METHODS[against].label}"]
+        header += [f"{part.measure} {span} (n = {summaries[0].accuracy[ALL].n})", _against(against)]
     lines = []
     for rows in zip(*(summaries for _, summaries in parts), strict=True):
         line = [f"{series(rows[0].row)}{f', {rows[0].row.budget}' if rows[0].row.budget else ''}"]
@@ -114,6 +116,11 @@ def likeness(summary: RowSummary, kind: str = ALL) -> list[str]:
     of = f" (n = {divergence.n})" if divergence.n < summary.accuracy[kind].n else ""
     span = "" if divergence.low == divergence.high else f" [{divergence.low:.3g}, {divergence.high:.3g}]"
     return [*cells, f"{divergence.mean:.3g}{span}{of}"]
+
+
+def _against(method: str) -> str:
+    name, _, options = method.partition(":")
+    return f"against {labelled(name, options)}"
 
 
 def difference(summary: RowSummary) -> str:

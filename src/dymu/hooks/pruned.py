@@ -279,19 +279,12 @@ class PrunedLayers:
                 if not (self._pruning.comes_back or self._pruning.attends):
                     runs[row] = ran[row]
                 continue
-            check_chosen(self._pruning, chosen, len(of_image))
+            check_chosen(self._pruning, chosen, competes[row, of_image])
             if isinstance(chosen, Joined):
-                if self._pruning.comes_back or self._pruning.attends:
-                    raise ValueError(
-                        f"{type(self._pruning).__name__}.choose joins tokens that run again or attend: answer rows "
-                        "alone."
-                    )
                 self._join(row, of_image, chosen.into)
                 chosen = chosen.rows
             runs[row, of_image] = False
             runs[row, of_image[chosen]] = True
-            if not self._pruning.comes_back and bool((runs[row] & ~ran[row]).any()):
-                raise ValueError(f"{type(self._pruning).__name__} has chosen tokens that it had dropped before.")
         self._recorded.clear()
         return runs
 

@@ -144,9 +144,15 @@ class Pruning(ABC):
 
     def _later(self, layers: int) -> float:
         """What of the image tokens runs from the first choice on, summed over layers."""
-        starts = (*self.starts(layers), layers)
-        lengths = [end - at for at, end in pairwise(starts)]
-        return sum(part * length for part, length in zip(self.parts(layers), lengths, strict=True))
+        starts, parts = (*self.starts(layers), layers), self.parts(layers)
+        if len(parts) != len(starts) - 1:
+            raise ValueError(
+                f"{type(self).__name__} has {len(starts) - 1} starts and {len(parts)} parts; let it give one of each "
+                "for every stage."
+            )
+        for part in parts:
+            check_part("parts", part)
+        return sum(part * (end - at) for part, (at, end) in zip(parts, pairwise(starts), strict=True))
 
     def for_mean(self, part: float, layers: int) -> Self:
         """The same with its fractions scaled so that this is its mean over so many layers.
@@ -243,30 +249,47 @@ class InStages(Pruning):
         return part_of(self.rates[self.starts(ahead.layers).index(ahead.layer)], len(ahead.shown))
 
 
-def check_chosen(pruning: Pruning, chosen: Any, tokens: int) -> None:
-    """Refuse what `choose` may not answer about so many image tokens.
+def check_chosen(pruning: Pruning, chosen: Any, may: Tensor) -> None:
+    """Refuse what `choose` may not answer.
+
+    Args:
+        may: bool [V], the image tokens that may be chosen.
 
     Raises:
         ValueError: it is none of these tokens, or one twice; or tokens are joined to one that does not run.
         BadBudget: it is nothing.
     """
-    name = f"{type(pruning).__name__}.choose"
-    rows, into = (chosen.rows, chosen.into) if isinstance(chosen, Joined) else (chosen, None)
-    for answer, shape, least in ((rows, None, 0), (into, tokens, -1)):
-        if answer is None:
-            continue
+    name, tokens = f"{type(pruning).__name__}.choose", len(may)
+    joins = isinstance(chosen, Joined)
+    for answer, least in ((chosen.rows, 0), (chosen.into, -1)) if joins else ((chosen, 0),):
         fits = isinstance(answer, Tensor) and answer.dtype == torch.int64 and answer.ndim == 1
-        fits = fits and (shape is None or len(answer) == shape) and bool(((answer >= least) & (answer < tokens)).all())
-        if not fits:
-            raise ValueError(f"{name} must answer int64 indices of {tokens} image tokens, and answered {answer!r}.")
+        fits = fits and (not least or len(answer) == tokens)
+        if not fits or not bool(((answer >= least) & (answer < tokens)).all()):
+            raise ValueError(f"{name} must answer int64 indices of {tokens} image tokens, and answered {answer!r:.80}.")
+    rows = chosen.rows if joins else chosen
     if not len(rows):
         raise BadBudget(f"{name} leaves no image token; let at least one run.")
     if len(rows.unique()) < len(rows):
-        raise ValueError(f"{name} names an image token twice: {rows.tolist()}.")
-    if into is not None:
-        centres = into[into >= 0].unique()
-        if not bool(torch.isin(centres, rows).all()) or not torch.equal(into[centres], centres):
-            raise ValueError(f"{name} joins tokens to one that does not run, or that is joined to another itself.")
+        raise ValueError(f"{name} names an image token twice.")
+    if not bool(may[rows].all()):
+        raise ValueError(f"{name} has chosen tokens that it had dropped before.")
+    if joins:
+        _check_joined(pruning, chosen, may)
+
+
+def _check_joined(pruning: Pruning, chosen: Joined, may: Tensor) -> None:
+    """See `check_chosen`."""
+    name, into = f"{type(pruning).__name__}.choose", chosen.into
+    if pruning.comes_back or pruning.attends:
+        raise ValueError(f"{name} joins tokens that run again or attend: answer rows alone.")
+    runs = torch.zeros_like(may).index_fill(0, chosen.rows, True)
+    member, centre = (into >= 0).nonzero()[:, 0], into[into >= 0]
+    if not bool(runs[centre].all()) or not torch.equal(into[centre], centre):
+        raise ValueError(f"{name} joins tokens to one that does not run, or that is joined to another itself.")
+    if bool((runs[member] & (member != centre)).any()):
+        raise ValueError(f"{name} joins a token to another and lets it run by itself, too.")
+    if not bool(may[member].all()):
+        raise ValueError(f"{name} joins tokens that it had dropped before.")
 
 
 def check_stages(pruning: Pruning, starts: Sequence[int], layers: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from dymu.reducers.faster_vlm import FasterVLM
 from dymu.reducers.focus import Focus
 from dymu.reducers.hierarchical_pool import HierarchicalPool
 from dymu.reducers.holo_v import HoloV
-from dymu.reducers.keep import FixedKeep
+from dymu.reducers.keep import FixedKeep, KeepOfPictures
 from dymu.reducers.mm_tok import MMTok
 from dymu.reducers.pixel_prune import PixelPrune
 from dymu.reducers.prompt import picture_tokens, reduce_in_prompt, tokens_of
@@ -53,6 +53,7 @@ __all__ = [
     "Focus",
     "HierarchicalPool",
     "HoloV",
+    "KeepOfPictures",
     "LayerMemory",
     "MMTok",
     "PixelPrune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,13 +46,13 @@ def check_reduced(answer: Any, reducer: Reducer, stage: Stage, tokens: Tokens) -
 
 
 def check_entering(
-    answer: Any, before: Tensor, shape: tuple[int, int], reducer: Reducer
+    answer: Any, before: Tensor, counts: Sequence[int], reducer: Reducer
 ) -> tuple[Tensor, TokenMap | None]:
     """The pixels and the map that a reducer's `before_encoder` answered, if they fit.
 
     Args:
         before: the pixels that it was shown.
-        shape: of a map, see `Reducer.before_encoder`.
+        counts: patches (units) of each picture.
 
     Raises:
         BadBudget: nothing of a picture enters.
@@ -66,9 +67,16 @@ def check_entering(
     if not pixels.is_floating_point():
         raise ValueError(f"{name} answered pixels of {pixels.dtype}; give floating-point numbers.")
     if tokens is not None:
-        tokens = _checked(tokens, shape, name)
+        tokens = _checked(tokens, (len(counts), max(counts)), name)
         if bool((tokens.kept < 1).any()):
             raise BadBudget(f"{name} lets nothing of a picture enter; let at least one patch of each.")
+        group = tokens.group
+        there = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        if not torch.equal((group >= 0).cpu(), there):
+            raise ValueError(
+                f"{name} answered a map that drops patches, or names some that a picture does not have; say -1 past a "
+                "picture's end alone, and for others which one enters in their place."
+            )
     return pixels, tokens
 
 

@@ -83,9 +83,11 @@ class EncoderRun:
     def pixels(self, pixels: Tensor) -> Tensor:
         """The pictures that the encoder gets, see `Shown.pixels`."""
         if self.reducer.reduces("before_encoder", self.shown):
-            before, shape = pixels, (len(self.shown.grids), max(self.shown.counts))
+            before = pixels
             asked = Pixels(pixels, self.shown, self._blocks)
-            pixels, self._entering = check_entering(self.reducer.before_encoder(asked), before, shape, self.reducer)
+            pixels, self._entering = check_entering(
+                self.reducer.before_encoder(asked), before, self.shown.counts, self.reducer
+            )
             self._memory = None
             if pixels.shape != before.shape and (self.pictures.arrangement != "batch" or self.pictures.side > 1):
                 raise UnsupportedModel(

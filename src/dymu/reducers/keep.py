@@ -192,7 +192,7 @@ class FixedKeep(Reducer, ABC):
     """
 
     keep: int | float
-    fill: Fill
+    fill: Fill = "none"
     fill_nearest: ClassVar[Callable[[Tokens, Reduced], Reduced]] = fill_alike
     averages: ClassVar[bool] = False
 
@@ -209,7 +209,7 @@ class FixedKeep(Reducer, ABC):
 
     @abstractmethod
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor | Sequence[int]:
-        """Which `keep` tokens of a row stay."""
+        """Which `keep` tokens of a row stay, at least 1."""
 
     def in_prompt(self, tokens: Tokens) -> Reduced:
         kept = torch.zeros_like(tokens.present)
@@ -238,4 +238,7 @@ class KeepOfPictures(FixedKeep):
 
     @abstractmethod
     def choose_of(self, tokens: Tokens, row: int, index: Tensor, keep: int) -> Tensor:
-        """Which `keep` of the row's tokens `index`, which are those of a picture, stay: indices of these."""
+        """Which `keep` of the row's tokens `index`, which are those of a picture, stay: indices of these.
+
+        Not one does where a video keeps fewer tokens than it has frames: `keep` is 0.
+        """
