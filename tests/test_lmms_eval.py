@@ -308,6 +308,14 @@ def test_fixed_merging_and_no_unmerging(plugin, folder, documents, monkeypatch):
     assert pairs(without.loglikelihood(scored(documents))) != with_unmerging
 
 
+def test_merging_by_thresholds_takes_a_layer_to_unmerge_from(plugin, folder, documents):
+    found = []
+    for options in ({"method": "dtome:unmerge_from=1"}, {"method": "dtome"}, {}):
+        ours = make(plugin, folder, documents, **options)
+        found.append(pairs(ours.loglikelihood(scored(documents))))
+    assert found[0] != found[1] == found[2]
+
+
 @pytest.mark.parametrize("method", ["cd-pruner", "fast-v:layer=1"])
 def test_a_method_reads_the_question_and_not_the_answer(plugin, folder, documents, stock, method):
     model, processor = stock
@@ -337,6 +345,7 @@ def test_a_method_reads_the_question_and_not_the_answer(plugin, folder, document
         ({"budget": None, "unmerge": "none"}, "needs something merged"),
         ({"method": "tome", "thresholds": "some"}, "without thresholds="),
         ({"budget": 5}, "outside 20 to 40"),
+        ({"budget": 5, "method": "dtome"}, "outside 20 to 40"),
         ({"thresholds": "nowhere.json"}, "nowhere.json"),
     ],
 )

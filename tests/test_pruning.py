@@ -572,6 +572,8 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     (Joined(torch.tensor([0]), torch.tensor([0])), ValueError, "must answer int64"),
     (Joined(torch.tensor([0]), torch.full((49,), 5)), ValueError, "does not run"),
     (Joined(torch.tensor([0, 1]), torch.arange(49).sub(1).clamp(min=0)), ValueError, "does not run"),
+    (Joined(torch.tensor([0, 1]), torch.zeros(49, dtype=torch.long)), ValueError, "lets it run by itself, too"),
+    (Joined(torch.tensor([0]), None), ValueError, "must answer int64"),  # type: ignore[arg-type]
 ]  # fmt: skip
 
 
@@ -582,6 +584,35 @@ def test_what_a_rule_may_not_answer(answer: Any, error: type[Exception], sentenc
     inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
     with dymu.apply(model, prune=Chooses(2, lambda ahead: answer)), pytest.raises(error, match=sentence):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_what_was_dropped_is_not_joined_later() -> None:
+    class Twice(Chooses):
+        def starts(self, layers: int) -> tuple[int, ...]:
+            return 1, 2
+
+    def choose(ahead: Ahead) -> Tensor | Joined:
+        rows, into = torch.tensor([0, 5]), torch.full((49,), -1)
+        into[[0, 3]] = 0
+        return rows if ahead.layer == 1 else Joined(rows, into)
+
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+    with (
+        dymu.apply(model, prune=Twice(1, choose)),
+        pytest.raises(ValueError, match="joins tokens that it had dropped before"),
+    ):
+        model(**inputs)
+
+
+def test_parts_are_as_many_as_stages() -> None:
+    class Uneven(Chooses):
+        def parts(self, layers: int) -> tuple[float, ...]:
+            return 0.5, 0.2
+
+    with pytest.raises(ValueError, match="Uneven has 1 starts and 2 parts"):
+        Uneven(1, lambda ahead: None).mean(4)
 
 
 @pytest.mark.parametrize("name", ["comes_back", "attends"])

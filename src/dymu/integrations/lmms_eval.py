@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from dymu.choices import Unmerge
 from dymu.errors import BadBudget, BadPrompt, DymuError
-from dymu.evaluation.methods import applying
+from dymu.evaluation.methods import METHODS, Row, applying, attending
 from dymu.families.resolve import resolve
 from dymu.files import expanded
 from dymu.handle import Handle, apply
@@ -43,8 +43,8 @@ class Dymu(lmms):
         thresholds: a thresholds file; without it, `thresholds.json` in the model's folder.
         budget: average of image tokens, in tokens or as a fraction. With neither a budget nor thresholds nor
             a method, the model is untouched.
-        method: another than DToMe, see `dymu methods`, with further arguments if wanted: `holo-v:stretches=8`. It takes
-            a budget, and no thresholds.
+        method: see `dymu methods`, with further arguments if wanted: `holo-v:stretches=8`; without it, `dtome`. Others
+            take a budget, and no thresholds.
         unmerge: see `dymu.apply`.
         device: `cpu`, `cuda:1`, ...; without it, the accelerator of this process if there is one.
         dtype: as in transformers; without it, the checkpoint's on an accelerator and `float32` on a CPU.
@@ -267,15 +267,18 @@ def _applied(
     method: str | None,
     unmerge: Unmerge,
 ) -> Handle | None:
-    if method is not None:
+    name, _, options = (method or "dtome").partition(":")
+    if name != "dtome":
         if thresholds is not None or budget is None:
             raise BadBudget("a method takes a budget, and no thresholds: give it with budget=, without thresholds=.")
-        return apply(model, **applying(method, budget, unmerge, len(resolve(model).decoder_layers)))
-    if thresholds is None and budget is None:
+        return apply(model, **applying(str(method), budget, unmerge, len(resolve(model).decoder_layers)))
+    METHODS[name].check_options(options)
+    if method is None and thresholds is None and budget is None:
         if unmerge != "exact":
             raise BadBudget(f"unmerge={unmerge} needs something merged; give a budget as well.")
         return None
-    return apply(model, thresholds or beside(pretrained, "thresholds=FILE"), budget=budget, unmerge=unmerge)
+    attends = attending(Row(name, 1, unmerge, options=options))
+    return apply(model, thresholds or beside(pretrained, "thresholds=FILE"), budget=budget, **attends)
 
 
 def _settings(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -28,7 +28,7 @@ def check_reduced(answer: Any, reducer: Reducer, stage: Stage, tokens: Tokens) -
     reduced: Reduced = answer
     width = tokens.map.tokens if reduced.of_places else tokens.map.width
     there = tokens.map.group >= 0 if reduced.of_places else tokens.present
-    reduced = replace(reduced, map=_checked(reduced.map, (len(tokens.features), width), name, there))
+    reduced = replace(reduced, map=_checked(reduced.map, (len(tokens.features), width), there.device, name, there))
     features, expected = reduced.features, (len(tokens.features), reduced.map.width, tokens.features.shape[-1])
     if features is None and reduced.of_places:
         raise ValueError(f"{name} answered a map from places without features; give both.")
@@ -67,7 +67,7 @@ def check_entering(
     if not pixels.is_floating_point():
         raise ValueError(f"{name} answered pixels of {pixels.dtype}; give floating-point numbers.")
     if tokens is not None:
-        tokens = _checked(tokens, (len(counts), max(counts)), name)
+        tokens = _checked(tokens, (len(counts), max(counts)), before.device, name)
         if bool((tokens.kept < 1).any()):
             raise BadBudget(f"{name} lets nothing of a picture enter; let at least one patch of each.")
         group = tokens.group
@@ -98,13 +98,17 @@ def check_partners(into: Any, still: Any, rows: Layout, prefix: int, reducer: Re
         raise ValueError(f"{name} must say bool [{shape[0]}], which rows do not merge, and said {_kind(still)}.")
 
 
-def _checked(tokens: Any, shape: tuple[int, int], name: str, there: Tensor | None = None) -> TokenMap:
+def _checked(
+    tokens: Any, shape: tuple[int, int], device: torch.device, name: str, there: Tensor | None = None
+) -> TokenMap:
     if not isinstance(tokens, TokenMap):
         raise ValueError(f"{name} must answer a TokenMap, and answered a {_kind(tokens)}.")
     group, kept = tokens.group, tokens.kept
-    if tuple(group.shape) != shape:
+    typed = isinstance(tokens.width, int) and isinstance(group, Tensor) and isinstance(kept, Tensor)
+    if typed and tuple(group.shape) != shape:
         raise ValueError(f"{name} was asked about tokens {list(shape)} and answered a map of {list(group.shape)}.")
-    whole, dropped = group.dtype == kept.dtype == torch.int64 and tuple(kept.shape) == shape[:1], True
+    whole, dropped = typed and group.dtype == kept.dtype == torch.int64 and tuple(kept.shape) == shape[:1], True
+    whole = whole and group.device == kept.device == device
     if whole:
         width = max(tokens.width, 1)
         counts = group.new_zeros(shape[0], width).scatter_add(1, group.clamp(0, width - 1), (group >= 0).long())
@@ -115,7 +119,8 @@ def _checked(tokens: Any, shape: tuple[int, int], name: str, there: Tensor | Non
     if not whole:
         raise ValueError(
             f"{name} answered a map that is none: number the groups of each row in int64 from 0 on with none left out, "
-            "-1 for dropped tokens and for those past a row's end, as TokenMap.from_leaders does."
+            "-1 for dropped tokens and for those past a row's end, all on the device of the tokens, as "
+            "TokenMap.from_leaders does."
         )
     return replace(tokens, padded=True) if dropped and not tokens.padded else tokens
 
