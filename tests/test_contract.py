@@ -598,9 +598,22 @@ def test_what_no_asked_logit_needs_is_left_out(monkeypatch):
         rows.clear()
         for asked in ({}, {"output_hidden_states": True, "logits_to_keep": 1}, {"logits_to_keep": torch.tensor([3])}):
             model(**inputs, **asked)
+        assert set(rows) == {merged}
+        model(**inputs, logits_to_keep=1)  # what transformers watched with is still there, and watches no more
+        assert rows.pop() == 1
         model.model.language_model.norm.register_forward_hook(lambda *_: None)  # somebody looks
         model(**inputs, logits_to_keep=1)
         assert set(rows) == {merged}
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe"])
+def test_routers_tell_of_all_tokens(name):
+    model = tiny.build(name)
+    inputs = one_prompt(model, 2)
+    with dymu.apply(model, merge=SOME):
+        for asked in ({"logits_to_keep": 1}, {}, {"logits_to_keep": 1}):
+            routed = model(**inputs, output_router_logits=True, **asked).router_logits
+            assert len({len(logits) for logits in routed}) == 1
 
 
 def test_text_and_images_in_pieces_equal_the_whole(model):

@@ -36,6 +36,8 @@ from dymu.token_map import TokenMap, take
 from dymu.unmerging import History, NewTokens, Packed, Step, plan_step
 from dymu.unmerging.virtual import as_phase, turn_between
 
+CAPTURING = "transformers.utils.output_capturing"
+
 
 @dataclass(frozen=True)
 class Attending:
@@ -387,14 +389,15 @@ class LanguageHooks:
         if not asked or not new.merged or asked >= new.map.tokens or not cuts_logits(type(parts.model).forward):
             return None
         within = [*parts.decoder_layers[-1].modules()]
-        watched = any(module._forward_hooks for module in (parts.inner, *parts.language_model.children(), *within))
-        watched = watched or any(module._forward_pre_hooks for module in within)
-        if (
-            watched
-            or not parts.last_by_token
-            or inputs.get("output_hidden_states")
-            or parts.language_model.config.output_hidden_states
-        ):
+        hooks = [
+            hook
+            for module in (parts.inner, *parts.language_model.children(), *within)
+            for hook in module._forward_hooks.values()
+        ]
+        hooks += [hook for module in within for hook in module._forward_pre_hooks.values()]
+        # Those of transformers stay once anybody has asked for hidden states, and then answer who asks again.
+        watched = any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
+        if watched or not parts.last_by_token or _captures(inputs, parts.language_model.config):
             return None
         return new.map.group[:, -asked:].clamp(min=0)
 
@@ -506,6 +509,13 @@ class LanguageHooks:
             index = index + (history.keys.size > 0).sum(1, keepdim=True)
         axes = self.parts.decoder_kind.axes
         return index if axes == 1 else index.expand(axes, -1, -1)
+
+
+def _captures(arguments: Mapping[str, Any], config: Any) -> bool:
+    """Whether a call, or else the config, asks for what layers give on the way: hidden states, a router's logits."""
+    named = {name for name in (*arguments, *vars(config)) if name.startswith("output_")}
+    asked = {name: arguments.get(name) for name in named}
+    return any(getattr(config, name, None) if value is None else value for name, value in asked.items())
 
 
 def _present(mask: Any, batch: int, tokens: int, history: History, unmerge: Unmerge) -> Tensor | None:
