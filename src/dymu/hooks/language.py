@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ from dymu.unmerging import History, NewTokens, Packed, Step, plan_step
 from dymu.unmerging.virtual import as_phase, turn_between
 
 CAPTURING = "transformers.utils.output_capturing"
+"""Whose hooks stay once anybody has asked for hidden states; they do something only when asked again."""
 
 
 @dataclass(frozen=True)
@@ -395,7 +397,6 @@ class LanguageHooks:
             for hook in module._forward_hooks.values()
         ]
         hooks += [hook for module in within for hook in module._forward_pre_hooks.values()]
-        # Those of transformers stay once anybody has asked for hidden states, and then answer who asks again.
         watched = any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
         if watched or not parts.last_by_token or _captures(inputs, parts.language_model.config):
             return None
