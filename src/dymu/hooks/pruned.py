@@ -21,7 +21,7 @@ from dymu.hooks.replaced import Method
 from dymu.hooks.versions import pop_cache
 from dymu.pruning import Ahead, Joined, Pruning
 from dymu.pruning.pruning import check_chosen
-from dymu.token_map import TokenMap, leaders_of, take
+from dymu.token_map import TokenMap, at_least_float32, leaders_of, take
 from dymu.unmerging import History, NewTokens
 from dymu.unmerging.rows import attention_rows
 from dymu.unmerging.virtual import as_pairs, as_phase, interleaved, turn_between, usual_order
@@ -304,7 +304,7 @@ class PrunedLayers:
             return hidden
         joined, into = self._newly >= 0, self._newly.clamp(min=0)
         count = joined.new_zeros(joined.shape, dtype=torch.float32).scatter_add(1, into, joined.float())[..., None]
-        members = torch.where(joined[..., None], hidden, 0).float()
+        members = at_least_float32(torch.where(joined[..., None], hidden, 0))
         total = torch.zeros_like(members).scatter_add(1, into[..., None].expand_as(members), members)
         return torch.where(count > 0, total / count.clamp(min=1), hidden).to(hidden.dtype)
 
@@ -316,7 +316,7 @@ class PrunedLayers:
             kept, dropped = (shown & runs[row]).nonzero()[:, 0], (shown & (stands[row] < 0)).nonzero()[:, 0]
             dropped = dropped[dropped < self._base.kept[row]]
             if len(kept) and len(dropped):
-                x = normalize(hidden[row].float(), dim=-1)
+                x = normalize(at_least_float32(hidden[row]), dim=-1)
                 filled[row, dropped] = kept[(x[dropped] @ x[kept].mT).argmax(1)]
         return filled
 

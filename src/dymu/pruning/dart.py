@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dymu.pruning.pruning import Ahead, AtLayer, part_of
+from dymu.token_map import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class DART(AtLayer):
             raise ValueError(f"DART needs at least one pivot, not {self.pivots!r}")
 
     def choose(self, ahead: Ahead) -> Tensor:
-        norms = ahead.keys(ahead.layer - 1).float().abs().sum((1, 2))
-        features = normalize(ahead.norm(ahead.hidden).float(), dim=-1)
+        norms = at_least_float32(ahead.keys(ahead.layer - 1)).abs().sum((1, 2))
+        features = normalize(at_least_float32(ahead.norm(ahead.hidden)), dim=-1)
         keep = part_of(self.keep, len(ahead.shown))
         own = _largest(norms[ahead.shown], min(self.pivots, keep))
         texts = ahead.texts[_largest(norms[ahead.texts], self.pivots)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from dymu.errors import BadPrompt
 from dymu.merging import distances, nearest_of, peaks
 from dymu.pruning.pruning import Ahead, InStages, Joined, check_stages
+from dymu.token_map import at_least_float32
 
 HEADS = 14 / 32
 """The part of the heads that is asked, those whose raters look at the picture most."""
@@ -83,7 +84,7 @@ def _recycled(ahead: Ahead, score: Tensor, keep: int) -> Tensor | Joined:
         return ahead.best(score, keep)
     kept = ahead.best(score, keep - centres)
     some = replace(ahead, running=ahead.running.index_fill(0, kept, False)).best(score, asked)
-    distance = distances(ahead.hidden[ahead.shown[some]].float())
+    distance = distances(at_least_float32(ahead.hidden[ahead.shown[some]]))
     centre = peaks(distance, centres).argsort(descending=True, stable=True)[:centres]
     into = torch.full_like(ahead.shown, -1)
     into[some] = some[centre[nearest_of(distance, centre)]]
@@ -92,6 +93,6 @@ def _recycled(ahead: Ahead, score: Tensor, keep: int) -> Tensor | Joined:
 
 def raters_of(image: Tensor, words: Tensor) -> Tensor:
     """int64, of words [W, C] those that more than the average speak of image tokens [V, C]; of equal ones all."""
-    share = (image.float() @ words.float().mT).softmax(1).mean(0)
+    share = (at_least_float32(image) @ at_least_float32(words).mT).softmax(1).mean(0)
     raters = (share > share.mean()).nonzero()[:, 0]
     return raters if len(raters) else torch.arange(len(words), device=words.device)

@@ -16,6 +16,7 @@ from dymu.reducers.reducer import Reduced, Reducer, Shown, Tokens
 from dymu.token_map import TokenMap, leaders_of
 
 
+@torch.no_grad()
 def ward(distance: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Join again and again the two clusters of the least distance, by Ward's rule (of Lance and Williams).
 
