@@ -525,14 +525,15 @@ class Reducer:
         """Other pixels, of the same pictures, and a map [pictures, patches] to the patches (units) that enter the
         encoder, row after row.
 
-        Where the pixels make as many patches as before, the first one of each group enters, as heavy as the group.
+        Every patch is of a group; -1 stands past a picture's last patch alone. Where the pixels make as many patches as
+        before, the first one of each group enters, as heavy as the group.
         Where they make fewer, those are the groups, and the encoder sees a smaller picture as it would any.
         """
         return None
 
     def in_layer(self, candidates: Candidates) -> Tensor | SomeMerge | None:
-        """int64 [rows, A], the partner (an index within B) that each A token merges into, -1: it stays. None: the layer
-        merges nothing."""
+        """int64 [rows, A], the partner (an index within B) that each A token merges into, -1: it stays, or the row has
+        no such token. None: the layer merges nothing."""
         return None
 
     def after_encoder(self, tokens: Tokens) -> Reduced | None:
