@@ -39,7 +39,7 @@ from dymu.measure.costs import cost
 from dymu.measure.results import BadResults
 from dymu.measure.times import Cost
 from dymu.prompting import Answer, generate, inputs_for
-from dymu.reducers import FixedMerge, RandomKeep, Reduced, Stride, Tokens, VScan
+from dymu.reducers import DensityPeaks, FixedMerge, RandomKeep, Reduced, Stride, Tokens, VScan
 from dymu.thresholds import Calibrated, Thresholds
 
 WORDS = ("red", "cat", "a")
@@ -154,8 +154,19 @@ def test_rows_are_every_combination_that_says_something():
     assert METHODS["random"].make(marked[2], 8, 3) == RandomKeep(8, 3, "runs")
     assert series(marked[1]) == "random keep fill=runs + VTU"
     assert series(Row("random", 8, "exact")) == "random keep in place"
+    assert rows_for([8], ["random:,"]) == rows_for([8], ["random"])
+    with pytest.raises(ValueError, match="the argument side is given twice"):
+        rows_for([8], ["v-scan:side=4,side=5"])
+    (_, peaks) = rows_for([8], ["density-peaks:threshold=0.2"])
+    with pytest.raises(ValueError, match="either keep, or threshold"):
+        METHODS["density-peaks"].make(peaks, 8, 0)
+    (_, published) = rows_for([8], ["density-threshold:threshold=0.5,least=64"])
+    assert METHODS["density-threshold"].make(published, 8, 0) == DensityPeaks()
+    (_, solved) = rows_for([8], ["density-threshold:threshold=0.3"])
+    assert METHODS["density-threshold"].make(solved, 8, 0) == DensityPeaks(0.3, least=1)
     for wrong, said in (
         ("v-scan:sides=4", "no argument 'sides'"),
+        ("v-scan:sides=4", "it has side, early, unmerge_from"),
         ("v-scan:side=a", "takes a whole number for side, not 'a'"),
     ):
         (_, row) = rows_for([8], [wrong])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import dymu
 import tiny
 from dymu.errors import BadBudget, BadFocus, BadPrompt, UnsupportedCache, UnsupportedModel
+from dymu.hooks.pruned import PrunedLayers
 from dymu.prompting import video_inputs_for
 from dymu.pruning import DART, FastV, Joined, LayerSkip, Pruning, PyramidDrop, Reroute, SkipFFN, SparseVLM
 from dymu.pruning.pruning import Ahead
@@ -459,6 +461,31 @@ def test_a_mean_in_place_of_some_equals_masking(model: Any) -> None:
     tiny.close(logits[texts], expected[texts])
 
 
+@torch.no_grad()
+def test_what_stands_for_the_dropped_is_most_like_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of joined tokens is their mean."""
+    model, seen, filled = deeper("llava"), list[Tensor](), list[Tensor]()
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+    at, fill = images_of(model, inputs)[0].nonzero()[:, 0], PrunedLayers._filled
+
+    def choose(ahead: Ahead) -> Joined:
+        seen.append(ahead.hidden[at])
+        into = torch.full_like(ahead.shown, -1)
+        into[2:5] = 3
+        return Joined(torch.tensor([0, 3]), into)
+
+    monkeypatch.setattr(PrunedLayers, "_filled", lambda *given: [filled.append(fill(*given)), filled[-1]][1])
+    pruning = Chooses(3, choose)
+    object.__setattr__(pruning, "fill", "nearest")
+    with dymu.apply(model, prune=pruning):
+        model(**inputs)
+    runs = torch.stack((seen[-1][0], seen[-1][2:5].mean(0)))
+    nearest = torch.nn.functional.cosine_similarity(seen[-1][:, None], runs[None], dim=-1).argmax(1)
+    nearest[[0, 2, 3, 4]] = torch.tensor([0, 1, 1, 1])
+    assert torch.equal(filled[-1][0, at], at[[0, 3]][nearest])
+    assert 0 < int(nearest[5:].sum()) < len(at) - 5
+
+
 @torch.enable_grad()
 def test_gradients_reach_what_is_joined() -> None:
     model, joined = deeper("llava"), list[Tensor]()
@@ -765,8 +792,25 @@ VSCAN = PyramidDrop((1 / 3,))
 def test_fractions_are_solved_for_a_mean_over_layers(pruning: Pruning, part: float) -> None:
     if part > pruning.starts(30)[0] / 30:
         assert abs(pruning.for_mean(part, 30).mean(30) - part) < 1e-9
-    with pytest.raises(BadBudget, match="begin earlier"):
+    with pytest.raises(BadBudget, match="drop in more layers"):
         pruning.for_mean(0.01, 30)
+
+
+@pytest.mark.parametrize(
+    ("pruning", "least"),
+    [(LayerSkip(pattern="alternate"), 15 / 30), (LayerSkip(pattern="alternate-after-second"), 16 / 30),
+     (SkipFFN(until=20), 11 / 30)],
+)  # fmt: skip
+def test_layers_that_drop_nothing_bound_the_mean(pruning: Pruning, least: float) -> None:
+    assert abs(pruning.for_mean(least + 0.01, 30).mean(30) - least - 0.01) < 1e-9
+    with pytest.raises(BadBudget, match=f"more than {least:.0%} of the image tokens run"):
+        pruning.for_mean(least - 0.01, 30)
+
+
+def test_fractions_of_other_libraries_become_pythons() -> None:
+    assert type(FastV(np.float16(0.5)).keep) is type(LayerSkip(np.float32(0.5)).keep) is float
+    assert type(LayerSkip(seed=np.int64(5)).seed) is int
+    assert len(LayerSkip(1e-300).choose(toy(picture=torch.zeros(4).long(), shown=torch.arange(4)))) == 1  # type: ignore[arg-type]
 
 
 def test_dart_keeps_as_many_as_asked() -> None:
@@ -798,6 +842,7 @@ BAD = [
     (lambda: SkipFFN(fill="nearest"), ValueError), (lambda: PyramidDrop(None), BadBudget),
     (lambda: PyramidDrop((0.5,), (2.5,)), ValueError), (lambda: PyramidDrop((0.5,), None), ValueError),
     (lambda: FastV(10**400), BadBudget), (lambda: DART(pivots=True), ValueError),
+    (lambda: LayerSkip(seed=-1), ValueError), (lambda: LayerSkip(seed=2**64), ValueError),
     (lambda: LayerSkip(score="best"), ValueError), (lambda: LayerSkip(pattern="some"), ValueError),
 ]  # fmt: skip
 

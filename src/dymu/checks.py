@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 from dymu.choices import Fill
 
+SEEDS = 2**32
+
 
 def whole_numbers(owner: Any, name: str) -> tuple[int, ...]:
     """The numbers that a field holds, as Python's own; one for several of one.
@@ -27,7 +29,8 @@ def whole_numbers(owner: Any, name: str) -> tuple[int, ...]:
 
 
 def check_fields(owner: Any) -> None:
-    """Refuse what a dataclass was given for fields that are annotated `bool`, `int` or `Fill`, and is none.
+    """Refuse what a dataclass was given for fields that are annotated `bool`, `int` or `Fill`, and is none, and for a
+    `seed`; make whole numbers Python's own.
 
     Annotations are strings where a module asks for that (`from __future__ import annotations`).
 
@@ -42,5 +45,9 @@ def check_fields(owner: Any) -> None:
             wanted = "a whole number"
         elif field.type in (Fill, "Fill") and value not in get_args(Fill):
             wanted = f"one of {', '.join(get_args(Fill))}"
+        elif field.name == "seed" and not 0 <= value < SEEDS:
+            wanted = f"a whole number from 0 to {SEEDS - 1}"
+        elif field.type in (int, "int"):
+            object.__setattr__(owner, field.name, int(value))
         if wanted:
             raise ValueError(f"{type(owner).__name__} takes {wanted} for {field.name}, not {value!r}.")

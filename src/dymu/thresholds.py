@@ -523,6 +523,7 @@ def number(value: Any, what: str = "a budget is a number of tokens or a fraction
         BadBudget: it is none; a sentence that begins with `what`.
     """
     try:
+        value = value.item() if hasattr(value, "item") else value  # of NumPy and PyTorch
         if isinstance(value, bool | str | bytes | bytearray | memoryview):
             raise TypeError
         return int(value) if isinstance(value, numbers.Integral) else float(value)

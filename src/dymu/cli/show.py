@@ -71,7 +71,7 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
             "paper": method.paper,
         }
         for method in METHODS.values()
-        if method.group
+        if method.name != "untouched"
     ]
 
     def for_people() -> Iterable[Any]:

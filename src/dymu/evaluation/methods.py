@@ -131,11 +131,13 @@ class Method:
             ValueError: the row names an argument that the method does not have.
         """
         kind: Any = getattr(import_module("dymu.reducers"), self.reducer)
-        settings = {"seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
+        own = dict(self.settings)
+        settings = {**own, "seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
         if self.solves is None:
             settings["keep"] = keep
         options = options_of(row.options)
-        taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings.keys() - (options.keys() & SAID)}
+        said = options.keys() & (SAID | own.keys())
+        taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings.keys() - said}
         if self.arguments is not None:
             taken |= self.arguments(keep)
         elif "keep" not in taken and self.solves is None:
@@ -168,13 +170,14 @@ class Method:
         """A class of the method's with some arguments, and a row's own."""
         if "keep" in options:
             raise ValueError(f"{self.name} keeps what the budget says: leave keep={options['keep']} out.")
-        own = [f.name for f in fields(kind) if f.name not in taken and f.name != "keep"]
+        may = SAID | dict(self.settings).keys()
+        own = [f.name for f in fields(kind) if f.name != "keep" and (f.name not in taken or f.name in may)]
         taken = dict(taken)
         for name, value in options.items():
             if name == FROM:
                 continue
             if name not in own:
-                raise ValueError(f"{self.name} has no argument {name!r}; it has {', '.join(own) or 'none'}.")
+                raise ValueError(f"{self.name} has no argument {name!r}; it has {', '.join((*own, FROM))}.")
             taken[name] = value
         try:
             return kind(**taken)
@@ -191,8 +194,10 @@ def options_of(text: str) -> dict[str, Any]:
     found = dict[str, Any]()
     for part in _parts(text):
         name, equals, value = part.partition("=")
-        if not (equals and name.isidentifier() and value) or name in found:
+        if not (equals and name.isidentifier() and value):
             raise ValueError(f"{part!r} is no argument of a method: write name=value, several with commas between.")
+        if name in found:
+            raise ValueError(f"the argument {name} is given twice; give it once.")
         try:
             found[name] = literal_eval(value)
         except (ValueError, SyntaxError):
@@ -273,7 +278,7 @@ METHODS = {
         Method("density-peaks", "density peaks", PALETTE[5], "DensityPeaks", group="P", paper="2406.05127"),
         Method(
             "density-threshold", "density peaks by a threshold", GREY, "DensityPeaks", group="P", adapts=True,
-            paper="2406.05127", arguments=lambda keep: {"least": 1}, solves=Solved("threshold"),
+            paper="2406.05127", settings=(("least", 1),), solves=Solved("threshold"),
         ),
         Method("anchors", "RESTORE's anchors", PALETTE[0], "Anchors", group="P"),
         Method("ap-et", "ApET", PALETTE[1], "ApET", group="P"),
@@ -417,7 +422,8 @@ def rows_for(
     Raises:
         ValueError: an unknown method or way to unmerge.
     """
-    named, ways = [method.partition(":")[::2] for method in methods], list(unmerge)
+    named = [(name, ",".join(_parts(options))) for name, _, options in (method.partition(":") for method in methods)]
+    ways = list(unmerge)
     check_names([name for name, _ in named], ways)
     for name, options in named:
         METHODS[name].check_options(options)

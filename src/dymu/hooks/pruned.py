@@ -252,7 +252,7 @@ class PrunedLayers:
         stands = torch.arange(base.width, device=runs.device).expand_as(runs)
         stands = torch.where(runs, stands, -1).gather(1, self._into)
         if self._pruning is not None and self._pruning.fill == "nearest":
-            stands = self._filled(stands, hidden, runs)
+            stands = self._filled(stands, self._with_means(hidden), runs)
         group = base.group.clamp(min=0)
         label = torch.where(base.group < 0, -1, stands.gather(1, group))
         tokens = TokenMap.from_leaders(leaders_of(label, base.width), self._prompt.present)

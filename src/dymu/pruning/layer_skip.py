@@ -42,7 +42,7 @@ class LayerSkip(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_part("keep", self.keep)
+        object.__setattr__(self, "keep", check_part("keep", self.keep))
         for name, known in (("pattern", get_args(Pattern)), ("score", get_args(Score))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
@@ -67,7 +67,7 @@ class LayerSkip(Pruning):
         score, kept = self._score(ahead), list[Tensor]()
         for number in ahead.picture.unique().tolist():
             index = (ahead.picture == number).nonzero()[:, 0]
-            keep = math.ceil(round(self.keep * len(index), 6))
+            keep = max(math.ceil(round(self.keep * len(index), 6)), 1)
             if score is None:
                 kept.append(index[torch.arange(keep, device=index.device) * (len(index) // keep)])
             else:

@@ -16,6 +16,9 @@ from dymu.checks import check_fields, whole_numbers
 from dymu.choices import Fill
 from dymu.errors import BadBudget
 
+LEAST = 1e-6
+"""A part of an image's tokens that is less than one of them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Ahead:
@@ -158,14 +161,14 @@ class Pruning(ABC):
         """The same with its fractions scaled so that this is its mean over so many layers.
 
         Raises:
-            BadBudget: what runs ahead of the first choice alone is as much.
+            BadBudget: layers that drop nothing alone run as much.
         """
-        least = self.starts(layers)[0] / layers
+        least = self.scaled(LEAST).mean(layers)
         if part <= least:
             raise BadBudget(
-                f"{type(self).__name__} drops nothing ahead of layer {self.starts(layers)[0]} of {layers}: more "
-                f"than {least:.0%} of the image tokens run on average, and {part:.1%} are asked for; let it begin "
-                "earlier (layer=, layers= or pattern=), or take a larger budget."
+                f"{type(self).__name__} drops nothing in some of {layers} layers: more than {least:.0%} of the image "
+                f"tokens run on average, and {part:.1%} are asked for; let it drop in more layers (layer=, layers=, "
+                "until= or pattern=), or take a larger budget."
             )
         low, high = 0.0, 1 / min(self.parts(layers))
         for _ in range(60):
@@ -192,7 +195,7 @@ class AtLayer(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_part("keep", self.keep)
+        object.__setattr__(self, "keep", check_part("keep", self.keep))
 
     def starts(self, layers: int) -> tuple[int, ...]:
         check_layer("layer", self.layer, layers)
@@ -226,9 +229,7 @@ class InStages(Pruning):
         super().__post_init__()
         given: Any = self.rates
         rates = given if isinstance(given, list | tuple) else (given,)
-        for rate in rates:
-            check_part("rates", rate)
-        object.__setattr__(self, "rates", tuple(map(float, rates)))
+        object.__setattr__(self, "rates", tuple(check_part("rates", rate) for rate in rates))
         object.__setattr__(self, "layers", whole_numbers(self, "layers"))
         if not self.rates or (self.layers and len(self.layers) != len(self.rates)):
             raise ValueError(
@@ -298,6 +299,8 @@ def check_stages(pruning: Pruning, starts: Sequence[int], layers: int) -> tuple[
     Raises:
         ValueError: they do not rise, or there are no such among so many.
     """
+    if not isinstance(starts, Sequence):
+        raise ValueError(f"{type(pruning).__name__}.starts must answer layers, such as (2,), not {starts!r}.")
     if len(starts) >= layers:
         raise ValueError(
             f"{type(pruning).__name__} has {len(starts)} stages, and this language model of {layers} layers has room "
@@ -312,13 +315,18 @@ def check_stages(pruning: Pruning, starts: Sequence[int], layers: int) -> tuple[
     return tuple(starts)
 
 
-def check_part(name: str, part: Any, zero: bool = False) -> None:
-    """Raises: BadBudget, unless it is a fraction above 0 (or from 0 on) up to 1."""
-    number: Any = -1 if type(part) is bool or not isinstance(part, Real) else part
+def check_part(name: str, part: Any) -> float:
+    """A fraction, as a number of Python's own.
+
+    Raises:
+        BadBudget: it is none above 0 and up to 1.
+    """
+    number: Any = -1 if isinstance(part, bool) or not isinstance(part, Real) else part
     if not 0 <= number <= 1:
         raise BadBudget(f"{name}={part!r} is no fraction of the image tokens; give one from 0 to 1.")
-    if not part and not zero:
+    if not number:
         raise BadBudget(f"{name}=0 would keep no image token; take a fraction above 0.")
+    return float(number)
 
 
 def check_layer(name: str, layer: Any, layers: int) -> None:

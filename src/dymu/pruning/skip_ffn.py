@@ -41,7 +41,7 @@ class SkipFFN(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_part("keep", self.keep)
+        object.__setattr__(self, "keep", check_part("keep", self.keep))
         if self.score not in get_args(Score):
             raise ValueError(f"unknown score {self.score!r}; choose one of {', '.join(get_args(Score))}")
 

@@ -32,7 +32,7 @@ class DensityPeaks(Reducer):
 
     Raises:
         BadBudget: `keep` is not above 0; or in use, more than there are.
-        ValueError: `threshold` is no finite number, or `least` or `neighbours` below 1.
+        ValueError: `threshold` is no finite number, or `least` or `neighbours` below 1; or `keep` beside the first two.
     """
 
     threshold: float = 0.5
@@ -41,9 +41,11 @@ class DensityPeaks(Reducer):
     keep: int | float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.keep is not None:
             check_keep(self)
-        check_fields(self)
+            if (self.threshold, self.least) != (DensityPeaks.threshold, DensityPeaks.least):
+                raise ValueError("DensityPeaks takes either keep, or threshold and least; leave the other out.")
         check_finite(self, "threshold")
         if self.least < 1 or self.neighbours < 1:
             raise ValueError(f"{self} needs at least one token left and one neighbour")

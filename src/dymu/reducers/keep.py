@@ -166,8 +166,8 @@ def kept_of_rows(keep: int | float, tokens: Tokens) -> list[int]:
     return keeps
 
 
-def _chosen(reducer: Reducer, chosen: Any, keep: int, count: int) -> Tensor:
-    """int64 [up to keep], which of so many tokens a reducer's `choose` says that stay.
+def _chosen(name: str, chosen: Any, keep: int, count: int) -> Tensor:
+    """int64 [up to keep], which of so many tokens stay, as the method of that name says.
 
     Raises:
         ValueError: it is none of these tokens, one twice, or more than `keep`.
@@ -177,7 +177,7 @@ def _chosen(reducer: Reducer, chosen: Any, keep: int, count: int) -> Tensor:
     fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1 and len(index) <= keep
     if not fits or not bool(((index >= 0) & (index < count)).all()) or len(index.unique()) < len(index):
         raise ValueError(
-            f"{type(reducer).__name__}.choose must answer int64 indices of {count} tokens, each once and at most "
+            f"{name} must answer int64 indices of {count} tokens, each once and at most "
             f"{keep} of them, and answered {chosen!r:.80}."
         )
     return index
@@ -214,7 +214,8 @@ class FixedKeep(Reducer, ABC):
     def in_prompt(self, tokens: Tokens) -> Reduced:
         kept = torch.zeros_like(tokens.present)
         for row, keep in enumerate(kept_of_rows(self.keep, tokens)):
-            kept[row, _chosen(self, self.choose(tokens, row, keep), keep, tokens.counts[row])] = True
+            chosen = self.choose(tokens, row, keep)
+            kept[row, _chosen(f"{type(self).__name__}.choose", chosen, keep, tokens.counts[row])] = True
         reduced = tokens.keep(kept)
         if self.fill == "nearest":
             reduced = type(self).fill_nearest(tokens, reduced)
@@ -231,14 +232,13 @@ class KeepOfPictures(FixedKeep):
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         indices = tokens.indices(row)
         counts = [len(index) for index in indices]
-        parts = of_pictures(keep, counts, counts)
-        return torch.cat(
-            [index[self.choose_of(tokens, row, index, part)] for index, part in zip(indices, parts, strict=True)]
-        )
+        name, chosen = f"{type(self).__name__}.choose_of", list[Tensor]()
+        for index, part in zip(indices, of_pictures(keep, counts, counts), strict=True):
+            if part:  # a video may keep fewer tokens than it has frames
+                of = _chosen(name, self.choose_of(tokens, row, index, part), part, len(index))
+                chosen.append(index[of.to(index.device)])
+        return torch.cat(chosen)
 
     @abstractmethod
     def choose_of(self, tokens: Tokens, row: int, index: Tensor, keep: int) -> Tensor:
-        """Which `keep` of the row's tokens `index`, which are those of a picture, stay: indices of these.
-
-        Not one does where a video keeps fewer tokens than it has frames: `keep` is 0.
-        """
+        """Which `keep` of the row's tokens `index`, those of a picture, stay, at least 1: indices of these."""

@@ -1,0 +1,5 @@
+"""`python -m dymu`: the `dymu` command."""
+
+from dymu.cli.main import main
+
+main()
