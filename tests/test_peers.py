@@ -311,5 +311,8 @@ def test_whole_parts_are_shared_out() -> None:
     assert shared_out(9, [5, 1, 1, 1], [3, 9, 9, 9]) == [3, 2, 2, 2]
     assert of_pictures(3, [9, 1, 1], [9, 9, 9]) == [1, 1, 1]
     assert of_pictures(5, [9, 1, 1], [9, 9, 9]) == [3, 1, 1]
+    assert of_pictures(16, [16, 48], [16, 48]) == [4, 12]
+    assert of_pictures(16, [3, 7, 3, 3], [9, 9, 9, 9]) == [3, 7, 3, 3]
+    assert of_pictures(4, [9, 0.1, 0.1], [9, 9, 0]) == [3, 1, 0]
     assert of_pictures(2, [1, 9, 9], [9, 9, 9]) == [0, 1, 1]
     assert sum(shared_out(17, [0.2, 0.5, 0.3], [30, 30, 30])) == 17

@@ -752,7 +752,7 @@ def test_recycling_keeps_what_the_authors_keep() -> None:
         joined = rule.choose(ahead)
         assert isinstance(joined, Joined)
         assert (len(joined.rows), len(joined.into[joined.into >= 0].unique())) == (count, means)
-        assert int((joined.into >= 0).sum()) == int(0.3 * (int(running.sum()) - count)) + 1
+        assert int((joined.into >= 0).sum()) == int(0.3 * (int(running.sum()) - count + means)) + 1
         score, x = many[4:580, 0].masked_fill(~running, -torch.inf), many[4:580]
         kept = [row for row in joined.rows.tolist() if joined.into[row] < 0]
         others = (joined.into >= 0).nonzero()[:, 0]

@@ -59,10 +59,11 @@ def _method(text: str) -> str:
 def _check_arguments(text: str) -> None:
     name, _, options = text.partition(":")
     method = METHODS[name]
-    if not method.takes_number:
-        return
     row = Row(name, 1, "none", (method.schedules or ("",))[0], options)
     try:
+        rows_for([1], [text])
+        if not method.takes_number:
+            return
         if method.pruning:
             method.make_pruning(row, 1.0, 0, 64)
         else:
@@ -322,7 +323,7 @@ def _say(
         methods = dict.fromkeys(
             name
             for row in results.header.rows
-            for name in (row.method, *(f"{row.method}:{own}" for own in [own_options(row)] if own))
+            for name in (row.method, *(f"{row.method}:{said}" for said in (own_options(row), row.options) if said))
         )
         if against not in ("untouched", *methods):
             raise errors.BadInput(f"{path} has no rows of {against}; compare with one of: {', '.join(methods)}.")

@@ -119,7 +119,7 @@ def compared_with(row: Row, rows: Sequence[Row], method: str) -> Row | None:
         None for such a row itself, for the untouched model, and where there is none.
     """
     name, _, options = method.partition(":")
-    them = [other for other in rows if other.method == name and options in ("", own_options(other))]
+    them = [other for other in rows if other.method == name and options in ("", own_options(other), other.options)]
     if row in them or row == UNTOUCHED:
         return None
     return min(

@@ -77,10 +77,11 @@ class SparseVLM(InStages):
 
 def _recycled(ahead: Ahead, score: Tensor, keep: int) -> Tensor | Joined:
     """The `keep` image tokens that run on, some of them means of tokens that do not."""
-    dropped = int(ahead.running.sum()) - keep
-    asked = int(RECYCLED * dropped) + 1
-    centres = asked // 10 + 1
-    if dropped < 1 or centres >= keep:
+    running, asked, centres = int(ahead.running.sum()), 0, 0
+    while centres != asked // 10 + 1:  # of what is dropped, which the members of means are
+        centres = asked // 10 + 1
+        asked = int(RECYCLED * (running - keep + centres)) + 1
+    if running <= keep or centres >= keep:
         return ahead.best(score, keep)
     kept = ahead.best(score, keep - centres)
     some = replace(ahead, running=ahead.running.index_fill(0, kept, False)).best(score, asked)

@@ -124,9 +124,12 @@ def shared_out(total: int, weights: Sequence[float], most: Sequence[int]) -> lis
 
 def of_pictures(keep: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
     """The same, for pictures of one image or video; each keeps at least one, where there are as many."""
-    if keep < len(most):
-        return shared_out(keep, weights, most)
-    return [1 + more for more in shared_out(keep - len(most), weights, [count - 1 for count in most])]
+    parts, few = shared_out(keep, weights, most), set[int]()
+    while keep >= len(most) and (none := {index for index, part in enumerate(parts) if not part and most[index]}):
+        few |= none
+        others = [0 if index in few else count for index, count in enumerate(most)]
+        parts = [int(index in few) + part for index, part in enumerate(shared_out(keep - len(few), weights, others))]
+    return parts
 
 
 def check_of_items(shown: Shown, keep: int | float) -> None:
@@ -154,15 +157,15 @@ def kept_of_rows(keep: int | float, tokens: Tokens) -> list[int]:
     for row, first in enumerate(tokens.first[:-1]):
         rows.setdefault(tokens.shown.item[first], []).append(row)
     for of_image in rows.values():
-        others = [tokens.counts[row] - 1 for row in of_image]  # than the one that each keeps at least
-        total = kept_of(keep, sum(tokens.counts[row] for row in of_image)) - len(of_image)
-        if total < 0:
+        counts = [tokens.counts[row] for row in of_image]
+        total = kept_of(keep, sum(counts))
+        if total < len(of_image):
             raise BadBudget(
                 f"cannot keep {keep:g} tokens of an image that is cut into {len(of_image)} pictures, each of which "
                 "keeps at least one; take more."
             )
-        for row, more in zip(of_image, shared_out(total, others, others), strict=True):
-            keeps[row] = 1 + more
+        for row, part in zip(of_image, of_pictures(total, counts, counts), strict=True):
+            keeps[row] = part
     return keeps
 
 

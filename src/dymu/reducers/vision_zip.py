@@ -83,6 +83,10 @@ class VisionZip(Reducer):
         dominant, contextual = int(self.dominant), int(self.contextual)
         if is_part(self.dominant) or is_part(self.contextual):
             total = round(in_tokens(self.dominant, tokens) + in_tokens(self.contextual, tokens))
+            if total < 2:
+                raise BadBudget(
+                    f"VisionZip keeps two tokens of a picture or more, and {total} of {tokens} are asked for."
+                )
             contextual = max(round(in_tokens(self.contextual, tokens)), 1)
             dominant = max(total - contextual, 1)
         if dominant + contextual > tokens:
