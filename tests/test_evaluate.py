@@ -155,6 +155,8 @@ def test_rows_are_every_combination_that_says_something():
     assert series(marked[1]) == "random keep fill=runs + VTU"
     assert series(Row("random", 8, "exact")) == "random keep in place"
     assert rows_for([8], ["random:,"]) == rows_for([8], ["random"])
+    with pytest.raises(ValueError, match="with outliers and without"):
+        rows_for([8], ["pru-merge", "pru-merge:outliers=1.5"])
     with pytest.raises(ValueError, match="the argument side is given twice"):
         rows_for([8], ["v-scan:side=4,side=5"])
     (_, peaks) = rows_for([8], ["density-peaks:threshold=0.2"])

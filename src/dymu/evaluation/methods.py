@@ -436,6 +436,13 @@ def rows_for(
                     continue
                 for schedule in _schedules(method, options, schedules):
                     rows.append(Row(method.name, kept, method.unmerges(way, options), schedule, said))
+    for method, options in named:
+        solves, others = METHODS[method].solves, own_options(Row(method, options=options))
+        if solves is not None and others != options and (method, others) in named:
+            raise ValueError(
+                f"{method} is asked for with {solves.field} and without, which rows of one file could not tell apart: "
+                "make two files."
+            )
     return list(dict.fromkeys(rows))
 
 

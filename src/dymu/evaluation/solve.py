@@ -55,6 +55,9 @@ def solved(
             given = [part for part in parts if not part.startswith(f"{solves.field}=")]
             numbers[row.method, row.budget, ",".join(given)] = row.options
     tried = dict[tuple[str, str], dict[float, float]]()  # of other budgets, too
+    for row in dict.fromkeys(row for row in rows if (row.method, row.budget, row.options) in numbers):
+        options = numbers[row.method, row.budget, row.options]
+        say(f"{row.method}: {options} for a budget of {row.budget}, as the file that is continued says.")
     for row in rows:
         if is_solved(row) or (row.method, row.budget, row.options) in numbers:
             continue

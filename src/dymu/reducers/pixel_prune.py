@@ -23,7 +23,7 @@ def predicted(blocks: Tensor, tolerance: float) -> Tensor:
     counts as what it was predicted to be, so that errors do not pile up.
     """
     rows, columns = blocks.shape[:2]
-    flat = blocks.flatten(0, 1).cpu().numpy()
+    flat = blocks.detach().flatten(0, 1).cpu().numpy()
     stands = list(range(rows * columns))
     known: dict[tuple[int, int], bool] = {}
 
