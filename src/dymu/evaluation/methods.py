@@ -436,11 +436,11 @@ def rows_for(
                     continue
                 for schedule in _schedules(method, options, schedules):
                     rows.append(Row(method.name, kept, method.unmerges(way, options), schedule, said))
-    for method, options in named:
-        solves, others = METHODS[method].solves, own_options(Row(method, options=options))
-        if solves is not None and others != options and (method, others) in named:
+    for name, options in named:
+        solves, others = METHODS[name].solves, own_options(Row(name, options=options))
+        if solves is not None and others != options and (name, others) in named:
             raise ValueError(
-                f"{method} is asked for with {solves.field} and without, which rows of one file could not tell apart: "
+                f"{name} is asked for with {solves.field} and without, which rows of one file could not tell apart: "
                 "make two files."
             )
     return list(dict.fromkeys(rows))
