@@ -783,7 +783,7 @@ def test_rules_with_a_number_keep_it_of_every_image_and_video(shown, rule):
         for item in handle.last.items:
             patches = int(item.patch.sum())
             assert item.budgeted == (round(rule.keep * patches) if rule.keep < 1 else rule.keep)
-            assert bool((item.leaders[item.patch] < 0).any()) == (rule.fill == "none")
+            assert bool((item.leaders[item.patch] < 0).any()) == (getattr(rule, "fill", "none") == "none")
         assert torch.isfinite(answer(model, **inputs)).all()
 
 
