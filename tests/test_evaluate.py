@@ -155,8 +155,6 @@ def test_rows_are_every_combination_that_says_something():
     assert series(marked[1]) == "random keep fill=runs + VTU"
     assert series(Row("random", 8, "exact")) == "random keep in place"
     assert rows_for([8], ["random:,"]) == rows_for([8], ["random"])
-    with pytest.raises(ValueError, match="with outliers and without"):
-        rows_for([8], ["pru-merge", "pru-merge:outliers=1.5"])
     with pytest.raises(ValueError, match="the argument side is given twice"):
         rows_for([8], ["v-scan:side=4,side=5"])
     (_, peaks) = rows_for([8], ["density-peaks:threshold=0.2"])
@@ -997,9 +995,11 @@ def test_differences_from_another_method():
     holo, wide = (Row("holo-v", 9, options=options) for options in ("", "stretches=8"))
     assert [compared_with(dtome, some, "holo-v") for some in ([holo, wide], [wide, holo], [wide])] == [holo, holo, wide]
     assert [compared_with(row, [holo, wide], "holo-v:stretches=8") for row in (dtome, holo, wide)] == [wide, wide, None]
-    solved = [Row("pru-merge", n, options=f"outliers={n}.5") for n in (4, 9)]
+    solved = [Row("pru-merge", n, solved=f"outliers={n}.5") for n in (4, 9)]
+    named = Row("pru-merge", 9, options="outliers=1.5")
     assert compared_with(dtome, solved, "pru-merge") == solved[1]
-    assert compared_with(holo, solved, "pru-merge:outliers=4.5") == solved[0]
+    assert compared_with(holo, [*solved, named], "pru-merge:outliers=1.5") == named
+    assert compared_with(named, [*solved, named], "pru-merge") is None
     results = hand_made()
     results.header.rows.append(Row("dtome", 5, "exact", "linear"))
     answers = Answers(["no", "a", "no", "x"], [0, 1, 1, 0], [3, 3, 3, 3])

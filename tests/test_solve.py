@@ -58,7 +58,7 @@ def test_images_keep_the_budget_on_average(tmp_path, tiles):
     assert len(said) == 2 * len(methods), "forms of unmerging share a number"
     results = evaluate(model, processor, tasks, found, tmp_path / "r.jsonl", batch_size=3, timed=0, progress=False)
     for row in found[1:]:
-        sentence = next(text for text in said if row.options in text)
+        sentence = next(text for text in said if row.solved in text)
         exactly = mean_of(results, row)
         if not tiles:  # whose learned tokens a budget does not count
             assert f"{exactly:.1f} tokens" in sentence
@@ -72,9 +72,26 @@ def test_other_arguments_stay(tmp_path):
     model, processor = tiny.llava("clip", "llama"), tiny.llava_processor()
     rows = rows_for([20], ["pru-merge:plus=True", "pru-merge:outliers=2", "stride"])
     found = solved(rows, model, processor, [Words(4)], say=lambda text: None, progress=False)
-    assert found[1].options.startswith("plus=True,outliers=")
+    assert found[1].options == "plus=True"
+    assert found[1].solved.startswith("outliers=")
     assert found[2:] == rows[2:]
-    assert series(found[1]) == "PruMerge plus=True + VTU"
+    assert [series(row) for row in found[1:3]] == ["PruMerge plus=True + VTU", "PruMerge outliers=2 + VTU"]
+
+
+@pytest.mark.parametrize("methods", [["pru-merge", "pru-merge:outliers=1.5"], ["pru-merge:outliers=1.5", "pru-merge"]])
+def test_a_named_number_is_not_one_that_is_solved(methods):
+    """In one file, which goes on, and from the file of the one to that of the other."""
+    model, processor = tiny.llava("clip", "llama"), tiny.llava_processor()
+    rows = rows_for([20, 9], methods)
+    assert [row.budget for row in rows if row.options] == [20], "a row that budgets do not change is made once"
+    found = solved(rows, model, processor, [Words(4)], say=lambda text: None, progress=False)
+    assert [bool(row.solved) for row in found[1:]] == [not row.options for row in rows[1:]]
+    assert solved(rows, None, None, [], before=found) == found
+    named = [row for row in found if row.options]
+    said: list[str] = []
+    fresh = solved(rows_for([20], ["pru-merge"]), model, processor, [Words(4)], before=named, say=said.append)
+    assert len(said) == 1
+    assert fresh[1] in found
 
 
 def test_a_row_without_its_number_is_refused(tmp_path):

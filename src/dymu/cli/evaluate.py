@@ -34,7 +34,7 @@ from dymu.cli.app import (
 )
 from dymu.cli.output import Output, check_writable, write_text, write_whole
 from dymu.errors import DymuError
-from dymu.evaluation.methods import COMPARED, METHODS, Row, own_options, rows_for
+from dymu.evaluation.methods import COMPARED, METHODS, Row, rows_for
 from dymu.files import expanded
 
 UnmergeName = StrEnum("UnmergeName", [(name.upper(), name) for name in UNMERGE])  # type: ignore[misc]
@@ -323,7 +323,7 @@ def _say(
         methods = dict.fromkeys(
             name
             for row in results.header.rows
-            for name in (row.method, *(f"{row.method}:{said}" for said in (own_options(row), row.options) if said))
+            for name in (row.method, *([f"{row.method}:{row.options}"] if row.options else ()))
         )
         if against not in ("untouched", *methods):
             raise errors.BadInput(f"{path} has no rows of {against}; compare with one of: {', '.join(methods)}.")

@@ -135,7 +135,7 @@ class Method:
         settings = {**own, "seed": seed, "schedule": row.schedule, "fill": self.fill(way_of(row))}
         if self.solves is None:
             settings["keep"] = keep
-        options = options_of(row.options)
+        options = row.arguments
         said = options.keys() & (SAID | own.keys())
         taken = {f.name: settings[f.name] for f in fields(kind) if f.name in settings.keys() - said}
         if self.arguments is not None:
@@ -312,6 +312,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         unmerge: see `dymu.choices.Unmerge`; `FORMER` in files of older versions.
         schedule: how merges spread over the layers; empty where nothing merges in layers.
         options: further arguments of the method, `name=value` with commas between.
+        solved: likewise the one that was solved for the budget, see `Method.solves`.
     """
 
     method: str
@@ -319,12 +320,18 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unmerge: str = "none"
     schedule: str = ""
     options: str = ""
+    solved: str = ""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of `options` and the one that is solved."""
+        return options_of(f"{self.options},{self.solved}")
 
     @property
     def key(self) -> str:
         """Its name in files and tables: `dtome-96-exact-linear`."""
         way = self.unmerge if self.budget else ""
-        parts = (self.method, str(self.budget or ""), way, self.schedule, self.options)
+        parts = (self.method, str(self.budget or ""), way, self.schedule, self.options, self.solved)
         return "-".join(part for part in parts if part)
 
 
@@ -363,16 +370,10 @@ def attending(row: Row) -> dict[str, Any]:
     return {"unmerge": row.unmerge, FROM: options_of(row.options).get(FROM, 0)}
 
 
-def own_options(row: Row) -> str:
-    """A row's arguments, without the number that its budget is solved by, which differs from budget to budget."""
-    solves = METHODS[row.method].solves
-    return ",".join(part for part in _parts(row.options) if solves is None or not part.startswith(f"{solves.field}="))
-
-
 def is_solved(row: Row) -> bool:
     """Whether a row says all that its method needs, see `Method.solves`."""
     solves = METHODS[row.method].solves
-    return solves is None or solves.field in options_of(row.options)
+    return solves is None or solves.field in row.arguments
 
 
 def check_solved(row: Row) -> None:
@@ -414,7 +415,7 @@ def rows_for(
 
     Methods that can only keep squares take the square nearest to the budget. For single tokens all but
     `restore` and `none` equal `exact`, and a smaller image leaves nothing to unmerge. A layer to unmerge from goes with
-    ways that unmerge.
+    ways that unmerge. Where the number that a budget is solved by is named, one budget has the row.
 
     Args:
         methods: names, each with further arguments if wanted: `holo-v:stretches=8`.
@@ -422,27 +423,23 @@ def rows_for(
     Raises:
         ValueError: an unknown method or way to unmerge.
     """
+    budgets = sorted(set(budgets), reverse=True)
     named = [(name, ",".join(_parts(options))) for name, _, options in (method.partition(":") for method in methods)]
     ways = list(unmerge)
     check_names([name for name, _ in named], ways)
     for name, options in named:
         METHODS[name].check_options(options)
     rows = [UNTOUCHED]
-    for budget in sorted(set(budgets), reverse=True):
+    for budget in budgets:
         for method, options in ((METHODS[name], options) for name, options in named if name != "untouched"):
             kept = max(round(math.sqrt(budget)), 1) ** 2 if method.square else budget
+            if budget < max(budgets) and method.solves is not None and method.solves.field in options_of(options):
+                continue
             for way in ways:
                 if (said := _from_layer(method, way, options)) is None:
                     continue
                 for schedule in _schedules(method, options, schedules):
                     rows.append(Row(method.name, kept, method.unmerges(way, options), schedule, said))
-    for name, options in named:
-        solves, others = METHODS[name].solves, own_options(Row(name, options=options))
-        if solves is not None and others != options and (name, others) in named:
-            raise ValueError(
-                f"{name} is asked for with {solves.field} and without, which rows of one file could not tell apart: "
-                "make two files."
-            )
     return list(dict.fromkeys(rows))
 
 

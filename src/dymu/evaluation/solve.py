@@ -49,24 +49,18 @@ def solved(
     """
     rows, numbers = list(rows), dict[tuple[str, int, str], str]()
     for row in before:
-        solves = METHODS[row.method].solves
-        if solves is not None and is_solved(row):
-            parts = row.options.split(",")
-            given = [part for part in parts if not part.startswith(f"{solves.field}=")]
-            numbers[row.method, row.budget, ",".join(given)] = row.options
+        if row.solved:
+            numbers[row.method, row.budget, row.options] = row.solved
     tried = dict[tuple[str, str], dict[float, float]]()  # of other budgets, too
-    for row in dict.fromkeys(row for row in rows if (row.method, row.budget, row.options) in numbers):
-        options = numbers[row.method, row.budget, row.options]
-        say(f"{row.method}: {options} for a budget of {row.budget}, as the file that is continued says.")
     for row in rows:
         if is_solved(row) or (row.method, row.budget, row.options) in numbers:
             continue
         known = tried.setdefault((row.method, row.options), {})
-        options, sentence = _solved(row, known, model, processor, tasks, limit, batch_size, progress)
-        numbers[row.method, row.budget, row.options] = options
+        number, sentence = _solved(row, known, model, processor, tasks, limit, batch_size, progress)
+        numbers[row.method, row.budget, row.options] = number
         say(sentence)
     return [
-        row if is_solved(row) else msgspec.structs.replace(row, options=numbers[row.method, row.budget, row.options])
+        row if is_solved(row) else msgspec.structs.replace(row, solved=numbers[row.method, row.budget, row.options])
         for row in rows
     ]
 
@@ -81,18 +75,15 @@ def _solved(
     batch_size: int,
     progress: bool,
 ) -> tuple[str, str]:
-    """The options of a row with the number that is solved for it, and a sentence that tells what images keep."""
+    """The argument that is solved for a row, and a sentence that tells what images keep."""
     method = METHODS[row.method]
     assert method.solves is not None
     field, least = method.solves
 
-    def options(value: float) -> str:
-        return ",".join(filter(None, (row.options, f"{field}={value:g}")))
-
     with Bar(progress, remaining=False) as bar:
 
         def mean(value: float) -> float:
-            now = msgspec.structs.replace(row, options=options(value))
+            now = msgspec.structs.replace(row, solved=f"{field}={value:g}")
             todo = bar.add_task(now.key, total=sum(length_of(task, limit) for task in tasks))
             tokens = images = 0
             for examples in _batches(processor, tasks, limit, batch_size):
@@ -114,7 +105,7 @@ def _solved(
             f", {abs(off):.1f} {'more' if off > 0 else 'fewer'} than the budget of {row.budget}, which no number of it "
             "reaches on these images"
         )
-    return options(value), f"{sentence}."
+    return f"{field}={value:g}", f"{sentence}."
 
 
 def nearest(

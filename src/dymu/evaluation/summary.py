@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from dymu.errors import DymuError
-from dymu.evaluation.methods import UNTOUCHED, Row, options_of, own_options
+from dymu.evaluation.methods import UNTOUCHED, Row, options_of
 from dymu.evaluation.results import Answers, Examples, Results
 from dymu.evaluation.tasks.scoring import f1, yes_or_no
 from dymu.measure.times import Times
@@ -119,7 +119,7 @@ def compared_with(row: Row, rows: Sequence[Row], method: str) -> Row | None:
         None for such a row itself, for the untouched model, and where there is none.
     """
     name, _, options = method.partition(":")
-    them = [other for other in rows if other.method == name and options in ("", own_options(other), other.options)]
+    them = [other for other in rows if other.method == name and options in ("", other.options)]
     if row in them or row == UNTOUCHED:
         return None
     return min(
@@ -127,7 +127,7 @@ def compared_with(row: Row, rows: Sequence[Row], method: str) -> Row | None:
         key=lambda other: (
             other.unmerge != row.unmerge,
             abs(other.budget - row.budget),
-            len(options_of(own_options(other))),
+            len(options_of(other.options)),
             other.schedule != row.schedule,
         ),
         default=None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Row, own_options
+from dymu.evaluation.methods import FORMER, METHODS, UNTOUCHED, Row
 from dymu.evaluation.results import Results
 from dymu.evaluation.summary import ALL, Part, RowSummary, Share
 from dymu.measure.markdown import markdown
@@ -13,8 +13,8 @@ _UNMERGE = {
     "exact": " + VTU",
     "representative": " + VTU by representatives",
     "compact": ", compact",
-    "original": ", compact without sizes",
-    FORMER: ", compact without sizes",
+    "original": ", original",
+    FORMER: ", original",
     "restore": ", RESTORE",
     "none": "",
 }
@@ -27,7 +27,7 @@ def series(row: Row) -> str:
     single = row.unmerge == "exact" and METHODS[row.method].unmerges("compact", row.options) == "exact"
     unmerge = " in place" if single else _UNMERGE[row.unmerge]
     schedule = f" ({row.schedule.replace('_', '-')})" if row.method == "dtome" else ""
-    return labelled(row.method, own_options(row)) + unmerge + schedule
+    return labelled(row.method, row.options) + unmerge + schedule
 
 
 def labelled(method: str, options: str) -> str:
