@@ -291,7 +291,7 @@ def test_what_was_kept_is_said_at_the_end(plugin, folder, documents, monkeypatch
 def test_kept_within_the_language_model_is_the_mean_over_layers(plugin, folder, documents, monkeypatch):
     said = []
     monkeypatch.setattr(plugin, "log_metrics", lambda *given: said.append(given[-1]["image_tokens_kept"]))
-    ours = make(plugin, folder, documents, budget=0.4, method="fast-v:layer=1")
+    ours = make(plugin, folder, documents, budget=0.4, method="'fast-v:layer=1,fill=nearest'")  # as the parser has it
     ours.generate_until(asked(documents[:2]))
     ours.clean()
     assert said == [pytest.approx(0.4 * tiny.PATCHES, abs=1)]

@@ -23,6 +23,7 @@ from dymu.reducers import (
     Candidates,
     FixedKeep,
     FixedMerge,
+    KeepOfPictures,
     Pixels,
     RandomKeep,
     Reduced,
@@ -528,6 +529,30 @@ def test_an_answer_that_does_not_fit_is_refused(stage, answer, error, sentence):
         with pytest.raises(error, match=sentence) as raised:
             model.get_image_features(tiny.pictures(2))
         assert f".{stage}" in str(raised.value)
+
+
+def test_pixels_are_of_as_many_pictures():
+    class One(Reducer):
+        def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap | None]:
+            return pixels.pixels[:1], None
+
+    with dymu.apply(model := tiny.llava(), merge=One()), pytest.raises(ValueError, match="give as many"):
+        model.get_image_features(tiny.pictures(2))
+
+
+@pytest.mark.parametrize("answer", [[-1], [0, 0], torch.ones(1), torch.ones(49).bool(), (99,), None, {1}])
+@pytest.mark.parametrize("kind", [FixedKeep, KeepOfPictures])
+def test_an_answer_of_choose_that_does_not_fit_is_refused(kind, answer):
+    name = "choose" if kind is FixedKeep else "choose_of"
+
+    @dataclass(frozen=True)
+    class Own(kind):
+        keep: int = 2
+
+    setattr(Own, name, lambda self, tokens, *asked: answer)
+    Own.__abstractmethods__ = frozenset()
+    with dymu.apply(model := tiny.llava(), merge=Own()), pytest.raises(ValueError, match=rf"Own\.{name} must answer"):
+        model.get_image_features(tiny.pictures(2))
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "mistral3"])

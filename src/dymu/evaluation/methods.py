@@ -358,6 +358,8 @@ def applying(named: str, keep: int | float, unmerge: str, layers: int, seed: int
         raise ValueError(f"{name!r} is no method that takes a number of tokens; choose some of {', '.join(known)}.")
     row = Row(name, 1, unmerge, (method.schedules or ("",))[0], options)
     check_solved(row)
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise BadBudget(f"{name} takes a number of image tokens, or a fraction of them, not {keep!r}.")
     if not method.pruning:
         return {"merge": method.make(row, keep, seed), **attending(row)}
     if not 0 < keep <= 1 or (isinstance(keep, int) and keep == 1):

@@ -267,6 +267,7 @@ def _applied(
     method: str | None,
     unmerge: Unmerge,
 ) -> Handle | None:
+    method = method and method.strip("'\"")  # lmms-eval leaves those that keep commas together
     name, _, options = (method or "dtome").partition(":")
     if name != "dtome":
         if thresholds is not None or budget is None:

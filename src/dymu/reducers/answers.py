@@ -66,6 +66,8 @@ def check_entering(
     pixels, tokens = answer
     if not pixels.is_floating_point():
         raise ValueError(f"{name} answered pixels of {pixels.dtype}; give floating-point numbers.")
+    if pixels.ndim != before.ndim or len(pixels) != len(before):
+        raise ValueError(f"{name} answered pixels {list(pixels.shape)} for {list(before.shape)}; give as many.")
     if tokens is not None:
         tokens = _checked(tokens, (len(counts), max(counts)), before.device, name)
         if bool((tokens.kept < 1).any()):

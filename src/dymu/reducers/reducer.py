@@ -273,7 +273,16 @@ class Tokens:
         """For each row the ids of its prompt, see `Shown.text`."""
         return [self.shown.text[first] for first in self.first[:-1]]
 
-    @property
+    @cached_property
+    def place(self) -> Tensor:
+        """int64 [B, T, 2], row and column of each token in its picture, of a merged one those of the first."""
+        grids = [
+            torch.cartesian_prod(*(torch.arange(size, device=self.map.group.device) for size in grid)).view(*grid, 2)
+            for grid in self.shown.grids
+        ]
+        return take(self.find_places(grids), self.map.first())
+
+    @cached_property
     def words(self) -> Sequence[Tensor]:
         """For each row the embeddings [words, C] of `text`.
 

@@ -71,10 +71,7 @@ class VScan(KeepOfPictures):
         return (self.early, -1)
 
     def choose_of(self, tokens: Tokens, row: int, index: Tensor, keep: int) -> Tensor:
-        windows = []
-        for rows, columns in tokens.shown.grids:
-            row_of, column_of = (torch.arange(size, device=index.device) // self.side for size in (rows, columns))
-            windows.append(row_of[:, None] * columns + column_of)
-        window = tokens.find_places(windows).gather(1, tokens.map.first())
-        local, overall, window = (of[row, index] for of in (tokens.attention(self.early), tokens.attention(), window))
-        return scanned(local, overall, window, keep)
+        local, overall, place = (
+            of[row, index] for of in (tokens.attention(self.early), tokens.attention(), tokens.place)
+        )
+        return scanned(local, overall, (place // self.side).unique(dim=0, return_inverse=True)[1], keep)
