@@ -633,6 +633,27 @@ def test_what_was_dropped_is_not_joined_later() -> None:
         model(**inputs)
 
 
+@pytest.mark.parametrize("rows", [torch.tensor(rows) for rows in ([-1], [9999], [1.0], [[3]], [4])])
+@torch.no_grad()
+def test_attention_of_what_did_not_run_is_refused(rows: Tensor) -> None:
+    """The last are of an image token that the stage before dropped."""
+
+    class Twice(Chooses):
+        def starts(self, layers: int) -> tuple[int, ...]:
+            return 1, 3
+
+    def choose(ahead: Ahead) -> Tensor:
+        if ahead.layer == 3:
+            assert int(ahead.shown[1]) == 4
+            ahead.attend(2, rows)
+        return torch.tensor([0])
+
+    model = deeper("llava")
+    inputs = tiny.inputs(model, tiny.prompt(model, 3, "image", 4, seed=1), tiny.pictures(1))
+    with dymu.apply(model, prune=Twice(1, choose)), pytest.raises(ValueError, match="rows that there are not, or that"):
+        model(**inputs)
+
+
 def test_parts_are_as_many_as_stages() -> None:
     class Uneven(Chooses):
         def parts(self, layers: int) -> tuple[float, ...]:

@@ -531,6 +531,21 @@ def test_an_answer_that_does_not_fit_is_refused(stage, answer, error, sentence):
         assert f".{stage}" in str(raised.value)
 
 
+def test_reads_answers_layers():
+    class Reads(Reducer):
+        def reads(self, layers: int) -> Any:
+            return layers
+
+        def after_encoder(self, tokens: Tokens) -> None:
+            return None
+
+    with (
+        dymu.apply(model := tiny.llava(), merge=Reads()),
+        pytest.raises(ValueError, match="must answer layers"),
+    ):
+        model.get_image_features(tiny.pictures(1))
+
+
 def test_pixels_are_of_as_many_pictures():
     class One(Reducer):
         def before_encoder(self, pixels: Pixels) -> tuple[Tensor, TokenMap | None]:

@@ -384,6 +384,12 @@ class PrunedLayers:
         """[H, R, M], by queries and keys in place of those that the layer has handed over."""
         step = segment.steps.at(handed.module, query.shape[-1], handed.window)
         own = self._own(segment, row)
+        fits = rows.dtype == torch.int64 and rows.ndim == 1
+        if not fits or not bool(((rows >= 0) & (rows < len(own)) & (own[rows.clamp(0, len(own) - 1)] >= 0)).all()):
+            raise ValueError(
+                f"{type(self._pruning).__name__} asks for the attention of rows that there are not, or that did not "
+                "run in that layer; name int64 rows of text, or of tokens that run."
+            )
         weights = attention_rows(query, key, step, row, own[rows], handed.scaling, handed.window, handed.softcap)
         weights = weights[..., -segment.new.map.width :]
         there = own >= 0

@@ -43,6 +43,8 @@ class Sources:
             wanted: those that are read, see `Reducer.reads`.
             behind: the layer behind the last one that runs; None: there is none.
         """
+        if not isinstance(wanted, Collection):
+            raise ValueError(f"a reducer's `reads` must answer layers, such as (-1,), not {wanted!r}.")
         self._pictures, self._depth, self._behind = pictures, depth, behind
         self._wanted = [self._index(layer) for layer in wanted]
 
