@@ -113,8 +113,12 @@ class TokenMap:
         absent = (self.group < 0).view(self.batch, self.tokens, *(1,) * (merged.ndim - 2))
         return take(merged, self.group.clamp(min=0)).masked_fill(absent, 0)
 
-    def sum(self, original: Tensor) -> Tensor:
-        """Sum each group, in float32 or wider: [B, N, ...] -> [B, M, ...]; rows past `kept` are 0."""
+    def sum(self, original: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Sum each group, in float32 or wider: [B, N, ...] -> [B, M, ...]; rows past `kept` are 0.
+
+        Args:
+            weight: [B, N], of each token; None: 1.
+        """
         if original.shape[:2] != (self.batch, self.tokens):
             raise ValueError(
                 f"expected original tokens [{self.batch}, {self.tokens}, ...], got {tuple(original.shape)}"
@@ -124,7 +128,8 @@ class TokenMap:
             return original.new_zeros(self.batch, self.width, *rest)
         order, begins, bags = self._bags
         flat = original.reshape(self.batch * self.tokens, -1)
-        total = embedding_bag(order, flat, begins, mode="sum", include_last_offset=True)
+        weights = None if weight is None else weight.to(flat.dtype).flatten()[order]
+        total = embedding_bag(order, flat, begins, mode="sum", per_sample_weights=weights, include_last_offset=True)
         return total.view(self.batch, bags, *rest)[:, : self.width]
 
     def max(self, original: Tensor) -> Tensor:
@@ -146,7 +151,7 @@ class TokenMap:
         if weight is None:
             total, size = self.sum(original), self.size()
         else:
-            total, size = self.sum(at_least_float32(original) * weight[..., None]), self.sum(weight)
+            total, size = self.sum(original, weight), self.sum(weight)
         size = size.clamp(min=1).to(total.dtype)
         return (total / size.view(self.batch, self.width, *(1,) * (total.ndim - 2))).to(original.dtype)
 
