@@ -31,7 +31,7 @@ class RandomKeep(FixedKeep):
 
     def choose(self, tokens: Tokens, row: int, keep: int) -> Tensor:
         picture = tokens.shown.pixels[tokens.first[row]].detach().float().contiguous()
-        bits = picture.view(torch.int32).flatten().long()
+        bits = picture.view(torch.int32).flatten()
         digest = int((bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()) & (2**62 - 1)
         generator = torch.Generator("cpu").manual_seed(self.seed ^ digest)
         return (
