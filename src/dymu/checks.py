@@ -9,6 +9,7 @@ from typing import Any, get_args
 from dymu.choices import Fill
 
 SEEDS = 2**32
+"""What a seed is below: what every generator takes."""
 
 
 def whole_numbers(owner: Any, name: str) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ class VisionZip(Reducer):
         dominant, contextual: numbers of tokens of each picture; both floats up to 1: fractions.
 
     Raises:
-        BadBudget: one of them is not above 0; or in use, together they are more than there are.
+        BadBudget: one of them is not above 0; or in use, together they are more than there are, or less than 2.
     """
 
     dominant: int | float
