@@ -51,6 +51,17 @@ def test_sizes_count_the_original_tokens(tokens):
     assert torch.equal((tokens.size() > 0).sum(1), tokens.kept)
 
 
+@given(token_maps(), st.sampled_from([torch.float32, torch.float64]))
+def test_a_weighted_mean_is_that_of_a_loop(tokens, dtype):
+    x, weight = torch.randn(tokens.batch, tokens.tokens, 3, dtype=dtype), torch.rand(tokens.batch, tokens.tokens) + 1
+    expected = torch.zeros(tokens.batch, tokens.width, 3, dtype=torch.float64)
+    for row, group in enumerate(tokens.group):
+        for merged in range(int(tokens.kept[row])):
+            own = group == merged
+            expected[row, merged] = (x[row, own].double() * weight[row, own, None]).sum(0) / weight[row, own].sum()
+    torch.testing.assert_close(tokens.average(x, weight).double(), expected, atol=1e-5, rtol=1e-5)
+
+
 @given(token_maps(), st.sampled_from([torch.nan, torch.inf]), st.data())
 def test_what_is_no_number_stays_in_its_group(tokens, value, data):
     """Also where it is of no group at all."""
